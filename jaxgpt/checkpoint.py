@@ -1,0 +1,147 @@
+"""Checkpoints: Orbax writes the arrays in the background, a digest makes them count.
+
+<folder>/<step>/{state/..., meta.json, digest.json}, and a link `best` to the step with the lowest
+validation loss. The digest is written last: a step without one does not exist.
+"""
+
+import json
+import os
+import shutil
+import threading
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jaxgpt.config import UserError
+
+FORMAT_VERSION = 1
+META, DIGEST, BEST = "meta.json", "digest.json", "best"
+READ_BYTES = 1 << 22
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and the best."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.newest = self.latest()
+        """The newest step, on disk or on its way there."""
+
+    def steps(self) -> list[int]:
+        """Steps that are whole on disk, in order."""
+        return sorted(int(p.parent.name) for p in self.folder.glob(f"[0-9]*/{DIGEST}"))
+
+    def latest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        link = self.folder / BEST
+        return int(link.resolve().name) if (link / DIGEST).exists() else None
+
+    def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
+        """Copies the state off the device, then writes it in the background.
+
+        `meta` names the step. Raises what went wrong with the save before, if it did.
+        """
+        self.wait()
+        self.newest = meta["step"]
+        step = self.folder / str(meta["step"])
+        shutil.rmtree(step, ignore_errors=True)
+        items = {k: ocp.args.StandardSave(v) for k, v in state.items() if k != "step"}
+        self._orbax.save(step / "state", args=ocp.args.Composite(**items))
+        self._thread = threading.Thread(target=self._finish, args=(step, meta, best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises what went wrong with it, if it did."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            meta = {"format_version": FORMAT_VERSION, "versions": _versions()} | meta
+            _write(step / META, json.dumps(meta, indent=1))
+            _write(step / DIGEST, json.dumps(_digest(step), indent=1))
+            if best:
+                _link(self.folder / BEST, step.name)
+            self._prune()
+        except BaseException as error:  # handed to the thread that saves next, or that waits
+            self._error = error
+
+    def _prune(self) -> None:
+        kept = {*self.steps()[-self.keep :], self.best()}
+        for step in self.folder.glob("[0-9]*"):
+            if int(step.name) not in kept:
+                shutil.rmtree(step, ignore_errors=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was told of a step. Raises `UserError` if it cannot be read."""
+        file = self.folder / str(step) / META
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+            version = meta["format_version"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{file}: not the meta of a checkpoint ({error!r})") from error
+        if version > FORMAT_VERSION:
+            raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
+        return meta
+
+    def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+        """The items of `abstract` (trees of shapes, types and places) from a step.
+
+        Raises `UserError` if a file is not what was written, or the arrays are not those.
+        """
+        folder = self.folder / str(step)
+        written, found = json.loads((folder / DIGEST).read_text()), _digest(folder)
+        for name in written | found:
+            if written.get(name) != found.get(name):
+                raise UserError(f"{folder / name}: not what was written there")
+        items = {k: ocp.args.StandardRestore(v) for k, v in abstract.items()}
+        try:
+            return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
+        except ValueError as error:
+            raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+def _digest(step: Path) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of every file of a step: what tells bit rot, which Orbax does not see."""
+    found = {}
+    for file in sorted(p for p in step.rglob("*") if p.is_file() and p.name != DIGEST):
+        checksum = 0
+        with open(file, "rb") as stream:
+            while piece := stream.read(READ_BYTES):
+                checksum = zlib.crc32(piece, checksum)
+        found[str(file.relative_to(step))] = {"size": file.stat().st_size, "crc32": checksum}
+    return found
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file so that after a crash it is there whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _link(link: Path, target: str) -> None:
+    partial = link.with_name(link.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.replace(link)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}

@@ -1,0 +1,214 @@
+"""`jaxgpt <command>`, and what train.py and sample.py call.
+
+Imports of JAX wait until a command line has been read: help and mistakes are answered at once.
+"""
+
+import sys
+import time
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxgpt.config import (
+    Config,
+    Count,
+    CountOrOff,
+    Folder,
+    Number,
+    Share,
+    Size,
+    Text,
+    UserError,
+    check,
+    from_command_line,
+)
+
+RULE = "-" * 15  # between samples, as in nanoGPT
+Checkpoint = Annotated[str, Text(r"best|latest|\d+", "best, latest, or a step")]
+
+
+def main() -> None:
+    """The console script."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        print("usage: jaxgpt {" + ",".join(COMMANDS) + "} ...", file=sys.stderr)
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    run(COMMANDS[name], argv)
+
+
+def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Runs a command and exits with its code: 2, after one line, for a mistake of the user's."""
+    try:
+        sys.exit(command(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def train(argv: list[str]) -> int:
+    """[--config] FILE [--key=value ...]: trains."""
+    config, on_cpu = from_command_line(argv, _start)
+    from jaxgpt.train import train
+
+    return train(config, on_cpu)
+
+
+def _start(config: Config) -> bool:
+    from jaxgpt import device
+
+    device.start(config.device, float64=config.dtype == "float64")
+    return not device.on_cpu()
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Streams samples from a run directory."""
+
+    out_dir: Folder = "out"
+    """The run to sample from."""
+    checkpoint: Checkpoint = "best"
+    """Which of its checkpoints."""
+    start: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The prompt; FILE:prompt.txt reads a file. Given several times, a batch. Default: \\n."""
+    num_samples: Count = 10
+    """Samples of each prompt."""
+    max_new_tokens: Count = 500
+    """Tokens of a sample."""
+    temperature: Size = 0.8
+    """Below 1 is less random than the model; 0 takes the likeliest token."""
+    top_k: CountOrOff = 200
+    """Draw among so many of the likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Number(0, 1)] = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    min_p: Share = 0.0
+    """Draw among tokens at least this probable beside the likeliest one."""
+    repetition_penalty: Annotated[float, Number(1)] = 1.0
+    """Above 1, makes tokens that were there before less likely."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """End a sample before this text; may be given several times."""
+    seed: CountOrOff = 1337
+    """Decides the samples."""
+    context: Literal["halve", "exact"] = "halve"
+    """Past block_size: go on from the last half, or slide token by token as nanoGPT does."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
+    """What to run on."""
+    interactive: bool = False
+    """Ask for prompts, one a line, until an empty one."""
+
+
+def sample(argv: list[str]) -> None:
+    """--out_dir=DIR [--start=TEXT ...]: streams samples."""
+    args = _parse(SampleArgs, argv, "sample.py")
+    prompts = [_read_prompt(start) for start in args.start or ("\n",)]
+    from jaxgpt import device, run_dir
+    from jaxgpt.data.tokenizer import FILE, load
+    from jaxgpt.sample import Sampler
+
+    device.start(args.device)
+    config, params, step = run_dir.load(args.out_dir, args.checkpoint)
+    resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0))
+    speak = partial(_speak, args, Sampler(resolved).load(params), load(Path(args.out_dir, FILE)))
+    print(f"{args.out_dir}, step {step}, {resolved.dtype}", file=sys.stderr)
+    if not args.interactive:
+        return speak(prompts)
+    while prompt := input("> "):
+        speak([prompt])
+
+
+def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
+    """Prints every sample of every prompt: the first as it comes, the rest when they are done."""
+    from jaxgpt.sample import Knobs, sample_text
+
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    texts, began = list(prompts), time.perf_counter()
+    print(_printable(texts[0]), end="", flush=True)
+    for pieces in sample_text(
+        sampler,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        stop=args.stop,
+        knobs=Knobs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Knobs)}),
+        seed=args.seed,
+        context=args.context,
+    ):
+        print(_printable(pieces[0]), end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    print(f"\n{RULE}", *(f"{_printable(text)}\n{RULE}" for text in texts[1:]), sep="\n")
+    seconds = time.perf_counter() - began
+    print(f"{sampler.drawn / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
+
+
+def _read_prompt(start: str) -> str:
+    """`start` itself, or what the file says that it names, as in nanoGPT."""
+    if not start.startswith("FILE:"):
+        return start
+    file = Path(start.removeprefix("FILE:"))
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"start={start!r}: {error}") from error
+
+
+def _printable(text: str) -> str:
+    """Text for a terminal: control characters, which could steer it, are spelled out."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Turns a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
+
+    dataset: tyro.conf.Positional[Folder]
+    """A corpus that jaxgpt knows (shakespeare_char, shakespeare), or a UTF-8 text file."""
+    tokenizer: str = ""
+    """char, byte, gpt2, or a tokenizer.json. Default: the corpus's own; char for a file."""
+    data_dir: Folder = "data"
+    """Where datasets live."""
+
+
+def prepare(argv: list[str]) -> None:
+    """DATASET-or-TEXT-FILE [--tokenizer=NAME]: writes token files."""
+    args = _parse(PrepareArgs, argv, "jaxgpt prepare")
+    from jaxgpt.data.prepare import prepare
+
+    folder = prepare(args.dataset, args.data_dir, args.tokenizer)
+    print((folder / "meta.json").read_text())
+    print(folder)
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """The loss of a run over its whole validation split."""
+
+    out_dir: Folder = "out"
+    """The run to evaluate."""
+    checkpoint: Checkpoint = "best"
+    """Which of its checkpoints."""
+    data_dir: Folder = ""
+    """Where datasets live. Default: where the run found them."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
+    """What to run on."""
+
+
+def evaluate(argv: list[str]) -> None:
+    """--out_dir=DIR: the loss of the whole validation split."""
+    args = _parse(EvalArgs, argv, "jaxgpt eval")
+
+
+def _parse(args_type: type, argv: list[str], prog: str):
+    args = tyro.cli(args_type, args=argv, prog=prog, use_underscores=True)
+    check(args)
+    return args
+
+
+COMMANDS = {"train": train, "sample": sample, "prepare": prepare, "eval": evaluate}

@@ -1,0 +1,430 @@
+"""What a run is: one flat table of keys, from a Python file and the command line, checked.
+
+The keys live in five frozen dataclasses, `Run`, `Data`, `Model`, `Optimizer` and `Parallel`; a
+`Config` is all five at once, so a function that needs only the model's keys takes a `Model`.
+Names that nanoGPT has mean here what they mean there. The text under a key is its `--help`.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import runpy
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """The numbers a key may take: from `low` to `high`, which may itself be left out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    below_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        top = value < self.high if self.below_high else value <= self.high
+        return math.isfinite(value) and self.low <= value and top
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"at least {self.low:g}"
+        return f"from {self.low:g} to {self.high:g}" + (" exclusive" if self.below_high else "")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The strings a key may take: those that match `pattern` as a whole, as `means` puts it."""
+
+    pattern: str
+    means: str
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.means
+
+
+Count = Annotated[int, Number(1)]
+CountOrOff = Annotated[int, Number(0)]
+Size = Annotated[float, Number(0)]
+Share = Annotated[float, Number(0, 1, below_high=True)]
+Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
+Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, how long it goes on, and what it says on the way."""
+
+    out_dir: Folder = "out"
+    """The run directory: config, metrics, picture, log and checkpoints."""
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"
+    """`resume` goes on from the newest checkpoint; `auto` does if there is one."""
+    overwrite: bool = False
+    """Let `scratch` delete the run that `out_dir` holds."""
+    max_iters: CountOrOff = 600_000
+    """Optimizer steps in all."""
+    eval_interval: Count = 2000
+    """Steps between evaluations; each one also redraws the picture and may save."""
+    eval_iters: CountOrOff = 200
+    """Random batches an evaluation takes from each split; 0 takes the whole splits instead."""
+    eval_only: bool = False
+    """Evaluate once and stop."""
+    log_interval: Count = 1
+    """Steps between lines of the log."""
+    sample_every: CountOrOff = 0
+    """Evaluations between short samples in the log; 0 is none."""
+    always_save_checkpoint: bool = True
+    """Save at every evaluation; False saves only where the validation loss improves."""
+    save_interval: CountOrOff = 0
+    """Steps between further saves, apart from evaluations; 0 is none."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept on disk, beside the best one."""
+    seed: CountOrOff = 1337
+    """Decides initial weights, order of the data and dropout."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (needs the extra `log`)."""
+    wandb_log: bool = False
+    """Also log to Weights & Biases, offline too (needs the extra `log`)."""
+    wandb_project: Folder = "jaxgpt"
+    """Project name at Weights & Biases."""
+    wandb_run_name: str = ""
+    """Run name at Weights & Biases; empty is the name of `out_dir`."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which tokens, and how many of them a step sees."""
+
+    dataset: Name = "openwebtext"
+    """Folder in `data_dir` with token files; a known corpus is prepared on first use."""
+    data_dir: Folder = "data"
+    """Where datasets live. nanoGPT's own `data` folder can be named here."""
+    batch_size: Count = 12
+    """Sequences in a micro-batch."""
+    gradient_accumulation_steps: Count = 40
+    """Micro-batches in a step, over all devices together."""
+    batch_tokens: CountOrOff = 0
+    """Tokens a step, instead of `gradient_accumulation_steps`; 0 leaves that key in charge."""
+    tokens_on_device: Literal["auto", "always", "never"] = "auto"
+    """Hold the token files in device memory; `auto` does while they are small beside it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network. The defaults are GPT-2 124M's."""
+
+    vocab_size: CountOrOff = 0
+    """Token ids; 0 is as many as the dataset has. Rows are padded to a multiple of 128."""
+    block_size: Count = 1024
+    """Tokens of context."""
+    n_layer: CountOrOff = 12
+    """Transformer blocks; 0 is a bigram model."""
+    n_head: Count = 12
+    """Query heads; their width is n_embd / n_head."""
+    n_kv_head: CountOrOff = 0
+    """Key and value heads, shared by groups of query heads; 0 is as many as n_head."""
+    n_embd: Count = 768
+    """Width of the residual stream."""
+    n_inner: CountOrOff = 0
+    """Width inside the MLP; 0 is 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)."""
+    dropout: Share = 0.0
+    """Share of activations zeroed: embeddings, attention weights and both residual branches."""
+    bias: bool = True
+    """Biases in linear maps and layer norms. GPT-2 has them; nanoGPT's default is False."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise what enters a branch (GPT-2) or what leaves the addition (the 2017 paper)."""
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
+    """How the model knows where a token stands."""
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu_tanh"
+    """Non-linearity. GPT-2's is gelu_tanh, nanoGPT's is gelu."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output map too."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys, with a learned gain."""
+    logit_softcap: Size = 0.0
+    """Bound logits to c tanh(logits / c); 0 is no bound."""
+    attention_window: CountOrOff = 0
+    """Keys a query sees at most, itself included; 0 is all before it."""
+    causal: bool = True
+    """Hide the future. False is an encoder, which cannot be sampled."""
+    value_residual: bool = False
+    """Mix the first layer's values into every layer's by a learned share."""
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner_width(self) -> int:
+        """`n_inner`, or its default for the kind of MLP."""
+        default = 4 * self.n_embd if self.mlp != "swiglu" else -(-8 * self.n_embd // 3 // 64) * 64
+        return self.n_inner or default
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: `vocab_size` up to a multiple of 128, the width of a TPU lane."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its schedule."""
+
+    learning_rate: Size = 6e-4
+    """Peak learning rate."""
+    decay_lr: bool = True
+    """Cosine decay to `min_lr` after a linear warm-up; False holds `learning_rate`."""
+    warmup_iters: CountOrOff = 2000
+    """Steps of warm-up."""
+    lr_decay_iters: CountOrOff = 0
+    """Step at which the learning rate reaches `min_lr`; 0 is `max_iters`."""
+    min_lr: Size = 6e-5
+    """Learning rate at the end of the decay."""
+    weight_decay: Size = 0.1
+    """Decoupled decay of matrices and embeddings; never of biases and norms."""
+    beta1: Share = 0.9
+    """Memory of the gradient's mean."""
+    beta2: Share = 0.95
+    """Memory of the gradient's square."""
+    grad_clip: Size = 1.0
+    """Largest gradient norm; 0 is no bound."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What runs it, and how. Nothing here changes what is computed beyond rounding."""
+
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
+    """What to run on; `auto` takes an accelerator if JAX finds one."""
+    on_cpu: bool = True
+    """Without an accelerator, run the config file's `on_cpu` variant if it has one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute type; weights and statistics stay float32. `auto`: bfloat16, but float32 on a CPU."""
+    mesh: Annotated[str, Text(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
+    """Devices by axis (data, fsdp, tensor), as in data:2,fsdp:4; empty is all of them on data."""
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"
+    """Attention back end; `auto` takes the fastest one that the device and the model allow."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What to recompute in the backward pass to save memory: nothing, all but matmuls, all."""
+    scan_layers: bool = False
+    """Compile one block and loop over it: quicker to compile, often slower to run."""
+    steps_per_dispatch: CountOrOff = 0
+    """Steps handed to an accelerator in one call; 0 is 10 for tokens on the device, else 1."""
+
+
+GROUPS = (Run, Data, Model, Optimizer, Parallel)
+
+
+@dataclass(frozen=True)
+class Config(Run, Data, Model, Optimizer, Parallel):
+    """A whole run. Raises `UserError`, naming key, value and what is allowed, when it cannot be."""
+
+    def __post_init__(self):
+        check(self)
+        _check_together(self)
+
+    def replace(self, **keys: Any) -> "Config":
+        """This config with other values for some keys."""
+        return build(self.to_dict() | keys)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """The keys that differ: name -> (value here, value in `other`)."""
+        theirs = other.to_dict()
+        return {k: (v, theirs[k]) for k, v in self.to_dict().items() if v != theirs[k]}
+
+
+def build(keys: dict[str, Any]) -> Config:
+    """A Config of these keys. Raises `UserError`, with the nearest name, for an unknown one."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {nearest[0]}?" if nearest else ""
+            raise UserError(f"{key}: there is no such key{hint}")
+    return Config(**keys)
+
+
+def check(keys: Any) -> None:
+    """Raises `UserError` for the first field of a dataclass that its annotation does not allow."""
+    for key, hint in typing.get_type_hints(type(keys), include_extras=True).items():
+        object.__setattr__(keys, key, _checked(key, getattr(keys, key), hint))
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """`value`, if the annotation `hint` allows it; a whole number passes as a float."""
+    kind, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    if typing.get_origin(kind) is tuple:
+        return value
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        raise UserError(f"{key}={value!r}: must be one of {', '.join(choices)}")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is kind and all(value in rule for rule in rules):
+        return value
+    noun = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
+    allowed = rules[0] if kind is str and rules else " ".join([noun, *map(str, rules)])
+    raise UserError(f"{key}={value!r}: must be {allowed}")
+
+
+def _check_together(c: Config) -> None:
+    """Raises `UserError` where keys that are each allowed do not go together."""
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    heads, kv_heads = c.n_head, c.kv_heads
+    need(
+        c.n_embd % heads == 0,
+        f"n_embd={c.n_embd}: must be a multiple of n_head={heads}",
+    )
+    need(
+        heads % kv_heads == 0,
+        f"n_kv_head={c.n_kv_head}: must divide n_head={heads}",
+    )
+    need(
+        c.position != "rope" or c.head_width % 2 == 0,
+        f"position='rope': needs an even head width, and n_embd / n_head is {c.head_width}",
+    )
+    need(
+        c.causal or not c.attention_window,
+        f"attention_window={c.attention_window}: needs causal=True",
+    )
+    need(
+        c.min_lr <= c.learning_rate or not c.decay_lr,
+        f"min_lr={c.min_lr}: must be at most learning_rate={c.learning_rate}",
+    )
+    need(
+        c.batch_tokens % (c.batch_size * c.block_size) == 0,
+        f"batch_tokens={c.batch_tokens}: must be a multiple of batch_size x block_size = "
+        f"{c.batch_size * c.block_size}",
+    )
+
+
+# ---- from a file and a command line ----------------------------------------------------------
+
+
+def load(path: str) -> dict[str, Config]:
+    """Runs a config file, and returns its `config` and, if there is one, its `on_cpu`.
+
+    Config files are the user's own Python and run as such. Raises `UserError` with the line of
+    the file that is to blame.
+    """
+    if not Path(path).is_file():
+        there = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py")))
+        raise UserError(f"--config {path}: no such file" + (f"; there are {there}" if there else ""))
+    try:
+        names = runpy.run_path(path)
+    except Exception as error:
+        raise UserError(_blame(path, error)) from error
+    variants = {k: names[k] for k in ("config", "on_cpu") if k in names}
+    if "config" not in variants or not all(isinstance(v, Config) for v in variants.values()):
+        raise UserError(f"--config {path}: must build `config = Config(...)`")
+    return variants
+
+
+def _blame(path: str, error: Exception) -> str:
+    """One line for an error in a config file: where, the user's own line, and what is wrong."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{path}, line {error.lineno}: {(error.text or '').strip()!r}: {error.msg}"
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
+        try:
+            build({unknown[1]: None})
+        except UserError as named:
+            message = str(named)
+    lines = Path(path).read_text().splitlines()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if not frames:
+        return f"{path}: {message}"
+    first, last = frames[-1].lineno or 1, frames[-1].end_lineno or 1
+    key = re.match(r"\w+", message)
+    named = [n for n in range(first, last + 1) if key and re.search(rf"\b{key[0]}\b", lines[n - 1])]
+    line = named[0] if named else first
+    return f"{path}, line {line}: {lines[line - 1].strip()!r}: {message}"
+
+
+NOT_KEYS = {
+    "compile": "jaxgpt always compiles",
+    "backend": "JAX brings its own collectives",
+}
+
+
+def from_command_line(
+    argv: Sequence[str], has_accelerator: Callable[[Config], bool]
+) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    """`[--config] FILE [--key=value ...]` -> the config, and what the file's `on_cpu` changed.
+
+    `has_accelerator` starts JAX as a config wants it, and tells whether an accelerator will run
+    it. Ends the process for `--help` (code 0) and for flags that do not parse (code 2); raises
+    `UserError` for what else is wrong.
+    """
+    path, flags = _split_config_path(list(argv))
+    for flag in flags:
+        if (name := flag.lstrip("-").split("=")[0]) in NOT_KEYS:
+            raise UserError(f"--{name}: {NOT_KEYS[name]}; leave this flag out")
+    variants = load(path) if path else {"config": Config()}
+    config = _parse_flags(flags, variants["config"])
+    if not path:
+        raise UserError("no config: name one, as in python train.py --config configs/shakespeare.py")
+    if has_accelerator(config) or "on_cpu" not in variants or not config.on_cpu:
+        return config, {}
+    on_cpu = _parse_flags(flags, variants["on_cpu"])
+    return on_cpu, on_cpu.differences(config)
+
+
+def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
+    for i, arg in enumerate(argv):
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+        if arg == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config: name a file, as in --config configs/shakespeare.py")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    return "", argv
+
+
+def _parse_flags(flags: list[str], base: Config) -> Config:
+    """`base` with the command line's values over it; tyro types, documents and suggests."""
+    keys = base.to_dict()
+    groups = [
+        (g.__name__.lower(), g, g(**{f.name: keys[f.name] for f in dataclasses.fields(g)}))
+        for g in GROUPS
+    ]
+    parsed = tyro.cli(
+        dataclasses.make_dataclass("Keys", groups),
+        args=flags,
+        prog="train.py --config FILE",
+        description="Trains the GPT that FILE describes. Every key can be set here: --key=value.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        use_underscores=True,
+    )
+    return build({k: v for g in vars(parsed).values() for k, v in vars(g).items()})

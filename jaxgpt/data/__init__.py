@@ -1,0 +1,1 @@
+"""text -> ids -> windows -> device batches."""

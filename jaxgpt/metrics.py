@@ -1,0 +1,206 @@
+"""What a run says of itself: a live line or plain lines, metrics.jsonl, loss.png, and trackers."""
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jaxgpt.config import Config, UserError
+
+Row = dict[str, Any]
+
+
+class Log:
+    """Everything a run tells, for people and for programs.
+
+    On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line
+    to grep. `metrics.jsonl` and `log.txt` get them in any case, TensorBoard and Weights & Biases
+    when asked. `first_step` is where the run starts: what an interrupted run had written of
+    later steps is forgotten, since those steps are about to be taken again.
+    """
+
+    def __init__(self, config: Config, first_step: int):
+        self.folder = Path(config.out_dir)
+        self._metrics = _reopen(self.folder / "metrics.jsonl", first_step)
+        self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = _live_line(config, self._console) if self._console.is_terminal else None
+        self._trackers = _trackers(config)
+
+    def __enter__(self) -> "Log":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._live:
+            self._live.stop()
+        for tracker in self._trackers:
+            tracker.close()
+        self._metrics.close()
+        self._text.close()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text, markup=False)
+        self._text.write(text + "\n")
+        self._text.flush()
+
+    def train(self, row: Row, left_s: float) -> None:
+        """A training step's numbers, and the seconds until the last step."""
+        mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] is not None else "n/a"
+        text = (
+            f"step {row['step']}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+            f"{row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms, mfu {mfu}"
+        )
+        self._record(row)
+        if self._live:
+            self._live.update(
+                self._live.task_ids[0], completed=row["step"], text=text, left=_duration(left_s)
+            )
+            self._text.write(text + "\n")
+        else:
+            self.say(text)
+
+    def eval(self, row: Row) -> None:
+        """An evaluation's losses; redraws the picture."""
+        losses = [f"{k.replace('_', ' ')} {row[k]:.4f}" for k in row if k.endswith("loss")]
+        self._record(row)
+        self.say(f"step {row['step']}: " + ", ".join(losses))
+        draw_losses(self.folder)
+
+    def _record(self, row: Row) -> None:
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for tracker in self._trackers:
+            tracker.log(row)
+
+
+def _reopen(file: Path, first_step: int):
+    """The metrics file without rows past `first_step` and without a half-written last one."""
+    rows = [row for row in read_metrics(file) if row["step"] <= first_step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(file)
+    return open(file, "a", encoding="utf-8")
+
+
+def read_metrics(file: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _live_line(config: Config, console: Console) -> Progress:
+    columns = BarColumn(20), TextColumn("{task.fields[text]}, {task.fields[left]}")
+    progress = Progress(*columns, console=console, transient=True)
+    progress.add_task("", total=config.max_iters, text="compiling", left="")
+    return progress
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    clock = f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    return f"{clock} left"
+
+
+def draw_losses(folder: Path) -> None:
+    """Redraws loss.png from metrics.jsonl: the loss of steps, and of both splits at evaluations."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "loss": dict(color="0.75", linewidth=1, label="training steps"),
+        "train_loss": dict(color="C0", marker="o", markersize=3, label="train split"),
+        "val_loss": dict(color="C1", marker="o", markersize=3, label="val split"),
+    }
+    for key, style in styles.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    val = [row["val_loss"] for row in rows if "val_loss" in row]
+    axes.set_title(f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = folder / "loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    partial.replace(folder / "loss.png")
+
+
+class Stopwatch:
+    """Time a step takes, over the steps since the last reading and without pauses."""
+
+    def __init__(self):
+        self._steps, self._spent = 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """The time since the last lap was a pause."""
+        self._lap = time.perf_counter()
+
+    def lap(self, steps: int) -> None:
+        now = time.perf_counter()
+        self._spent, self._steps, self._lap = self._spent + now - self._lap, self._steps + steps, now
+
+    def read(self) -> float:
+        """Seconds a step."""
+        seconds = self._spent / self._steps
+        self._steps, self._spent = 0, 0.0
+        return seconds
+
+
+def _trackers(config: Config) -> list:
+    found = []
+    if config.tensorboard:
+        found.append(_TensorBoard(Path(config.out_dir, "tensorboard")))
+    if config.wandb_log:
+        found.append(_Wandb(config))
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path):
+        self._writer = _need("tensorboardX", "tensorboard").SummaryWriter(str(folder))
+
+    def log(self, row: Row) -> None:
+        for key, value in row.items():
+            if key not in ("step", "time") and value is not None:
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: Config):
+        self._run = _need("wandb", "wandb_log").init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or Path(config.out_dir).name,
+            dir=config.out_dir,
+            config=config.to_dict(),
+        )
+
+    def log(self, row: Row) -> None:
+        self._run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _need(package: str, key: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{key}=True: needs {package}; pip install 'jaxgpt[log]'") from error

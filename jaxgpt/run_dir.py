@@ -1,0 +1,82 @@
+"""The run directory: what a run leaves on disk, who may write it, and how it is read again."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from jaxgpt import model
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config, Model, UserError, build
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.tokens import Dataset
+
+CONFIG = "config.json"
+OURS = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
+
+
+def open_checkpoints(config: Config) -> Checkpoints:
+    return Checkpoints(Path(config.out_dir, "checkpoints"), config.keep_checkpoints)
+
+
+def first_step(config: Config, checkpoints: Checkpoints) -> int:
+    """The step to go on from; 0 is a fresh run.
+
+    Raises `UserError` if `init_from` does not fit what the directory holds.
+    """
+    latest, out_dir = checkpoints.latest(), config.out_dir
+    if Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
+    if config.init_from == "scratch":
+        if latest is not None and not config.overwrite:
+            raise UserError(
+                f"out_dir={out_dir!r}: holds a run of {latest} steps; --init_from=resume goes on "
+                "with it, --overwrite=True deletes it"
+            )
+        return 0
+    if latest is None:
+        if config.init_from == "resume":
+            raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
+        return 0
+    saved = checkpoints.meta(latest)["config"]
+    for key in (field.name for field in dataclasses.fields(Model)):
+        ours, theirs = getattr(config, key), saved.get(key)
+        if key != "dropout" and ours != theirs:
+            raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
+    return latest
+
+
+def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
+    """Makes the directory ready: a fresh run's is cleared of ours, and both say what they are."""
+    folder = Path(config.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in (*OURS, "checkpoints")) if fresh else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    if dataset.tokenizer:
+        (folder / tokenizers.FILE).write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+
+
+def load(out_dir: str, checkpoint: str = "best") -> tuple[Config, dict[str, Any], int]:
+    """A run's config, its parameters on the first device, and their step.
+
+    `checkpoint` is best (the newest where there is none), latest, or a step. Raises `UserError`.
+    """
+    file = Path(out_dir, CONFIG)
+    if not file.is_file():
+        raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
+    config = build(json.loads(file.read_text(encoding="utf-8")))
+    checkpoints = Checkpoints(Path(out_dir, "checkpoints"))
+    named = {"best": checkpoints.best() or checkpoints.latest(), "latest": checkpoints.latest()}
+    step = named[checkpoint] if checkpoint in named else int(checkpoint)
+    if step not in checkpoints.steps():
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"checkpoint={checkpoint!r}: not in {out_dir}, which has {there}")
+    here = SingleDeviceSharding(jax.devices()[0])
+    _, shapes, _ = model.split(config)
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), shapes)
+    return config, checkpoints.restore({"params": abstract}, step)["params"], step

@@ -1,0 +1,287 @@
+"""Sampling: prefill, then decode in a jitted scan with a KV cache, streamed in chunks.
+
+B sequences, T prompt length, V vocabulary (padded), n new tokens of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxgpt import model
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.train_step import cast
+
+CHUNK = 20  # tokens between two looks of the host
+NOTHING = -1  # in place of a token, where a sequence drew none
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How a token is drawn from the logits; each knob at its default does nothing."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep so many of the likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that make up this probability (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable beside the likeliest one (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Divide the odds of tokens that were there before (Keskar et al. 2019)."""
+
+
+def draw(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, seen_BV: jax.Array | None):
+    """One token id a sequence, int32 [B]. Padded ids have logits of -inf and are never drawn."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    if seen_BV is not None:
+        penalty = knobs.repetition_penalty
+        penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(seen_BV, penalized, logits_BV)
+    if knobs.temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV /= knobs.temperature
+    if knobs.min_p:
+        least = logits_BV.max(-1, keepdims=True) + math.log(knobs.min_p)
+        logits_BV = jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
+    categorical = jax.vmap(jax.random.categorical)
+    if not knobs.top_k and knobs.top_p == 1:
+        return categorical(keys_B, logits_BV)
+    V = logits_BV.shape[-1]
+    values_Bk, ids_Bk = jax.lax.top_k(logits_BV, min(knobs.top_k or V, V))
+    probs_Bk = jax.nn.softmax(values_Bk)
+    likelier_Bk = probs_Bk.cumsum(-1) - probs_Bk  # the probability of those before it
+    values_Bk = jnp.where(likelier_Bk < knobs.top_p, values_Bk, -jnp.inf)
+    choice_B1 = categorical(keys_B, values_Bk)[:, None]
+    return jnp.take_along_axis(ids_Bk, choice_B1, axis=1)[:, 0]
+
+
+class Sampler:
+    """A model ready to be sampled, on one device.
+
+    It compiles once for a number of sequences, a setting of the knobs, and a bucket of prompt
+    lengths (the next power of two): not for every length. Raises `UserError` for an encoder.
+    """
+
+    def __init__(self, config: Config):
+        if not config.causal:
+            raise UserError("causal=False: an encoder cannot be sampled")
+        self.config = config.replace(remat="none", scan_layers=False, dropout=0.0)
+        self._graphdef, _, _ = model.split(self.config)
+        self._is_stacked = config.scan_layers
+        self.drawn = 0  # tokens, by the last call of `generate`
+        self._cast = jax.jit(partial(cast, dtype=config.dtype))
+        self._prefill = jax.jit(self._prefill_fn)
+        self._decode = jax.jit(self._decode_fn, static_argnums=2, donate_argnums=1)
+        self._slide = jax.jit(self._slide_fn, static_argnums=2, donate_argnums=1)
+
+    def load(self, params: dict[str, Any]) -> "Sampler":
+        """Takes these parameters, in the compute type, from now on."""
+        self.params = self._cast(model.unstack(params) if self._is_stacked else params)
+        return self
+
+    def generate(
+        self,
+        prompts: list[np.ndarray],
+        *,
+        max_new_tokens: int,
+        knobs: Knobs = Knobs(),
+        seed: int = 1337,
+        context: str = "halve",
+        is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
+    ) -> Iterator[np.ndarray]:
+        """New token ids in chunks [B, n], -1 where a sequence drew none.
+
+        What a sequence draws depends on its prompt, the seed and its place among the prompts
+        alone. `context` says what one goes on from that has outgrown `block_size`: `halve` cuts
+        it to its last half block and fills the cache anew, so that the cost of a token stays
+        bounded; `exact` shows every token the whole last block, as nanoGPT does, and has to run
+        all of it each time. `is_done(row, new tokens)` ends a sequence early.
+        """
+        self.drawn, texts = 0, [[int(token) for token in prompt] for prompt in prompts]
+        new: list[list[int]] = [[] for _ in prompts]
+        alive = [max_new_tokens > 0] * len(prompts)
+        carry, step = self._fill(texts, knobs, seed, None), self._decode
+        while any(alive):
+            carry["ready_B"] = carry["ready_B"] & np.array(alive)
+            carry, drawn = step(self.params, carry, knobs)
+            chunk = np.array(drawn)
+            for row in np.flatnonzero(alive):
+                chunk[row, max_new_tokens - len(new[row]) :] = NOTHING
+                kept = [int(token) for token in chunk[row] if token != NOTHING]
+                self.drawn += len(kept)
+                new[row] += kept
+                texts[row] += kept
+                stops = is_done(row, new[row])
+                alive[row] = len(new[row]) < max_new_tokens and not stops
+            yield chunk
+            full = np.array(alive) & ~np.asarray(carry["ready_B"])
+            if full.any() and context == "halve":
+                keep = self.config.block_size // 2
+                texts = [t[-keep:] if cut else t for t, cut in zip(texts, full, strict=True)]
+                carry = self._fill(texts, knobs, seed, carry)
+            elif full.any():
+                carry, step = self._window(texts, carry, alive), self._slide
+
+    def _fill(self, texts: list[list[int]], knobs: Knobs, seed: int, old: dict | None) -> dict:
+        """Caches that hold the ends of these texts, and the logits of what follows."""
+        tokens_BT, lengths_B = self._pad(texts, bucket=True)
+        caches, logits_BV = self._prefill(self.params, tokens_BT, lengths_B)
+        rows = len(texts)
+        if old:
+            carry = {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")}
+        else:
+            key, seen = jax.random.key(seed), None
+            if knobs.repetition_penalty != 1:
+                seen = np.zeros((rows, self.config.padded_vocab), bool)
+                for row, text in enumerate(texts):
+                    seen[row, text] = True
+            keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+            carry = {"keys_B": keys_B, "drawn_B": jnp.zeros(rows, jnp.int32), "seen_BV": seen}
+        ready_B = jnp.ones(rows, bool)
+        return carry | {
+            "caches": caches, "logits_BV": logits_BV, "lengths_B": lengths_B, "ready_B": ready_B
+        }
+
+    def _window(self, texts: list[list[int]], old: dict, alive: list[bool]) -> dict:
+        """The last block of every text, to run whole for every token."""
+        window_BT, lengths_B = self._pad(texts, bucket=False)
+        carry = {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")}
+        return carry | {"window_BT": window_BT, "lengths_B": lengths_B, "ready_B": jnp.array(alive)}
+
+    def _pad(self, texts: list[list[int]], *, bucket: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The last `block_size` tokens of each text, [B, T], padded at the end; their lengths."""
+        size = self.config.block_size
+        texts = [text[-size:] for text in texts]
+        lengths_B = np.array([len(text) for text in texts], np.int32)
+        width = min(size, 1 << (int(lengths_B.max()) - 1).bit_length()) if bucket else size
+        tokens_BT = np.zeros((len(texts), width), np.int32)
+        for row, text in zip(tokens_BT, texts, strict=True):
+            row[: len(text)] = text
+        return tokens_BT, lengths_B
+
+    def _prefill_fn(self, params: dict, tokens_BT: jax.Array, lengths_B: jax.Array):
+        """No query sees the padding after it; decoding overwrites it before any could."""
+        network = nnx.merge(self._graphdef, params)
+        caches = model.init_caches(self.config, len(tokens_BT))
+        features_BTD, caches = network.features(tokens_BT, caches=caches)
+        return caches, _logits_at(network, features_BTD, lengths_B - 1)
+
+    def _decode_fn(self, params: dict, carry: dict, knobs: Knobs):
+        network, size = nnx.merge(self._graphdef, params), self.config.block_size
+
+        def step(carry: dict, _) -> tuple[dict, jax.Array]:
+            carry, token_B = _draw_next(carry, carry["logits_BV"], knobs)
+            length_B = carry["lengths_B"]
+            fits_B = carry["ready_B"] & (length_B < size)
+            inputs_B1 = jnp.maximum(token_B, 0)[:, None]
+            start_B = jnp.minimum(length_B, size - 1)
+            features_BTD, caches = network.features(
+                inputs_B1, caches=carry["caches"], start_B=start_B
+            )
+            carry |= {"caches": caches, "logits_BV": network.logits(features_BTD)[:, 0]}
+            return carry | {"lengths_B": length_B + fits_B, "ready_B": fits_B}, token_B
+
+        carry, tokens_nB = jax.lax.scan(step, carry, length=CHUNK)
+        return carry, tokens_nB.T
+
+    def _slide_fn(self, params: dict, carry: dict, knobs: Knobs):
+        network, size = nnx.merge(self._graphdef, params), self.config.block_size
+
+        def step(carry: dict, _) -> tuple[dict, jax.Array]:
+            window_BT, length_B = carry["window_BT"], carry["lengths_B"]
+            features_BTD, _ = network.features(window_BT)
+            logits_BV = _logits_at(network, features_BTD, length_B - 1)
+            carry, token_B = _draw_next(carry, logits_BV, knobs)
+            is_full_B1 = (length_B == size)[:, None]
+            window_BT = jnp.where(is_full_B1, jnp.roll(window_BT, -1, axis=1), window_BT)
+            place_B = jnp.minimum(length_B, size - 1)
+            window_BT = window_BT.at[jnp.arange(len(place_B)), place_B].set(jnp.maximum(token_B, 0))
+            lengths_B = jnp.minimum(length_B + 1, size)
+            return carry | {"window_BT": window_BT, "lengths_B": lengths_B}, token_B
+
+        carry, tokens_nB = jax.lax.scan(step, carry, length=CHUNK)
+        return carry, tokens_nB.T
+
+
+def _logits_at(network: model.GPT, features_BTD: jax.Array, place_B: jax.Array) -> jax.Array:
+    features_B1D = jnp.take_along_axis(features_BTD, place_B[:, None, None], axis=1)
+    return network.logits(features_B1D)[:, 0]
+
+
+def _draw_next(carry: dict, logits_BV: jax.Array, knobs: Knobs) -> tuple[dict, jax.Array]:
+    """Draws for the sequences that are ready; the n-th draw of one always uses its n-th key."""
+    keys_B = jax.vmap(jax.random.fold_in)(carry["keys_B"], carry["drawn_B"])
+    token_B = jnp.where(carry["ready_B"], draw(logits_BV, keys_B, knobs, carry["seen_BV"]), NOTHING)
+    carry = carry | {"drawn_B": carry["drawn_B"] + carry["ready_B"]}
+    if carry["seen_BV"] is not None:
+        rows = jnp.arange(len(token_B))
+        seen_BV = carry["seen_BV"].at[rows, token_B].max(carry["ready_B"])
+        carry |= {"seen_BV": seen_BV}
+    return carry, token_B.astype(jnp.int32)
+
+
+class TextStream:
+    """Turns one sequence's token ids into text as they come.
+
+    Holds back what is not final yet: half a character, or what may become a stop string. Text
+    ends before the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self._tokenizer, self._stop, self._shown = tokenizer, stop, 0
+        self.stopped = False
+
+    def push(self, ids: list[int], *, last: bool = False) -> str:
+        """The text that is new and final, given all ids so far; `last` lets go of everything."""
+        text = self._tokenizer.decode(ids)
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        self.stopped = bool(ends)
+        if ends:
+            text = text[: min(ends)]
+        elif not last:
+            text = text[: len(text) - self._held(text)]
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+    def _held(self, text: str) -> int:
+        partial_stops = (
+            n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])
+        )
+        return max(*partial_stops, len(text) - len(text.rstrip("\ufffd")), 0)
+
+
+def sample_text(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    stop: tuple[str, ...] = (),
+    **options: Any,
+) -> Iterator[list[str]]:
+    """The text that each prompt goes on with, in pieces; `options` are those of `generate`.
+
+    Raises `UserError` for a prompt that has no tokens, or a character that has none.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    if any(len(i) == 0 for i in ids):
+        raise UserError("start='': a prompt needs at least one character; a line break will do")
+    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    pieces = [""] * len(prompts)
+
+    def is_done(row: int, new: list[int]) -> bool:
+        pieces[row] = streams[row].push(new, last=len(new) == max_new_tokens)
+        return streams[row].stopped
+
+    for _ in sampler.generate(ids, max_new_tokens=max_new_tokens, is_done=is_done, **options):
+        yield list(pieces)
+        pieces[:] = [""] * len(prompts)

@@ -1,0 +1,80 @@
+"""The mesh, and the one table that lays a parameter's axes over it.
+
+XLA's partitioner does the rest: from these layouts it derives every collective.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.config import Config, UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# A parameter's letters (see model.py) -> the mesh axis that splits them. Letters that are not
+# here, and vectors of width D, are whole on every device.
+RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
+BATCH = ("data", "fsdp")
+
+
+def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh`; by default every device is on `data`.
+
+    Virtual CPU devices are only a way to use more cores, so by default as many are taken as the
+    batch can be split over. Raises `UserError` with the sizes that do not divide.
+    """
+    devices = devices or jax.devices()
+    sizes = dict.fromkeys(AXES, 1)
+    if config.mesh:
+        for part in config.mesh.split(","):
+            axis, size = part.split(":")
+            if axis not in AXES:
+                raise UserError(f"mesh={config.mesh!r}: {axis} must be one of {', '.join(AXES)}")
+            sizes[axis] = int(size)
+    else:
+        on_cpu = devices[0].platform == "cpu"
+        sizes["data"] = math.gcd(len(devices), sequences(config)) if on_cpu else len(devices)
+    count = math.prod(sizes.values())
+    if not 1 <= count <= len(devices):
+        raise UserError(f"mesh={config.mesh!r}: {count} devices, but JAX finds {len(devices)}")
+    _check_divides(config, sizes)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
+    )
+
+
+def sequences(config: Config) -> int:
+    """Sequences in a step, over all devices and micro-batches."""
+    accumulation = config.batch_tokens // (config.batch_size * config.block_size)
+    return config.batch_size * (accumulation or config.gradient_accumulation_steps)
+
+
+def micro_batches(config: Config, mesh: Mesh) -> int:
+    """Micro-batches a step: as few as keep a device's share of one within `batch_size`.
+
+    Every count gives the same step, up to rounding.
+    """
+    total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
+    counts = range(1, total + 1)
+    fits = (n for n in counts if total % (n * devices) == 0 and total // n <= config.batch_size * devices)
+    return next(fits)
+
+
+def _check_divides(config: Config, sizes: dict[str, int]) -> None:
+    over_batch = sizes["data"] * sizes["fsdp"]
+    wanted = [
+        (over_batch, "data x fsdp", sequences(config), "sequences a step"),
+        (sizes["fsdp"], "fsdp", config.n_embd, "n_embd"),
+        (sizes["tensor"], "tensor", config.kv_heads, "key-value heads"),
+        (sizes["tensor"], "tensor", config.inner_width, "MLP width"),
+    ]
+    for size, axis, total, what in wanted:
+        if total % size:
+            raise UserError(f"mesh: {axis} = {size} does not divide {what} = {total}")
+
+
+def layout(mesh: Mesh, axes: str) -> NamedSharding:
+    """Where a parameter with these letters lives: `VD` is P('tensor', 'fsdp')."""
+    letters = axes if axes.strip("L") != "D" else ""
+    return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in letters)))

@@ -1,0 +1,277 @@
+"""The training run: data -> step -> log -> eval -> save, until the end or a signal."""
+
+import math
+import os
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt import device, model, run_dir, sharding
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.batches import Batches, make_resident
+from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.tokens import Dataset
+from jaxgpt.evaluate import DISPATCH, mean_loss, random_batches, whole_split
+from jaxgpt.metrics import Log, Row, Stopwatch
+from jaxgpt.sample import Sampler, sample_text
+from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
+
+TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
+SAMPLE_TOKENS = 200
+
+
+def train(config: Config, on_cpu: dict[str, tuple[Any, Any]]) -> int:
+    """Runs `config` to its end -> 0, or 128 + n if signal n ended it early, with its state saved.
+
+    `on_cpu` are the keys that differ for want of an accelerator. Raises `UserError`.
+    """
+    dataset = find_dataset(config, config.block_size)
+    if 0 < config.vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"vocab_size={config.vocab_size}: must be at least the dataset's {dataset.vocab_size}"
+        )
+    config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
+    checkpoints = run_dir.open_checkpoints(config)
+    first_step = run_dir.first_step(config, checkpoints)
+    mesh = sharding.make_mesh(config)
+    resolved, notes = device.resolve(config)
+    run_dir.begin(config, dataset, fresh=first_step == 0)
+    with jax.set_mesh(mesh), Log(config, first_step) as log, StopSignal(log) as stop:
+        trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
+        trainer.introduce(on_cpu, notes)
+        trainer.start(first_step)
+        trainer.run()
+    return 128 + stop.signal if stop.signal else 0
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
+
+    def __init__(self, log: Log):
+        self.signal, self._log = 0, log
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        self._log.say(f"{signal.Signals(number).name}: saving and leaving; again to leave at once")
+
+
+class Trainer:
+    """One run: its state on the mesh, its batches, and what happens at each step."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        dataset: Dataset,
+        checkpoints: Checkpoints,
+        log: Log,
+        stop: StopSignal,
+    ):
+        self.config, self.mesh, self.dataset = config, mesh, dataset
+        self.checkpoints, self.log, self.stop = checkpoints, log, stop
+        self.sequences = sharding.sequences(config)
+        self.micro_batches = sharding.micro_batches(config, mesh)
+        tokens = len(dataset.train) + len(dataset.val)
+        self.on_device = device.holds_tokens(config, tokens, tokens * dataset.train.dtype.itemsize)
+        several = self.on_device and not device.on_cpu()
+        self.steps = (config.steps_per_dispatch or (10 if several else 1)) if self.on_device else 1
+        self.batches = self._make_batches()
+        self.eval_step = make_eval_step(config)
+        self.best_val_loss, self.step = math.inf, 0
+        self.stopwatch, self.sampler = Stopwatch(), None
+        peak = device.peak_flops() if config.dtype == "bfloat16" else None
+        self.peak_tokens = peak and peak * mesh.size / model.flops_per_token(config)
+
+    def _make_batches(self) -> dict[int, Batches]:
+        c, train, val = self.config, self.dataset.train, self.dataset.val
+        resident = {t: make_resident(t, self.mesh) if self.on_device else None for t in (train, val)}
+        sequences = self.sequences // self.micro_batches
+        eval_shape = min(DISPATCH, c.eval_iters or 1), 1, sequences
+        make = partial(Batches, mesh=self.mesh, block_size=c.block_size, seed=c.seed)
+        return {
+            stream: make(tokens, shape_KMB=shape, stream=stream, resident=resident[tokens], ahead=n)
+            for stream, tokens, shape, n in (
+                (TRAIN, train, (self.steps, self.micro_batches, sequences), 2),
+                (EVAL_TRAIN, train, eval_shape, 0),
+                (EVAL_VAL, val, eval_shape, 0),
+            )
+        }
+
+    def introduce(self, on_cpu: dict[str, tuple[Any, Any]], notes: list[str]) -> None:
+        """Says what runs on what."""
+        c, data, devices = self.config, self.dataset, self.mesh.size
+        kind = jax.devices()[0].device_kind
+        if on_cpu:
+            changed = ", ".join(f"{key}={new}" for key, (new, _) in on_cpu.items())
+            self.log.say(f"no accelerator: the config's on_cpu holds: {changed}")
+        self.log.say(f"device: {devices} x {kind}, {c.dtype}, {c.attention} attention")
+        self.log.say(
+            f"data: {data.source}; {len(data.train):,} train and {len(data.val):,} val tokens, "
+            f"vocabulary {data.vocab_size}" + (", held on the device" if self.on_device else "")
+        )
+        self.log.say(
+            f"model: {model.count_params(c) / 1e6:.2f}M parameters; "
+            f"step: {self.sequences * c.block_size:,} tokens = {self.sequences} x {c.block_size} "
+            f"in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
+        )
+        for note in notes:
+            self.log.say(note)
+
+    def start(self, first_step: int) -> None:
+        """The state to begin with: fresh, or the checkpoint of that step."""
+        self.step = first_step
+        if not first_step:
+            self.state = init_state(self.config, self.mesh)
+            return
+        meta = self.checkpoints.meta(first_step)
+        if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:
+            raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
+        self.best_val_loss = meta["best_val_loss"] or math.inf
+        abstract = abstract_state(self.config, self.mesh)
+        place = abstract.pop("step").sharding
+        self.state = self.checkpoints.restore(abstract, first_step)
+        self.state["step"] = jax.device_put(np.int32(first_step), place)
+        self.log.say(f"going on from step {first_step}")
+
+    def run(self) -> None:
+        """Steps until `max_iters` or a signal.
+
+        The host reads the numbers of a dispatch while the device works on the next: it never
+        waits for the one just launched.
+        """
+        c = self.config
+        if self.step == 0 or c.eval_only:
+            self.evaluate(whole=c.eval_only)
+        if c.eval_only or self.step >= c.max_iters:
+            return
+        train_step, pending = self._compile(), None
+        self.stopwatch.resume()
+        while self.step < c.max_iters and not self.stop.signal:
+            count = min(self.steps, self._until_pause())
+            batch = self.batches[TRAIN].take(self.step)
+            self.state, metrics = train_step(self.state, batch, self._scalar(count))
+            self._report(pending)
+            pending, self.step = (self.step, count, metrics), self.step + count
+            if self._due(c.eval_interval) or self._due(c.save_interval) or self.step == c.max_iters:
+                pending = self._report(pending)
+                self._pause()
+        self._report(pending)
+        if self.checkpoints.newest != self.step:
+            self._save(best=False)
+        self.checkpoints.wait()
+
+    def _compile(self):
+        began = time.perf_counter()
+        step = make_train_step(self.config)
+        batch = self.batches[TRAIN].take(self.step)
+        compiled = step.lower(self.state, batch, self._scalar(1)).compile()
+        self.log.say(f"compiled in {time.perf_counter() - began:.1f} s")
+        return compiled
+
+    def _scalar(self, value: int) -> jax.Array:
+        return jax.device_put(np.int32(value), NamedSharding(self.mesh, PartitionSpec()))
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def _until_pause(self) -> int:
+        """Steps until the loop has something else to do."""
+        intervals = [n for n in (self.config.eval_interval, self.config.save_interval) if n]
+        return min(self.config.max_iters - self.step, *(n - self.step % n for n in intervals))
+
+    def _report(self, dispatch: tuple[int, int, dict] | None) -> None:
+        """Logs the steps of a dispatch, once the device is through with it."""
+        if dispatch is None:
+            return
+        before, count, metrics = dispatch
+        metrics = jax.device_get(metrics)
+        self.stopwatch.lap(count)
+        for i, step in enumerate(range(before + 1, before + count + 1)):
+            loss = float(metrics["loss"][i])
+            if not math.isfinite(loss):
+                raise UserError(f"step {step}: the loss is {loss}; try a lower learning_rate")
+            if step % self.config.log_interval == 0 or step == 1:
+                self._log_step(step, {key: float(values[i]) for key, values in metrics.items()})
+
+    def _log_step(self, step: int, numbers: Row) -> None:
+        seconds = self.stopwatch.read()
+        tokens = self.sequences * self.config.block_size
+        row = {"step": step} | numbers
+        row |= {"tokens": step * tokens, "tokens_per_s": tokens / seconds}
+        row |= {"step_ms": 1000 * seconds, "time": time.time()}
+        row["mfu"] = row["tokens_per_s"] / self.peak_tokens if self.peak_tokens else None
+        self.log.train(row, seconds * (self.config.max_iters - step))
+
+    def _pause(self) -> None:
+        """What is due between two steps: an evaluation, a sample, a checkpoint."""
+        c, improved = self.config, False
+        is_last, evaluates = self.step == c.max_iters, self._due(c.eval_interval)
+        if evaluates or is_last:
+            improved = self.evaluate(whole=is_last)
+            if c.sample_every and self.step // c.eval_interval % c.sample_every == 0:
+                self._sample()
+        if improved or is_last or (evaluates and c.always_save_checkpoint) or self._due(c.save_interval):
+            self._save(best=improved)
+        self.stopwatch.resume()
+
+    def evaluate(self, *, whole: bool) -> bool:
+        """Logs the losses at this step -> whether the validation loss is the best so far.
+
+        They are estimates from `eval_iters` random batches, as in nanoGPT; `whole` adds the loss
+        of the whole validation split, which is all there is when `eval_iters` is 0.
+        """
+        row: Row = {"step": self.step}
+        for name, stream in ("train", EVAL_TRAIN), ("val", EVAL_VAL):
+            row[f"{name}_loss"] = self._loss(stream, whole=not self.config.eval_iters)
+        if whole and self.config.eval_iters:
+            row["whole_val_loss"] = self._loss(EVAL_VAL, whole=True)
+        self.log.eval(row | {"time": time.time()})
+        improved = row["val_loss"] < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, row["val_loss"])
+        return improved
+
+    def _loss(self, stream: int, *, whole: bool) -> float:
+        batches = self.batches[stream]
+        if whole:
+            some = whole_split(batches.tokens, self.mesh, batches.shape_KMB[2], batches.block_size)
+        else:
+            some = random_batches(batches, self.step, self.config.eval_iters)
+        return mean_loss(self.eval_step, self.state["params"], some)
+
+    def _save(self, *, best: bool) -> None:
+        best_val_loss = self.best_val_loss if math.isfinite(self.best_val_loss) else None
+        meta = {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "best_val_loss": best_val_loss,
+            "dataset": self.config.dataset,
+            "data": self.dataset.fingerprint,
+        }
+        self.checkpoints.save(self.state, meta, best=best)
+
+    def _sample(self) -> None:
+        """Logs a short sample of what the model says now."""
+        tokenizer = self.dataset.tokenizer
+        if tokenizer is None:
+            return
+        self.sampler = self.sampler or Sampler(self.config)
+        self.sampler.load(self.state["params"])
+        start = tokenizer.decode([0])  # a line break, where the tokenizer is of characters
+        text = sample_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
+        self.log.say("".join(new for (new,) in text))

@@ -1,0 +1,168 @@
+"""The training step and the evaluation step: pure functions, jitted once.
+
+K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt import model
+from jaxgpt.config import Config
+from jaxgpt.data.batches import gather
+from jaxgpt.loss import IGNORED, cross_entropy
+from jaxgpt.optimizer import make_optimizer, kernels, schedule
+from jaxgpt.sharding import layout
+
+State = dict[str, Any]
+"""{"params": nested dicts, "opt_state": optax's, "step": int32, how many steps were taken}."""
+
+
+def new_state(config: Config) -> State:
+    """The state before the first step, from `config.seed`; run it under jit."""
+    params = model.init(config, jax.random.fold_in(jax.random.key(config.seed), 0))
+    return {
+        "params": params,
+        "opt_state": make_optimizer(config).init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """The state's shapes, types and places on the mesh, without any of its arrays.
+
+    An optimizer's arrays lie where the parameters that they follow lie.
+    """
+    _, _, axes = model.split(config)
+    places = jax.tree.map(lambda letters: layout(mesh, letters), axes)
+    places_by_path = {jax.tree_util.keystr(path): place for path, place in jax.tree.leaves_with_path(places)}
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+        where = next((places_by_path[t] for t in tails if t in places_by_path), everywhere)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    return jax.tree.map_with_path(place, jax.eval_shape(partial(new_state, config)))
+
+
+def init_state(config: Config, mesh: Mesh) -> State:
+    """The state before the first step, born where it belongs on the mesh."""
+    places = jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
+    return jax.jit(partial(new_state, config), out_shardings=places)()
+
+
+def make_train_step(config: Config) -> Callable:
+    """-> jitted `(state, batch, count) -> (state, metrics)`, which donates the state.
+
+    Takes the first `count` of the batch's K steps. Metrics are arrays [K]: `loss` (the mean over
+    the step's targets, in nats), `grad_norm` (before clipping) and `lr`.
+    """
+    graphdef, _, _ = model.split(config)
+    optimizer, learning_rate = make_optimizer(config), schedule(config)
+
+    def loss(params: dict, windows_BT: jax.Array, keys_B: jax.Array):
+        network = nnx.merge(graphdef, params)
+        inputs_BT, targets_BT = _inputs_and_targets(windows_BT)
+        features, _ = network.features(inputs_BT, model.Dropout(config.dropout, keys_B))
+        return cross_entropy(network.logits(features), targets_BT)
+
+    def one_step(state: State, windows_MBT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        keys_MB = _dropout_keys(config.seed, state["step"], windows_MBT.shape[:2])
+        total, count, grads = _accumulate(
+            jax.value_and_grad(loss, has_aux=True),
+            cast(state["params"], config.dtype),
+            windows_MBT,
+            keys_MB,
+        )
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        metrics = {
+            "loss": total / count,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": learning_rate(state["step"]),
+        }
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    def train_step(state: State, batch: dict, count: jax.Array):
+        steps = jax.tree.leaves(batch)[-1].shape[0]
+        first = partial(gather, batch, length=config.block_size + 1)
+        if steps == 1:
+            state, metrics = one_step(state, first(0))
+            return state, jax.tree.map(lambda value: value[None], metrics)
+
+        def body(i: jax.Array, carry: tuple) -> tuple:
+            state, metrics = carry
+            state, new = one_step(state, first(i))
+            return state, jax.tree.map(lambda all, one: all.at[i].set(one), metrics, new)
+
+        shapes = jax.eval_shape(one_step, state, jax.eval_shape(first, 0))[1]
+        metrics = jax.tree.map(lambda one: jnp.zeros((steps, *one.shape), one.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: Config) -> Callable:
+    """-> jitted `(params, batch, count) -> (summed loss, number of targets)` of `count` batches."""
+    graphdef, _, _ = model.split(config)
+
+    def eval_step(params: dict, batch: dict, count: jax.Array):
+        network = nnx.merge(graphdef, cast(params, config.dtype))
+
+        def body(i: jax.Array, totals: tuple) -> tuple:
+            (windows_BT,) = gather(batch, i, config.block_size + 1)
+            inputs_BT, targets_BT = _inputs_and_targets(windows_BT)
+            new = cross_entropy(network(inputs_BT), targets_BT)
+            return jax.tree.map(jnp.add, totals, new)
+
+        zero = jax.eval_shape(body, 0, (jnp.zeros(()), jnp.zeros((), jnp.int32)))
+        return jax.lax.fori_loop(0, count, body, jax.tree.map(jnp.zeros_like, zero))
+
+    return jax.jit(eval_step)
+
+
+def _accumulate(grad: Callable, params: dict, windows_MBT: jax.Array, keys_MB: jax.Array):
+    """Loss, targets and gradients of a step, summed over its micro-batches in float32 at least."""
+    if len(windows_MBT) == 1:
+        (total, count), grads = grad(params, windows_MBT[0], keys_MB[0])
+        return total, count, jax.tree.map(_wide, grads)
+
+    def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
+        (total, count), grads = grad(params, *micro)
+        return jax.tree.map(jnp.add, sums, (total, count, jax.tree.map(_wide, grads))), None
+
+    (total, count), grads = jax.eval_shape(grad, params, windows_MBT[0], keys_MB[0])
+    shapes = total, count, jax.eval_shape(partial(jax.tree.map, _wide), grads)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add, zeros, (windows_MBT, keys_MB))[0]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def cast(params: dict, dtype: str) -> dict:
+    """The parameters in the compute type, once a step; norms and biases stay as they are."""
+    return jax.tree.map(lambda p, cast: p.astype(dtype) if cast else p, params, kernels(params))
+
+
+def _inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens, and the token after each; a negative id is a target that counts for nothing."""
+    inputs_BT = jnp.maximum(windows_BT[:, :-1], 0)
+    targets_BT = windows_BT[:, 1:]
+    return inputs_BT, jnp.where(targets_BT < 0, IGNORED, targets_BT)
+
+
+def _dropout_keys(seed: int, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A key for every sequence of a step, by its number in the step, [M, B]."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+    numbers_MB = jnp.arange(shape[0] * shape[1]).reshape(shape)
+    return jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(numbers_MB)

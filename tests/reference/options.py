@@ -1,0 +1,41 @@
+"""Option sets that together use every model option at least once."""
+
+DEFAULTS = {
+    "vocab_size": 11,
+    "block_size": 7,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 0,
+    "n_embd": 16,
+    "n_inner": 20,
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "position": "learned",
+    "mlp": "gelu",
+    "bias": True,
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "attention_window": 0,
+    "causal": True,
+    "value_residual": False,
+}
+MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "relu2", "bias": False, "qk_norm": True}
+MODEL_CASES = [
+    {},
+    {"bias": False, "tie_embeddings": False},
+    {"norm": "rmsnorm", "mlp": "gelu_tanh"},
+    {"norm_position": "post", "position": "sinusoidal", "mlp": "relu"},
+    {"norm_position": "post", "norm": "rmsnorm", "tie_embeddings": False},
+    {"position": "none", "mlp": "relu2", "n_kv_head": 4},
+    {"position": "rope", "n_kv_head": 2},
+    {"position": "rope", "qk_norm": True, "mlp": "swiglu"},
+    {"n_kv_head": 1, "qk_norm": True, "attention_window": 3},
+    {"causal": False, "mlp": "swiglu", "bias": False},
+    {"logit_softcap": 1.5},
+    {"value_residual": True, "n_layer": 3},
+    {"value_residual": True, "n_layer": 1, "norm_position": "post"},
+    MODERN | {"n_kv_head": 2, "value_residual": True, "attention_window": 4, "logit_softcap": 2.0},
+    {"n_layer": 0},
+    {"n_layer": 0, "tie_embeddings": False, "norm": "rmsnorm", "position": "none"},
+]
