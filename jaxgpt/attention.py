@@ -1,17 +1,117 @@
-"""Causal attention over a head axis: one meaning, several back ends.
+"""Causal attention over a head axis: the module, its KV cache, and one function's back ends.
 
-B batch, T query length, S key length, N heads, K KV heads, G = N / K query heads a KV head,
-H head width.
+B batch, T query length, S key length, D embedding, N heads, K KV heads, G = N / K query heads a
+KV head, H head width, C the parts of a fused map (query, key, value).
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
-Dropout = Callable[[jax.Array], jax.Array]
+from jaxgpt.config import Config
+from jaxgpt.layers import ATTENTION, WEIGHTS, Dropout, Linear, Norm, residual_std
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, for the positions seen so far."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with one fused map for query, key and value.
+
+    The fused kernel [D, 3, N, H] holds the maps of N separate heads side by side, and the output
+    kernel [N, H, D] sums over heads what separate heads would concatenate and then map.
+    """
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_width
+        linear = partial(Linear, bias=c.bias, rngs=rngs)
+        if K == N:
+            self.qkv = linear("BTD,DCNH->BTCNH", D, 3, N, H)
+        else:
+            self.q = linear("BTD,DNH->BTNH", D, N, H)
+            self.kv = linear("BTD,DCKH->BTCKH", D, 2, K, H)
+        self.out = linear("BTNH,NHD->BTD", N, H, D, std=residual_std(c))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (Norm(c, H, "H", kind="rmsnorm") for _ in range(2))
+        if c.value_residual:
+            self.value_mix = nnx.Param(jnp.array(0.5), axes="")
+        self.config = c
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        v_first: jax.Array | None,
+        layer: int | jax.Array,
+        drop: Dropout,
+        cache: Cache | None,
+        start_B: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
+        """-> the branch [B, T, D], the first layer's values, and the cache with these T in it."""
+        c = self.config
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        if c.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if c.position == "rope":
+            positions_BT = positions(x_BTD.shape[1], start_B)
+            q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT), rotate(k_BTKH, positions_BT)
+        if c.value_residual:  # Zhou et al. 2024, "Value Residual Learning"
+            v_first = v_BTKH if v_first is None else jnp.where(layer == 0, v_BTKH, v_first)
+            mix = self.value_mix[...].astype(v_BTKH.dtype)
+            v_BTKH = (1 - mix) * v_BTKH + mix * v_first
+        if cache is not None:
+            cache = _write(cache, k_BTKH, v_BTKH, start_B)
+        keys, values, mask_BTS = k_BTKH, v_BTKH, None
+        if cache is not None and start_B is not None:
+            keys, values = cache
+            mask_BTS = _cached(keys.shape[1], start_B, c.attention_window)
+        o_BTNH = attend(
+            q_BTNH,
+            keys,
+            values,
+            causal=c.causal,
+            window=c.attention_window,
+            mask_BTS=mask_BTS,
+            dropout=partial(drop, site=WEIGHTS) if drop.rate else None,
+            backend=c.attention,
+        )
+        return drop(self.out(o_BTNH), ATTENTION), v_first, cache
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x -> q [B, T, N, H], k and v [B, T, K, H]."""
+        if self.config.kv_heads == self.config.n_head:
+            q, k, v = jnp.split(self.qkv(x_BTD), 3, axis=2)  # one concatenation in the gradient
+            return q.squeeze(2), k.squeeze(2), v.squeeze(2)
+        k, v = jnp.split(self.kv(x_BTD), 2, axis=2)
+        return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
+
+
+def positions(length: int, start_B: jax.Array | None) -> jax.Array:
+    """Positions of a sequence's next tokens, [1 or B, T]: from 0, or from what is cached."""
+    start = jnp.zeros(1, jnp.int32) if start_B is None else start_B
+    return start[:, None] + jnp.arange(length)
+
+
+def _write(cache: Cache, k_BTKH, v_BTKH, start_B: jax.Array | None) -> Cache:
+    if start_B is None:
+        start_B = jnp.zeros(k_BTKH.shape[0], jnp.int32)
+    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    k_BTKH, v_BTKH = k_BTKH.astype(cache.k_BSKH.dtype), v_BTKH.astype(cache.v_BSKH.dtype)
+    return Cache(put(cache.k_BSKH, k_BTKH, start_B), put(cache.v_BSKH, v_BTKH, start_B))
+
+
+def _cached(length: int, start_B: jax.Array, window: int) -> jax.Array:
+    """Which cached keys the query at position `start` may look at, [B, 1, S]."""
+    key, query = jnp.arange(length), start_B[:, None, None]
+    return (key <= query) & (key > query - window) if window else key <= query
 
 
 def attend(
@@ -22,7 +122,7 @@ def attend(
     causal: bool,
     window: int = 0,
     mask_BTS: jax.Array | None = None,
-    dropout: Dropout | None = None,
+    dropout: Callable | None = None,
     backend: str = "reference",
 ) -> jax.Array:
     """Softmax attention, scaled by 1/sqrt(H) -> [B, T, N, H] in q's type.
@@ -57,7 +157,7 @@ def attention_mask(length: int, causal: bool, window: int) -> jax.Array:
     return allowed & (key > query - window) if window else allowed
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Dropout | None) -> jax.Array:
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> jax.Array:
     """The equations as they stand; every option; the [T, S] weights are held in memory."""
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
@@ -70,28 +170,36 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Dropout | None) -> jax
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-
 def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: bool = False):
     """JAX's Pallas flash kernel for TPUs, on each device's own sequences and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def local(q_BTNH, k_BSKH, v_BSKH):
-        (_, T, N, H), heads_first = q_BTNH.shape, partial(jnp.swapaxes, axis1=1, axis2=2)
+        (_, T, N, H) = q_BTNH.shape
+        heads_first: Callable = partial(jnp.swapaxes, axis1=1, axis2=2)
         mask = splash.FullMask((T, T))
         if causal:
             mask = splash.LocalMask((T, T), (window - 1 if window else None, 0), 0)
         block = next(size for size in (512, 256, 128) if T % size == 0)
-        names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute "
-        names += "block_q_dq block_kv_dq"
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * N),
             head_shards=1,
             q_seq_shards=1,
-            block_sizes=splash.BlockSizes(**dict.fromkeys(names.split(), block)),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_kv_compute=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_kv_dkv_compute=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
             interpret=interpret,
         )
         q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)  # the kernel does not scale
-        return heads_first(jax.vmap(kernel)(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH))))
+        run: Callable = jax.vmap(kernel)
+        return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH))))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -108,7 +216,9 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """
     half = x_BTNH.shape[-1] // 2
     wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    angle_BT1H = (positions_BT[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)).astype(wide)
+    angle_BT1H = (positions_BT[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)).astype(
+        wide
+    )
     sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
     a, b = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -3,9 +3,9 @@
 Imports of JAX wait until a command line has been read: help and mistakes are answered at once.
 """
 
+import dataclasses
 import sys
 import time
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxgpt.command_line import from_command_line
 from jaxgpt.config import (
     Config,
     Count,
@@ -25,7 +26,6 @@ from jaxgpt.config import (
     Text,
     UserError,
     check,
-    from_command_line,
 )
 
 RULE = "-" * 15  # between samples, as in nanoGPT
@@ -110,16 +110,19 @@ def sample(argv: list[str]) -> None:
     from jaxgpt import device, run_dir
     from jaxgpt.data.tokenizer import FILE, load
     from jaxgpt.sample import Sampler
+    from jaxgpt.sharding import one_device
 
     device.start(args.device)
-    config, params, step = run_dir.load(args.out_dir, args.checkpoint)
+    config = run_dir.load_config(args.out_dir)
+    params, step = run_dir.load_params(config, args.checkpoint, one_device())
     resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0))
     speak = partial(_speak, args, Sampler(resolved).load(params), load(Path(args.out_dir, FILE)))
     print(f"{args.out_dir}, step {step}, {resolved.dtype}", file=sys.stderr)
-    if not args.interactive:
-        return speak(prompts)
-    while prompt := input("> "):
-        speak([prompt])
+    if args.interactive:
+        while prompt := input("> "):
+            speak([prompt])
+    else:
+        speak(prompts)
 
 
 def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
@@ -194,8 +197,8 @@ class EvalArgs:
     """The run to evaluate."""
     checkpoint: Checkpoint = "best"
     """Which of its checkpoints."""
-    data_dir: Folder = ""
-    """Where datasets live. Default: where the run found them."""
+    data_dir: str = ""
+    """Where datasets live; empty is where the run found them."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """What to run on."""
 
@@ -203,6 +206,12 @@ class EvalArgs:
 def evaluate(argv: list[str]) -> None:
     """--out_dir=DIR: the loss of the whole validation split."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
+    from jaxgpt import device
+    from jaxgpt.evaluate import evaluate
+
+    device.start(args.device)
+    for name, value in evaluate(args.out_dir, args.checkpoint, args.data_dir).items():
+        print(f"{name}: {value}")
 
 
 def _parse(args_type: type, argv: list[str], prog: str):

@@ -55,11 +55,10 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     """
     if device != "auto":
         jax.config.update("jax_platforms", device)
-    if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
         jax.config.update("jax_num_cpu_devices", _cores())
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_enable_x64", float64)

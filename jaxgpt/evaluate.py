@@ -3,6 +3,7 @@
 K batches of a dispatch, M micro-batches (here one), B sequences, T length.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,11 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt import device, run_dir, sharding
 from jaxgpt.data.batches import Batches
+from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import Tokens
 from jaxgpt.sharding import BATCH
+from jaxgpt.train_step import make_eval_step
 
 DISPATCH = 20  # batches handed to the device in one call
+PIECE = 1 << 20  # tokens decoded in one piece
 
 
 def mean_loss(
@@ -41,7 +47,7 @@ def whole_split(
     Windows follow each other without overlap. The last window, and the last batch, are filled up
     with ids of -1, which count for nothing.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
+    place = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
     rows, targets = DISPATCH * sequences, len(tokens) - 1
     for first in range(0, targets, rows * block_size):
         starts = range(first, targets, block_size)[:rows]
@@ -50,5 +56,35 @@ def whole_split(
             ids = tokens.read(start, min(block_size, targets - start) + 1)
             window[: len(ids)] = ids
         windows = windows.reshape(DISPATCH, 1, sequences, block_size + 1)
-        batch = jax.make_array_from_callback(windows.shape, sharding, windows.__getitem__)
+        batch = jax.make_array_from_callback(windows.shape, place, windows.__getitem__)
         yield {"windows": batch}, -(-len(starts) // sequences)
+
+
+def evaluate(out_dir: str, checkpoint: str, data_dir: str = "") -> dict[str, Any]:
+    """The loss of a run on its whole validation split, also as perplexity and bits a byte.
+
+    Raises `UserError` if the run or its dataset is not there.
+    """
+    config = run_dir.load_config(out_dir)
+    dataset = find_dataset(config.replace(data_dir=data_dir or config.data_dir), config.block_size)
+    mesh = sharding.make_mesh(config)
+    params, step = run_dir.load_params(config, checkpoint, mesh)
+    resolved, _ = device.resolve(config.replace(dropout=0.0))
+    sequences = sharding.sequences(config) // sharding.micro_batches(config, mesh)
+    batches = whole_split(dataset.val, mesh, sequences, config.block_size)
+    loss = mean_loss(make_eval_step(resolved), params, batches)
+    found = {"step": step, "val_tokens": len(dataset.val), "val_loss": loss}
+    found["perplexity"] = math.exp(loss)
+    if dataset.tokenizer:
+        bits = loss / math.log(2) * (len(dataset.val) - 1)
+        found["bits_per_byte"] = bits / count_bytes(dataset.val, dataset.tokenizer)
+    return found
+
+
+def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that the targets of a split, all tokens but the first, stand for."""
+    pieces = range(1, len(tokens), PIECE)
+    return sum(
+        len(tokenizer.decode(tokens.read(at, min(PIECE, len(tokens) - at))).encode())
+        for at in pieces
+    )

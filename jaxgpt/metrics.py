@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,22 @@ class Log:
 
     def __init__(self, config: Config, first_step: int):
         self.folder = Path(config.out_dir)
-        self._metrics = _reopen(self.folder / "metrics.jsonl", first_step)
-        self._text = open(self.folder / "log.txt", "a", encoding="utf-8")
         self._console = Console(highlight=False, soft_wrap=True)
-        self._live = _live_line(config, self._console) if self._console.is_terminal else None
-        self._trackers = _trackers(config)
+        with ExitStack() as stack:
+            metrics = _forget_after(first_step, self.folder / "metrics.jsonl")
+            self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
+            self._text = stack.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
+            self._trackers = [stack.enter_context(closing(t)) for t in _trackers(config)]
+            self._live = _live_line(config, self._console) if self._console.is_terminal else None
+            if self._live:
+                stack.enter_context(self._live)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Log":
-        if self._live:
-            self._live.start()
         return self
 
     def __exit__(self, *error) -> None:
-        if self._live:
-            self._live.stop()
-        for tracker in self._trackers:
-            tracker.close()
-        self._metrics.close()
-        self._text.close()
+        self._stack.close()
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -80,13 +79,12 @@ class Log:
             tracker.log(row)
 
 
-def _reopen(file: Path, first_step: int):
-    """The metrics file without rows past `first_step` and without a half-written last one."""
-    rows = [row for row in read_metrics(file) if row["step"] <= first_step]
+def _forget_after(step: int, file: Path) -> Path:
+    """Rewrites the metrics file without rows past a step, and without a half-written last one."""
+    rows = [row for row in read_metrics(file) if row["step"] <= step]
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(file)
-    return open(file, "a", encoding="utf-8")
+    return partial.replace(file)
 
 
 def read_metrics(file: Path) -> list[Row]:
@@ -120,15 +118,13 @@ def draw_losses(folder: Path) -> None:
     rows = read_metrics(folder / "metrics.jsonl")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    styles = {
-        "loss": dict(color="0.75", linewidth=1, label="training steps"),
-        "train_loss": dict(color="C0", marker="o", markersize=3, label="train split"),
-        "val_loss": dict(color="C1", marker="o", markersize=3, label="val split"),
-    }
-    for key, style in styles.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
+    for key, line, label in (
+        ("loss", "0.75", "training steps"),
+        ("train_loss", "C0.-", "train split"),
+        ("val_loss", "C1.-", "val split"),
+    ):
+        some = [row for row in rows if key in row]
+        axes.plot([r["step"] for r in some], [r[key] for r in some], line, label=label)
     val = [row["val_loss"] for row in rows if "val_loss" in row]
     axes.set_title(f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
@@ -152,7 +148,11 @@ class Stopwatch:
 
     def lap(self, steps: int) -> None:
         now = time.perf_counter()
-        self._spent, self._steps, self._lap = self._spent + now - self._lap, self._steps + steps, now
+        self._spent, self._steps, self._lap = (
+            self._spent + now - self._lap,
+            self._steps + steps,
+            now,
+        )
 
     def read(self) -> float:
         """Seconds a step."""

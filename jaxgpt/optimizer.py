@@ -6,6 +6,7 @@ import optax
 
 from jaxgpt.config import Config
 
+
 def schedule(config: Config) -> optax.Schedule:
     """Learning rate by step, from 0: linear warm-up, cosine to `min_lr`, then flat; nanoGPT's.
 
@@ -16,7 +17,8 @@ def schedule(config: Config) -> optax.Schedule:
         return optax.constant_schedule(c.learning_rate)
     end = c.lr_decay_iters or c.max_iters
 
-    def learning_rate(step: jax.Array) -> jax.Array:
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step)
         warm = c.learning_rate * (step + 1) / (c.warmup_iters + 1)
         progress = jnp.clip((step - c.warmup_iters) / max(1, end - c.warmup_iters), 0, 1)
         cosine = c.min_lr + 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (c.learning_rate - c.min_lr)
@@ -30,9 +32,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     c = config
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
-        optax.adamw(
-            schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels
-        ),
+        optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels),
     )
 
 

@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
-from jaxgpt import model
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, Model, UserError, build
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
+from jaxgpt.train_step import abstract_params
 
 CONFIG = "config.json"
 OURS = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
@@ -61,22 +60,30 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
         (folder / tokenizers.FILE).write_text(dataset.tokenizer.to_json(), encoding="utf-8")
 
 
-def load(out_dir: str, checkpoint: str = "best") -> tuple[Config, dict[str, Any], int]:
-    """A run's config, its parameters on the first device, and their step.
-
-    `checkpoint` is best (the newest where there is none), latest, or a step. Raises `UserError`.
-    """
+def load_config(out_dir: str) -> Config:
+    """The config of the run in `out_dir`. Raises `UserError` if there is none."""
     file = Path(out_dir, CONFIG)
     if not file.is_file():
         raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
-    config = build(json.loads(file.read_text(encoding="utf-8")))
-    checkpoints = Checkpoints(Path(out_dir, "checkpoints"))
-    named = {"best": checkpoints.best() or checkpoints.latest(), "latest": checkpoints.latest()}
+    try:
+        return build(json.loads(file.read_text(encoding="utf-8"))).replace(out_dir=out_dir)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not the config of a run ({error})") from error
+
+
+def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, Any], int]:
+    """A run's parameters on the mesh, and the step they are from.
+
+    `checkpoint` is best (the newest where there is none), latest, or a step. Raises `UserError`.
+    """
+    checkpoints = open_checkpoints(config)
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"out_dir={config.out_dir!r}: there is no checkpoint in it yet")
+    named = {"best": checkpoints.best() or steps[-1], "latest": steps[-1]}
     step = named[checkpoint] if checkpoint in named else int(checkpoint)
-    if step not in checkpoints.steps():
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise UserError(f"checkpoint={checkpoint!r}: not in {out_dir}, which has {there}")
-    here = SingleDeviceSharding(jax.devices()[0])
-    _, shapes, _ = model.split(config)
-    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), shapes)
-    return config, checkpoints.restore({"params": abstract}, step)["params"], step
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"checkpoint={checkpoint!r}: {config.out_dir} has best, latest, {there}")
+    abstract = {"params": abstract_params(config, mesh)}
+    return checkpoints.restore(abstract, step)["params"], step

@@ -114,7 +114,7 @@ class Sampler:
             carry["ready_B"] = carry["ready_B"] & np.array(alive)
             carry, drawn = step(self.params, carry, knobs)
             chunk = np.array(drawn)
-            for row in np.flatnonzero(alive):
+            for row in (row for row, is_alive in enumerate(alive) if is_alive):
                 chunk[row, max_new_tokens - len(new[row]) :] = NOTHING
                 kept = [int(token) for token in chunk[row] if token != NOTHING]
                 self.drawn += len(kept)
@@ -148,7 +148,10 @@ class Sampler:
             carry = {"keys_B": keys_B, "drawn_B": jnp.zeros(rows, jnp.int32), "seen_BV": seen}
         ready_B = jnp.ones(rows, bool)
         return carry | {
-            "caches": caches, "logits_BV": logits_BV, "lengths_B": lengths_B, "ready_B": ready_B
+            "caches": caches,
+            "logits_BV": logits_BV,
+            "lengths_B": lengths_B,
+            "ready_B": ready_B,
         }
 
     def _window(self, texts: list[list[int]], old: dict, alive: list[bool]) -> dict:

@@ -18,14 +18,14 @@ RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"
 BATCH = ("data", "fsdp")
 
 
-def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     """The mesh of `config.mesh`; by default every device is on `data`.
 
     Virtual CPU devices are only a way to use more cores, so by default as many are taken as the
     batch can be split over. Raises `UserError` with the sizes that do not divide.
     """
     devices = devices or jax.devices()
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     if config.mesh:
         for part in config.mesh.split(","):
             axis, size = part.split(":")
@@ -33,15 +33,23 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
                 raise UserError(f"mesh={config.mesh!r}: {axis} must be one of {', '.join(AXES)}")
             sizes[axis] = int(size)
     else:
-        on_cpu = devices[0].platform == "cpu"
-        sizes["data"] = math.gcd(len(devices), sequences(config)) if on_cpu else len(devices)
+        sizes["data"] = len(devices)
+        while devices[0].platform == "cpu" and sequences(config) % sizes["data"]:
+            sizes["data"] -= 1
     count = math.prod(sizes.values())
     if not 1 <= count <= len(devices):
         raise UserError(f"mesh={config.mesh!r}: {count} devices, but JAX finds {len(devices)}")
     _check_divides(config, sizes)
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
-    )
+    return _mesh(tuple(sizes.values()), devices[:count])
+
+
+def one_device() -> Mesh:
+    """The mesh of the first device alone."""
+    return _mesh((1, 1, 1), jax.local_devices()[:1])
+
+
+def _mesh(shape: tuple[int, ...], devices: list) -> Mesh:
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def sequences(config: Config) -> int:
@@ -56,9 +64,8 @@ def micro_batches(config: Config, mesh: Mesh) -> int:
     Every count gives the same step, up to rounding.
     """
     total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
-    counts = range(1, total + 1)
-    fits = (n for n in counts if total % (n * devices) == 0 and total // n <= config.batch_size * devices)
-    return next(fits)
+    most = config.batch_size * devices
+    return next(n for n in range(-(-total // most), total + 1) if total % (n * devices) == 0)
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:

@@ -42,7 +42,7 @@ def train(config: Config, on_cpu: dict[str, tuple[Any, Any]]) -> int:
     mesh = sharding.make_mesh(config)
     resolved, notes = device.resolve(config)
     run_dir.begin(config, dataset, fresh=first_step == 0)
-    with jax.set_mesh(mesh), Log(config, first_step) as log, StopSignal(log) as stop:
+    with jax.set_mesh(mesh), Log(config, first_step) as log, StopSignal() as stop:
         trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
         trainer.introduce(on_cpu, notes)
         trainer.start(first_step)
@@ -53,8 +53,7 @@ def train(config: Config, on_cpu: dict[str, tuple[Any, Any]]) -> int:
 class StopSignal:
     """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
 
-    def __init__(self, log: Log):
-        self.signal, self._log = 0, log
+    signal = 0
 
     def __enter__(self) -> "StopSignal":
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -68,7 +67,7 @@ class StopSignal:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        self._log.say(f"{signal.Signals(number).name}: saving and leaving; again to leave at once")
+        os.write(2, b"stopping: saves first; the same signal again leaves at once\n")
 
 
 class Trainer:
@@ -100,7 +99,9 @@ class Trainer:
 
     def _make_batches(self) -> dict[int, Batches]:
         c, train, val = self.config, self.dataset.train, self.dataset.val
-        resident = {t: make_resident(t, self.mesh) if self.on_device else None for t in (train, val)}
+        resident = {
+            t: make_resident(t, self.mesh) if self.on_device else None for t in (train, val)
+        }
         sequences = self.sequences // self.micro_batches
         eval_shape = min(DISPATCH, c.eval_iters or 1), 1, sequences
         make = partial(Batches, mesh=self.mesh, block_size=c.block_size, seed=c.seed)
@@ -226,7 +227,12 @@ class Trainer:
             improved = self.evaluate(whole=is_last)
             if c.sample_every and self.step // c.eval_interval % c.sample_every == 0:
                 self._sample()
-        if improved or is_last or (evaluates and c.always_save_checkpoint) or self._due(c.save_interval):
+        if (
+            improved
+            or is_last
+            or (evaluates and c.always_save_checkpoint)
+            or self._due(c.save_interval)
+        ):
             self._save(best=improved)
         self.stopwatch.resume()
 

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import stages
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
 from jaxgpt.loss import IGNORED, cross_entropy
-from jaxgpt.optimizer import make_optimizer, kernels, schedule
+from jaxgpt.optimizer import kernels, make_optimizer, schedule
 from jaxgpt.sharding import layout
 
 State = dict[str, Any]
@@ -34,14 +35,25 @@ def new_state(config: Config) -> State:
     }
 
 
+def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """The parameters' shapes, types and places on the mesh, without the arrays."""
+    _, shapes, axes = model.split(config)
+    return jax.tree.map(
+        lambda p, letters: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=layout(mesh, letters)),
+        shapes,
+        axes,
+    )
+
+
 def abstract_state(config: Config, mesh: Mesh) -> State:
-    """The state's shapes, types and places on the mesh, without any of its arrays.
+    """The state's shapes, types and places on the mesh, without the arrays.
 
     An optimizer's arrays lie where the parameters that they follow lie.
     """
-    _, _, axes = model.split(config)
-    places = jax.tree.map(lambda letters: layout(mesh, letters), axes)
-    places_by_path = {jax.tree_util.keystr(path): place for path, place in jax.tree.leaves_with_path(places)}
+    places = jax.tree.map(lambda p: p.sharding, abstract_params(config, mesh))
+    places_by_path = {
+        jax.tree_util.keystr(path): place for path, place in jax.tree.leaves_with_path(places)
+    }
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -58,7 +70,7 @@ def init_state(config: Config, mesh: Mesh) -> State:
     return jax.jit(partial(new_state, config), out_shardings=places)()
 
 
-def make_train_step(config: Config) -> Callable:
+def make_train_step(config: Config) -> stages.Wrapped:
     """-> jitted `(state, batch, count) -> (state, metrics)`, which donates the state.
 
     Takes the first `count` of the batch's K steps. Metrics are arrays [K]: `loss` (the mean over
@@ -110,7 +122,7 @@ def make_train_step(config: Config) -> Callable:
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: Config) -> Callable:
+def make_eval_step(config: Config) -> stages.Wrapped:
     """-> jitted `(params, batch, count) -> (summed loss, number of targets)` of `count` batches."""
     graphdef, _, _ = model.split(config)
 
@@ -161,7 +173,7 @@ def _inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return inputs_BT, jnp.where(targets_BT < 0, IGNORED, targets_BT)
 
 
-def _dropout_keys(seed: int, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _dropout_keys(seed: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A key for every sequence of a step, by its number in the step, [M, B]."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
     numbers_MB = jnp.arange(shape[0] * shape[1]).reshape(shape)

@@ -1,9 +1,6 @@
 """The Flax model against the NumPy one: values and gradients of every option."""
 
-import math
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -50,7 +47,9 @@ def test_loss_and_gradients_are_the_references(options, dtype):
     params, tokens, targets = random_case(config, dtype)
     with jax.enable_x64(dtype == "float64"):
         loss, grads = loss_and_grads(config, params, tokens, targets)
-    want_loss, want_grads = ref.loss_and_grads(params | {"blocks": params.get("blocks", {})}, tokens, targets, config)
+    want_loss, want_grads = ref.loss_and_grads(
+        params | {"blocks": params.get("blocks", {})}, tokens, targets, config
+    )
     assert loss == pytest.approx(want_loss, rel=TOLERANCE[dtype])
     want_grads = ref.flatten(want_grads)
     for path, grad in ref.flatten(grads).items():

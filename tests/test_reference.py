@@ -95,6 +95,7 @@ def check_gradients(loss, params: dict, grads: dict, step: float = 1e-5) -> None
 
 # --- The whole model ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("options", MODEL_CASES, ids=str)
 def test_model_gradients_are_finite_differences(options):
     config = SimpleNamespace(**DEFAULTS | options)

@@ -6,6 +6,7 @@ K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,10 @@ class Batches:
     def _make(self, step: int) -> dict[str, jax.Array]:
         starts, length = self.starts(step), self.block_size + 1
         if self._resident is not None:
-            return {"tokens": self._resident, "starts": self._put(starts.astype(np.int32).__getitem__)}
+            return {
+                "tokens": self._resident,
+                "starts": self._put(starts.astype(np.int32).__getitem__),
+            }
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             mine = starts[index[:3]]  # the sequences of one device
@@ -121,7 +125,7 @@ class Batches:
 
         return {"windows": self._put(read, length)}
 
-    def _put(self, part: Callable[[tuple[slice, ...]], np.ndarray], *shape: int) -> jax.Array:
+    def _put(self, part: Callable[[Any], np.ndarray], *shape: int) -> jax.Array:
         return jax.make_array_from_callback((*self.shape_KMB, *shape), self._sharding, part)
 
 

