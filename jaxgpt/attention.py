@@ -6,7 +6,7 @@ KV head, H head width, C the parts of a fused map (query, key, value).
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: boo
 
     def local(q_BTNH, k_BSKH, v_BSKH):
         (_, T, N, H) = q_BTNH.shape
-        heads_first: Callable = partial(jnp.swapaxes, axis1=1, axis2=2)
+        heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
         mask = splash.FullMask((T, T))
         if causal:
             mask = splash.LocalMask((T, T), (window - 1 if window else None, 0), 0)
@@ -198,7 +198,7 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: boo
             interpret=interpret,
         )
         q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)  # the kernel does not scale
-        run: Callable = jax.vmap(kernel)
+        run = cast(Callable, jax.vmap(kernel))
         return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH))))
 
     mesh = jax.sharding.get_abstract_mesh()

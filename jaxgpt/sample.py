@@ -125,7 +125,7 @@ class Sampler:
             yield chunk
             full = np.array(alive) & ~np.asarray(carry["ready_B"])
             if full.any() and context == "halve":
-                keep = self.config.block_size // 2
+                keep = max(1, self.config.block_size // 2)
                 texts = [t[-keep:] if cut else t for t, cut in zip(texts, full, strict=True)]
                 carry = self._fill(texts, knobs, seed, carry)
             elif full.any():
