@@ -35,14 +35,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, in order."""
-        return sorted(int(p.parent.name) for p in self.folder.glob(f"[0-9]*/{DIGEST}"))
+        return sorted(int(p.name) for p in self._folders() if (p / DIGEST).exists())
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         link = self.folder / BEST
-        return int(link.resolve().name) if (link / DIGEST).exists() else None
+        if not (link / DIGEST).exists():
+            return None
+        return int(link.resolve().name) if link.is_symlink() else self.meta(BEST)["step"]
 
     def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
         """Copies the state off the device, then writes it in the background.
@@ -81,20 +83,25 @@ class Checkpoints:
 
     def _prune(self) -> None:
         kept = {*self.steps()[-self.keep :], self.best()}
-        for step in self.folder.glob("[0-9]*"):
+        for step in self._folders():
             if int(step.name) not in kept:
                 shutil.rmtree(step, ignore_errors=True)
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was told of a step. Raises `UserError` if it cannot be read."""
+    def _folders(self) -> list[Path]:
+        """The folders of steps, whole or not."""
+        return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
+
+    def meta(self, step: int | str) -> dict[str, Any]:
+        """What `save` was told of a step. Raises `UserError` if it is not what was written."""
         file = self.folder / str(step) / META
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
-            version = meta["format_version"]
-        except (OSError, ValueError, KeyError) as error:
+            version = int(meta["format_version"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: not the meta of a checkpoint ({error!r})") from error
         if version > FORMAT_VERSION:
             raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
+        _verify(file.parent, META)
         return meta
 
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
@@ -103,27 +110,39 @@ class Checkpoints:
         Raises `UserError` if a file is not what was written, or the arrays are not those.
         """
         folder = self.folder / str(step)
-        written, found = json.loads((folder / DIGEST).read_text()), _digest(folder)
-        for name in written | found:
-            if written.get(name) != found.get(name):
-                raise UserError(f"{folder / name}: not what was written there")
+        self.meta(step)
+        _verify(folder)
         items = {k: ocp.args.StandardRestore(v) for k, v in abstract.items()}
         try:
             return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
         except ValueError as error:
-            raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: {str(error).splitlines()[0].rstrip(':')}") from error
 
 
 def _digest(step: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every file of a step: what tells bit rot, which Orbax does not see."""
-    found = {}
-    for file in sorted(p for p in step.rglob("*") if p.is_file() and p.name != DIGEST):
-        checksum = 0
-        with open(file, "rb") as stream:
-            while piece := stream.read(READ_BYTES):
-                checksum = zlib.crc32(piece, checksum)
-        found[str(file.relative_to(step))] = {"size": file.stat().st_size, "crc32": checksum}
-    return found
+    """The sums of every file of a step."""
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    return {str(file.relative_to(step)): _sums(file) for file in files}
+
+
+def _sums(file: Path) -> dict[str, int]:
+    """Size and CRC-32: what tells bit rot, which Orbax does not see."""
+    checksum = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(READ_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return {"size": file.stat().st_size, "crc32": checksum}
+
+
+def _verify(step: Path, *names: str) -> None:
+    """Raises `UserError` unless these files of a step, or all of them, are what was written."""
+    try:
+        written = json.loads((step / DIGEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{step / DIGEST}: not the digest of a checkpoint ({error!r})") from error
+    for name in names or written:
+        if not (step / name).is_file() or _sums(step / name) != written.get(name):
+            raise UserError(f"{step / name}: not what was written there")
 
 
 def _write(file: Path, text: str) -> None:
@@ -140,6 +159,8 @@ def _link(link: Path, target: str) -> None:
     partial = link.with_name(link.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
+    if link.is_dir() and not link.is_symlink():  # some ways to copy a run make a folder of it
+        shutil.rmtree(link)
     partial.replace(link)
 
 

@@ -21,6 +21,7 @@ from jaxgpt.config import (
     CountOrOff,
     Folder,
     Number,
+    Seed,
     Share,
     Size,
     Text,
@@ -93,7 +94,7 @@ class SampleArgs:
     """Above 1, makes tokens that were there before less likely."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End a sample before this text; may be given several times."""
-    seed: CountOrOff = 1337
+    seed: Seed = 1337
     """Decides the samples."""
     context: Literal["halve", "exact"] = "halve"
     """Past block_size: go on from the last half, or slide token by token as nanoGPT does."""
@@ -112,17 +113,29 @@ def sample(argv: list[str]) -> None:
     from jaxgpt.sample import Sampler
     from jaxgpt.sharding import one_device
 
-    device.start(args.device)
     config = run_dir.load_config(args.out_dir)
+    device.start(args.device, float64=config.dtype == "float64")
     params, step = run_dir.load_params(config, args.checkpoint, one_device())
     resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0))
     speak = partial(_speak, args, Sampler(resolved).load(params), load(Path(args.out_dir, FILE)))
     print(f"{args.out_dir}, step {step}, {resolved.dtype}", file=sys.stderr)
     if args.interactive:
-        while prompt := input("> "):
-            speak([prompt])
+        while prompt := _ask():
+            try:
+                speak([prompt])
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
     else:
         speak(prompts)
+
+
+def _ask() -> str:
+    """A line of the user's, without its end; nothing where there are no more."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return ""
 
 
 def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
@@ -131,8 +144,7 @@ def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     texts, began = list(prompts), time.perf_counter()
-    print(_printable(texts[0]), end="", flush=True)
-    for pieces in sample_text(
+    stream = sample_text(
         sampler,
         tokenizer,
         prompts,
@@ -141,7 +153,9 @@ def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
         knobs=Knobs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Knobs)}),
         seed=args.seed,
         context=args.context,
-    ):
+    )
+    print(_printable(texts[0]), end="", flush=True)
+    for pieces in stream:
         print(_printable(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print(f"\n{RULE}", *(f"{_printable(text)}\n{RULE}" for text in texts[1:]), sep="\n")

@@ -20,7 +20,7 @@ def load(path: str) -> dict[str, Config]:
     the file that is to blame.
     """
     if not Path(path).is_file():
-        there = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py")))
+        there = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.py")))
         raise UserError(
             f"--config {path}: no such file" + (f"; there are {there}" if there else "")
         )
@@ -29,22 +29,25 @@ def load(path: str) -> dict[str, Config]:
     except Exception as error:
         raise UserError(_blame(path, error)) from error
     variants = {k: names[k] for k in ("config", "on_cpu") if k in names}
-    if "config" not in variants or not all(isinstance(v, Config) for v in variants.values()):
-        raise UserError(f"--config {path}: must build `config = Config(...)`")
+    for name, value in ({"config": None} | variants).items():
+        if not isinstance(value, Config):
+            raise UserError(f"--config {path}: must build `{name} = Config(...)`")
     return variants
 
 
 def _blame(path: str, error: Exception) -> str:
     """One line for an error in a config file: where, the user's own line, and what is wrong."""
-    message = str(error) or type(error).__name__
-    if isinstance(error, SyntaxError):
-        return f"{path}, line {error.lineno}: {(error.text or '').strip()!r}: {error.msg}"
+    if isinstance(error, SyntaxError) and error.lineno:
+        line = (error.text or "").strip()
+        return f"{error.filename or path}, line {error.lineno}: {line!r}: {error.msg}"
+    said = [str(error)] if isinstance(error, UserError) else traceback.format_exception_only(error)
+    message = " ".join("".join(said).split())
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
         try:
             build({unknown[1]: None})
         except UserError as named:
             message = str(named)
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if not frames:
         return f"{path}: {message}"
@@ -72,7 +75,8 @@ def from_command_line(
     """
     path, flags = _split_config_path(list(argv))
     for flag in flags:
-        if (name := flag.lstrip("-").split("=")[0]) in NOT_KEYS:
+        name = flag.removeprefix("--").split("=")[0]
+        if flag.startswith("--") and name in NOT_KEYS:
             raise UserError(f"--{name}: {NOT_KEYS[name]}; leave this flag out")
     variants = load(path) if path else {"config": Config()}
     config = _parse_flags(flags, variants["config"])

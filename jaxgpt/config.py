@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -28,12 +29,12 @@ class Number:
 
     def __contains__(self, value: float) -> bool:
         top = value < self.high if self.below_high else value <= self.high
-        return math.isfinite(value) and self.low <= value and top
+        return abs(value) < math.inf and self.low <= value and top
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"from {self.low:g} to {self.high:g}" + (" exclusive" if self.below_high else "")
+            return f"at least {self.low}"
+        return f"from {self.low} to {self.high}" + (" exclusive" if self.below_high else "")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ Count = Annotated[int, Number(1)]
 CountOrOff = Annotated[int, Number(0)]
 Size = Annotated[float, Number(0)]
 Share = Annotated[float, Number(0, 1, below_high=True)]
+Seed = Annotated[int, Number(0, 2**32 - 1)]  # JAX would take it modulo 2**32
 Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
 Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
@@ -86,7 +88,7 @@ class Run:
     """Steps between further saves, apart from evaluations; 0 is none."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept on disk, beside the best one."""
-    seed: CountOrOff = 1337
+    seed: Seed = 1337
     """Decides initial weights, order of the data and dropout."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs the extra `log`)."""
@@ -277,7 +279,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if value in choices:
             return value
         raise UserError(f"{key}={value!r}: must be one of {', '.join(choices)}")
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is kind and all(value in rule for rule in rules):
         return value

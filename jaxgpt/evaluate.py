@@ -72,7 +72,7 @@ def evaluate(out_dir: str, checkpoint: str, data_dir: str = "") -> dict[str, Any
     resolved, _ = device.resolve(config.replace(dropout=0.0))
     sequences = sharding.sequences(config) // sharding.micro_batches(config, mesh)
     batches = whole_split(dataset.val, mesh, sequences, config.block_size)
-    loss = mean_loss(make_eval_step(resolved), params, batches)
+    loss = mean_loss(make_eval_step(resolved, mesh), params, batches)
     found = {"step": step, "val_tokens": len(dataset.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
     if dataset.tokenizer:

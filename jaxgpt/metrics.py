@@ -26,15 +26,17 @@ class Log:
 
     def __init__(self, config: Config, first_step: int):
         self.folder = Path(config.out_dir)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, emoji=False, soft_wrap=True)
         with ExitStack() as stack:
             metrics = _forget_after(first_step, self.folder / "metrics.jsonl")
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
             self._text = stack.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
-            self._trackers = [stack.enter_context(closing(t)) for t in _trackers(config)]
-            self._live = _live_line(config, self._console) if self._console.is_terminal else None
-            if self._live:
-                stack.enter_context(self._live)
+            self._trackers = [
+                stack.enter_context(closing(t)) for t in _trackers(config, first_step)
+            ]
+            self._live = None
+            if self._console.is_interactive:
+                self._live = stack.enter_context(_live_line(config, self._console))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Log":
@@ -46,8 +48,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line for people."""
         self._console.print(text, markup=False)
-        self._text.write(text + "\n")
-        self._text.flush()
+        self._write(text)
 
     def train(self, row: Row, left_s: float) -> None:
         """A training step's numbers, and the seconds until the last step."""
@@ -58,10 +59,9 @@ class Log:
         )
         self._record(row)
         if self._live:
-            self._live.update(
-                self._live.task_ids[0], completed=row["step"], text=text, left=_duration(left_s)
-            )
-            self._text.write(text + "\n")
+            text_left = f"{_duration(left_s)}, {text}"  # a narrow terminal cuts its end
+            self._live.update(self._live.task_ids[0], completed=row["step"], text=text_left)
+            self._write(text)
         else:
             self.say(text)
 
@@ -71,6 +71,10 @@ class Log:
         self._record(row)
         self.say(f"step {row['step']}: " + ", ".join(losses))
         draw_losses(self.folder)
+
+    def _write(self, text: str) -> None:
+        self._text.write(text + "\n")
+        self._text.flush()
 
     def _record(self, row: Row) -> None:
         self._metrics.write(json.dumps(row) + "\n")
@@ -99,9 +103,9 @@ def read_metrics(file: Path) -> list[Row]:
 
 
 def _live_line(config: Config, console: Console) -> Progress:
-    columns = BarColumn(20), TextColumn("{task.fields[text]}, {task.fields[left]}")
+    columns = BarColumn(20), TextColumn("{task.fields[text]}")
     progress = Progress(*columns, console=console, transient=True)
-    progress.add_task("", total=config.max_iters, text="compiling", left="")
+    progress.add_task("", total=config.max_iters, text="compiling")
     return progress
 
 
@@ -126,7 +130,8 @@ def draw_losses(folder: Path) -> None:
         some = [row for row in rows if key in row]
         axes.plot([r["step"] for r in some], [r[key] for r in some], line, label=label)
     val = [row["val_loss"] for row in rows if "val_loss" in row]
-    axes.set_title(f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name)
+    title = f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name
+    axes.set_title(title, parse_math=False)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -139,7 +144,7 @@ class Stopwatch:
     """Time a step takes, over the steps since the last reading and without pauses."""
 
     def __init__(self):
-        self._steps, self._spent = 0, 0.0
+        self._steps, self._spent, self._seconds = 0, 0.0, 0.0
         self.resume()
 
     def resume(self) -> None:
@@ -147,32 +152,32 @@ class Stopwatch:
         self._lap = time.perf_counter()
 
     def lap(self, steps: int) -> None:
-        now = time.perf_counter()
-        self._spent, self._steps, self._lap = (
-            self._spent + now - self._lap,
-            self._steps + steps,
-            now,
-        )
+        """So many steps have just ended."""
+        before, self._lap = self._lap, time.perf_counter()
+        self._spent += self._lap - before
+        self._steps += steps
 
     def read(self) -> float:
-        """Seconds a step."""
-        seconds = self._spent / self._steps
+        """Seconds a step; steps of one lap that are read one by one share its mean."""
+        if self._steps:
+            self._seconds = self._spent / self._steps
         self._steps, self._spent = 0, 0.0
-        return seconds
+        return self._seconds
 
 
-def _trackers(config: Config) -> list:
+def _trackers(config: Config, first_step: int) -> list:
     found = []
     if config.tensorboard:
-        found.append(_TensorBoard(Path(config.out_dir, "tensorboard")))
+        found.append(_TensorBoard(Path(config.out_dir, "tensorboard"), first_step))
     if config.wandb_log:
         found.append(_Wandb(config))
     return found
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path):
-        self._writer = _need("tensorboardX", "tensorboard").SummaryWriter(str(folder))
+    def __init__(self, folder: Path, first_step: int):
+        writer = _need("tensorboardX", "tensorboard").SummaryWriter
+        self._writer = writer(str(folder), purge_step=first_step + 1)
 
     def log(self, row: Row) -> None:
         for key, value in row.items():

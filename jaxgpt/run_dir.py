@@ -42,7 +42,7 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
     saved = checkpoints.meta(latest)["config"]
-    for key in (field.name for field in dataclasses.fields(Model)):
+    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers"):
         ours, theirs = getattr(config, key), saved.get(key)
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
@@ -52,7 +52,10 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
 def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     """Makes the directory ready: a fresh run's is cleared of ours, and both say what they are."""
     folder = Path(config.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
     for path in (folder / name for name in (*OURS, "checkpoints")) if fresh else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")

@@ -48,10 +48,10 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, seen_BV: jax.Arr
         logits_BV = jnp.where(seen_BV, penalized, logits_BV)
     if knobs.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV /= knobs.temperature
+    logits_BV -= logits_BV.max(-1, keepdims=True)
+    logits_BV /= min(max(knobs.temperature, 1e-30), 1e30)  # the rest is beyond float32
     if knobs.min_p:
-        least = logits_BV.max(-1, keepdims=True) + math.log(knobs.min_p)
-        logits_BV = jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
+        logits_BV = jnp.where(logits_BV >= math.log(knobs.min_p), logits_BV, -jnp.inf)
     categorical = jax.vmap(jax.random.categorical)
     if not knobs.top_k and knobs.top_p == 1:
         return categorical(keys_B, logits_BV)
@@ -78,6 +78,7 @@ class Sampler:
         self._graphdef, _, _ = model.split(self.config)
         self._is_stacked = config.scan_layers
         self.drawn = 0  # tokens, by the last call of `generate`
+        self._device = jax.local_devices()[0]
         self._cast = jax.jit(partial(cast, dtype=config.dtype))
         self._prefill = jax.jit(self._prefill_fn)
         self._decode = jax.jit(self._decode_fn, static_argnums=2, donate_argnums=1)
@@ -85,7 +86,8 @@ class Sampler:
 
     def load(self, params: dict[str, Any]) -> "Sampler":
         """Takes these parameters, in the compute type, from now on."""
-        self.params = self._cast(model.unstack(params) if self._is_stacked else params)
+        params = self._cast(model.unstack(params) if self._is_stacked else params)
+        self.params = jax.device_put(params, self._device)
         return self
 
     def generate(
@@ -109,9 +111,13 @@ class Sampler:
         self.drawn, texts = 0, [[int(token) for token in prompt] for prompt in prompts]
         new: list[list[int]] = [[] for _ in prompts]
         alive = [max_new_tokens > 0] * len(prompts)
-        carry, step = self._fill(texts, knobs, seed, None), self._decode
+        carry, step = self._begin(texts, knobs, seed), self._decode
+        if context == "halve":
+            texts = [self._halve(text) for text in texts]
+        carry = self._fill(texts, carry)
         while any(alive):
             carry["ready_B"] = carry["ready_B"] & np.array(alive)
+            carry = jax.device_put(carry, self._device)  # all of it, or some would compile anew
             carry, drawn = step(self.params, carry, knobs)
             chunk = np.array(drawn)
             for row in (row for row, is_alive in enumerate(alive) if is_alive):
@@ -125,40 +131,44 @@ class Sampler:
             yield chunk
             full = np.array(alive) & ~np.asarray(carry["ready_B"])
             if full.any() and context == "halve":
-                keep = max(1, self.config.block_size // 2)
-                texts = [t[-keep:] if cut else t for t, cut in zip(texts, full, strict=True)]
-                carry = self._fill(texts, knobs, seed, carry)
+                texts = [self._halve(text) for text in texts]
+                carry = self._fill(texts, carry)
             elif full.any():
-                carry, step = self._window(texts, carry, alive), self._slide
+                carry, step = self._window(texts, carry), self._slide
 
-    def _fill(self, texts: list[list[int]], knobs: Knobs, seed: int, old: dict | None) -> dict:
+    def _begin(self, texts: list[list[int]], knobs: Knobs, seed: int) -> dict:
+        """What lasts as long as a sequence: its key, how often it drew, which tokens it has."""
+        key, rows, seen = jax.random.key(seed), len(texts), None
+        if knobs.repetition_penalty != 1:
+            seen = np.zeros((rows, self.config.padded_vocab), bool)
+            for row, text in enumerate(texts):
+                seen[row, text] = True
+        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+        return {"keys_B": keys_B, "drawn_B": jnp.zeros(rows, jnp.int32), "seen_BV": seen}
+
+    def _halve(self, text: list[int]) -> list[int]:
+        size = self.config.block_size
+        return text if len(text) <= size else text[-max(1, size // 2) :]
+
+    def _fill(self, texts: list[list[int]], old: dict) -> dict:
         """Caches that hold the ends of these texts, and the logits of what follows."""
         tokens_BT, lengths_B = self._pad(texts, bucket=True)
         caches, logits_BV = self._prefill(self.params, tokens_BT, lengths_B)
-        rows = len(texts)
-        if old:
-            carry = {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")}
-        else:
-            key, seen = jax.random.key(seed), None
-            if knobs.repetition_penalty != 1:
-                seen = np.zeros((rows, self.config.padded_vocab), bool)
-                for row, text in enumerate(texts):
-                    seen[row, text] = True
-            keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
-            carry = {"keys_B": keys_B, "drawn_B": jnp.zeros(rows, jnp.int32), "seen_BV": seen}
-        ready_B = jnp.ones(rows, bool)
-        return carry | {
+        return {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")} | {
             "caches": caches,
             "logits_BV": logits_BV,
             "lengths_B": lengths_B,
-            "ready_B": ready_B,
+            "ready_B": np.ones(len(texts), bool),
         }
 
-    def _window(self, texts: list[list[int]], old: dict, alive: list[bool]) -> dict:
+    def _window(self, texts: list[list[int]], old: dict) -> dict:
         """The last block of every text, to run whole for every token."""
         window_BT, lengths_B = self._pad(texts, bucket=False)
-        carry = {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")}
-        return carry | {"window_BT": window_BT, "lengths_B": lengths_B, "ready_B": jnp.array(alive)}
+        return {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")} | {
+            "window_BT": window_BT,
+            "lengths_B": lengths_B,
+            "ready_B": np.ones(len(texts), bool),
+        }
 
     def _pad(self, texts: list[list[int]], *, bucket: bool) -> tuple[np.ndarray, np.ndarray]:
         """The last `block_size` tokens of each text, [B, T], padded at the end; their lengths."""
@@ -236,7 +246,7 @@ class TextStream:
     """Turns one sequence's token ids into text as they come.
 
     Holds back what is not final yet: half a character, or what may become a stop string. Text
-    ends before the first stop string.
+    ends before the stop string that is complete first.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -246,20 +256,22 @@ class TextStream:
     def push(self, ids: list[int], *, last: bool = False) -> str:
         """The text that is new and final, given all ids so far; `last` lets go of everything."""
         text = self._tokenizer.decode(ids)
-        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        if ends:
-            text = text[: min(ends)]
+        if not last:
+            text = text.rstrip("\ufffd")
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            _, end = min(found)
+            text = text[:end]
         elif not last:
             text = text[: len(text) - self._held(text)]
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
 
     def _held(self, text: str) -> int:
-        partial_stops = (
-            n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])
-        )
-        return max(*partial_stops, len(text) - len(text.rstrip("\ufffd")), 0)
+        """The length of the longest beginning of a stop string that the text ends with."""
+        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(begun, default=0)
 
 
 def sample_text(
@@ -273,11 +285,14 @@ def sample_text(
 ) -> Iterator[list[str]]:
     """The text that each prompt goes on with, in pieces; `options` are those of `generate`.
 
-    Raises `UserError` for a prompt that has no tokens, or a character that has none.
+    Raises `UserError`, before the first piece is asked for, for a prompt that has no tokens, a
+    character that has none, or an empty stop string.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     if any(len(i) == 0 for i in ids):
         raise UserError("start='': a prompt needs at least one character; a line break will do")
+    if "" in stop:
+        raise UserError("stop='': needs at least one character")
     streams = [TextStream(tokenizer, stop) for _ in prompts]
     pieces = [""] * len(prompts)
 
@@ -285,6 +300,10 @@ def sample_text(
         pieces[row] = streams[row].push(new, last=len(new) == max_new_tokens)
         return streams[row].stopped
 
-    for _ in sampler.generate(ids, max_new_tokens=max_new_tokens, is_done=is_done, **options):
-        yield list(pieces)
-        pieces[:] = [""] * len(prompts)
+    chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, is_done=is_done, **options)
+
+    def take(_: np.ndarray) -> list[str]:
+        taken, pieces[:] = list(pieces), [""] * len(prompts)
+        return taken
+
+    return map(take, chunks)

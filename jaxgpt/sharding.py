@@ -5,6 +5,8 @@ XLA's partitioner does the rest: from these layouts it derives every collective.
 
 import math
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -27,11 +29,13 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     devices = devices or jax.devices()
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     if config.mesh:
-        for part in config.mesh.split(","):
-            axis, size = part.split(":")
+        given = [part.split(":") for part in config.mesh.split(",")]
+        for axis, size in given:
             if axis not in AXES:
                 raise UserError(f"mesh={config.mesh!r}: {axis} must be one of {', '.join(AXES)}")
             sizes[axis] = int(size)
+        if len(given) > len(dict(given)):
+            raise UserError(f"mesh={config.mesh!r}: names an axis twice")
     else:
         sizes["data"] = len(devices)
         while devices[0].platform == "cpu" and sequences(config) % sizes["data"]:
@@ -75,10 +79,21 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
         (sizes["fsdp"], "fsdp", config.n_embd, "n_embd"),
         (sizes["tensor"], "tensor", config.kv_heads, "key-value heads"),
         (sizes["tensor"], "tensor", config.inner_width, "MLP width"),
+        (sizes["tensor"], "tensor", config.padded_vocab, "rows of the embedding"),
     ]
     for size, axis, total, what in wanted:
         if total % size:
             raise UserError(f"mesh: {axis} = {size} does not divide {what} = {total}")
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced where kernels that must be told of the mesh can ask JAX for it."""
+
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def layout(mesh: Mesh, axes: str) -> NamedSharding:

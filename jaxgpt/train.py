@@ -42,7 +42,7 @@ def train(config: Config, on_cpu: dict[str, tuple[Any, Any]]) -> int:
     mesh = sharding.make_mesh(config)
     resolved, notes = device.resolve(config)
     run_dir.begin(config, dataset, fresh=first_step == 0)
-    with jax.set_mesh(mesh), Log(config, first_step) as log, StopSignal() as stop:
+    with Log(config, first_step) as log, StopSignal() as stop:
         trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
         trainer.introduce(on_cpu, notes)
         trainer.start(first_step)
@@ -91,7 +91,7 @@ class Trainer:
         several = self.on_device and not device.on_cpu()
         self.steps = (config.steps_per_dispatch or (10 if several else 1)) if self.on_device else 1
         self.batches = self._make_batches()
-        self.eval_step = make_eval_step(config)
+        self.eval_step = make_eval_step(config, mesh)
         self.best_val_loss, self.step = math.inf, 0
         self.stopwatch, self.sampler = Stopwatch(), None
         peak = device.peak_flops() if config.dtype == "bfloat16" else None
@@ -179,7 +179,7 @@ class Trainer:
 
     def _compile(self):
         began = time.perf_counter()
-        step = make_train_step(self.config)
+        step = make_train_step(self.config, self.mesh)
         batch = self.batches[TRAIN].take(self.step)
         compiled = step.lower(self.state, batch, self._scalar(1)).compile()
         self.log.say(f"compiled in {time.perf_counter() - began:.1f} s")

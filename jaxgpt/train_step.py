@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
-from jaxgpt.loss import IGNORED, cross_entropy
+from jaxgpt.loss import cross_entropy
 from jaxgpt.optimizer import kernels, make_optimizer, schedule
-from jaxgpt.sharding import layout
+from jaxgpt.sharding import layout, on_mesh
 
 State = dict[str, Any]
 """{"params": nested dicts, "opt_state": optax's, "step": int32, how many steps were taken}."""
@@ -64,13 +64,17 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
     return jax.tree.map_with_path(place, jax.eval_shape(partial(new_state, config)))
 
 
+def state_layout(config: Config, mesh: Mesh) -> State:
+    """Where each array of the state lies on the mesh."""
+    return jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
+
+
 def init_state(config: Config, mesh: Mesh) -> State:
     """The state before the first step, born where it belongs on the mesh."""
-    places = jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
-    return jax.jit(partial(new_state, config), out_shardings=places)()
+    return jax.jit(partial(new_state, config), out_shardings=state_layout(config, mesh))()
 
 
-def make_train_step(config: Config) -> stages.Wrapped:
+def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """-> jitted `(state, batch, count) -> (state, metrics)`, which donates the state.
 
     Takes the first `count` of the batch's K steps. Metrics are arrays [K]: `loss` (the mean over
@@ -119,10 +123,11 @@ def make_train_step(config: Config) -> stages.Wrapped:
         metrics = jax.tree.map(lambda one: jnp.zeros((steps, *one.shape), one.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    return jax.jit(train_step, donate_argnums=0)
+    places = state_layout(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(on_mesh(mesh, train_step), donate_argnums=0, out_shardings=places)
 
 
-def make_eval_step(config: Config) -> stages.Wrapped:
+def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """-> jitted `(params, batch, count) -> (summed loss, number of targets)` of `count` batches."""
     graphdef, _, _ = model.split(config)
 
@@ -138,7 +143,7 @@ def make_eval_step(config: Config) -> stages.Wrapped:
         zero = jax.eval_shape(body, 0, (jnp.zeros(()), jnp.zeros((), jnp.int32)))
         return jax.lax.fori_loop(0, count, body, jax.tree.map(jnp.zeros_like, zero))
 
-    return jax.jit(eval_step)
+    return jax.jit(on_mesh(mesh, eval_step))
 
 
 def _accumulate(grad: Callable, params: dict, windows_MBT: jax.Array, keys_MB: jax.Array):
@@ -167,10 +172,9 @@ def cast(params: dict, dtype: str) -> dict:
 
 
 def _inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens, and the token after each; a negative id is a target that counts for nothing."""
-    inputs_BT = jnp.maximum(windows_BT[:, :-1], 0)
-    targets_BT = windows_BT[:, 1:]
-    return inputs_BT, jnp.where(targets_BT < 0, IGNORED, targets_BT)
+    """Tokens, and the token after each. In a window `~id` is a token that is not a target."""
+    tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
+    return tokens_BT[:, :-1], windows_BT[:, 1:]
 
 
 def _dropout_keys(seed: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from reference import numpy_gpt as ref
+from reference.gpt2 import Golden
 from reference.options import DEFAULTS, MODEL_CASES
 
 GOLDEN = Path(__file__).parent / "golden" / "gpt2_tiny.npz"
@@ -109,53 +110,6 @@ def test_model_gradients_are_finite_differences(options):
 
 # --- Hugging Face GPT-2, trained by PyTorch -----------------------------------------------------
 
-# Reference path -> (HF name, shape in the reference's letters; T is the block size).
-GPT2_TOP = {
-    "embed.kernel": ("wte.weight", "V D"),
-    "pos_embed.kernel": ("wpe.weight", "T D"),
-    "ln_f.scale": ("ln_f.weight", "D"),
-    "ln_f.bias": ("ln_f.bias", "D"),
-}
-GPT2_BLOCK = {
-    "ln_1.scale": ("ln_1.weight", "D"),
-    "ln_1.bias": ("ln_1.bias", "D"),
-    "attn.qkv.kernel": ("attn.c_attn.weight", "D 3 N H"),
-    "attn.qkv.bias": ("attn.c_attn.bias", "3 N H"),
-    "attn.out.kernel": ("attn.c_proj.weight", "N H D"),
-    "attn.out.bias": ("attn.c_proj.bias", "D"),
-    "ln_2.scale": ("ln_2.weight", "D"),
-    "ln_2.bias": ("ln_2.bias", "D"),
-    "mlp.up.kernel": ("mlp.c_fc.weight", "D F"),
-    "mlp.up.bias": ("mlp.c_fc.bias", "F"),
-    "mlp.down.kernel": ("mlp.c_proj.weight", "F D"),
-    "mlp.down.bias": ("mlp.c_proj.bias", "D"),
-}
-
-
-def gpt2_config(golden) -> SimpleNamespace:
-    """The reference's options for the golden GPT-2."""
-    names = {name: name for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner")}
-    names["block_size"] = "n_positions"
-    sizes = {name: golden[f"config/{hf_name}"].item() for name, hf_name in names.items()}
-    return SimpleNamespace(**DEFAULTS | {"mlp": "gelu_tanh"} | sizes)
-
-
-def gpt2_tree(golden, kind: str, config: SimpleNamespace) -> dict[str, np.ndarray]:
-    """The arrays `kind`/transformer.* under the reference's flat paths; padded rows are zero."""
-    table = dict(GPT2_TOP)
-    for i in range(config.n_layer):
-        table |= {f"blocks.{i}.{k}": (f"h.{i}.{hf}", s) for k, (hf, s) in GPT2_BLOCK.items()}
-    D, N, F = config.n_embd, config.n_head, config.n_inner
-    sizes = {"3": 3, "V": 128, "T": config.block_size, "D": D, "N": N, "H": D // N, "F": F}
-    flat = {}
-    for path, (name, shape) in table.items():
-        value = golden[f"{kind}/transformer.{name}"]
-        if path == "embed.kernel":
-            value = np.pad(value, ((0, sizes["V"] - len(value)), (0, 0)))
-        flat[path] = value.reshape([sizes[letter] for letter in shape.split()])
-    assert len(flat) == sum(key.startswith(f"{kind}/") for key in golden)
-    return flat
-
 
 def assert_close(actual, expected, tolerance: float, name: str = "") -> None:
     """The largest error is within `tolerance` of the largest expected magnitude."""
@@ -164,19 +118,17 @@ def assert_close(actual, expected, tolerance: float, name: str = "") -> None:
 
 
 def test_agrees_with_hugging_face_gpt2_and_torch_adamw():
-    with np.load(GOLDEN) as archive:
-        golden = dict(archive)
-    hyper = {key.removeprefix("hyper/"): v.item() for key, v in golden.items() if "hyper/" in key}
-    config, tokens, targets = gpt2_config(golden), golden["tokens"], golden["targets"]
-    structure = ref.init_params(config, np.random.default_rng(0))
-    params = ref.unflatten(gpt2_tree(golden, "param", config), structure)
+    golden = Golden(GOLDEN)
+    arrays, hyper = golden.arrays, golden.hyper
+    config = SimpleNamespace(**DEFAULTS | {"mlp": "gelu_tanh"} | golden.sizes)
+    tokens, targets, params = arrays["tokens"], arrays["targets"], golden.params("param")
 
     logits, loss, cache = ref.forward(params, tokens[0], config, targets[0])
-    assert_close(logits[..., : config.vocab_size], golden["logits"], 1e-10)
+    assert_close(logits[..., : config.vocab_size], arrays["logits"], 1e-10)
     assert np.all(logits[..., config.vocab_size :] == -np.inf)
-    assert loss == pytest.approx(golden["loss"].item(), rel=1e-10)
+    assert loss == pytest.approx(arrays["loss"].item(), rel=1e-10)
     grads = ref.flatten(ref.backward(params, config, cache))
-    for path, expected in gpt2_tree(golden, "grad", config).items():
+    for path, expected in ref.flatten(golden.params("grad")).items():
         assert_close(grads[path], expected, 1e-10, path)
 
     schedule = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
@@ -190,10 +142,10 @@ def test_agrees_with_hugging_face_gpt2_and_torch_adamw():
             state,
             lr=lr,
             betas=(hyper["beta1"], hyper["beta2"]),
-            **{key: hyper[key] for key in ("eps", "weight_decay", "grad_clip")},
+            **{key: hyper[key] for key in ("weight_decay", "grad_clip")},
         )
-        expected = [golden[f"train/{key}"][it] for key in ("loss", "norm", "lr")]
+        expected = [arrays[f"train/{key}"][it] for key in ("loss", "norm", "lr")]
         assert [loss, norm, lr] == pytest.approx(expected, rel=1e-8)
     trained = ref.flatten(params)
-    for path, expected in gpt2_tree(golden, "final", config).items():
+    for path, expected in ref.flatten(golden.params("final")).items():
         assert_close(trained[path], expected, 1e-8, path)

@@ -94,8 +94,7 @@ def _choose(name: str, chars: set[str], data_dir: str) -> Tokenizer:
 def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]:
     """The text in order, as (split, piece): `train_chars` characters of train, then val.
 
-    Pieces of a split end before a line break that follows something visible. There GPT-2's
-    pattern always separates words, so that the ids do not depend on the pieces.
+    Pieces of a split end at its `last_break`, so that the ids do not depend on the pieces.
     """
     left, rest = train_chars, ""
     for piece in pieces:
@@ -104,7 +103,7 @@ def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]
             left, rest, piece = 0, "", piece[left:]
         left = max(0, left - len(piece))
         text = rest + piece
-        end = tokenizers.last_break(text + "\n", 0, len(text))
+        end = tokenizers.last_break(text, 0, len(text))
         yield "train" if left else "val", text[:end]
         rest = text[end:]
     yield "val", rest

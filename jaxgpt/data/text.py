@@ -73,7 +73,10 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
 
 
 def fetch(download: Download, file: Path) -> None:
-    """Downloads to `file`, which appears whole or not at all. Raises `UserError`."""
+    """Downloads to `file`, unless it is there whole; it appears so or not at all.
+
+    Raises `UserError`.
+    """
     try:
         pooch.retrieve(
             download.url,

@@ -39,12 +39,12 @@ class CharTokenizer:
     def __init__(self, chars: str):
         self.chars = "".join(sorted(set(chars)))
         self.vocab_size = len(self.chars)
-        self._char_of = np.array(list(self.chars) or [""])
+        self._code_of = _code_points(self.chars)
         self._id_of = np.full(0x110000, -1, np.int32)
-        self._id_of[self._char_of.view(np.uint32)] = np.arange(self.vocab_size)
+        self._id_of[self._code_of] = np.arange(self.vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        codes = _code_points(text)
         ids = self._id_of[codes]
         if (ids < 0).any():
             unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
@@ -55,10 +55,15 @@ class CharTokenizer:
         return ids.astype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def decode(self, ids) -> str:
-        return "".join(self._char_of[np.asarray(ids, np.int64)])
+        codes = self._code_of[np.asarray(ids, np.int64)]
+        return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
         return json.dumps({"type": "char", "chars": self.chars})
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 class ByteTokenizer:
@@ -88,7 +93,8 @@ class BpeTokenizer:
     def encode(self, text: str) -> np.ndarray:
         pieces, start = [], 0
         while start < len(text):  # in parallel, at places where words end in any case
-            stop = last_break(text, start, start + PIECE_CHARS)
+            stop = start + PIECE_CHARS
+            stop = (last_break(text, start, stop) if stop < len(text) else 0) or len(text)
             pieces.append(text[start:stop])
             start = stop
         encodings = self._bpe.encode_batch_fast(pieces, add_special_tokens=False)
@@ -109,15 +115,15 @@ PIECE_CHARS = 1 << 16
 def last_break(text: str, start: int, stop: int) -> int:
     """The last place in text[start:stop] before a line break that follows something visible.
 
-    There GPT-2's pattern always ends a word, so text cut there has the ids of the whole text.
-    Where there is none, the end of the text.
+    There GPT-2's pattern always ends a word, so text cut there has the ids of the whole text; so
+    it does before a space, which is second choice. Where there is neither, 0.
     """
-    at = stop if stop < len(text) else -1
-    while at > start:
-        at = text.rfind("\n", start + 1, at)
-        if at > 0 and not text[at - 1].isspace():
-            return at
-    return len(text)
+    for mark in "\n ":
+        at = stop
+        while (at := text.rfind(mark, start + 1, at)) > 0:
+            if not text[at - 1].isspace():
+                return at
+    return 0
 
 
 GPT2_FILES = tuple(
@@ -135,8 +141,7 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
         Path(data_dir, "gpt2", Path(download.url).name) for download in GPT2_FILES
     )
     for file, download in zip((merges_file, vocab_file), GPT2_FILES, strict=True):
-        if not file.exists():
-            fetch(download, file)
+        fetch(download, file)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()

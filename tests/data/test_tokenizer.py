@@ -1,0 +1,198 @@
+"""Tokenizers against their definitions, and GPT-2's against OpenAI's tiktoken."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jaxgpt.config import UserError
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, last_break, load
+
+ASTRAL = "nul \0, \u00e9, \uffff and \U0001f600, \U0010ffff\r\n"
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gpt2_ids.json").read_text())
+# What GPT-2's pattern tells apart; \x1c is a space to Python alone.
+WORDS = st.text(st.sampled_from("ab'sd1.\u00e9\U0001f600 \n\t\r\x1c\x85\xa0"))
+
+
+def toy_bpe() -> tokenizers.BpeTokenizer:
+    """The bytes of ASCII, then "ab" and "abab", with no split into words."""
+    vocab = {chr(i): i for i in range(128)} | {"ab": 128, "abab": 129}
+    model = hf.models.BPE(vocab, [("a", "b"), ("ab", "ab")])
+    bpe = hf.Tokenizer(model)
+    bpe.decoder = hf.decoders.Fuse()
+    return tokenizers.BpeTokenizer(bpe)
+
+
+def assert_ids(actual, expected) -> None:
+    """`actual` is a flat array of unsigned numbers, the expected ones."""
+    assert actual.ndim == 1
+    assert actual.dtype.kind == "u"
+    assert actual.tolist() == list(expected)
+
+
+# --- Characters and bytes -----------------------------------------------------------------------
+
+
+@given(st.text())
+@example(ASTRAL)
+@example("\0")
+@example("")
+def test_char_ids_are_ranks_of_code_points(text):
+    stoi = {ch: i for i, ch in enumerate(sorted(set(text)))}  # nanoGPT's prepare.py
+    tokenizer = CharTokenizer(text)
+    assert tokenizer.vocab_size == len(stoi)
+    assert_ids(tokenizer.encode(text), [stoi[ch] for ch in text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(), st.text())
+@example("", "a")
+@example("ab", "b\ufffd\U0001f600\0\ufffdc")
+def test_char_names_exactly_what_it_does_not_know(known, text):
+    tokenizer, unknown = CharTokenizer(known), "".join(sorted(set(text) - set(known)))
+    if not unknown:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    else:
+        with pytest.raises(UserError) as error:
+            tokenizer.encode(text)
+        assert str(error.value).startswith(f"no token for {unknown!r}: ")
+
+
+@pytest.mark.parametrize("size", [65_536, 65_537, 70_000])
+def test_char_ids_of_large_vocabularies_are_whole(size):
+    chars = "".join(map(chr, range(0xE000, 0xE000 + size)))  # past the surrogates
+    ids = CharTokenizer(chars[::-1]).encode(chars)
+    assert ids.dtype == (np.uint16 if size == 65_536 else np.uint32)
+    np.testing.assert_array_equal(ids, np.arange(size))
+
+
+@given(st.text())
+@example(ASTRAL)
+def test_byte_ids_are_utf8(text):
+    assert ByteTokenizer().vocab_size == 256
+    assert_ids(ByteTokenizer().encode(text), text.encode("utf-8"))
+    assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+
+
+def test_byte_decodes_what_a_model_may_dream():
+    """Bytes that are not UTF-8 become U+FFFD and spoil no others."""
+    assert ByteTokenizer().decode(np.array([0xFF, *b"a", 0xE2, 0x82])) == "\ufffda\ufffd"
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def assert_same_after_json(tokenizer, text: str, folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = load(file, tokenizer.kind)
+    assert (loaded.kind, loaded.vocab_size) == (tokenizer.kind, tokenizer.vocab_size)
+    assert_ids(loaded.encode(text), tokenizer.encode(text))
+    assert loaded.decode(loaded.encode(text)) == text
+
+
+@given(st.text())
+@example(ASTRAL)
+@example("")
+def test_json_brings_char_and_byte_back(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("json")
+    assert_same_after_json(CharTokenizer(text), text, folder)
+    assert_same_after_json(ByteTokenizer(), text, folder)
+
+
+def test_json_brings_bpe_back(tmp_path):
+    tokenizer = toy_bpe()
+    assert_ids(tokenizer.encode("aababab b"), [97, 129, 128, 32, 98])
+    assert tokenizer.vocab_size == 130
+    assert_same_after_json(tokenizer, "aababab b", tmp_path)
+
+
+def test_json_brings_gpt2_back(gpt2, tmp_path):
+    assert_same_after_json(gpt2, GOLDEN[-1]["text"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"type": "char"}', b'{"type": "words"}'],
+)
+def test_load_names_a_file_that_holds_no_tokenizer(tmp_path, content):
+    file = tmp_path / "some.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"some\.json: not a tokenizer"):
+        load(file)
+
+
+# --- GPT-2 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["name"])
+def test_gpt2_ids_are_tiktokens(gpt2, golden):
+    assert (gpt2.kind, gpt2.vocab_size) == ("gpt2", 50_257)
+    assert_ids(gpt2.encode(golden["text"]), golden["ids"])
+    assert gpt2.decode(golden["ids"]) == golden["text"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 300])
+def test_gpt2_ids_of_pieces_are_those_of_the_whole(gpt2, size):
+    with patch.object(tokenizers, "PIECE_CHARS", size):
+        assert_ids(gpt2.encode(GOLDEN[-1]["text"]), GOLDEN[-1]["ids"])
+
+
+@given(text=WORDS, size=st.integers(1, 9))
+@example(text="aa\naa aa", size=3)
+def test_gpt2_ids_do_not_depend_on_the_pieces(gpt2, text, size):
+    whole = gpt2.encode(text)  # one piece, at 65,536 characters each
+    with patch.object(tokenizers, "PIECE_CHARS", size):
+        assert_ids(gpt2.encode(text), whole.tolist())
+
+
+@given(st.text() | WORDS)
+@example(ASTRAL)
+def test_gpt2_round_trip(gpt2, text):
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@given(WORDS, st.integers(0, 5), st.integers(0, 30))
+def test_last_break_is_found_as_by_looking_everywhere(text, start, stop):
+    start, stop = min(start, len(text)), min(stop, len(text))
+
+    def breaks(mark: str) -> list[int]:
+        places = range(start + 1, stop)
+        return [i for i in places if text[i] == mark and not text[i - 1].isspace()]
+
+    assert last_break(text, start, stop) == max(breaks("\n") or breaks(" ") or [0])
+
+
+TOY_VOCAB = json.dumps({"a": 0, "b": 1, "ab": 2}).encode()
+TOY_MERGES = b"#version: 0.2\na b\n"
+
+
+def test_gpt2_files_are_downloaded_once(monkeypatch, tmp_path, web):
+    files = web.put("vocab.bpe", TOY_MERGES), web.put("encoder.json", TOY_VOCAB)
+    monkeypatch.setattr(tokenizers, "GPT2_FILES", files)
+    for _ in range(2):
+        assert_ids(tokenizers.gpt2(tmp_path).encode("abab<|endoftext|>b"), [2, 2, 3, 1])
+        assert sorted(web.asked) == ["/encoder.json", "/vocab.bpe"]
+    assert (tmp_path / "gpt2" / "vocab.bpe").read_bytes() == TOY_MERGES
+
+
+@pytest.mark.parametrize("found", [b"", TOY_VOCAB[:-5]], ids=["empty", "cut short"])
+def test_gpt2_files_that_are_damaged_are_replaced(monkeypatch, tmp_path, web, found):
+    files = web.put("vocab.bpe", TOY_MERGES), web.put("encoder.json", TOY_VOCAB)
+    monkeypatch.setattr(tokenizers, "GPT2_FILES", files)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "encoder.json").write_bytes(found)
+    assert_ids(tokenizers.gpt2(tmp_path).encode("ba"), [1, 0])
+
+
+def test_gpt2_files_that_are_not_to_be_had_are_named(tmp_path, web, no_gpt2):
+    with pytest.raises(UserError, match=rf"{web.url}/vocab\.bpe"):
+        tokenizers.gpt2(tmp_path)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

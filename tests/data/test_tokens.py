@@ -1,0 +1,367 @@
+"""Token files, written here from what their formats say, against NumPy; and files that are bad."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jaxgpt.config import UserError
+from jaxgpt.data.tokenizer import CharTokenizer
+from jaxgpt.data.tokens import Dataset, Tokens, is_prepared, open_dataset
+
+GPT2_VOCAB = 50_257
+RNG = np.random.default_rng(0)
+
+
+def write_ids(file: Path, ids, dtype: str = "<u2") -> Path:
+    file.write_bytes(np.asarray(ids).astype(dtype).tobytes())
+    return file
+
+
+def write_shard(file: Path, ids, count: int | None = None) -> Path:
+    """As llm.c's dev/data/data_common.py does: 256 int32 (magic, version, tokens), then uint16."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids) if count is None else count
+    file.write_bytes(header.tobytes() + np.asarray(ids).astype("<u2").tobytes())
+    return file
+
+
+def open_folder(folder: Path, block_size: int = 4) -> Dataset:
+    return open_dataset(folder, folder / "nowhere", block_size)
+
+
+def assert_holds(tokens: Tokens, ids) -> None:
+    assert len(tokens) == len(ids)
+    np.testing.assert_array_equal(tokens.read(0, len(ids)), ids)
+
+
+# --- One sequence over many files ---------------------------------------------------------------
+
+
+@given(
+    parts=st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=5), min_size=1),
+    wide=st.booleans(),
+    data=st.data(),
+)
+@example(parts=[[1], [2], [3]], wide=False, data=None)
+def test_read_is_a_slice_of_the_concatenation(tmp_path_factory, parts, wide, data):
+    folder = tmp_path_factory.mktemp("tokens")
+    dtype, scale = ("uint32", 65_537) if wide else ("uint16", 1)
+    parts = [np.array(part, dtype) * np.array(scale, dtype) for part in parts]
+    whole = np.concatenate(parts)
+    files = [write_ids(folder / f"{i}.bin", part, dtype) for i, part in enumerate(parts)]
+    tokens = Tokens(files, dtype, vocab_size=2**32)
+    assert len(tokens) == len(whole)
+    if data is None:
+        spans = [(i, j) for j in range(len(whole) + 1) for i in range(j)]
+    else:
+        start = data.draw(st.integers(0, len(whole) - 1))
+        spans = [(start, data.draw(st.integers(start, len(whole))))]
+    for start, stop in spans:
+        ids = tokens.read(start, stop - start)
+        assert ids.dtype == dtype
+        np.testing.assert_array_equal(ids, whole[start:stop])
+
+
+def test_ids_are_little_endian(tmp_path):
+    file = tmp_path / "some.bin"
+    file.write_bytes(bytes([1, 2, 3, 4, 5, 6, 7, 0]))
+    assert_holds(Tokens([file], "uint16", 2**16), [0x0201, 0x0403, 0x0605, 0x0007])
+    assert_holds(Tokens([file], "uint32", 2**32), [0x04030201, 0x00070605])
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 8, 11])
+def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
+    """Files of 5, 4 and 3 ids; the place is the one in its file, whatever read comes upon it."""
+    ids = np.arange(12) % 10
+    ids[at] = 10
+    names = [f"{part}.bin" for part in "abc"]
+    for name, part in zip(names, np.split(ids, [5, 9]), strict=True):
+        write_ids(tmp_path / name, part)
+    tokens = Tokens([tmp_path / name for name in names], "uint16", vocab_size=10)
+    name, place = [(n, i) for n, size in zip(names, (5, 4, 3), strict=True) for i in range(size)][
+        at
+    ]
+    expected = rf"{name}: id 10 at token {place} is not below vocab_size=10"
+    for start in range(at + 1):
+        with pytest.raises(UserError, match=expected):
+            tokens.read(start, at + 1 - start)
+        np.testing.assert_array_equal(tokens.read(start, at - start), ids[start:at])
+    np.testing.assert_array_equal(tokens.read(at + 1, 11 - at), ids[at + 1 :])
+
+
+# --- nanoGPT's and llm.c's folders --------------------------------------------------------------
+
+
+def test_llmc_shards_are_one_sequence_in_order_of_name(tmp_path, no_gpt2):
+    shards = {name: RNG.integers(0, GPT2_VOCAB, 9) for name in ("000002", "000001", "000010")}
+    for name, ids in shards.items():
+        write_shard(tmp_path / f"fineweb_train_{name}.bin", ids)
+    val = RNG.integers(0, GPT2_VOCAB, 7)
+    write_shard(tmp_path / "fineweb_val_000000.bin", val)
+    dataset = open_folder(tmp_path)
+    assert_holds(dataset.train, np.concatenate([shards[name] for name in sorted(shards)]))
+    assert_holds(dataset.val, val)
+    assert dataset.vocab_size == dataset.train.vocab_size == dataset.val.vocab_size == GPT2_VOCAB
+    assert dataset.tokenizer is None
+
+
+def write_nanogpt(folder: Path, vocab_size: int = GPT2_VOCAB) -> dict[str, np.ndarray]:
+    folder.mkdir(exist_ok=True)
+    splits = {"train": RNG.integers(0, vocab_size, 20), "val": RNG.integers(0, vocab_size, 10)}
+    for split, ids in splits.items():
+        write_ids(folder / f"{split}.bin", ids)
+    return splits
+
+
+def test_nanogpt_folder_without_meta_is_gpt2s(tmp_path, no_gpt2):
+    splits = write_nanogpt(tmp_path)
+    (tmp_path / "input.txt").write_text("nanoGPT's data/shakespeare has a text too")
+    dataset = open_folder(tmp_path)
+    assert_holds(dataset.train, splits["train"])
+    assert_holds(dataset.val, splits["val"])
+    assert dataset.vocab_size == GPT2_VOCAB
+    assert dataset.tokenizer is None
+    write_ids(tmp_path / "val.bin", [0] * 6 + [GPT2_VOCAB])
+    with pytest.raises(UserError, match=rf"val\.bin: id {GPT2_VOCAB} at token 6 "):
+        open_folder(tmp_path).val.read(2, 5)
+
+
+def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2):
+    write_nanogpt(tmp_path / "owt")
+    (tmp_path / "gpt2").symlink_to(Path(__file__).parents[2] / "data" / "gpt2")
+    tokenizer = open_dataset(tmp_path / "owt", tmp_path, 4).tokenizer
+    assert tokenizer.kind == "gpt2"
+    assert tokenizer.decode(gpt2.encode("Hello, world")) == "Hello, world"
+
+
+class Bomb:
+    """A pickle of it writes the file `path` when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nanogpt_pickle_is_never_opened(tmp_path):
+    text, burnt = "hello world, \u00e9!\n", tmp_path / "burnt"
+    stoi = {ch: i for i, ch in enumerate(sorted(set(text)))}  # nanoGPT's prepare.py
+    splits = write_nanogpt(tmp_path / "char", len(stoi))
+    bomb = pickle.dumps({"vocab_size": 5, "stoi": Bomb(burnt)})
+    pickle.loads(bomb)
+    burnt.unlink()  # it does go off, so what follows means something
+    (tmp_path / "char" / "meta.pkl").write_bytes(bomb)
+    (tmp_path / "char" / "input.txt").write_text(text, encoding="utf-8")
+    dataset = open_folder(tmp_path / "char")
+    assert not burnt.exists()
+    assert_holds(dataset.train, splits["train"])
+    assert_holds(dataset.val, splits["val"])
+    assert dataset.vocab_size == dataset.train.vocab_size == len(stoi)
+    assert dataset.tokenizer.encode("hold").tolist() == [stoi[ch] for ch in "hold"]
+
+
+@pytest.mark.parametrize("content", [b"b\r\na\r\n", b"b\ra", b"b\na"])
+def test_nanogpt_characters_are_those_that_python_reads(tmp_path, content):
+    """nanoGPT opens input.txt as text, which makes every kind of line break a \\n."""
+    write_nanogpt(tmp_path, 3)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    (tmp_path / "input.txt").write_bytes(content)
+    with open(tmp_path / "input.txt", encoding="utf-8") as file:
+        chars = sorted(set(file.read()))
+    dataset = open_folder(tmp_path)
+    assert dataset.vocab_size == len(chars)
+    assert dataset.tokenizer.decode(range(len(chars))) == "".join(chars)
+
+
+def test_nanogpt_characters_without_their_text_have_no_tokenizer(tmp_path):
+    """GPT-2's would make words of them."""
+    write_nanogpt(tmp_path, 65)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    assert open_folder(tmp_path).tokenizer is None
+
+
+def test_nanogpt_text_that_is_not_utf8_is_named(tmp_path):
+    write_nanogpt(tmp_path, 65)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    (tmp_path / "input.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match=r"input\.txt: byte 3 \(0xff\) is not UTF-8"):
+        open_folder(tmp_path)
+
+
+# --- Prepared folders ---------------------------------------------------------------------------
+
+META = {
+    "dtype": "uint16",
+    "vocab_size": 3,
+    "tokenizer": "char",
+    "counts": {"train": 8, "val": 6},
+    "sha256": {"train": "", "val": ""},
+    "source": "here",
+}
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A folder as `jaxgpt prepare` leaves it."""
+    write_ids(tmp_path / "train.bin", [0, 1, 2, 0, 1, 2, 0, 1])
+    write_ids(tmp_path / "val.bin", [2, 1, 0, 2, 1, 0])
+    (tmp_path / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    return tmp_path
+
+
+def change_meta(folder: Path, **fields) -> None:
+    (folder / "meta.json").write_text(json.dumps(META | fields))
+
+
+def test_prepared_folder_is_what_its_meta_says(prepared):
+    dataset = open_folder(prepared)
+    assert_holds(dataset.train, [0, 1, 2, 0, 1, 2, 0, 1])
+    assert_holds(dataset.val, [2, 1, 0, 2, 1, 0])
+    assert dataset.train.dtype == dataset.val.dtype == np.uint16
+    assert dataset.vocab_size == dataset.train.vocab_size == dataset.val.vocab_size == 3
+    assert dataset.tokenizer.decode([2, 1, 0]) == "cba"
+    assert dataset.source == "here"
+
+
+def test_prepared_folder_of_wide_ids(prepared):
+    change_meta(prepared, dtype="uint32", vocab_size=2**31, counts={"train": 5, "val": 5})
+    ids = [2**31 - 1, 0, 2**16, 1, 2]
+    for split in ("train", "val"):
+        write_ids(prepared / f"{split}.bin", ids, "<u4")
+    dataset = open_folder(prepared)
+    assert_holds(dataset.train, ids)
+    assert dataset.train.dtype == np.uint32
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": 4},
+        {"counts": {"train": 8, "val": 5}},
+        {"sha256": {"train": "", "val": "0"}},
+    ],
+)
+def test_fingerprint_tells_datasets_apart(prepared, fields):
+    fingerprint = open_folder(prepared).fingerprint
+    change_meta(prepared, source="moved")
+    assert open_folder(prepared).fingerprint == fingerprint  # the same ids
+    change_meta(prepared, **fields)
+    if "counts" in fields:
+        write_ids(prepared / "val.bin", [0] * 5)
+    assert open_folder(prepared).fingerprint != fingerprint
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+
+
+# --- Damage -------------------------------------------------------------------------------------
+
+
+def without(field: str):
+    def damage(folder: Path) -> None:
+        meta = {key: value for key, value in META.items() if key != field}
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage
+
+
+DAMAGE = {
+    "missing": (lambda f: (f / "val.bin").unlink(), r"val\.bin: no such file"),
+    "empty": (lambda f: write_ids(f / "val.bin", []), r"val\.bin: holds no tokens"),
+    "odd": (lambda f: (f / "val.bin").write_bytes(b"\0" * 11), r"val\.bin: 11 bytes"),
+    "short": (lambda f: write_ids(f / "val.bin", [0] * 5), r"val\.bin: 5 tokens, .* says 6"),
+    "long": (lambda f: write_ids(f / "train.bin", [0] * 9), r"train\.bin: 9 tokens, .* says 8"),
+    "no JSON": (lambda f: (f / "meta.json").write_text("{"), r"meta\.json: not the meta"),
+    "no text": (lambda f: (f / "meta.json").write_bytes(b"\xff"), r"meta\.json: not the meta"),
+    "list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json: not the meta"),
+    "null": (lambda f: (f / "meta.json").write_text("null"), r"meta\.json: not the meta"),
+    "other dtype": (lambda f: change_meta(f, dtype="int16"), r"meta\.json: dtype='int16'"),
+    "no dtype": (lambda f: change_meta(f, dtype=None), r"meta\.json: dtype=None"),
+    "half counts": (lambda f: change_meta(f, counts={"train": 8}), r"meta\.json: .*'val'"),
+    "odd counts": (lambda f: change_meta(f, counts=[8, 6]), r"meta\.json: not the meta"),
+    "odd vocab": (lambda f: change_meta(f, vocab_size="many"), r"meta\.json: .*many"),
+    "wrong width": (
+        lambda f: change_meta(f, dtype="uint32"),
+        r"train\.bin: 4 tokens, but meta\.json says 8",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: not a token"),
+    "bad tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        r"tokenizer\.json: not a tokenizer",
+    ),
+    "partial ids": (lambda f: (f / "val.bin.partial").touch(), "interrupted"),
+    "partial meta": (lambda f: (f / "meta.json.partial").touch(), "interrupted"),
+} | {
+    f"no {key}": (without(key), rf"meta\.json: not the meta .*'{key}'")
+    for key in META
+    if key != "sha256"
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(prepared, name):
+    damage, expected = DAMAGE[name]
+    damage(prepared)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(prepared))}.*{expected}"):
+        open_folder(prepared)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(9, 8), (9, 10), (0, 0), (0, 9), (9, 0), (9, -9), (1, -1), (9, 2**31 - 1)]
+)
+def test_llmc_header_that_lies_is_named(tmp_path, no_gpt2, size, count):
+    write_shard(tmp_path / "a_train_1.bin", [0] * 9)
+    write_shard(tmp_path / "a_train_2.bin", [0] * size, count)
+    write_shard(tmp_path / "a_val.bin", [0] * 9)
+    with pytest.raises(UserError, match=r"a_train_2\.bin: "):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [12, 14, 512, 1000, 1022, 1023])
+def test_llmc_header_that_is_cut_short_is_named(tmp_path, no_gpt2, size):
+    for count in (0, 9, (size - 1024) // 2):
+        whole = write_shard(tmp_path / "a_train.bin", [0] * 9, count).read_bytes()
+        (tmp_path / "a_train.bin").write_bytes(whole[:size])
+        write_shard(tmp_path / "a_val.bin", [0] * 9)
+        with pytest.raises(UserError, match=r"a_train\.bin: "):
+            open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folder_without_a_split_is_named(tmp_path, no_gpt2, split):
+    write_nanogpt(tmp_path)
+    (tmp_path / f"{split}.bin").unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}: no {split}\.bin"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_split_shorter_than_a_window_is_named(prepared, split):
+    """A window is block_size tokens and one more."""
+    counts = META["counts"] | {split: 5}
+    write_ids(prepared / f"{split}.bin", [0] * 5)
+    change_meta(prepared, counts=counts)
+    assert len(getattr(open_folder(prepared, block_size=4), split)) == 5
+    with pytest.raises(UserError, match=rf"{split}\.bin: 5 tokens .* block_size=5, .* least 6"):
+        open_folder(prepared, block_size=5)
+
+
+def test_folder_is_prepared_when_all_its_files_are_whole(tmp_path):
+    folder = tmp_path / "some"
+    assert not is_prepared(folder)
+    folder.mkdir()
+    assert not is_prepared(folder)
+    (folder / "input.txt").touch()
+    assert not is_prepared(folder)
+    (folder / "train.bin.partial").touch()
+    assert not is_prepared(folder)
+    (folder / "val.bin").touch()
+    assert not is_prepared(folder)
+    (folder / "train.bin.partial").unlink()
+    assert is_prepared(folder)

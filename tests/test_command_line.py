@@ -1,0 +1,490 @@
+"""Config files, flags and exit codes: what a user can type, and what they are told."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from test_config import FIELDS, configs
+
+from jaxgpt import cli
+from jaxgpt.command_line import from_command_line, load
+from jaxgpt.config import Config, UserError
+
+ROOT = Path(__file__).parent.parent
+SHAKESPEARE = str(ROOT / "configs" / "shakespeare.py")
+HEAD = "from jaxgpt.config import Config\n\n"
+
+
+def parse(*argv: str, accelerator: bool = True) -> Config:
+    return from_command_line(argv, lambda config: accelerator)[0]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as raised:
+        parse(*argv)
+    return str(raised.value)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a config file of this text into the working directory -> its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "mine.py") -> str:
+        Path(name).write_text(HEAD + text, encoding="utf-8")
+        return name
+
+    return write
+
+
+# ---- mistakes in a config file ---------------------------------------------------------------
+
+# (the file after its import, the line to blame, what is wrong)
+MISTAKES = {
+    "syntax": ("config = Config(\n    n_layer=3\n    n_head=2,\n)\n", "n_layer=3", "syntax"),
+    "unclosed": ("x = 1\nconfig = Config(\n    n_layer=3,\n", "config = Config(", "never closed"),
+    "name": ("depth = 3\nconfig = Config(n_layer=deep)\n", "config = Config(n_layer=deep)", "deep"),
+    "import": ("import no_such_module\nconfig = Config()\n", "import no_such_module", "No module"),
+    "value": (
+        "config = Config(\n    n_layer=3,\n    dropout=1.5,  # high\n    bias=False,\n)\n",
+        "dropout=1.5,  # high",
+        "dropout=1.5: must be a number from 0 to 1 exclusive",
+    ),
+    "together": (
+        "config = Config(\n    n_layer=3,\n    n_embd=100,\n    n_head=12,\n)\n",
+        "n_embd=100,",
+        "n_embd=100: must be a multiple of n_head=12",
+    ),
+    "keyword": (
+        "config = Config(\n    n_layer=3,\n    n_heads=2,\n)\n",
+        "n_heads=2,",
+        "n_heads: there is no such key, did you mean n_head?",
+    ),
+    "replace": (
+        "config = Config()\non_cpu = config.replace(\n    n_layer=2,\n    batchsize=3,\n)\n",
+        "batchsize=3,",
+        "batchsize: there is no such key, did you mean batch_size?",
+    ),
+    "function": (
+        "def make(n):\n    return Config(\n        n_layer=n,\n    )\n\n\nconfig = make(-1)\n",
+        "n_layer=n,",
+        "n_layer=-1: must be a whole number at least 0",
+    ),
+    "elsewhere": ("import json\n\nconfig = json.loads('{')\n", "config = json.loads('{')", "JSON"),
+    "lookup": ("config = {}['n_layer']\n", "config = {}['n_layer']", "KeyError: 'n_layer'"),
+    "lines": ("raise ValueError('one\\ntwo')\n", r"raise ValueError('one\ntwo')", "one two"),
+    "accents": (
+        "config = Config(\n    wandb_project='Molière',\n    seed=-1,\n)\n",
+        "seed=-1,",
+        "seed=-1: must be a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_in_a_file_is_shown_with_its_own_line(write, kind):
+    text, line, what = MISTAKES[kind]
+    path = write(text)
+    number = 1 + [s.strip() for s in Path(path).read_text("utf-8").splitlines()].index(line)
+    message = refusal(path)
+    assert message.startswith(f"mine.py, line {number}: {line!r}: ")
+    assert what in message
+    assert "\n" not in message
+
+
+def test_a_mistake_in_a_file_that_the_config_imports_is_shown_there(write, monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    write("sizes = {\n", "jaxgpt_test_sizes.py")
+    message = refusal(write("from jaxgpt_test_sizes import sizes\n"))
+    assert re.match(r"\S*jaxgpt_test_sizes.py, line 3: 'sizes = \{': ", message)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("n_layer = 6\n", "config"),  # as nanoGPT's files are
+        ("config = {'n_layer': 6}\n", "config"),
+        ("config = Config\n", "config"),
+        ("on_cpu = Config()\n", "config"),
+        ("config = Config()\non_cpu = {'n_layer': 6}\n", "on_cpu"),
+    ],
+)
+def test_a_file_must_build_a_config(write, text, name):
+    assert refusal(write(text)) == f"--config mine.py: must build `{name} = Config(...)`"
+
+
+def test_a_missing_file_is_refused_with_those_that_there_are(write):
+    assert refusal("--config", "nope.py") == "--config nope.py: no such file"
+    for name in "configs/one.py", "configs/more/two.py":
+        Path(name).parent.mkdir(exist_ok=True)
+        write("config = Config()\n", name)
+    message = refusal("--config", "nope.py")
+    assert message == (
+        "--config nope.py: no such file; there are configs/more/two.py, configs/one.py"
+    )
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config", "mine.py", "--n_layer=2"],
+        ["--config=mine.py", "--n_layer=2"],
+        ["mine.py", "--n_layer=2"],
+        ["mine.py", "--n_layer", "2"],
+        ["--n_layer", "2", "--config", "mine.py"],
+        ["--n_layer=2", "--config=mine.py"],
+        ["mine.py", "--n_layer=9", "--n_layer=2"],
+    ],
+    ids=" ".join,
+)
+def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
+    write("config = Config(n_layer=5, n_head=4)\n")
+    assert parse(*argv) == Config(n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys"),
+    [
+        (["--out_dir=a=b"], {"out_dir": "a=b"}),
+        (["--out_dir", "a=b"], {"out_dir": "a=b"}),
+        (["--out_dir=runs/no 1"], {"out_dir": "runs/no 1"}),
+        (["--wandb_run_name=--seed"], {"wandb_run_name": "--seed"}),
+        (["--wandb_run_name="], {}),
+        (["--wandb_run_name", "compile"], {"wandb_run_name": "compile"}),
+        (["--wandb_project", "backend=x"], {"wandb_project": "backend=x"}),
+        (["--mesh=data:2,fsdp:4"], {"mesh": "data:2,fsdp:4"}),
+        (["--learning_rate=1", "--min_lr", "0"], {"learning_rate": 1.0, "min_lr": 0.0}),
+        (["--learning_rate=3e-4"], {"learning_rate": 3e-4}),
+        (["--bias=False", "--eval_only", "True"], {"bias": False, "eval_only": True}),
+    ],
+    ids=str,
+)
+def test_a_flag_sets_its_key(write, argv, keys):
+    path = write("config = Config()\n")
+    config = parse(path, *argv)
+    assert config == Config(**keys)
+    assert all(type(v) is type(getattr(config, k)) for k, v in keys.items())
+
+
+@settings(deadline=None, max_examples=15)
+@given(configs())
+def test_every_config_can_be_typed(config):
+    flags = [f"--{key}={value}" for key, value in config.to_dict().items()]
+    assert parse(SHAKESPEARE, *flags) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--compile=False"], "always compiles"),
+        (["--compile", "True"], "always compiles"),
+        (["--backend=nccl"], "collectives"),
+        (["--backend", "gloo"], "collectives"),
+    ],
+    ids=str,
+)
+def test_nanogpts_flags_without_a_meaning_here_are_refused_with_the_reason(argv, why):
+    message = refusal(SHAKESPEARE, *argv)
+    assert message.startswith(argv[0].split("=")[0] + ": ")
+    assert why in message
+
+
+def test_a_bad_flag_value_is_refused_as_in_a_file():
+    assert refusal(SHAKESPEARE, "--dropout=2") == (
+        "dropout=2.0: must be a number from 0 to 1 exclusive"
+    )
+    assert refusal(SHAKESPEARE, "--n_head=7") == "n_embd=384: must be a multiple of n_head=7"
+
+
+@pytest.mark.parametrize("argv", [[], ["--n_layer=2"], ["--config="], ["--config"]], ids=str)
+def test_without_a_file_the_user_is_told_how_to_name_one(argv):
+    assert "--config configs/shakespeare.py" in refusal(*argv)
+
+
+# (flags that do not parse, what the user must read)
+UNPARSED = [
+    (["--n_heads=3"], ["--n_heads=3", "--n_head INT"]),
+    (["--learnin_rate", "1"], ["--learnin_rate", "--learning_rate FLOAT"]),
+    (["--n_layer=1e1"], ["--n_layer", "1e1"]),
+    (["--n_layer"], ["--n_layer"]),
+    (["--bias=maybe"], ["--bias", "maybe", "True", "False"]),
+    (["--mlp=gelou"], ["--mlp", "gelou", "gelu_tanh"]),
+    (["another.py"], ["another.py"]),
+    (["--learning_rate=__import__('os').system('touch x')"], ["--learning_rate"]),
+    (["--max_iters", "__import__('os').system('touch x')"], ["--max_iters"]),
+    (["--bias=__import__('os').system('touch x')"], ["--bias"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), UNPARSED, ids=str)
+def test_flags_that_do_not_parse_exit_with_2_and_run_nothing(write, capsys, argv, words):
+    path = write("config = Config()\n")
+    with pytest.raises(SystemExit) as exit:
+        parse(path, *argv)
+    assert exit.value.code == 2
+    told = capsys.readouterr()
+    assert not told.out
+    for word in words:
+        assert word in told.err
+    assert os.listdir() == ["mine.py"]
+
+
+# ---- the variant for a CPU -------------------------------------------------------------------
+
+VARIANTS = "config = Config(n_layer=6, n_head=6, n_embd=384)\non_cpu = config.replace(n_layer=4)\n"
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+@pytest.mark.parametrize("flags", [[], ["--on_cpu=True"], ["--on_cpu=False"]], ids=str)
+def test_on_cpu_is_for_want_of_an_accelerator_unless_it_is_declined(write, accelerator, flags):
+    path = write(VARIANTS)
+    config, differences = from_command_line([path, *flags], lambda config: accelerator)
+    small = not accelerator and flags != ["--on_cpu=False"]
+    assert config.n_layer == (4 if small else 6)
+    assert differences == ({"n_layer": (4, 6)} if small else {})
+
+
+def test_the_file_itself_can_decline_on_cpu(write):
+    path = write(VARIANTS + "config = config.replace(on_cpu=False)\n")
+    assert parse(path, accelerator=False).n_layer == 6
+
+
+def test_flags_win_over_both_variants(write):
+    path = write(VARIANTS + "on_cpu = on_cpu.replace(dropout=0.5)\n")
+    flags = ["--n_layer=3", "--seed=7"]
+    for accelerator, dropout in (True, 0.0), (False, 0.5):
+        config, differences = from_command_line([path, *flags], lambda config, a=accelerator: a)
+        assert (config.n_layer, config.seed, config.dropout) == (3, 7, dropout)
+        assert differences == ({} if accelerator else {"dropout": (0.5, 0.0)})
+
+
+def test_a_file_without_on_cpu_is_the_same_everywhere(write):
+    path = write("config = Config(n_layer=5)\n")
+    for accelerator in True, False:
+        found = from_command_line([path], lambda config, a=accelerator: a)
+        assert found == (Config(n_layer=5), {})
+
+
+def test_jax_starts_as_the_command_line_wants_it(write):
+    seen = []
+    path = write(VARIANTS)
+    from_command_line([path, "--device=cpu", "--dtype=float64"], seen.append)
+    assert [(config.device, config.dtype) for config in seen] == [("cpu", "float64")]
+
+
+# ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------
+
+BABY_GPT = {  # nanoGPT's config/train_shakespeare_char.py, over the defaults of its train.py
+    "eval_interval": 250,
+    "eval_iters": 200,
+    "log_interval": 10,
+    "always_save_checkpoint": False,
+    "eval_only": False,
+    "init_from": "scratch",
+    "wandb_log": False,
+    "wandb_project": "shakespeare-char",
+    "dataset": "shakespeare_char",
+    "gradient_accumulation_steps": 1,
+    "batch_size": 64,
+    "block_size": 256,
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "dropout": 0.2,
+    "bias": False,
+    "learning_rate": 1e-3,
+    "max_iters": 5000,
+    "lr_decay_iters": 5000,
+    "min_lr": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "decay_lr": True,
+    "warmup_iters": 100,
+    "seed": 1337,
+}
+BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for it
+    "vocab_size": 0,
+    "n_kv_head": 0,
+    "n_inner": 0,
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "position": "learned",
+    "mlp": "gelu",
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "attention_window": 0,
+    "causal": True,
+    "value_residual": False,
+    "batch_tokens": 0,
+}
+FREE = {  # says nothing of the result: where it lives, what it tells, what runs it
+    *("out_dir", "data_dir", "overwrite", "save_interval", "keep_checkpoints", "sample_every"),
+    *("tensorboard", "wandb_run_name", "tokens_on_device", "device", "on_cpu", "dtype", "mesh"),
+    *("attention", "remat", "scan_layers", "steps_per_dispatch"),
+}
+
+
+def test_the_shakespeare_config_is_nanogpts_baby_gpt_key_by_key():
+    config = parse(SHAKESPEARE).to_dict()
+    expected = BABY_GPT | BABY_GPT_MODEL
+    assert expected.keys() | FREE == set(FIELDS)
+    assert {key: config[key] for key in expected} == expected
+
+
+# nanoGPT's README, for an accelerator and for a laptop, with the config's own name
+README = {
+    "accelerator": "configs/shakespeare.py",
+    "laptop": (
+        "configs/shakespeare.py --device=cpu --eval_iters=20 --log_interval=1 --block_size=64 "
+        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+        "--lr_decay_iters=2000 --dropout=0.0"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", README)
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_nanogpts_readme_commands_parse(monkeypatch, command, accelerator):
+    monkeypatch.chdir(ROOT)
+    path, *flags = shlex.split(README[command])
+    config = parse(path, *flags, accelerator=accelerator).to_dict()
+    for flag in flags:
+        key, value = flag.removeprefix("--").split("=")
+        assert str(config[key]) == value
+
+
+def test_the_laptops_command_is_what_on_cpu_holds_but_for_the_learning_rate(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    typed = parse(*shlex.split(README["laptop"]))
+    ours = parse("configs/shakespeare.py", "--device=cpu", "--log_interval=1", accelerator=False)
+    assert set(ours.differences(typed)) <= {"learning_rate"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.name)
+def test_every_config_that_comes_with_jaxgpt_loads(path):
+    variants = load(str(path))
+    assert isinstance(variants["config"], Config)
+
+
+# ---- exit codes ------------------------------------------------------------------------------
+
+
+def test_a_users_mistake_is_one_line_and_code_2(capsys):
+    def command(argv):
+        raise UserError("n_layer=-1: must be at least 0")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(command, [])
+    told = capsys.readouterr()
+    assert exit.value.code == 2
+    assert told.err == "error: n_layer=-1: must be at least 0\n"
+    assert not told.out
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, None), (0, 0), (143, 143)])
+def test_the_commands_own_code_is_the_processes(returned, code):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda argv: returned, [])
+    assert exit.value.code == code
+
+
+def test_an_interrupt_is_code_130():
+    def command(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(command, [])
+    assert exit.value.code == 130
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, AssertionError])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    def command(argv):
+        raise error("ours")
+
+    with pytest.raises(error, match="ours"):
+        cli.run(command, [])
+
+
+def test_the_command_gets_the_processes_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", "--n_layer=2"])
+    seen = []
+    with pytest.raises(SystemExit):
+        cli.run(seen.append)
+    assert seen == [["mine.py", "--n_layer=2"]]
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 0), (["--help"], 0), (["-h"], 0), (["fly"], 2)])
+def test_the_console_script_names_its_commands(monkeypatch, capsys, argv, code):
+    monkeypatch.setattr(sys, "argv", ["jaxgpt", *argv])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == code
+    assert "{train,sample,prepare,eval}" in capsys.readouterr().err
+
+
+# ---- help ------------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+from jaxgpt import cli
+try:
+    cli.run(cli.COMMANDS[sys.argv[1]], sys.argv[2:])
+finally:
+    print(json.dumps(sorted(sys.modules)), file=open("modules.json", "w"))
+"""
+HEAVY = {"jax", "flax", "orbax", "numpy", "matplotlib"}
+
+
+def run_process(folder: Path, *argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Runs a command in a process of its own -> what it said, and what it imported."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *argv], cwd=folder, env=env, capture_output=True, text=True
+    )
+    return done, set(json.loads(Path(folder, "modules.json").read_text()))
+
+
+def test_help_lists_every_key_with_the_files_value_and_does_not_wait_for_jax(write, tmp_path):
+    path = write("config = Config(n_layer=5, n_head=4, learning_rate=3e-3, bias=False)\n")
+    done, modules = run_process(tmp_path, "train", path, "--help")
+    assert done.returncode == 0
+    assert not done.stderr
+    assert not HEAVY & modules
+    for key, value in load(path)["config"].to_dict().items():
+        entry = rf"--{key} .*?\(default: (.*?)\)"
+        found = re.search(entry, re.sub(r"[│\s]+", " ", done.stdout))
+        assert found, key
+        assert found[1].strip("'\"") == str(value), key
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["train", "nope.py"], r"error: --config nope.py: no such file\n"),
+        (["train", "mine.py", "--dropout=2"], r"error: dropout=2.0: must be .*\n"),
+        (["train", "mine.py", "--n_heads=2"], r"(?s).*--n_head .*"),
+        (["sample", "--temperature=-1"], r"error: temperature=-1.0: must be .*\n"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_told_without_a_traceback_and_before_jax_is_there(write, tmp_path, argv, told):
+    write("config = Config()\n")
+    done, modules = run_process(tmp_path, *argv)
+    assert done.returncode == 2
+    assert re.fullmatch(told, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not HEAVY & modules

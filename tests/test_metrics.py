@@ -1,0 +1,356 @@
+"""What a run says: the rows on disk, the lines for people, the picture and the trackers."""
+
+import io
+import json
+import re
+import struct
+import sys
+from functools import partial
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from jaxgpt import metrics
+from jaxgpt.config import Config, UserError
+from jaxgpt.metrics import Log, Stopwatch, draw_losses, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """What the terminal of whoever runs the tests says of itself must not matter."""
+    for name in "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(out_dir=str(tmp_path), max_iters=100)
+
+
+def train_row(step: int, **numbers) -> dict:
+    row = {"step": step, "loss": 4.0 - step / 100, "grad_norm": 1.25, "lr": 3e-4}
+    row |= {"tokens": 1000 * step, "tokens_per_s": 123456.7, "step_ms": 8.123, "time": 1e9 + step}
+    return row | {"mfu": None} | numbers
+
+
+def eval_row(step: int, **numbers) -> dict:
+    row = {"step": step, "train_loss": 3.9 - step / 100, "val_loss": 4.1 - step / 100}
+    return row | {"time": 1e9 + step} | numbers
+
+
+def lines(folder, name: str) -> list[str]:
+    return (folder / name).read_text(encoding="utf-8").splitlines()
+
+
+# ---- metrics.jsonl and log.txt ---------------------------------------------------------------
+
+
+def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
+    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, whole_val_loss=3.5)]
+    with Log(config, 0) as log:
+        for i, row in enumerate(told, 1):
+            log.train(row, 60.0) if "loss" in row else log.eval(row)
+            assert [json.loads(line) for line in lines(tmp_path, "metrics.jsonl")] == told[:i]
+            assert len(lines(tmp_path, "log.txt")) == i
+
+
+@pytest.mark.parametrize("first_step", [0, 3, 5, 9])
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "lo', '{"step": 6}', "\0\0\0"], ids=repr)
+def test_what_was_written_of_steps_that_are_taken_again_is_forgotten(
+    config, tmp_path, first_step, torn
+):
+    rows = [eval_row(0), *map(train_row, range(1, 6)), eval_row(5)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + torn  # as when a process is killed
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with Log(config, first_step) as log:
+        log.train(train_row(first_step + 1), 1.0)
+    kept = [row for row in rows if row["step"] <= first_step]
+    kept += [{"step": 6}] if torn == '{"step": 6}' and first_step >= 6 else []
+    found = [json.loads(line) for line in lines(tmp_path, "metrics.jsonl")]
+    assert found == read_metrics(tmp_path / "metrics.jsonl") == [*kept, train_row(first_step + 1)]
+
+
+def test_a_folder_without_metrics_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_log_goes_on_where_it_was(config, tmp_path):
+    for text in "first", "second, with é and [brackets]", "two\nlines":
+        with Log(config, 0) as log:
+            log.say(text)
+    assert lines(tmp_path, "log.txt") == ["first", "second, with é and [brackets]", "two", "lines"]
+
+
+# ---- lines for people ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mfu", "told"), [(None, "mfu n/a"), (0.4125, "mfu 41.2%"), (0, "0.0%")])
+def test_without_a_terminal_a_step_is_one_plain_line(config, tmp_path, capsys, mfu, told):
+    with Log(config, 0) as log:
+        log.train(train_row(40, mfu=mfu, grad_norm=1e9), 83.0)
+        log.train(train_row(50), 73.0)
+    out, err = capsys.readouterr()
+    line, other = out.splitlines()
+    for part in "step 40: ", "loss 3.6000", "123,457 tokens/s", "8.1 ms", "lr 3.00e-04", told:
+        assert part in line
+    assert other.startswith("step 50: loss 3.5000")
+    assert "\x1b" not in out
+    assert not err
+    assert lines(tmp_path, "log.txt") == [line, other]
+
+
+def test_without_a_terminal_an_evaluation_is_one_line_with_all_its_losses(config, capsys):
+    with Log(config, 0) as log:
+        log.eval(eval_row(10, whole_val_loss=3.25))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 10: ")
+    assert re.findall(r"[\w ]*loss \d\.\d{4}", line.removeprefix("step 10: ")) == [
+        "train loss 3.8000",
+        " val loss 4.0000",
+        " whole val loss 3.2500",
+    ]
+
+
+def test_what_is_said_is_printed_as_it_is(config, tmp_path, capsys):
+    """Samples can hold anything: brackets that look like markup, emoji codes, long lines."""
+    text = "[bold]ROMEO:[/bold] :heart: http://x.y 'z' 123 " + "long " * 100
+    with Log(config, 0) as log:
+        log.say(text)
+    assert capsys.readouterr().out == text + "\n"
+    assert lines(tmp_path, "log.txt") == [text]
+
+
+def on_a_terminal(monkeypatch, width: int = 80) -> io.StringIO:
+    screen = io.StringIO()
+    forced = partial(Console, file=screen, force_terminal=True, width=width)
+    monkeypatch.setattr(metrics, "Console", forced)
+    return screen
+
+
+def frames(screen: io.StringIO) -> list[str]:
+    """What was drawn, one line at a time, without colours and movements of the cursor."""
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
+    return [line for line in re.split(r"[\r\n]+", text) if line]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(
+    ("left_s", "left"), [(5, "0:05 left"), (83.9, "1:23 left"), (7384, "2:03:04 left")]
+)
+def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width, left_s, left):
+    screen = on_a_terminal(monkeypatch, width)
+    with Log(config, 0) as log:
+        assert "compiling" in frames(screen)[-1]
+        log.train(train_row(40), 99.0)
+        log.say("something else")
+        log.train(train_row(50), left_s)
+    live = frames(screen)[-1]
+    for part in "step 50", "loss 3.5000", left:
+        assert part in live
+    assert len(live) <= width
+    assert "something else" in frames(screen)
+    assert screen.getvalue().endswith("\x1b[2K")  # taken away at the end
+    first, said, last = lines(tmp_path, "log.txt")
+    assert first.startswith("step 40: loss 3.6000")
+    assert said == "something else"
+    assert last.startswith("step 50: loss 3.5000")
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [40, 50]
+
+
+def test_on_a_terminal_too_the_log_is_on_disk_at_once(config, tmp_path, monkeypatch):
+    on_a_terminal(monkeypatch)
+    with Log(config, 0) as log:
+        for count in 1, 2, 3:
+            log.train(train_row(count), 1.0)
+            assert len(lines(tmp_path, "log.txt")) == count
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(config, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    screen = on_a_terminal(monkeypatch)
+    with Log(config, 0) as log:
+        log.train(train_row(40), 83.0)
+    assert "step 40: loss 3.6000" in screen.getvalue()
+
+
+# ---- the picture -----------------------------------------------------------------------------
+
+
+def draw(folder, rows: list[dict]) -> bytes:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_losses(folder)
+    return (folder / "loss.png").read_bytes()
+
+
+ROWS = {
+    "none": [],
+    "train": [train_row(step) for step in range(1, 9)],
+    "eval": [eval_row(step) for step in range(0, 9, 4)],
+    "one": [eval_row(0)],
+    "whole": [eval_row(0, whole_val_loss=4.0)],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_picture_is_a_png_whatever_rows_there_are(tmp_path, monkeypatch, kind):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # which would look for a display
+    png = draw(tmp_path, ROWS[kind])
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert png[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", png[16:24])
+    assert imread(tmp_path / "loss.png").shape[:2] == (height, width)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize("key", ["loss", "train_loss", "val_loss"])
+def test_the_picture_shows_every_kind_of_loss(tmp_path, key):
+    rows = ROWS["train"] + ROWS["eval"]
+    picture = draw(tmp_path, rows)
+    assert draw(tmp_path, rows) == picture
+    others = [row | {key: row[key] + 0.2} if key in row else row for row in rows[:-1]]
+    assert draw(tmp_path, [*others, rows[-1]]) != picture  # whose title's best is the same
+
+
+def test_an_evaluation_redraws_the_picture(config, tmp_path):
+    with Log(config, 0) as log:
+        log.train(train_row(1), 1.0)
+        assert not (tmp_path / "loss.png").exists()
+        log.eval(eval_row(1))
+        first = (tmp_path / "loss.png").read_bytes()
+        log.eval(eval_row(2))
+    assert (tmp_path / "loss.png").read_bytes() != first
+
+
+def test_a_folder_may_have_a_name_that_looks_like_mathematics(tmp_path):
+    folder = tmp_path / r"5$ \frac 5$"
+    folder.mkdir()
+    assert draw(folder, ROWS["eval"])
+
+
+# ---- trackers --------------------------------------------------------------------------------
+
+
+def read_events(folder) -> list[Event]:
+    """The events of every TensorBoard file in a folder: records of length, CRC, bytes, CRC."""
+    events = []
+    for file in sorted(folder.iterdir(), key=lambda path: path.name):
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
+    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, whole_val_loss=3.5)]
+    with Log(config.replace(tensorboard=True), 0) as log:
+        for row in told:
+            log.train(row, 1.0) if "loss" in row else log.eval(row)
+    events = read_events(tmp_path / "tensorboard")
+    found = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    numbers = {
+        (row["step"], key): value
+        for row in told
+        for key, value in row.items()
+        if key not in ("step", "time") and value is not None
+    }
+    assert found == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("first_step", [0, 20])
+def test_tensorboard_is_told_which_steps_are_taken_again(config, tmp_path, first_step):
+    with Log(config.replace(tensorboard=True), first_step):
+        pass
+    starts = [
+        event.step
+        for event in read_events(tmp_path / "tensorboard")
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [first_step + 1]
+
+
+class FakeWandb(ModuleType):
+    """Stands in for the package: remembers what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.told, self.finished = [], False
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, row, step):
+        self.told.append((step, row))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.mark.parametrize("name", ["", "a name"])
+def test_weights_and_biases_gets_the_config_and_every_row(config, tmp_path, monkeypatch, name):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = config.replace(wandb_log=True, wandb_project="plays", wandb_run_name=name)
+    with Log(config, 0) as log:
+        log.eval(eval_row(0))
+        log.train(train_row(1), 1.0)
+        log.train(train_row(2, mfu=0.4), 1.0)
+        assert not wandb.finished
+    assert wandb.options["project"] == "plays"
+    assert wandb.options["name"] == (name or tmp_path.name)
+    assert wandb.options["dir"] == str(tmp_path)
+    assert wandb.options["config"] == config.to_dict()
+    known = {key: value for key, value in train_row(1).items() if value is not None}
+    assert wandb.told == [(0, eval_row(0)), (1, known), (2, train_row(2, mfu=0.4))]
+    assert wandb.finished
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("tensorboard", "tensorboardX"), ("wandb_log", "wandb")]
+)
+def test_a_missing_tracker_is_the_users_to_install(config, monkeypatch, key, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError) as raised:
+        Log(config.replace(**{key: True}), 0)
+    assert str(raised.value) == f"{key}=True: needs {package}; pip install 'jaxgpt[log]'"
+
+
+def test_nothing_is_tracked_unless_it_is_asked_for(config, tmp_path, monkeypatch):
+    for package in "tensorboardX", "wandb":
+        monkeypatch.setitem(sys.modules, package, None)
+    with Log(config, 0) as log:
+        log.eval(eval_row(0))
+    assert not (tmp_path / "tensorboard").exists()
+
+
+# ---- the clock -------------------------------------------------------------------------------
+
+
+def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now))
+    watch = Stopwatch()
+    now += 100  # compiling
+    watch.resume()
+    now += 3
+    watch.lap(10)
+    now += 5
+    watch.lap(10)
+    assert watch.read() == pytest.approx(8 / 20)
+    now += 1
+    watch.lap(1)
+    now += 1000  # an evaluation
+    watch.resume()
+    now += 2
+    watch.lap(1)
+    assert watch.read() == pytest.approx(3 / 2)
+    now += 7  # steps are still being taken while the last ones are told
+    watch.lap(1)
+    assert watch.read() == pytest.approx(7)

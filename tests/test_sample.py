@@ -1,0 +1,778 @@
+"""The sampler against NumPy: what is drawn from, what is drawn, and what a stream shows of it."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from reference import numpy_gpt as ref
+from reference.options import DEFAULTS, MODEL_CASES, MODERN
+
+from jaxgpt import cli, sample
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxgpt.sample import Knobs, Sampler, TextStream, draw, sample_text
+from jaxgpt.sharding import one_device
+
+GREEDY = Knobs(temperature=0)
+CONTEXTS = ["halve", "exact"]
+
+
+def make_case(**options) -> tuple[Config, dict]:
+    """A config, and random parameters with blocks by number."""
+    config = Config(**DEFAULTS | {"dtype": "float32", "attention": "reference"} | options)
+    params = ref.init_params(config, np.random.default_rng(1), np.dtype(config.dtype))
+    params["blocks"] = dict(enumerate(params["blocks"]))
+    return config, params if params["blocks"] else {k: params[k] for k in params if k != "blocks"}
+
+
+def lively_case(**options) -> tuple[Config, dict]:
+    """Likewise; louder blocks and an output map of its own keep greedy texts from standing still."""
+    sizes = {"vocab_size": 65, "n_embd": 32, "block_size": 8, "tie_embeddings": False}
+    config, params = make_case(**sizes | options)
+    loud = {
+        path: 2 * p if path.endswith("kernel") and path.startswith(("blocks", "pos")) else p
+        for path, p in ref.flatten(params).items()
+    }
+    return config, ref.unflatten(loud, params)
+
+
+def stacked(params: dict) -> dict:
+    """The parameters as `scan_layers` keeps them."""
+    blocks = params["blocks"].values()
+    return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
+
+
+def random_prompts(*lengths: int, vocab_size: int = 65) -> list[list[int]]:
+    rng = np.random.default_rng(2)
+    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def generate(sampler: Sampler, prompts: list[list[int]], **options) -> list[list[int]]:
+    chunks = list(sampler.generate([np.array(p) for p in prompts], **options))
+    return [[int(t) for t in row if t >= 0] for row in np.concatenate(chunks, axis=1)]
+
+
+def next_logits(config: Config, params: dict, text: list[int]) -> np.ndarray:
+    """The reference's logits [V] of what follows a text."""
+    return ref.forward({"blocks": {}} | params, np.array([text]), config)[0][0, -1]
+
+
+def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, context: str):
+    """What `generate` is to say, one token and one whole forward at a time."""
+    size, text = config.block_size, list(prompt)
+    for _ in range(new):
+        if context == "halve" and len(text) > size:
+            text = text[-max(1, size // 2) :]
+        text.append(int(next_logits(config, params, text[-size:]).argmax()))
+        yield text[-1]
+
+
+# ---- what is drawn from ----------------------------------------------------------------------
+
+
+class Spy(Sampler):
+    """Keeps the logits that tokens are drawn from, where a chunk is one token."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.logits, decode = [], self._decode
+
+        def spy(params, carry, knobs):
+            self.logits.append(np.array(carry["logits_BV"]))
+            return decode(params, carry, knobs)
+
+        self._decode = spy
+
+
+@pytest.fixture
+def one_token_chunks(monkeypatch):
+    monkeypatch.setattr(sample, "CHUNK", 1)
+
+
+def check_logits(config: Config, params: dict, spy: Spy, knobs: Knobs, atol: float) -> None:
+    """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
+    new = config.block_size - 3
+    prompts, spy.logits = random_prompts(2, 4, vocab_size=config.vocab_size), []
+    texts = generate(spy, prompts, max_new_tokens=new, knobs=knobs)
+    assert [logits.shape for logits in spy.logits] == new * [(2, config.padded_vocab)]
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        for n in range(new):
+            want = next_logits(config, params, prompt + text[:n])
+            np.testing.assert_allclose(spy.logits[n][row], want, rtol=0, atol=atol, err_msg=str(n))
+            assert knobs.temperature or text[n] == want.argmax()
+
+
+@pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
+def test_cached_decoding_is_the_whole_forward(options, one_token_chunks):
+    config, params = make_case(**options)
+    spy = Spy(config).load(params)
+    for knobs in (GREEDY, Knobs(temperature=3.0)):
+        check_logits(config, params, spy, knobs, 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
+def test_scanned_layers_are_unstacked_to_be_sampled(options, one_token_chunks):
+    config, params = make_case(**options)
+    spy = Spy(config.replace(scan_layers=True)).load(stacked(params))
+    check_logits(config, params, spy, GREEDY, 1e-4)
+
+
+def test_float64_is_sampled_in_float64(one_token_chunks):
+    config, params = make_case(dtype="float64")
+    with jax.enable_x64(True):
+        check_logits(config, params, Spy(config).load(params), GREEDY, 1e-10)
+
+
+def test_new_parameters_count_from_then_on():
+    config, params = lively_case()
+    other = jax.tree.map(lambda p: -p, params)
+    sampler, texts = Sampler(config), []
+    for tree in (params, other, params):
+        texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, knobs=GREEDY)
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_an_encoder_cannot_be_sampled():
+    with pytest.raises(UserError, match="causal=False"):
+        Sampler(make_case(causal=False)[0])
+
+
+# ---- past block_size, and side by side -------------------------------------------------------
+
+LIVELY = [
+    {},
+    {"block_size": 7, "n_layer": 1, "attention_window": 3},
+    MODERN | {"n_kv_head": 2, "value_residual": True, "n_layer": 3},
+    {"position": "sinusoidal", "norm_position": "post", "norm": "rmsnorm"},
+    {"block_size": 1},
+    {"block_size": 3, "position": "rope"},
+]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("options", LIVELY, ids=str)
+def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, context, monkeypatch):
+    """Rows get there at different times: in a chunk's middle, at once, or before they begin."""
+    monkeypatch.setattr(sample, "CHUNK", 5)
+    config, params = lively_case(**options)
+    prompts, new = random_prompts(1, 2, 5, 7, 8, 9, 17), 23
+    got = generate(
+        Sampler(config).load(params), prompts, max_new_tokens=new, knobs=GREEDY, context=context
+    )
+    for prompt, text in zip(prompts, got, strict=True):
+        assert text == list(greedy_loop(config, params, prompt, new, context)), len(prompt)
+    assert config.block_size == 1 or len({token for text in got for token in text}) > 6
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("knobs", [GREEDY, Knobs(repetition_penalty=1.3, top_p=0.9)], ids=str)
+def test_a_prompt_gets_beside_others_what_it_gets_alone(knobs, context):
+    """Alone in its place: the seed of a sequence is its place's. Neighbours are one token long."""
+    config, params = lively_case(position="rope")
+    sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 3, 12)
+    run = partial(generate, sampler, max_new_tokens=25, knobs=knobs, context=context)
+    together = run(prompts)
+    assert len({tuple(text) for text in together}) == len(prompts)
+    for place, prompt in enumerate(prompts):
+        alone = run([[0]] * place + [prompt])
+        assert together[place] == alone[place], place
+        if knobs == GREEDY:
+            assert together[place] == run([prompt])[0], place
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_padding_is_never_seen(context):
+    class PadsWithGarbage(Sampler):
+        def _pad(self, texts, *, bucket):
+            tokens_BT, lengths_B = super()._pad(texts, bucket=bucket)
+            tokens_BT[np.arange(tokens_BT.shape[1]) >= lengths_B[:, None]] = 42
+            return tokens_BT, lengths_B
+
+    config, params = lively_case()
+    prompts = random_prompts(1, 5, 2)
+    clean, dirty = (
+        generate(kind(config).load(params), prompts, max_new_tokens=20, context=context)
+        for kind in (Sampler, PadsWithGarbage)
+    )
+    assert clean == dirty
+
+
+# ---- what is drawn ---------------------------------------------------------------------------
+
+DRAWS = 20_000
+LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
+SEEN = np.arange(12) % 3 == 0
+
+
+def draw_often(logits: np.ndarray, knobs: Knobs, seen: np.ndarray | None = None) -> np.ndarray:
+    """How often each id is drawn from logits that are padded to 128."""
+    pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
+    logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (DRAWS, 1))
+    seen_BV = None if seen is None else jnp.tile(pad(seen), (DRAWS, 1))
+    keys_B = jax.random.split(jax.random.key(0), DRAWS)
+    return np.bincount(draw(logits_BV, keys_B, knobs, seen_BV), minlength=128)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+
+def probabilities(logits: np.ndarray, knobs: Knobs, seen: np.ndarray | None) -> np.ndarray:
+    """What each token's probability is to be: one filter after the other, one token at a time."""
+    logits = logits.copy()
+    for token in np.flatnonzero(seen) if seen is not None else ():
+        if logits[token] > 0:
+            logits[token] /= knobs.repetition_penalty
+        else:
+            logits[token] *= knobs.repetition_penalty
+    probs = softmax(logits / knobs.temperature)
+    ranked = [int(token) for token in np.argsort(-probs)]
+    ranked = [token for token in ranked if probs[token] >= knobs.min_p * probs[ranked[0]]]
+    ranked = ranked[: knobs.top_k or None]
+    nucleus, total = [], sum(probs[ranked])
+    for token in ranked:
+        nucleus.append(token)
+        if sum(probs[nucleus]) >= knobs.top_p * total:
+            break
+    kept = np.zeros(len(probs))
+    kept[nucleus] = probs[nucleus] / sum(probs[nucleus])
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, 12),
+        ({"temperature": 0.6}, 12),
+        ({"temperature": 1.7}, 12),
+        ({"top_k": 1}, 1),
+        ({"top_k": 5}, 5),
+        ({"top_k": 11, "temperature": 1.3}, 11),
+        ({"top_k": 200}, 12),
+        ({"top_p": 0.0}, 1),
+        ({"top_p": 0.1}, 1),
+        ({"top_p": 0.5}, 4),
+        ({"top_p": 0.97}, 11),
+        ({"min_p": 0.3}, 7),
+        ({"min_p": 0.99}, 1),
+        ({"repetition_penalty": 1.8}, 12),
+        ({"repetition_penalty": 3.0, "top_k": 6}, 6),
+        ({"top_k": 6, "top_p": 0.7}, 4),
+        ({"temperature": 0.7, "min_p": 0.2, "top_k": 6, "top_p": 0.9}, 5),
+        ({"temperature": 1.5, "min_p": 0.3, "top_p": 0.8, "repetition_penalty": 1.5}, 8),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
+    knobs = Knobs(**options)
+    seen = SEEN if knobs.repetition_penalty != 1 else None
+    want = DRAWS * np.pad(probabilities(LOGITS, knobs, seen), (0, 116))
+    got = draw_often(LOGITS, knobs, seen)
+    assert np.count_nonzero(want) == left  # the case is about what it seems to be about
+    np.testing.assert_array_equal(got > 0, want > 0)
+    chi_square = ((got - want) ** 2 / np.maximum(want, 1)).sum()
+    assert chi_square < left + 5 * np.sqrt(2 * left)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("shift", [-100, 0, 100])
+def test_without_temperature_the_likeliest_token_is_drawn(temperature, filters, shift):
+    got = draw_often(LOGITS + shift, Knobs(temperature=temperature, **filters))
+    assert got[LOGITS.argmax()] == DRAWS
+
+
+def test_the_penalty_counts_without_temperature_too():
+    penalized = np.where(LOGITS > 0, LOGITS / 9, LOGITS * 9)
+    assert (best := LOGITS.argmax()) != penalized.argmax()
+    got = draw_often(LOGITS, Knobs(temperature=0, repetition_penalty=9.0), np.arange(12) == best)
+    assert got[np.argsort(LOGITS)[-2]] == DRAWS
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e30, 1e38, 1e39, 1e300])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 200}, {"top_k": 65}, {"top_p": 1 - 1e-6}, {"min_p": 1e-9}, {"top_k": 128}],
+    ids=str,
+)
+def test_padded_ids_are_never_drawn(temperature, filters):
+    logits = np.random.default_rng(0).standard_normal(65) - 50
+    got = draw_often(logits, Knobs(temperature=temperature, **filters))
+    assert got[65:].sum() == 0
+    assert np.all(got[:65] > 0)
+
+
+def test_what_a_sequence_has_is_penalized_from_the_prompt_on_and_past_block_size():
+    """A penalty without bounds makes a greedy text go through the vocabulary once."""
+    config, params = lively_case()
+    prompts = random_prompts(3, 20)
+    got = generate(
+        Sampler(config).load(params),
+        prompts,
+        max_new_tokens=50,
+        knobs=Knobs(temperature=0, repetition_penalty=1e30),
+    )
+    for prompt, text in zip(prompts, got, strict=True):
+        fresh = 65 - len(set(prompt))
+        assert len(set(text[:fresh])) == min(fresh, 50)
+        assert not set(text[:fresh]) & set(prompt)
+
+
+# ---- seeds -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    config, params = lively_case(n_layer=1)
+    return Sampler(config).load(params)
+
+
+def test_the_seed_decides(sampler):
+    run = partial(generate, sampler, [[1, 2], [1, 2]], max_new_tokens=15)
+    first, again, other = run(seed=5), run(seed=5), run(seed=6)
+    assert first == again
+    assert first[0] != first[1]
+    assert not {tuple(t) for t in first} & {tuple(t) for t in other}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_sample_does_not_depend_on_how_many_there_are(sampler, context):
+    run = partial(generate, sampler, max_new_tokens=30, context=context)
+    texts = run(5 * [[1, 2, 3]])
+    for count in (1, 2):
+        assert run(count * [[1, 2, 3]]) == texts[:count]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_shorter_text_is_the_beginning_of_a_longer_one(sampler, context):
+    run = partial(generate, sampler, [[1, 2, 3], [4]], context=context)
+    texts = run(max_new_tokens=45)
+    for length in (1, 5, 6, 19, 20, 21, 40):
+        assert run(max_new_tokens=length) == [text[:length] for text in texts]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_chunk_size_changes_nothing(monkeypatch, context):
+    config, params = lively_case(n_layer=1)
+    knobs, texts = Knobs(top_k=9, repetition_penalty=1.2), []
+    for chunk in (1, 3, 20, 64):
+        monkeypatch.setattr(sample, "CHUNK", chunk)
+        texts.append(
+            generate(
+                Sampler(config).load(params),
+                random_prompts(2, 7),
+                max_new_tokens=30,
+                knobs=knobs,
+                context=context,
+            )
+        )
+    assert all(text == texts[0] for text in texts)
+
+
+# ---- chunks, and how often it compiles -------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_finished_sequence_draws_nothing_while_others_go_on(sampler, context):
+    ends = {0: 3, 1: 28, 2: 11}
+    seen: dict[int, list[int]] = {}
+
+    def is_done(row: int, new: list[int]) -> bool:
+        assert len(seen.get(row, ())) < ends[row], "asked again after it said yes"
+        seen[row] = list(new)
+        return len(new) >= ends[row]
+
+    prompts = [np.array([1, 2])] * 3
+    chunks = list(
+        sampler.generate(prompts, max_new_tokens=40, context=context, is_done=is_done, seed=3)
+    )
+    assert all(chunk.shape == (3, sample.CHUNK) for chunk in chunks)
+    whole = generate(sampler, [[1, 2]] * 3, max_new_tokens=40, context=context, seed=3)
+    for row, drawn in enumerate(np.concatenate(chunks, axis=1)):
+        drawn = drawn[drawn >= 0].tolist()
+        assert drawn == seen[row] == whole[row][: len(drawn)]
+        assert ends[row] <= len(drawn) < ends[row] + sample.CHUNK
+    assert sampler.drawn == 3 * 40
+    assert (np.concatenate(chunks, axis=1) >= 0).sum() < 3 * 40
+
+
+@pytest.mark.parametrize("knobs", [Knobs(), Knobs(repetition_penalty=1.5)], ids=str)
+@pytest.mark.parametrize("placed", [False, True])
+def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
+    """Also where the parameters are bound to a device, as those of a checkpoint are."""
+    config, params = lively_case(block_size=64, n_layer=1)
+    if placed:
+        spec = jax.sharding.PartitionSpec()
+        params = jax.device_put(params, jax.sharding.NamedSharding(one_device(), spec))
+    sampler = Sampler(config).load(params)
+    compiled = lambda: [f._cache_size() for f in (sampler._prefill, sampler._decode)]
+    run = partial(generate, sampler, knobs=knobs)
+    for lengths, new in [((5, 8), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
+        run(random_prompts(*lengths), max_new_tokens=new, seed=new)
+        assert compiled() == [1, 1], (lengths, new)
+    run(random_prompts(4, 3), max_new_tokens=5)
+    assert compiled() == [2, 1]
+    for new in (100, 150):
+        run(random_prompts(8, 5), max_new_tokens=new, context="exact")
+        assert [sampler._slide._cache_size(), sampler._decode._cache_size()] == [1, 1]
+
+
+# ---- text, as it comes -----------------------------------------------------------------------
+
+
+def until_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Reads on, one character at a time, until a stop string has been read."""
+    for read in range(1, len(text) + 1):
+        ended = [stop for stop in stops if text[:read].endswith(stop)]
+        if ended:
+            return text[: read - max(map(len, ended))]
+    return text
+
+
+def push_all(stream: TextStream, ids: list[int], cuts: list[int]):
+    """-> ids so far and all that was shown, after each piece; ends where the stream stops."""
+    shown = ""
+    for end in [*sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]:
+        shown += stream.push(ids[:end], last=False)
+        yield ids[:end], shown
+        if stream.stopped:
+            return
+    yield ids, shown + stream.push(ids, last=True)
+
+
+CUTS = st.lists(st.integers(0, 1000), max_size=12)
+
+
+@given(
+    st.text("ab.", max_size=20),
+    st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3).map(tuple),
+    CUTS,
+)
+@example("xab", ("abc", "b"), [2])
+@example("aabaab.", ("aab.",), [1, 2, 3, 4, 5, 6])
+def test_text_ends_before_a_stop_string_however_it_comes_in(text, stops, cuts):
+    """And what is held back on the way is the beginning of one."""
+    tokenizer = CharTokenizer("ab.cx")
+    stream = TextStream(tokenizer, stops)
+    for ids, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
+        so_far = until_stop(tokenizer.decode(ids), stops)
+        assert so_far.startswith(shown)
+        held = so_far[len(shown) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+    assert shown == until_stop(text, stops)
+    assert stream.stopped == any(stop in text for stop in stops)
+
+
+@given(st.text("aé€😀", max_size=8), CUTS)
+def test_half_a_character_is_held_back_and_a_whole_one_is_not(text, cuts):
+    tokenizer = ByteTokenizer()
+    for ids, shown in push_all(TextStream(tokenizer), tokenizer.encode(text).tolist(), cuts):
+        assert shown == bytes(ids).decode(errors="ignore")
+    assert shown == text
+
+
+@given(st.text("aé€\x80", max_size=10), st.lists(st.text("aé€", min_size=1), max_size=2), CUTS)
+@example("aé", ["aé"], [2])
+@example("a€aé", ["aé"], [3, 5, 6])
+def test_stop_strings_end_the_text_of_bytes_too(text, stops, cuts):
+    tokenizer = ByteTokenizer()
+    stream = TextStream(tokenizer, tuple(stops))
+    for _, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
+        assert until_stop(text, tuple(stops)).startswith(shown)
+    assert shown == until_stop(text, tuple(stops))
+
+
+@given(st.binary(max_size=12), CUTS)
+@example(b"\xe2\x82", [1])
+@example(b"\xff\xe2\x82A", [1, 2, 3])
+def test_pieces_make_up_the_text_whatever_the_bytes(ids, cuts):
+    for _, shown in push_all(TextStream(ByteTokenizer()), list(ids), cuts):
+        assert ids.decode(errors="replace").startswith(shown)
+    assert shown == ids.decode(errors="replace")
+
+
+# ---- models whose text is known --------------------------------------------------------------
+
+
+def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dict]:
+    """A bigram model that says these tokens, each of them different, round and round."""
+    config = Config(
+        vocab_size=vocab_size,
+        block_size=8,
+        n_layer=0,
+        n_head=1,
+        n_embd=len(ids),
+        position="none",
+        norm="rmsnorm",
+        bias=False,
+        tie_embeddings=False,
+        **{"dtype": "float32"} | options,
+    )
+    rows = np.zeros((config.padded_vocab, len(ids)), np.float32)
+    rows[ids] = np.eye(len(ids))
+    nexts = np.zeros_like(rows)
+    nexts[np.roll(ids, -1)] = np.eye(len(ids))
+    scale = {"scale": np.ones(len(ids), np.float32)}
+    return config, {"embed": {"kernel": rows}, "lm_head": {"kernel": nexts}, "ln_f": scale}
+
+
+LETTERS = CharTokenizer("\nabcdefgh")
+
+
+@pytest.fixture(scope="module")
+def alphabet() -> Sampler:
+    """Says abcdefgh and a line break, over and over."""
+    config, params = cyclic_case(LETTERS.encode("abcdefgh\n").tolist(), LETTERS.vocab_size)
+    return Sampler(config).load(params)
+
+
+def say(sampler: Sampler, tokenizer, prompts: list[str], new: int, **options) -> list[str]:
+    pieces = list(sample_text(sampler, tokenizer, prompts, new, knobs=GREEDY, **options))
+    assert all(len(piece) == len(prompts) for piece in pieces)
+    return ["".join(of_prompt) for of_prompt in zip(*pieces, strict=True)]
+
+
+def test_text_goes_on_from_each_prompt(alphabet):
+    assert say(alphabet, LETTERS, ["a", "hgf", "\n"], 12) == [
+        "bcdefgh\nabcd",
+        "gh\nabcdefgh\n",
+        "abcdefgh\nabc",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stop", "want"),
+    [
+        (("h",), "bcdefg"),
+        (("efgh", "d"), "bc"),
+        (("h\nab",), "bcdefg"),  # over the end of a chunk of three, and of six
+        (("ag", "h\na", "gh\nabc"), "bcdefg"),
+        (("bcdefgh\nabcd",), ""),
+        (("abcde", "ba"), "bcdefgh\nabcd"),  # begun, and let go at the end
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 3, 6, 20])
+def test_a_stop_string_ends_the_text(stop, want, chunk, monkeypatch):
+    monkeypatch.setattr(sample, "CHUNK", chunk)
+    config, params = cyclic_case(LETTERS.encode("abcdefgh\n").tolist(), LETTERS.vocab_size)
+    texts = say(Sampler(config).load(params), LETTERS, ["a", "\na"], 12, stop=stop)
+    assert texts == [want, want]
+
+
+def test_a_sequence_that_stopped_draws_no_more(alphabet):
+    texts = say(alphabet, LETTERS, ["a", "g"], 100, stop=("defgh", "fe"))
+    assert texts == ["bc", "h\nabc"]
+    assert alphabet.drawn <= 2 * sample.CHUNK
+
+
+def test_characters_of_several_tokens_come_whole():
+    config, params = cyclic_case(list("aé😀".encode()), 256)
+    sampler = Sampler(config).load(params)
+    assert say(sampler, ByteTokenizer(), ["a"], 13) == ["é😀aé😀"[:4] + "\ufffd"]
+    assert say(sampler, ByteTokenizer(), ["a"], 13, stop=("é😀a",)) == [""]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "stop", "message"),
+    [
+        (["a", "bZaY"], (), "'YZ'"),
+        (["a", ""], (), "start=''"),
+        (["a"], ("b", ""), "stop=''"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused_before_anything_runs(alphabet, prompts, stop, message):
+    with pytest.raises(UserError, match=message):
+        sample_text(alphabet, LETTERS, prompts, 10, stop=stop)
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+RULE = "-" * 15 + "\n"
+ROOT = Path(__file__).parent.parent
+
+
+def write_run(folder: Path, config: Config, tokenizer, steps: dict[int, dict], best=None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    checkpoints = Checkpoints(folder / "checkpoints", keep=5)
+    for step, params in steps.items():
+        checkpoints.save({"params": params}, {"step": step}, best=step == best)
+        checkpoints.wait()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """letters: forwards at step 10, its best, backwards at 20; bytes: with control characters."""
+    folder = tmp_path_factory.mktemp("runs")
+    ids = LETTERS.encode("abcdefgh\n").tolist()
+    config, forwards = cyclic_case(ids, LETTERS.vocab_size)
+    _, backwards = cyclic_case(ids[::-1], LETTERS.vocab_size)
+    steps = {10: forwards, 20: backwards}
+    write_run(folder / "letters", config, LETTERS, steps, best=10)
+    write_run(folder / "no_best", config, LETTERS, steps)
+    write_run(folder / "untrained", config, LETTERS, {})
+    write_run(folder / "encoder", config.replace(causal=False), LETTERS, steps)
+    write_run(folder / "float64", config.replace(dtype="float64"), LETTERS, steps, best=10)
+    config, params = cyclic_case(list("a\x1b[é\x07\r\n\t".encode()), 256)
+    write_run(folder / "bytes", config, ByteTokenizer(), {1: params})
+    return folder
+
+
+@pytest.fixture
+def command(runs, capsys, monkeypatch):
+    """Runs the command in this process -> its exit code, stdout and stderr."""
+    monkeypatch.chdir(runs)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.run(cli.sample, [*argv])
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    yield run
+    jax.config.update("jax_enable_x64", False)
+
+
+SHORT = ("--temperature=0", "--max_new_tokens=5", "--num_samples=1")
+
+
+def test_every_sample_of_every_prompt_is_printed_after_it(command):
+    starts = ("--start=a", "--start=hg")
+    code, out, err = command("--out_dir=letters", *SHORT, *starts, "--num_samples=2")
+    want = ["abcdef\n", "abcdef\n", "hgh\nabc\n", "hgh\nabc\n"]
+    assert (code, out) == (0, "".join(text + RULE for text in want))
+    assert err.startswith("letters, step 10, float32\n")
+    assert "tokens/s" in err
+
+
+def test_a_prompt_is_a_line_break_or_what_a_file_says(command, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"f\ng")
+    code, out, _ = command("--out_dir=letters", *SHORT)
+    assert (code, out) == (0, "\nabcde\n" + RULE)
+    code, out, _ = command("--out_dir=letters", *SHORT, f"--start=FILE:{file}", "--start=b")
+    assert (code, out) == (0, "f\ngh\nabc\n" + RULE + "bcdefg\n" + RULE)
+
+
+def test_stop_strings_end_a_sample(command):
+    stops = ("--stop=d", "--stop=gh\n")
+    code, out, _ = command("--out_dir=letters", *SHORT, *stops, "--start=a", "--start=e")
+    assert (code, out) == (0, "abc\n" + RULE + "ef\n" + RULE)
+
+
+@pytest.mark.parametrize(
+    ("run", "checkpoint", "step", "text"),
+    [
+        ("letters", "best", 10, "cdefgh"),
+        ("letters", "latest", 20, "cba\nhg"),
+        ("letters", "10", 10, "cdefgh"),
+        ("letters", "20", 20, "cba\nhg"),
+        ("no_best", "best", 20, "cba\nhg"),
+    ],
+)
+def test_a_checkpoint_is_named_or_numbered(command, run, checkpoint, step, text):
+    argv = (f"--out_dir={run}", *SHORT, "--start=c", f"--checkpoint={checkpoint}")
+    code, out, err = command(*argv)
+    assert (code, out) == (0, text + "\n" + RULE)
+    assert f"step {step}," in err
+
+
+def test_a_float64_run_is_sampled_as_such(command):
+    code, out, err = command("--out_dir=float64", *SHORT, "--start=c")
+    assert (code, out) == (0, "cdefgh\n" + RULE)
+    assert "step 10, float64" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out_dir=nowhere"], "nowhere"),
+        (["--out_dir=untrained"], "no checkpoint"),
+        (["--out_dir=letters", "--checkpoint=15"], "best, latest, 10, 20"),
+        (["--out_dir=letters", "--checkpoint=newest"], "best, latest, or a step"),
+        (["--out_dir=letters", "--start=FILE:nowhere"], "FILE:nowhere"),
+        (["--out_dir=letters", "--start=FILE:letters"], "FILE:letters"),
+        (["--out_dir=letters", "--temperature=nan"], "temperature=nan"),
+        (["--out_dir=encoder"], "causal=False"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(command, argv, message):
+    code, out, err = command(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--start=a", "--start=aZ"], "'Z'"), (["--start="], "start=''"), (["--stop="], "stop=''")],
+    ids=str,
+)
+def test_nothing_is_printed_before_a_prompt_is_refused(command, argv, message):
+    code, out, err = command("--out_dir=letters", *argv)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\nb\n"], ids=["EOF", "empty line", "empty line first"])
+def test_prompts_are_asked_for_until_there_are_no_more(command, monkeypatch, end):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nZ\nfgh\n" + end))
+    code, out, err = command("--out_dir=letters", *SHORT, "--interactive")
+    last = "" if end else "\n"
+    want = f"> abcdef\n{RULE}> > fgh\nabcd\n{RULE}> {last}"
+    assert (code, out) == (0, want)
+    assert err.count("error: no token for 'Z'") == 1
+    assert "Traceback" not in err
+
+
+def start_script(*argv: str, stdout: int) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "sample.py", *argv]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=-1)
+
+
+def test_a_terminal_gets_control_characters_spelled_out_and_a_pipe_as_they_are(runs):
+    argv = (f"--out_dir={runs / 'bytes'}", *SHORT, "--num_samples=2", "--start=a\x1b")
+    ours, terminals = pty.openpty()
+    on_terminal = start_script(*argv, stdout=terminals)
+    os.close(terminals)
+    piped = start_script(*argv, stdout=subprocess.PIPE)
+    shown = b""
+    while piece := read_terminal(ours):
+        shown += piece
+    os.close(ours)
+    for process in (on_terminal, piped):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    raw = "a\x1b[é\x07\r\n"
+    assert out.decode() == 2 * (raw + RULE)
+    assert shown.decode().replace("\r\n", "\n") == 2 * ("a\\x1b[é\\x07\\r\n" + RULE)
+
+
+def read_terminal(file: int) -> bytes:
+    """What there is to read; nothing at the end, which Linux reports as an error."""
+    try:
+        return os.read(file, 4096)
+    except OSError:
+        return b""
+
+
+def test_the_script_ends_with_code_2_and_one_line():
+    process = start_script("--out_dir=nowhere", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
+    assert err.startswith(b"error: out_dir='nowhere'")
