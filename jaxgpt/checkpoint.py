@@ -9,10 +9,12 @@ import os
 import shutil
 import threading
 import zlib
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxgpt.config import UserError
@@ -112,11 +114,21 @@ class Checkpoints:
         folder = self.folder / str(step)
         self.meta(step)
         _verify(folder)
+        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        for item, tree in abstract.items():
+            written: Any = reader.metadata(folder / "state" / item).item_metadata
+            there, here = _shapes(written.tree), _shapes(tree)
+            for name in there | here:
+                if there.get(name) != here.get(name):
+                    shapes = f"{there.get(name)} there, {here.get(name)} here"
+                    raise UserError(f"{folder}: the shape of {item}.{name} is {shapes}")
         items = {k: ocp.args.StandardRestore(v) for k, v in abstract.items()}
-        try:
-            return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
-        except ValueError as error:
-            raise UserError(f"{folder}: {str(error).splitlines()[0].rstrip(':')}") from error
+        return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _digest(step: Path) -> dict[str, dict[str, int]]:

@@ -61,10 +61,10 @@ def train(argv: list[str]) -> int:
     return train(config, on_cpu)
 
 
-def _start(config: Config) -> bool:
+def _start(name: str, dtype: str) -> bool:
     from jaxgpt import device
 
-    device.start(config.device, float64=config.dtype == "float64")
+    device.start(name, float64=dtype == "float64")
     return not device.on_cpu()
 
 
@@ -213,6 +213,8 @@ class EvalArgs:
     """Which of its checkpoints."""
     data_dir: str = ""
     """Where datasets live; empty is where the run found them."""
+    mesh: str = ""
+    """Devices by axis, as in training; empty is all of them on data."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """What to run on."""
 
@@ -224,7 +226,7 @@ def evaluate(argv: list[str]) -> None:
     from jaxgpt.evaluate import evaluate
 
     device.start(args.device)
-    for name, value in evaluate(args.out_dir, args.checkpoint, args.data_dir).items():
+    for name, value in evaluate(args.out_dir, args.checkpoint, args.data_dir, args.mesh).items():
         print(f"{name}: {value}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from jaxgpt.config import GROUPS, Config, UserError, build
+from jaxgpt.config import GROUPS, Config, UserError, build, check
 
 
 def load(path: str) -> dict[str, Config]:
@@ -65,13 +65,13 @@ NOT_KEYS = {
 
 
 def from_command_line(
-    argv: Sequence[str], has_accelerator: Callable[[Config], bool]
-) -> tuple[Config, dict[str, tuple[Any, Any]]]:
-    """`[--config] FILE [--key=value ...]` -> the config, and what the file's `on_cpu` changed.
+    argv: Sequence[str], has_accelerator: Callable[[str, str], bool]
+) -> tuple[Config, dict[str, Any]]:
+    """`[--config] FILE [--key=value ...]` -> the config, and the keys its `on_cpu` has changed.
 
-    `has_accelerator` starts JAX as a config wants it, and tells whether an accelerator will run
-    it. Ends the process for `--help` (code 0) and for flags that do not parse (code 2); raises
-    `UserError` for what else is wrong.
+    `has_accelerator` starts JAX for a `device` and a `dtype`, and tells whether an accelerator
+    will run it. Ends the process for `--help` (code 0) and for flags that do not parse (code 2);
+    raises `UserError` for what else is wrong.
     """
     path, flags = _split_config_path(list(argv))
     for flag in flags:
@@ -79,15 +79,16 @@ def from_command_line(
         if flag.startswith("--") and name in NOT_KEYS:
             raise UserError(f"--{name}: {NOT_KEYS[name]}; leave this flag out")
     variants = load(path) if path else {"config": Config()}
-    config = _parse_flags(flags, variants["config"])
+    keys = _parse_flags(flags, variants["config"])
     if not path:
         raise UserError(
             "no config: name one, as in python train.py --config configs/shakespeare.py"
         )
-    if has_accelerator(config) or "on_cpu" not in variants or not config.on_cpu:
-        return config, {}
+    accelerated = has_accelerator(keys["device"], keys["dtype"])
+    if accelerated or "on_cpu" not in variants or not keys["on_cpu"]:
+        return build(keys), {}
     on_cpu = _parse_flags(flags, variants["on_cpu"])
-    return on_cpu, on_cpu.differences(config)
+    return build(on_cpu), {key: value for key, value in on_cpu.items() if value != keys[key]}
 
 
 def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
@@ -103,8 +104,8 @@ def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
     return "", argv
 
 
-def _parse_flags(flags: list[str], base: Config) -> Config:
-    """`base` with the command line's values over it; tyro types, documents and suggests."""
+def _parse_flags(flags: list[str], base: Config) -> dict[str, Any]:
+    """The keys of `base` with the command line's over them; tyro types, documents, suggests."""
     keys = base.to_dict()
     groups = [
         (g.__name__.lower(), g, g(**{f.name: keys[f.name] for f in dataclasses.fields(g)}))
@@ -118,4 +119,6 @@ def _parse_flags(flags: list[str], base: Config) -> Config:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
-    return build({k: v for g in vars(parsed).values() for k, v in vars(g).items()})
+    for group in vars(parsed).values():
+        check(group)
+    return {k: v for group in vars(parsed).values() for k, v in vars(group).items()}

@@ -60,7 +60,7 @@ Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
 Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where a run lives, how long it goes on, and what it says on the way."""
 
@@ -100,7 +100,7 @@ class Run:
     """Run name at Weights & Biases; empty is the name of `out_dir`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Which tokens, and how many of them a step sees."""
 
@@ -118,7 +118,7 @@ class Data:
     """Hold the token files in device memory; `auto` does while they are small beside it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """The network. The defaults are GPT-2 124M's."""
 
@@ -181,7 +181,7 @@ class Model:
         return -(-self.vocab_size // 128) * 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW and its schedule."""
 
@@ -205,7 +205,7 @@ class Optimizer:
     """Largest gradient norm; 0 is no bound."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parallel:
     """What runs it, and how. Nothing here changes what is computed beyond rounding."""
 
@@ -230,7 +230,7 @@ class Parallel:
 GROUPS = (Run, Data, Model, Optimizer, Parallel)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(Run, Data, Model, Optimizer, Parallel):
     """A whole run. Raises `UserError`, naming key, value and what is allowed, when it cannot be."""
 
@@ -245,11 +245,6 @@ class Config(Run, Data, Model, Optimizer, Parallel):
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, ready for JSON."""
         return dataclasses.asdict(self)
-
-    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
-        """The keys that differ: name -> (value here, value in `other`)."""
-        theirs = other.to_dict()
-        return {k: (v, theirs[k]) for k, v in self.to_dict().items() if v != theirs[k]}
 
 
 def build(keys: dict[str, Any]) -> Config:

@@ -60,19 +60,19 @@ def whole_split(
         yield {"windows": batch}, -(-len(starts) // sequences)
 
 
-def evaluate(out_dir: str, checkpoint: str, data_dir: str = "") -> dict[str, Any]:
+def evaluate(out_dir: str, checkpoint: str, data_dir: str = "", mesh: str = "") -> dict[str, Any]:
     """The loss of a run on its whole validation split, also as perplexity and bits a byte.
 
     Raises `UserError` if the run or its dataset is not there.
     """
     config = run_dir.load_config(out_dir)
     dataset = find_dataset(config.replace(data_dir=data_dir or config.data_dir), config.block_size)
-    mesh = sharding.make_mesh(config)
-    params, step = run_dir.load_params(config, checkpoint, mesh)
+    devices = sharding.make_mesh(config.replace(mesh=mesh))
+    params, step = run_dir.load_params(config, checkpoint, devices)
     resolved, _ = device.resolve(config.replace(dropout=0.0))
-    sequences = sharding.sequences(config) // sharding.micro_batches(config, mesh)
-    batches = whole_split(dataset.val, mesh, sequences, config.block_size)
-    loss = mean_loss(make_eval_step(resolved, mesh), params, batches)
+    sequences = sharding.sequences(config) // sharding.micro_batches(config, devices)
+    batches = whole_split(dataset.val, devices, sequences, config.block_size)
+    loss = mean_loss(make_eval_step(resolved, devices), params, batches)
     found = {"step": step, "val_tokens": len(dataset.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
     if dataset.tokenizer:

@@ -50,17 +50,30 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
 
 
 def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
-    """Makes the directory ready: a fresh run's is cleared of ours, and both say what they are."""
+    """Makes the directory ready: an old run's is cleared for a fresh one, others are left alone.
+
+    Raises `UserError` rather than delete what only looks like a run's.
+    """
     folder = Path(config.out_dir)
+    there = [path for path in (folder / name for name in (*OURS, "checkpoints")) if path.exists()]
+    if fresh and there and not _is_run(folder):
+        raise UserError(f"out_dir={config.out_dir!r}: {there[0].name} in it is not of a run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
-    for path in (folder / name for name in (*OURS, "checkpoints")) if fresh else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in there if fresh else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     if dataset.tokenizer:
         (folder / tokenizers.FILE).write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return "max_iters" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def load_config(out_dir: str) -> Config:

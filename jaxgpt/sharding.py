@@ -4,7 +4,6 @@ XLA's partitioner does the rest: from these layouts it derives every collective.
 """
 
 import math
-
 from collections.abc import Callable
 
 import jax

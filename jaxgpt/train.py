@@ -26,7 +26,7 @@ TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 SAMPLE_TOKENS = 200
 
 
-def train(config: Config, on_cpu: dict[str, tuple[Any, Any]]) -> int:
+def train(config: Config, on_cpu: dict[str, Any]) -> int:
     """Runs `config` to its end -> 0, or 128 + n if signal n ended it early, with its state saved.
 
     `on_cpu` are the keys that differ for want of an accelerator. Raises `UserError`.
@@ -114,13 +114,13 @@ class Trainer:
             )
         }
 
-    def introduce(self, on_cpu: dict[str, tuple[Any, Any]], notes: list[str]) -> None:
+    def introduce(self, on_cpu: dict[str, Any], notes: list[str]) -> None:
         """Says what runs on what."""
         c, data, devices = self.config, self.dataset, self.mesh.size
         kind = jax.devices()[0].device_kind
         if on_cpu:
-            changed = ", ".join(f"{key}={new}" for key, (new, _) in on_cpu.items())
-            self.log.say(f"no accelerator: the config's on_cpu holds: {changed}")
+            changed = ", ".join(f"{key}={value}" for key, value in on_cpu.items())
+            self.log.say(f"no accelerator, so the config's on_cpu holds: {changed}")
         self.log.say(f"device: {devices} x {kind}, {c.dtype}, {c.attention} attention")
         self.log.say(
             f"data: {data.source}; {len(data.train):,} train and {len(data.val):,} val tokens, "
@@ -176,6 +176,7 @@ class Trainer:
         if self.checkpoints.newest != self.step:
             self._save(best=False)
         self.checkpoints.wait()
+        self.log.say(f"{c.out_dir} holds the run up to step {self.step}")
 
     def _compile(self):
         began = time.perf_counter()

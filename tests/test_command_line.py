@@ -22,7 +22,7 @@ HEAD = "from jaxgpt.config import Config\n\n"
 
 
 def parse(*argv: str, accelerator: bool = True) -> Config:
-    return from_command_line(argv, lambda config: accelerator)[0]
+    return from_command_line(argv, lambda *_: accelerator)[0]
 
 
 def refusal(*argv: str) -> str:
@@ -161,6 +161,10 @@ def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
         (["--wandb_run_name="], {}),
         (["--wandb_run_name", "compile"], {"wandb_run_name": "compile"}),
         (["--wandb_project", "backend=x"], {"wandb_project": "backend=x"}),
+        (
+            ["--wandb_run_name=__import__('os').getcwd()"],
+            {"wandb_run_name": "__import__('os').getcwd()"},
+        ),
         (["--mesh=data:2,fsdp:4"], {"mesh": "data:2,fsdp:4"}),
         (["--learning_rate=1", "--min_lr", "0"], {"learning_rate": 1.0, "min_lr": 0.0}),
         (["--learning_rate=3e-4"], {"learning_rate": 3e-4}),
@@ -175,7 +179,7 @@ def test_a_flag_sets_its_key(write, argv, keys):
     assert all(type(v) is type(getattr(config, k)) for k, v in keys.items())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(configs())
 def test_every_config_can_be_typed(config):
     flags = [f"--{key}={value}" for key, value in config.to_dict().items()]
@@ -247,10 +251,10 @@ VARIANTS = "config = Config(n_layer=6, n_head=6, n_embd=384)\non_cpu = config.re
 @pytest.mark.parametrize("flags", [[], ["--on_cpu=True"], ["--on_cpu=False"]], ids=str)
 def test_on_cpu_is_for_want_of_an_accelerator_unless_it_is_declined(write, accelerator, flags):
     path = write(VARIANTS)
-    config, differences = from_command_line([path, *flags], lambda config: accelerator)
+    config, changed = from_command_line([path, *flags], lambda *_: accelerator)
     small = not accelerator and flags != ["--on_cpu=False"]
     assert config.n_layer == (4 if small else 6)
-    assert differences == ({"n_layer": (4, 6)} if small else {})
+    assert changed == ({"n_layer": 4} if small else {})
 
 
 def test_the_file_itself_can_decline_on_cpu(write):
@@ -262,23 +266,31 @@ def test_flags_win_over_both_variants(write):
     path = write(VARIANTS + "on_cpu = on_cpu.replace(dropout=0.5)\n")
     flags = ["--n_layer=3", "--seed=7"]
     for accelerator, dropout in (True, 0.0), (False, 0.5):
-        config, differences = from_command_line([path, *flags], lambda config, a=accelerator: a)
+        config, changed = from_command_line([path, *flags], lambda *_, a=accelerator: a)
         assert (config.n_layer, config.seed, config.dropout) == (3, 7, dropout)
-        assert differences == ({} if accelerator else {"dropout": (0.5, 0.0)})
+        assert changed == ({} if accelerator else {"dropout": 0.5})
+
+
+def test_flags_need_to_fit_only_the_variant_that_runs(write):
+    """256 is a multiple of on_cpu's 4 heads, and not of the other's 6."""
+    path = write("config = Config(n_head=6)\non_cpu = config.replace(n_head=4)\n")
+    assert parse(path, "--n_embd=256", accelerator=False).n_embd == 256
+    with pytest.raises(UserError, match="n_embd=256: must be a multiple of n_head=6"):
+        parse(path, "--n_embd=256", accelerator=True)
 
 
 def test_a_file_without_on_cpu_is_the_same_everywhere(write):
     path = write("config = Config(n_layer=5)\n")
     for accelerator in True, False:
-        found = from_command_line([path], lambda config, a=accelerator: a)
+        found = from_command_line([path], lambda *_, a=accelerator: a)
         assert found == (Config(n_layer=5), {})
 
 
 def test_jax_starts_as_the_command_line_wants_it(write):
     seen = []
     path = write(VARIANTS)
-    from_command_line([path, "--device=cpu", "--dtype=float64"], seen.append)
-    assert [(config.device, config.dtype) for config in seen] == [("cpu", "float64")]
+    from_command_line([path, "--device=cpu", "--dtype=float64"], lambda *asked: seen.append(asked))
+    assert seen == [("cpu", "float64")]
 
 
 # ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------
@@ -369,7 +381,7 @@ def test_the_laptops_command_is_what_on_cpu_holds_but_for_the_learning_rate(monk
     monkeypatch.chdir(ROOT)
     typed = parse(*shlex.split(README["laptop"]))
     ours = parse("configs/shakespeare.py", "--device=cpu", "--log_interval=1", accelerator=False)
-    assert set(ours.differences(typed)) <= {"learning_rate"}
+    assert ours == typed.replace(learning_rate=ours.learning_rate)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.name)

@@ -31,7 +31,7 @@ def window_starts(
     """
     tiles = (num_tokens - 1) // block_size
     windows = max(1, tiles - 1)  # one fewer leaves room to shift by any offset
-    room = min(block_size, num_tokens - windows * block_size)
+    room = num_tokens - windows * block_size  # offsets: the last one reaches the last token
     epochs, positions = np.divmod(samples.astype(np.uint64), np.uint64(windows))
     keys = _mix(_mix(_mix(np.full_like(epochs, seed)) + np.uint64(stream)) + epochs)
     offsets = _mix(keys) % np.uint64(room)

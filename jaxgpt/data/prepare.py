@@ -37,12 +37,15 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
         raise UserError(
             f"{dataset}: neither a text file nor a corpus jaxgpt knows ({', '.join(CORPORA)})"
         )
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
     columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         chars, length = _survey(_watched(text, progress, "reading"))
-        encoder = _choose(tokenizer or "char", chars, data_dir)
         if int(TRAIN_SHARE * length) in (0, length):
             raise UserError(f"{text}: {length} characters are too few to split into train and val")
+        encoder = _choose(tokenizer or "char", chars, data_dir)
+        encoder.encode("".join(chars))  # or it raises for those it lacks, while nothing is written
         folder.mkdir(parents=True, exist_ok=True)
         pieces = _split(_watched(text, progress, "encoding"), int(TRAIN_SHARE * length))
         meta = _write_ids(folder, encoder, pieces) | {"source": source}

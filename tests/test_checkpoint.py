@@ -1,0 +1,593 @@
+"""Checkpoints: what comes back is what was saved, or an error; and who may use a run directory."""
+
+import json
+import os
+import shutil
+import threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import checkpoint, run_dir, sharding
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config, Model, UserError
+from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load
+from jaxgpt.train_step import abstract_state, init_state, make_train_step
+
+TINY = {
+    "vocab_size": 31,
+    "block_size": 8,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2,
+    "warmup_iters": 0,
+    "dtype": "float32",
+    "attention": "reference",
+    "mesh": "data:2",
+}
+
+
+def train_some(config: Config, state: dict, steps: int) -> dict:
+    """The state after that many training steps on random tokens; `state` itself is used up."""
+    step = make_train_step(config, sharding.make_mesh(config))
+    shape = (1, 1, config.batch_size, config.block_size + 1)
+    windows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    for _ in range(steps):
+        state, _ = step(state, {"windows": jnp.asarray(windows, jnp.int32)}, jnp.int32(1))
+    return state
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config(**TINY)
+
+
+@pytest.fixture(scope="module")
+def trained(config) -> dict:
+    """A training state, on the host, with no array left at zero by chance."""
+    state = train_some(config, init_state(config, sharding.make_mesh(config)), 2)
+    return jax.device_get(state)
+
+
+@pytest.fixture
+def state(config, trained) -> dict:
+    """The same state on the mesh."""
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, sharding.make_mesh(config)))
+    return jax.device_put(trained, places)
+
+
+@pytest.fixture(scope="module")
+def written(config, trained, tmp_path_factory) -> Path:
+    """A folder with the trained state as step 3, to copy from."""
+    folder = tmp_path_factory.mktemp("written")
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(trained, {"step": 3, "config": config.to_dict()}, best=True)
+    checkpoints.wait()
+    return folder
+
+
+@pytest.fixture
+def saved(written, tmp_path) -> Checkpoints:
+    """Checkpoints of one's own that hold the trained state as step 3."""
+    shutil.copytree(written, tmp_path / "checkpoints", symlinks=True)
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def items(config: Config) -> dict:
+    """What to restore for a config: shapes, types, and places on its mesh."""
+    abstract = abstract_state(config, sharding.make_mesh(config))
+    return {"params": abstract["params"], "opt_state": abstract["opt_state"]}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    """Same arrays bit by bit, in trees of the same shape, but for the step."""
+    theirs = {k: v for k, v in theirs.items() if k != "step"}
+    ours = {k: v for k, v in ours.items() if k != "step"}
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype, path
+        assert a.shape == b.shape, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- there and back --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["data:2", "fsdp:4,tensor:2", "data:8", "tensor:2", "data:1"])
+def test_what_comes_back_is_what_was_saved_on_whatever_mesh(config, state, trained, tmp_path, mesh):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {"step": 2}, best=False)
+    checkpoints.wait()
+    wanted = items(config.replace(mesh=mesh))
+    restored = checkpoints.restore(wanted, 2)
+    assert_same(restored, trained)
+    for array, place in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert array.sharding == place.sharding
+
+
+def test_parameters_can_be_restored_alone(config, saved, trained):
+    wanted = {"params": items(config)["params"]}
+    assert_same(saved.restore(wanted, 3), {"params": trained["params"]})
+
+
+def test_training_goes_on_as_if_nothing_had_been_saved(config, state, saved):
+    restored = {**saved.restore(items(config), 3), "step": state["step"] + 0}
+    assert_same(train_some(config, restored, 2), train_some(config, state, 2))
+
+
+def test_a_step_taken_while_it_is_written_does_not_change_a_checkpoint(config, state, tmp_path):
+    """The training step donates its state: soon after, other numbers are in the same memory."""
+    checkpoints = Checkpoints(tmp_path)
+    for step in 10, 20:
+        before = jax.tree.map(np.array, state)
+        checkpoints.save(state, {"step": step}, best=False)
+        donated, state = state, train_some(config, state, 3)
+        assert donated["params"]["embed"]["kernel"].is_deleted()
+        checkpoints.wait()
+        assert_same(checkpoints.restore(items(config), step), before)
+
+
+def test_the_meta_comes_back_with_what_wrote_it(config, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    meta = {"step": 7, "config": config.to_dict(), "best_val_loss": None, "note": "é"}
+    checkpoints.save(small_state(), meta, best=False)
+    checkpoints.wait()
+    found = checkpoints.meta(7)
+    assert found["versions"].pop("jax") == jax.__version__
+    assert {key: found[key] for key in meta} == meta
+    assert set(found) - set(meta) == {"format_version", "versions"}
+
+
+# ---- which ones are kept ---------------------------------------------------------------------
+
+
+SMALL = {"params": {"w": np.zeros(3, np.float32)}}
+
+
+def small_state(value: float = 0.0) -> dict:
+    return {"params": {"w": np.full(3, value, np.float32)}, "step": np.int32(0)}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_and_the_best_are_kept_and_the_link_follows_the_best(tmp_path, keep):
+    checkpoints, steps, best = Checkpoints(tmp_path, keep), [], None
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
+    for step, is_best in (1, False), (5, True), (9, False), (12, False), (100, True), (101, False):
+        checkpoints.save(small_state(step), {"step": step}, best=is_best)
+        assert checkpoints.newest == step
+        checkpoints.wait()
+        steps, best = [*steps, step], step if is_best else best
+        kept = sorted({*steps[-keep:], *([best] if best else [])})
+        for seen in checkpoints, Checkpoints(tmp_path, keep):
+            assert seen.steps() == kept
+            assert (seen.latest(), seen.best(), seen.newest) == (step, best, step)
+        folders = {path.name for path in tmp_path.iterdir() if not path.is_symlink()}
+        assert folders == set(map(str, kept))
+        if best:
+            assert json.loads((tmp_path / "best" / "meta.json").read_text())["step"] == best
+    for step in kept:
+        assert_same(checkpoints.restore(SMALL, step), small_state(step))
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for value in 1.0, 2.0:
+        checkpoints.save(small_state(value), {"step": 4, "value": value}, best=True)
+    checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.best()) == ([4], 4)
+    assert checkpoints.meta(4)["value"] == 2
+    assert_same(checkpoints.restore(SMALL, 4), small_state(2.0))
+
+
+def test_a_step_without_its_digest_does_not_exist_and_is_cleared_away(saved):
+    shutil.copytree(saved.folder / "3", saved.folder / "8")
+    (saved.folder / "8" / "digest.json").unlink()
+    (saved.folder / "9").mkdir()
+    again = Checkpoints(saved.folder)
+    assert (again.steps(), again.latest(), again.newest) == ([3], 3, 3)
+    again.save(small_state(), {"step": 10}, best=False)
+    again.wait()
+    assert {path.name for path in saved.folder.iterdir()} == {"3", "10", "best"}
+
+
+def test_a_best_whose_step_is_gone_is_none(saved):
+    shutil.rmtree(saved.folder / "3")
+    assert saved.best() is None
+    assert saved.latest() is None
+
+
+def test_what_is_not_a_step_is_left_alone(saved):
+    shutil.copytree(saved.folder / "3", saved.folder / "3.backup")
+    shutil.copytree(saved.folder / "3", saved.folder / "old")
+    (saved.folder / "notes.txt").touch()
+    again = Checkpoints(saved.folder, keep=1)
+    assert again.steps() == [3]
+    again.save(small_state(), {"step": 10}, best=True)
+    again.wait()
+    assert {p.name for p in saved.folder.iterdir()} == {
+        "3.backup",
+        "old",
+        "notes.txt",
+        "10",
+        "best",
+    }
+
+
+def test_a_copy_that_made_a_folder_of_the_link_works_on(saved, tmp_path):
+    """As some archives and object stores do."""
+    shutil.copytree(saved.folder, tmp_path / "copy", symlinks=False)
+    copy = Checkpoints(tmp_path / "copy")
+    assert not (copy.folder / "best").is_symlink()
+    assert (copy.steps(), copy.best()) == ([3], 3)
+    copy.save(small_state(), {"step": 10}, best=True)
+    copy.wait()
+    assert copy.best() == 10
+
+
+# ---- damage ----------------------------------------------------------------------------------
+
+
+def files_of(checkpoints: Checkpoints, step: int = 3) -> list[Path]:
+    return sorted(p for p in (checkpoints.folder / str(step)).rglob("*") if p.is_file())
+
+
+def test_a_flipped_byte_in_any_file_is_refused_by_its_name(config, saved):
+    wanted, files = items(config), files_of(saved)
+    assert {"digest.json", "meta.json", "manifest.ocdbt"} <= {file.name for file in files}
+    for file in files:
+        data = file.read_bytes()
+        for place in {0, len(data) // 2, len(data) - 1} if data else ():
+            file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+            message = refusal(saved.restore, wanted, 3)
+            if file.name != "digest.json":  # where a number that is off blames its own file
+                assert message.startswith(f"{file}: ")
+        file.write_bytes(data)
+    saved.restore(wanted, 3)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "digest.json"])
+def test_no_flipped_bit_of_the_json_files_gets_through(saved, name):
+    """Neither as another content nor as a traceback."""
+    file = saved.folder / "3" / name
+    data, meta = file.read_bytes(), saved.meta(3)
+    for place in range(0, len(data), 5):
+        for bit in range(8):
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            try:
+                found = saved.meta(3)
+            except UserError:
+                continue
+            assert found == meta
+            assert name == "digest.json"  # which may be hurt where it speaks of other files
+
+
+def test_a_missing_file_is_refused_by_its_name(config, saved):
+    wanted = items(config)
+    for file in files_of(saved):
+        data = file.read_bytes()
+        file.unlink()
+        assert refusal(saved.restore, wanted, 3).startswith(f"{file}: ")
+        file.write_bytes(data)
+    saved.restore(wanted, 3)
+
+
+def test_a_truncated_file_is_refused_by_its_name(config, saved):
+    wanted = items(config)
+    for file in files_of(saved):
+        if data := file.read_bytes():
+            file.write_bytes(data[:-1])
+            assert refusal(saved.restore, wanted, 3).startswith(f"{file}: ")
+            file.write_bytes(data)
+
+
+def test_a_step_that_is_not_there_is_refused(config, saved):
+    assert str(saved.folder / "4") in refusal(saved.restore, items(config), 4)
+    assert str(saved.folder / "4") in refusal(saved.meta, 4)
+
+
+def test_a_newer_format_is_refused(config, saved):
+    file = saved.folder / "3" / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    for message in refusal(saved.meta, 3), refusal(saved.restore, items(config), 3):
+        assert message == f"{file}: format 2; this jaxgpt reads up to 1"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "3", "{}", '{"format_version": null}', '{"format_version": []}']
+)
+def test_a_meta_that_is_none_is_refused_by_its_name(saved, text):
+    file = saved.folder / "3" / "meta.json"
+    file.write_text(text)
+    assert refusal(saved.meta, 3).startswith(f"{file}: not the meta of a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"n_embd": 32},
+        {"n_layer": 2},
+        {"n_layer": 0},
+        {"block_size": 16},
+        {"block_size": 4},
+        {"vocab_size": 300},
+        {"position": "none"},
+        {"bias": False},
+        {"tie_embeddings": False},
+        {"scan_layers": True},
+    ],
+    ids=str,
+)
+def test_arrays_of_another_shape_are_refused(config, saved, other):
+    message = refusal(saved.restore, items(config.replace(**other)), 3)
+    assert message.startswith(f"{saved.folder / '3'}: the shape of params.")
+
+
+# ---- the writer in the background ------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["_write", "_digest", "_link"])
+@pytest.mark.parametrize("asks", ["save", "wait"])
+def test_what_goes_wrong_in_the_background_is_raised_where_the_run_next_looks(
+    tmp_path, monkeypatch, name, asks
+):
+    checkpoints = Checkpoints(tmp_path)
+    save = lambda step: checkpoints.save(small_state(step), {"step": step}, best=True)
+
+    def broken(*args):
+        raise Broken("no space left")
+
+    with monkeypatch.context() as broken_disk:
+        broken_disk.setattr(checkpoint, name, broken)
+        save(1)
+        ask = checkpoints.wait if asks == "wait" else partial(save, 2)
+        with pytest.raises(Broken, match="no space left"):
+            ask()
+    assert checkpoints.best() is None
+    checkpoints.wait()  # it is told once
+    save(3)
+    checkpoints.wait()
+    assert (checkpoints.latest(), checkpoints.best()) == (3, 3)
+    assert_same(checkpoints.restore(SMALL, 3), small_state(3))
+
+
+def test_a_step_counts_when_all_of_it_is_on_disk_and_not_before(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(small_state(1.0), {"step": 1}, best=True)
+    checkpoints.wait()
+    digest, arrived, go = checkpoint._digest, threading.Event(), threading.Event()
+
+    def slow(step):
+        arrived.set()
+        assert go.wait(60)
+        return digest(step)
+
+    monkeypatch.setattr(checkpoint, "_digest", slow)
+    checkpoints.save(small_state(2.0), {"step": 2}, best=True)
+    assert arrived.wait(60)
+    other = Checkpoints(tmp_path)  # as after a crash at this moment
+    assert (other.steps(), other.best(), other.newest) == ([1], 1, 1)
+    assert checkpoints.newest == 2
+    go.set()
+    checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.best()) == ([1, 2], 2)
+
+
+# ---- the run directory -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(config, written, tmp_path) -> Config:
+    """The config of a run whose directory holds a checkpoint of step 3."""
+    shutil.copytree(written, tmp_path / "run" / "checkpoints", symlinks=True)
+    return config.replace(out_dir=str(tmp_path / "run"))
+
+
+def first_step(config: Config) -> int:
+    return run_dir.first_step(config, run_dir.open_checkpoints(config))
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "auto"])
+def test_a_run_starts_at_the_beginning_where_there_is_none(config, tmp_path, init_from):
+    for folder in tmp_path, tmp_path / "new" / "folder":
+        assert first_step(config.replace(init_from=init_from, out_dir=str(folder))) == 0
+
+
+def test_scratch_refuses_a_directory_in_use_and_names_the_ways_out(run):
+    message = refusal(first_step, run)
+    for part in f"out_dir={run.out_dir!r}", "3 steps", "--init_from=resume", "--overwrite=True":
+        assert part in message
+    assert first_step(run.replace(overwrite=True)) == 0
+
+
+def test_resume_needs_a_checkpoint(config, tmp_path):
+    message = refusal(first_step, config.replace(init_from="resume", out_dir=str(tmp_path)))
+    assert message == f"init_from='resume': there is no checkpoint in {tmp_path}"
+
+
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_goes_on_from_its_newest_checkpoint(run, init_from, overwrite):
+    assert first_step(run.replace(init_from=init_from, overwrite=overwrite)) == 3
+
+
+OTHER = {
+    "vocab_size": 32,
+    "block_size": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 1,
+    "n_embd": 32,
+    "n_inner": 8,
+    "bias": False,
+    "norm": "rmsnorm",
+    "norm_position": "post",
+    "position": "rope",
+    "mlp": "swiglu",
+    "tie_embeddings": False,
+    "qk_norm": True,
+    "logit_softcap": 30.0,
+    "attention_window": 4,
+    "causal": False,
+    "value_residual": True,
+    "scan_layers": True,
+}
+
+
+def test_every_key_of_the_model_has_another_value_to_try():
+    assert OTHER.keys() == (set(vars(Model())) | {"scan_layers"}) - {"dropout"}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_run_does_not_go_on_as_another_model(run, key):
+    message = refusal(first_step, run.replace(init_from="resume", **{key: OTHER[key]}))
+    before = getattr(run, key)
+    assert message == f"{key}={OTHER[key]!r}: the run in {run.out_dir} has {before!r}"
+
+
+def test_a_run_may_go_on_with_other_keys_than_the_models(run):
+    other = {"dropout": 0.1, "learning_rate": 1e-4, "batch_size": 16, "max_iters": 9, "mesh": ""}
+    assert first_step(run.replace(init_from="resume", **other)) == 3
+
+
+def test_a_file_is_no_run_directory(config, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for init_from in "scratch", "resume", "auto":
+        message = refusal(first_step, config.replace(out_dir=str(file), init_from=init_from))
+        assert message == f"out_dir={str(file)!r}: is a file, not a folder"
+    inside = config.replace(out_dir=str(file / "run"))
+    with pytest.raises(UserError, match=r"^out_dir="):
+        run_dir.begin(inside, SimpleNamespace(tokenizer=None), fresh=first_step(inside) == 0)
+    assert file.read_text() == "mine"
+
+
+def fill(folder: Path) -> set[str]:
+    """Leaves in a folder what a run leaves, and some files of the user's -> the latter."""
+    for name in "metrics.jsonl", "loss.png", "log.txt", "tokenizer.json", "tensorboard/events.1":
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    theirs = {"notes.md", "plots/loss.png", "config.yaml", "checkpoints.txt", "tensorboard.png"}
+    for name in theirs:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    return theirs
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
+    folder = Path(run.out_dir)
+    theirs = fill(folder)
+    (folder / "config.json").write_text(json.dumps(run.to_dict()))
+    run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+    assert tree(folder) == theirs | {"config.json"}
+    assert all((folder / name).read_text() == "mine" for name in theirs)
+    assert run_dir.open_checkpoints(run).latest() is None
+
+
+@pytest.mark.parametrize("config_json", [None, "{}", '{"compilerOptions": {}}', "not JSON"])
+def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_json):
+    """Somebody may name their project's folder as out_dir."""
+    folder = Path(run.out_dir)
+    folder.mkdir(exist_ok=True)
+    (folder / "log.txt").write_text("mine")
+    if config_json is not None:
+        (folder / "config.json").write_text(config_json)
+    before = tree(folder)
+    with pytest.raises(UserError, match=r"out_dir=.*(log.txt|config.json) in it is not of a run"):
+        run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+    assert tree(folder) == before
+
+
+def test_a_run_that_goes_on_keeps_what_it_left(run):
+    folder = Path(run.out_dir)
+    fill(folder)
+    before = tree(folder)
+    run_dir.begin(run, SimpleNamespace(tokenizer=ByteTokenizer()), fresh=False)
+    assert tree(folder) == before | {"config.json"}
+    assert (folder / "metrics.jsonl").read_text() == "old"
+    assert run_dir.open_checkpoints(run).latest() == 3
+
+
+def test_a_run_directory_says_what_the_run_is(config, tmp_path):
+    run = config.replace(out_dir=str(tmp_path / "a" / "b"), learning_rate=0.125)
+    run_dir.begin(run, SimpleNamespace(tokenizer=CharTokenizer("cab")), fresh=True)
+    assert run_dir.load_config(run.out_dir) == run
+    assert load(tmp_path / "a" / "b" / "tokenizer.json").chars == "abc"
+
+
+def test_a_run_that_was_moved_is_where_it_is(config, tmp_path):
+    run = config.replace(out_dir=str(tmp_path / "before"))
+    run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+    os.rename(tmp_path / "before", tmp_path / "after")
+    after = str(tmp_path / "after")
+    assert run_dir.load_config(after) == run.replace(out_dir=after)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[1]", "null", "3", '{"n_layers": 2}', '{"n_layer": -2}', "\xff"]
+)
+def test_a_config_that_is_damaged_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert refusal(run_dir.load_config, str(tmp_path)).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    for folder in tmp_path, tmp_path / "nowhere":
+        message = refusal(run_dir.load_config, str(folder))
+        assert message.startswith(f"out_dir={str(folder)!r}: there is no run in it")
+
+
+def test_parameters_are_loaded_by_name_or_step(run, trained):
+    mesh = sharding.one_device()
+    wanted = {"params": trained["params"]}
+    for name in "best", "latest", "3":
+        params, step = run_dir.load_params(run, name, mesh)
+        assert step == 3
+        assert_same({"params": params}, wanted)
+    checkpoints = run_dir.open_checkpoints(run)
+    later = jax.tree.map(lambda a: a + 1, trained)
+    checkpoints.save(later, {"step": 4}, best=False)
+    checkpoints.wait()
+    assert [run_dir.load_params(run, n, mesh)[1] for n in ("best", "latest", "3")] == [3, 4, 3]
+    assert_same(
+        {"params": run_dir.load_params(run, "latest", mesh)[0]}, {"params": later["params"]}
+    )
+    (checkpoints.folder / "best").unlink()
+    assert run_dir.load_params(run, "best", mesh)[1] == 4
+
+
+def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
+    mesh = sharding.one_device()
+    message = refusal(run_dir.load_params, run, "5", mesh)
+    assert message == f"checkpoint='5': {run.out_dir} has best, latest, 3"
+    empty = config.replace(out_dir=str(tmp_path))
+    message = refusal(run_dir.load_params, empty, "best", mesh)
+    assert message == f"out_dir={str(tmp_path)!r}: there is no checkpoint in it yet"
+
+
+def test_parameters_of_a_newer_format_are_refused(run):
+    file = Path(run.out_dir, "checkpoints", "3", "meta.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    assert "format 2" in refusal(run_dir.load_params, run, "best", sharding.one_device())

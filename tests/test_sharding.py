@@ -1,0 +1,174 @@
+"""The mesh and the micro-batches: what divides what, and what is said where it does not."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt.config import Config, UserError
+from jaxgpt.sharding import AXES, layout, make_mesh, micro_batches, one_device, sequences
+
+DEVICES = 8  # see conftest.py
+SIZES = st.integers(1, 60)
+
+
+def make_config(**keys) -> Config:
+    tiny = {"vocab_size": 100, "block_size": 8, "n_head": 4, "n_embd": 16, "batch_size": 8}
+    return Config(**tiny | {"gradient_accumulation_steps": 1} | keys)
+
+
+def refusal(**keys) -> str:
+    with pytest.raises(UserError) as raised:
+        make_mesh(make_config(**keys))
+    return str(raised.value)
+
+
+# ---- the mesh --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        ("data:2", (2, 1, 1)),
+        ("fsdp:4,tensor:2", (1, 4, 2)),
+        ("tensor:2,data:2,fsdp:2", (2, 2, 2)),
+        ("data:1", (1, 1, 1)),
+        ("data:8", (8, 1, 1)),
+    ],
+)
+def test_a_mesh_has_the_named_sizes_and_one_along_every_other_axis(mesh, sizes):
+    made = make_mesh(make_config(mesh=mesh))
+    assert tuple(made.shape[axis] for axis in AXES) == sizes
+    assert made.axis_names == AXES
+    devices = list(made.devices.flat)
+    assert len(set(devices)) == len(devices)
+    assert devices == jax.devices()[: len(devices)]
+
+
+@given(SIZES, SIZES)
+def test_by_default_the_cpus_devices_are_as_many_as_the_batch_divides_over(batch, accumulation):
+    total = batch * accumulation
+    mesh = make_mesh(make_config(batch_size=batch, gradient_accumulation_steps=accumulation))
+    assert mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    assert mesh.shape["data"] == max(n for n in range(1, DEVICES + 1) if total % n == 0)
+
+
+def test_by_default_every_accelerator_is_used_or_none():
+    """They are not a way to use more cores: to leave some idle is for the user to say."""
+    gpus = [SimpleNamespace(platform="gpu")] * 3
+    with pytest.raises(UserError) as raised:
+        make_mesh(make_config(), gpus)
+    assert str(raised.value) == "mesh: data x fsdp = 3 does not divide sequences a step = 8"
+
+
+def test_the_devices_can_be_named():
+    devices = jax.devices()[5:]
+    assert list(make_mesh(make_config(mesh="data:2"), devices).devices.flat) == devices[:2]
+
+
+def test_one_device_is_a_mesh_of_one():
+    assert one_device().shape == dict.fromkeys(AXES, 1)
+
+
+# (keys, what the message says)
+REFUSED = [
+    ({"mesh": "date:2"}, "mesh='date:2': date must be one of data, fsdp, tensor"),
+    ({"mesh": "data:2,x:2"}, "mesh='data:2,x:2': x must be one of data, fsdp, tensor"),
+    ({"mesh": "data:2,data:4"}, "mesh='data:2,data:4': names an axis twice"),
+    ({"mesh": "data:0"}, "mesh='data:0': 0 devices, but JAX finds 8"),
+    ({"mesh": "data:16"}, "mesh='data:16': 16 devices, but JAX finds 8"),
+    ({"mesh": "data:4,tensor:4"}, "mesh='data:4,tensor:4': 16 devices, but JAX finds 8"),
+    ({"mesh": "data:3"}, "mesh: data x fsdp = 3 does not divide sequences a step = 8"),
+    (
+        {"mesh": "data:2,fsdp:4", "batch_size": 6},
+        "mesh: data x fsdp = 8 does not divide sequences a step = 6",
+    ),
+    ({"mesh": "fsdp:3", "batch_size": 9}, "mesh: fsdp = 3 does not divide n_embd = 16"),
+    ({"mesh": "tensor:8"}, "mesh: tensor = 8 does not divide key-value heads = 4"),
+    (
+        {"mesh": "tensor:4", "n_kv_head": 2},
+        "mesh: tensor = 4 does not divide key-value heads = 2",
+    ),
+    ({"mesh": "tensor:2", "n_inner": 5}, "mesh: tensor = 2 does not divide MLP width = 5"),
+    (
+        {"mesh": "tensor:3", "n_head": 3, "n_embd": 48},
+        "mesh: tensor = 3 does not divide rows of the embedding = 128",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_mesh_that_cannot_be_is_refused_with_the_arithmetic(keys, message):
+    assert refusal(**keys) == message
+
+
+# ---- micro-batches ---------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw) -> tuple[Config, SimpleNamespace]:
+    """A config, and a mesh of some size that its sequences divide over."""
+    config = make_config(batch_size=draw(SIZES), gradient_accumulation_steps=draw(SIZES))
+    total = config.batch_size * config.gradient_accumulation_steps
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    devices = draw(st.sampled_from(divisors))
+    fsdp = draw(st.sampled_from([n for n in divisors if devices % n == 0]))
+    shape = {"data": devices // fsdp, "fsdp": fsdp, "tensor": draw(SIZES)}
+    return config, SimpleNamespace(shape=shape)
+
+
+@given(batches())
+def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
+    config, mesh = case
+    total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
+    assert total == config.batch_size * config.gradient_accumulation_steps
+    count = micro_batches(config, mesh)
+    share, rest = divmod(total, count * devices)
+    assert rest == 0
+    assert 1 <= share <= config.batch_size
+    for fewer in range(1, count):  # would be better, were they possible
+        assert total % (fewer * devices) or total // (fewer * devices) > config.batch_size
+
+
+@given(SIZES, SIZES)
+def test_on_one_device_micro_batches_are_nanogpts(batch, accumulation):
+    config = make_config(batch_size=batch, gradient_accumulation_steps=accumulation)
+    assert micro_batches(config, one_device()) == accumulation
+
+
+@given(SIZES, SIZES, SIZES)
+def test_batch_tokens_stands_in_for_accumulation(batch, block, steps):
+    keys = {"batch_size": batch, "block_size": block, "batch_tokens": batch * block * steps}
+    config = make_config(**keys, gradient_accumulation_steps=7)
+    assert sequences(config) * block == config.batch_tokens
+    assert sequences(config.replace(batch_tokens=0)) == 7 * batch
+
+
+# ---- layouts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "shard"),
+    [
+        ("VD", (128, 16), (64, 4)),  # the embedding
+        ("TD", (8, 16), (8, 4)),  # learned positions
+        ("DCNH", (16, 3, 4, 4), (4, 3, 2, 4)),  # queries, keys and values
+        ("DCKH", (16, 2, 2, 4), (4, 2, 1, 4)),  # keys and values of grouped heads
+        ("NHD", (4, 4, 16), (2, 4, 4)),  # attention's output
+        ("DF", (16, 64), (4, 32)),  # up
+        ("FD", (64, 16), (32, 4)),  # down
+        ("LFD", (3, 64, 16), (3, 32, 4)),  # down, of all layers together
+        ("F", (64,), (32,)),  # the bias of up
+        ("CNH", (3, 4, 4), (3, 2, 4)),  # the bias of queries, keys and values
+        ("D", (16,), (16,)),  # a norm, or a bias of what goes into the residual stream
+        ("LD", (3, 16), (3, 16)),  # those of all layers together
+        ("", (), ()),
+    ],
+)
+def test_a_device_holds_its_share_of_matrices_and_all_of_the_vectors_of_width_d(axes, shape, shard):
+    mesh = make_mesh(make_config(mesh="fsdp:4,tensor:2"))
+    assert layout(mesh, axes).shard_shape(shape) == shard
+    whole = make_mesh(make_config(mesh="data:8"))
+    assert layout(whole, axes).shard_shape(shape) == shape
