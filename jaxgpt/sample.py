@@ -43,7 +43,7 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, seen_BV: jax.Arr
     """One token id a sequence, int32 [B]. Padded ids have logits of -inf and are never drawn."""
     logits_BV = logits_BV.astype(jnp.float32)
     if seen_BV is not None:
-        penalty = knobs.repetition_penalty
+        penalty = min(knobs.repetition_penalty, 1e30)  # more is beyond float32
         penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalized, logits_BV)
     if knobs.temperature == 0:

@@ -23,7 +23,8 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.sample import Knobs, Sampler, TextStream, draw, sample_text
-from jaxgpt.sharding import one_device
+from jaxgpt.sharding import make_mesh, one_device
+from jaxgpt.train_step import abstract_params
 
 GREEDY = Knobs(temperature=0)
 CONTEXTS = ["halve", "exact"]
@@ -146,6 +147,18 @@ def test_new_parameters_count_from_then_on():
     for tree in (params, other, params):
         texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, knobs=GREEDY)
     assert texts[0] == texts[2] != texts[1]
+
+
+def test_parameters_spread_over_devices_are_gathered():
+    """As training hands them over."""
+    config, params = lively_case(n_layer=1, mesh="data:2,fsdp:2,tensor:2", batch_size=8)
+    places = jax.tree.map(lambda p: p.sharding, abstract_params(config, make_mesh(config)))
+    sampler = Sampler(config)
+    here, there = (
+        generate(sampler.load(tree), [[1], [2, 3]], max_new_tokens=20)
+        for tree in (params, jax.device_put(params, places))
+    )
+    assert here == there
 
 
 def test_an_encoder_cannot_be_sampled():
@@ -312,9 +325,10 @@ def test_without_temperature_the_likeliest_token_is_drawn(temperature, filters):
 
 def test_the_penalty_counts_without_temperature_too():
     second, best = np.argsort(LOGITS)[-2:]
-    knobs = Knobs(temperature=0, repetition_penalty=9.0)
-    assert draw_often(LOGITS, knobs, np.arange(12) == best, draws=9)[second] == 9
-    assert draw_often(LOGITS, knobs, np.arange(12) == second, draws=9)[best] == 9
+    for penalty in (9.0, 1e300):
+        knobs = Knobs(temperature=0, repetition_penalty=penalty)
+        assert draw_often(LOGITS, knobs, np.arange(12) == best, draws=9)[second] == 9
+        assert draw_often(LOGITS, knobs, np.arange(12) == second, draws=9)[best] == 9
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
@@ -343,6 +357,18 @@ def test_the_seed_decides(sampler):
     assert first == again
     assert first[0] != first[1]
     assert not {tuple(t) for t in first} & {tuple(t) for t in other}
+
+
+def test_draws_are_independent_of_each_other():
+    """Where all five tokens are equally likely, so are all pairs of neighbours."""
+    config, params = make_case(n_layer=0, vocab_size=5, block_size=1000, tie_embeddings=False)
+    params["lm_head"] = {"kernel": np.zeros_like(params["lm_head"]["kernel"])}
+    texts = generate(Sampler(config).load(params), [[0]] * 4, max_new_tokens=999)
+    tokens = np.array(texts)
+    for first, second in (tokens[:, :-1], tokens[:, 1:]), (tokens[:-1], tokens[1:]):
+        pairs = np.bincount((5 * first + second).ravel(), minlength=25)
+        expected = first.size / 25
+        assert ((pairs - expected) ** 2 / expected).sum() < 24 + 5 * np.sqrt(2 * 24)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -392,18 +418,15 @@ def test_a_finished_sequence_draws_nothing_while_others_go_on(sampler, context):
         seen[row] = list(new)
         return len(new) >= ends[row]
 
-    prompts = [np.array([1, 2])] * 3
-    chunks = list(
-        sampler.generate(prompts, max_new_tokens=40, context=context, is_done=is_done, seed=3)
-    )
+    options = {"max_new_tokens": 40, "context": context, "seed": 3}
+    chunks = list(sampler.generate([np.array([1, 2])] * 3, is_done=is_done, **options))
     assert all(chunk.shape == (3, sample.CHUNK) for chunk in chunks)
-    whole = generate(sampler, [[1, 2]] * 3, max_new_tokens=40, context=context, seed=3)
-    for row, drawn in enumerate(np.concatenate(chunks, axis=1)):
-        drawn = drawn[drawn >= 0].tolist()
-        assert drawn == seen[row] == whole[row][: len(drawn)]
-        assert ends[row] <= len(drawn) < ends[row] + sample.CHUNK
-    assert sampler.drawn == 3 * 40
-    assert (np.concatenate(chunks, axis=1) >= 0).sum() < 3 * 40
+    drawn = [[int(t) for t in row if t >= 0] for row in np.concatenate(chunks, axis=1)]
+    assert sampler.drawn == sum(map(len, drawn)) < 3 * 40
+    whole = generate(sampler, [[1, 2]] * 3, **options)
+    for row, text in enumerate(drawn):
+        assert text == seen[row] == whole[row][: len(text)]
+        assert ends[row] <= len(text) < ends[row] + sample.CHUNK
 
 
 @pytest.mark.parametrize("knobs", [Knobs(), Knobs(repetition_penalty=1.5)], ids=str)
@@ -527,6 +550,7 @@ def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dic
 
 
 LETTERS = CharTokenizer("\nabcdefgh")
+SIXTY_FIVE = CharTokenizer("".join(map(chr, range(48, 48 + 65))))
 
 
 @pytest.fixture(scope="module")
@@ -599,7 +623,7 @@ RULE = "-" * 15 + "\n"
 ROOT = Path(__file__).parent.parent
 
 
-def write_run(folder: Path, config: Config, tokenizer, steps: dict[int, dict], best=None) -> None:
+def write_run(folder: Path, config: Config, steps: dict[int, dict], tokenizer, best=None) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
@@ -617,13 +641,15 @@ def runs(tmp_path_factory) -> Path:
     config, forwards = cyclic_case(ids, LETTERS.vocab_size)
     _, backwards = cyclic_case(ids[::-1], LETTERS.vocab_size)
     steps = {10: forwards, 20: backwards}
-    write_run(folder / "letters", config, LETTERS, steps, best=10)
-    write_run(folder / "no_best", config, LETTERS, steps)
-    write_run(folder / "untrained", config, LETTERS, {})
-    write_run(folder / "encoder", config.replace(causal=False), LETTERS, steps)
-    write_run(folder / "float64", config.replace(dtype="float64"), LETTERS, steps, best=10)
+    write_run(folder / "letters", config, steps, LETTERS, best=10)
+    write_run(folder / "no_best", config, steps, LETTERS)
+    write_run(folder / "untrained", config, {}, LETTERS)
+    write_run(folder / "encoder", config.replace(causal=False), steps, LETTERS)
+    write_run(folder / "float64", config.replace(dtype="float64"), steps, LETTERS, best=10)
+    config, params = lively_case(n_layer=0)
+    write_run(folder / "random", config, {1: params}, SIXTY_FIVE)
     config, params = cyclic_case(list("a\x1b[é\x07\r\n\t".encode()), 256)
-    write_run(folder / "bytes", config, ByteTokenizer(), {1: params})
+    write_run(folder / "bytes", config, {1: params}, ByteTokenizer())
     return folder
 
 
@@ -642,6 +668,7 @@ def command(runs, capsys, monkeypatch):
     jax.config.update("jax_enable_x64", False)
 
 
+KNOBS = vars(Knobs()).keys()
 SHORT = ("--temperature=0", "--max_new_tokens=5", "--num_samples=1")
 
 
@@ -684,6 +711,35 @@ def test_a_checkpoint_is_named_or_numbered(command, run, checkpoint, step, text)
     code, out, err = command(*argv)
     assert (code, out) == (0, text + "\n" + RULE)
     assert f"step {step}," in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 40},
+        {
+            "temperature": 1.3,
+            "top_k": 9,
+            "top_p": 0.8,
+            "min_p": 0.4,
+            "repetition_penalty": 1.4,
+            "seed": 5,
+            "context": "exact",
+            "max_new_tokens": 29,
+        },
+    ],
+    ids=str,
+)
+def test_options_mean_what_they_mean_in_the_library(command, options):
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    code, out, _ = command("--out_dir=random", "--start=abc", "--num_samples=2", *flags)
+    config, params = lively_case(n_layer=0)
+    sampler = Sampler(config).load(params)
+    knobs = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
+    rest = {k: options[k] for k in options.keys() - KNOBS}
+    pieces = sample_text(sampler, SIXTY_FIVE, ["abc"] * 2, knobs=Knobs(**knobs), **rest)
+    texts = ["".join(of_sample) for of_sample in zip(*pieces, strict=True)]
+    assert (code, out) == (0, "".join(f"abc{text}\n{RULE}" for text in texts))
 
 
 def test_a_float64_run_is_sampled_as_such(command):

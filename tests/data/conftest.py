@@ -76,8 +76,20 @@ def no_gpt2(monkeypatch, web):
 
 
 @pytest.fixture(scope="session")
-def gpt2():
-    for file in tokenizers.GPT2_FILES:
-        if not (DATA / "gpt2" / Path(file.url).name).exists():
-            pytest.skip(f"needs GPT-2's files in data/gpt2: put {file.url} there")
-    return tokenizers.gpt2(DATA)
+def gpt2_data(tmp_path_factory):
+    """A data folder with a copy of GPT-2's files: no test can harm those at hand."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "gpt2").mkdir()
+    for download in tokenizers.GPT2_FILES:
+        file = DATA / "gpt2" / Path(download.url).name
+        if not file.exists():
+            pytest.skip(f"needs GPT-2's files in data/gpt2: put {download.url} there")
+        content = file.read_bytes()
+        assert hashlib.sha256(content).hexdigest() == download.sha256, f"{file} is damaged"
+        (folder / "gpt2" / file.name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_data):
+    return tokenizers.gpt2(gpt2_data)

@@ -40,11 +40,12 @@ def test_permute_is_a_bijection(size, key):
     np.testing.assert_array_equal(np.sort(permuted(size, key)), np.arange(size))
 
 
-@given(st.lists(st.tuples(st.integers(0, 99), KEYS), min_size=1))
-def test_every_index_has_a_key_of_its_own(pairs):
+@pytest.mark.parametrize("size", [64, 100])  # a power of four, which is not walked, and another
+@given(pairs=st.lists(st.tuples(st.integers(0, 63), KEYS), min_size=1))
+def test_every_index_has_a_key_of_its_own(size, pairs):
     indices, keys = np.array([i for i, _ in pairs]), np.array([k for _, k in pairs], np.uint64)
-    expected = [permuted(100, key)[i] for i, key in pairs]
-    np.testing.assert_array_equal(permute(indices, 100, keys), expected)
+    expected = [permuted(size, key)[i] for i, key in pairs]
+    np.testing.assert_array_equal(permute(indices, size, keys), expected)
 
 
 @given(st.integers(2**30, 2**50), KEYS)
@@ -248,13 +249,13 @@ class Watched(Tokens):
         self.reads += 1
         return super().read(start, length)
 
-    def settled(self) -> int:
-        """How many reads there were, when there are no more."""
-        before = -1
-        while self.reads != before:
-            before = self.reads
-            time.sleep(0.1)
-        return before
+    def settled(self, expected: int) -> int:
+        """How many reads there were, once there are as many as expected, and a moment later."""
+        deadline = time.monotonic() + 30
+        while self.reads < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return self.reads
 
 
 @pytest.mark.parametrize("ids", ["uint16"], indirect=True)
@@ -267,7 +268,7 @@ def test_batches_are_read_ahead_once(tmp_path, ids):
     for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
         np.testing.assert_array_equal(batches.take(step)["windows"], windows_of(ids, step, shape))
         taken += fresh * K * M * B
-        assert tokens.settled() == taken
+        assert tokens.settled(taken) == taken
     tokens.go.clear()
     np.testing.assert_array_equal(batches.take(16)["windows"], windows_of(ids, 16, shape))
     assert tokens.reads == taken  # no more was needed

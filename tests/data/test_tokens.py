@@ -132,10 +132,9 @@ def test_nanogpt_folder_without_meta_is_gpt2s(tmp_path, no_gpt2):
         open_folder(tmp_path).val.read(2, 5)
 
 
-def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2):
-    write_nanogpt(tmp_path / "owt")
-    (tmp_path / "gpt2").symlink_to(Path(__file__).parents[2] / "data" / "gpt2")
-    tokenizer = open_dataset(tmp_path / "owt", tmp_path, 4).tokenizer
+def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2, gpt2_data):
+    write_nanogpt(tmp_path)
+    tokenizer = open_dataset(tmp_path, gpt2_data, 4).tokenizer
     assert tokenizer.kind == "gpt2"
     assert tokenizer.decode(gpt2.encode("Hello, world")) == "Hello, world"
 
