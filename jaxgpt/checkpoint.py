@@ -114,9 +114,9 @@ class Checkpoints:
         folder = self.folder / str(step)
         self.meta(step)
         _verify(folder)
-        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        reader = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
-            written: Any = reader.metadata(folder / "state" / item).item_metadata
+            written: Any = reader.metadata(folder / "state" / item)
             there, here = _shapes(written.tree), _shapes(tree)
             for name in there | here:
                 if there.get(name) != here.get(name):

@@ -140,6 +140,7 @@ def _ask() -> str:
 
 def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
     """Prints every sample of every prompt: the first as it comes, the rest when they are done."""
+    from jaxgpt.metrics import printable
     from jaxgpt.sample import Knobs, sample_text
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
@@ -154,11 +155,12 @@ def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
         seed=args.seed,
         context=args.context,
     )
-    print(_printable(texts[0]), end="", flush=True)
+    show = partial(printable, on_terminal=sys.stdout.isatty())
+    print(show(texts[0]), end="", flush=True)
     for pieces in stream:
-        print(_printable(pieces[0]), end="", flush=True)
+        print(show(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-    print(f"\n{RULE}", *(f"{_printable(text)}\n{RULE}" for text in texts[1:]), sep="\n")
+    print(f"\n{RULE}", *(f"{show(text)}\n{RULE}" for text in texts[1:]), sep="\n")
     seconds = time.perf_counter() - began
     print(f"{sampler.drawn / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
 
@@ -172,13 +174,6 @@ def _read_prompt(start: str) -> str:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"start={start!r}: {error}") from error
-
-
-def _printable(text: str) -> str:
-    """Text for a terminal: control characters, which could steer it, are spelled out."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ from jaxgpt.config import Config, UserError
 Row = dict[str, Any]
 
 
+def printable(text: str, on_terminal: bool) -> str:
+    """Text for a terminal: control characters, which could steer it, are spelled out."""
+    if not on_terminal:
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class Log:
     """Everything a run tells, for people and for programs.
 
@@ -47,7 +54,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text, self._console.is_terminal), markup=False)
         self._write(text)
 
     def train(self, row: Row, left_s: float) -> None:

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt import metrics
 from jaxgpt.config import Config, UserError
-from jaxgpt.metrics import Log, Stopwatch, draw_losses, read_metrics
+from jaxgpt.metrics import Log, Stopwatch, draw_losses, printable, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -355,3 +355,9 @@ def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
     watch.lap(4)
     for _ in range(4):  # which are told one by one
         assert watch.read() == pytest.approx(7 / 4)
+
+
+def test_control_characters_are_spelled_out_on_a_terminal_alone():
+    text = "a\x1b[2J\\ é\r\n\t\x00\x9b"
+    assert printable(text, on_terminal=True) == "a\\x1b[2J\\ é\\r\n\t\\x00\\x9b"
+    assert printable(text, on_terminal=False) == text
