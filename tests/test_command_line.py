@@ -500,3 +500,25 @@ def test_mistakes_are_told_without_a_traceback_and_before_jax_is_there(write, tm
     assert re.fullmatch(told, done.stderr)
     assert "Traceback" not in done.stderr
     assert not HEAVY & modules
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "told"),
+    [
+        (b"to be or not to be\n" * 9, 0, ""),
+        (b"", 2, "error: {file}: 0 characters are too few"),
+        (b"abc\xff", 2, "error: {file}: byte 3 (0xff) is not UTF-8"),
+        (None, 2, "error: {file}: neither a text file nor a corpus"),
+    ],
+    ids=["text", "empty", "not-utf-8", "missing"],
+)
+def test_prepare_writes_a_dataset_or_says_in_a_line_why_not(tmp_path, capsys, content, code, told):
+    file = tmp_path / "verse.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(cli.prepare, [str(file), f"--data_dir={tmp_path / 'data'}"])
+    assert (exit.value.code or 0) == code
+    last = (capsys.readouterr().err.splitlines() or [""])[-1]
+    assert last.startswith(told.format(file=file)) if told else (tmp_path / "data/verse").is_dir()
+    assert list(tmp_path.glob("data/*")) == ([tmp_path / "data/verse"] if code == 0 else [])

@@ -154,6 +154,7 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     for split in SPLITS:
         if not files[split]:
             raise UserError(f"{folder}: no {split}.bin, no *{split}*.bin, no {META}")
+    train, val = (Tokens(files[split], "uint16", GPT2_VOCAB) for split in SPLITS)
     text = folder / "input.txt"
     if not (folder / "meta.pkl").exists():
         tokenizer = _gpt2_if_at_hand(data_dir)
@@ -163,7 +164,7 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     else:
         tokenizer = None
     vocab_size = tokenizer.vocab_size if tokenizer else GPT2_VOCAB
-    train, val = (Tokens(files[split], "uint16", vocab_size) for split in SPLITS)
+    train.vocab_size = val.vocab_size = vocab_size
     counts = {"train": len(train), "val": len(val)}
     fingerprint = {"vocab_size": vocab_size, "counts": counts}
     source = f"token files as found in {folder}"
