@@ -16,7 +16,6 @@ import tyro
 
 from jaxgpt.command_line import from_command_line
 from jaxgpt.config import (
-    Config,
     Count,
     CountOrOff,
     Folder,
