@@ -267,7 +267,7 @@ def check(keys: Any) -> None:
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """`value`, if the annotation `hint` allows it; a whole number passes as a float."""
     kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
-    rules = [note for note in notes if isinstance(note, Number | Text)]
+    rules: list[Any] = [note for note in notes if isinstance(note, Number | Text)]
     if typing.get_origin(kind) is tuple:
         return value
     if typing.get_origin(kind) is Literal:
