@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxgpt.config import UserError
 
@@ -116,7 +117,7 @@ class Checkpoints:
         _verify(folder)
         reader = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
-            written: Any = reader.metadata(folder / "state" / item)
+            written: Any = reader.metadata(epath.Path(folder / "state" / item))
             there, here = _shapes(written.tree), _shapes(tree)
             for name in there | here:
                 if there.get(name) != here.get(name):
