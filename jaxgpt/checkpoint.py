@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxgpt.config import UserError
 
@@ -115,9 +114,9 @@ class Checkpoints:
         folder = self.folder / str(step)
         self.meta(step)
         _verify(folder)
-        reader = ocp.StandardCheckpointHandler()
+        reader: Any = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
-            written: Any = reader.metadata(epath.Path(folder / "state" / item))
+            written = reader.metadata(folder / "state" / item)
             there, here = _shapes(written.tree), _shapes(tree)
             for name in there | here:
                 if there.get(name) != here.get(name):
