@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxgpt import processes
 from jaxgpt.config import UserError
 
 FORMAT_VERSION = 1
@@ -56,7 +57,8 @@ class Checkpoints:
         self.wait()
         self.newest = meta["step"]
         step = self.folder / str(meta["step"])
-        shutil.rmtree(step, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(step, ignore_errors=True)
         items = {k: ocp.args.StandardSave(v) for k, v in state.items() if k != "step"}
         self._orbax.save(step / "state", args=ocp.args.Composite(**items))
         self._thread = threading.Thread(target=self._finish, args=(step, meta, best))
@@ -73,7 +75,9 @@ class Checkpoints:
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         try:
-            self._orbax.wait_until_finished()
+            self._orbax.wait_until_finished()  # which waits for every process's part
+            if not processes.is_first():
+                return
             meta = {"format_version": FORMAT_VERSION, "versions": _versions()} | meta
             _write(step / META, json.dumps(meta, indent=1))
             _write(step / DIGEST, json.dumps(_digest(step), indent=1))
@@ -106,14 +110,17 @@ class Checkpoints:
         _verify(file.parent, META)
         return meta
 
+    def _verify(self, step: int) -> None:
+        self.meta(step)
+        _verify(self.folder / str(step))
+
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         """The items of `abstract` (trees of shapes, types and places) from a step.
 
         Raises `UserError` if a file is not what was written, or the arrays are not those.
         """
         folder = self.folder / str(step)
-        self.meta(step)
-        _verify(folder)
+        processes.by_first(lambda: self._verify(step))
         reader: Any = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
             written = reader.metadata(folder / "state" / item)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -60,10 +60,11 @@ def train(argv: list[str]) -> int:
     return train(config, on_cpu)
 
 
-def _start(name: str, dtype: str) -> bool:
-    from jaxgpt import device
+def _start(keys: dict[str, Any]) -> bool:
+    from jaxgpt import device, processes
 
-    device.start(name, float64=dtype == "float64")
+    processes.join(keys["coordinator"], keys["num_processes"], keys["process_id"])
+    device.start(keys["device"], float64=keys["dtype"] == "float64")
     return not device.on_cpu()
 
 

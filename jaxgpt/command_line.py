@@ -65,12 +65,12 @@ NOT_KEYS = {
 
 
 def from_command_line(
-    argv: Sequence[str], has_accelerator: Callable[[str, str], bool]
+    argv: Sequence[str], has_accelerator: Callable[[dict[str, Any]], bool]
 ) -> tuple[Config, dict[str, Any]]:
     """`[--config] FILE [--key=value ...]` -> the config, and the keys its `on_cpu` has changed.
 
-    `has_accelerator` starts JAX for a `device` and a `dtype`, and tells whether an accelerator
-    will run it. Ends the process for `--help` (code 0) and for flags that do not parse (code 2);
+    `has_accelerator` starts JAX as the keys say, and tells whether an accelerator will run it.
+    Ends the process for `--help` (code 0) and for flags that do not parse (code 2);
     raises `UserError` for what else is wrong.
     """
     path, flags = _split_config_path(list(argv))
@@ -84,7 +84,7 @@ def from_command_line(
         raise UserError(
             "no config: name one, as in python train.py --config configs/shakespeare.py"
         )
-    accelerated = has_accelerator(keys["device"], keys["dtype"])
+    accelerated = has_accelerator(keys)
     if accelerated or "on_cpu" not in variants or not keys["on_cpu"]:
         return build(keys), {}
     on_cpu = _parse_flags(flags, variants["on_cpu"])

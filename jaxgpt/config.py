@@ -223,6 +223,12 @@ class Parallel:
     """What to recompute in the backward pass to save memory: nothing, all but matmuls, all."""
     scan_layers: bool = False
     """Compile one block and loop over it: quicker to compile, often slower to run."""
+    coordinator: Annotated[str, Text(r"([^:\s]+:\d+)?", "host:port")] = ""
+    """Address of the first of several processes; Slurm, Open MPI and TPU pods need none."""
+    num_processes: CountOrOff = 0
+    """How many processes take part, where `coordinator` is given."""
+    process_id: Annotated[int, Number(-1)] = -1
+    """Which of them this one is, from 0, where `coordinator` is given."""
     steps_per_dispatch: CountOrOff = 0
     """Steps handed to an accelerator in one call; 0 is 10 for tokens on the device, else 1."""
 

@@ -42,6 +42,11 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     count = math.prod(sizes.values())
     if not 1 <= count <= len(devices):
         raise UserError(f"mesh={config.mesh!r}: {count} devices, but JAX finds {len(devices)}")
+    if count < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"mesh={config.mesh!r}: {count} devices, but several processes must use all "
+            f"{len(devices)} of theirs"
+        )
     _check_divides(config, sizes)
     return _mesh(tuple(sizes.values()), devices[:count])
 

@@ -8,17 +8,18 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, model, run_dir, sharding
+from jaxgpt import device, model, processes, run_dir, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
-from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import DISPATCH, mean_loss, random_batches, whole_split
-from jaxgpt.metrics import Log, Row, Stopwatch
+from jaxgpt.metrics import Log, Row, Silence, Stopwatch
 from jaxgpt.sample import Sampler, sample_text
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -31,23 +32,27 @@ def train(config: Config, on_cpu: dict[str, Any]) -> int:
 
     `on_cpu` are the keys that differ for want of an accelerator. Raises `UserError`.
     """
-    dataset = find_dataset(config, config.block_size)
-    if 0 < config.vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"vocab_size={config.vocab_size}: must be at least the dataset's {dataset.vocab_size}"
-        )
-    config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
-    checkpoints = run_dir.open_checkpoints(config)
-    first_step = run_dir.first_step(config, checkpoints)
-    mesh = sharding.make_mesh(config)
-    resolved, notes = device.resolve(config)
-    run_dir.begin(config, dataset, fresh=first_step == 0)
-    with Log(config, first_step) as log, StopSignal() as stop:
-        trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
-        trainer.introduce(on_cpu, notes)
-        trainer.start(first_step)
-        trainer.run()
-    return 128 + stop.signal if stop.signal else 0
+    with processes.leaving_together():
+        processes.by_first(partial(prepare_if_missing, config))
+        dataset = find_dataset(config, config.block_size)
+        if 0 < config.vocab_size < dataset.vocab_size:
+            raise UserError(
+                f"vocab_size={config.vocab_size}: must be at least the dataset's "
+                f"{dataset.vocab_size}"
+            )
+        config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
+        checkpoints = run_dir.open_checkpoints(config)
+        first_step = processes.by_first(lambda: run_dir.first_step(config, checkpoints))
+        mesh = sharding.make_mesh(config)
+        resolved, notes = device.resolve(config)
+        processes.by_first(lambda: run_dir.begin(config, dataset, fresh=first_step == 0))
+        log = Log(config, first_step) if processes.is_first() else Silence()
+        with log, StopSignal() as stop:
+            trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
+            trainer.introduce(on_cpu, notes)
+            trainer.start(first_step)
+            trainer.run()
+    return 128 + trainer.stopped_by if trainer.stopped_by else 0
 
 
 class StopSignal:
@@ -79,7 +84,7 @@ class Trainer:
         mesh: Mesh,
         dataset: Dataset,
         checkpoints: Checkpoints,
-        log: Log,
+        log: Log | Silence,
         stop: StopSignal,
     ):
         self.config, self.mesh, self.dataset = config, mesh, dataset
@@ -93,7 +98,11 @@ class Trainer:
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
         self.best_val_loss, self.step = math.inf, 0
+        self.agreed_signal = 0
         self.stopwatch, self.sampler = Stopwatch(), None
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self._max = jax.jit(jnp.max, out_shardings=everywhere)
         peak = device.peak_flops() if config.dtype == "bfloat16" else None
         self.peak_tokens = peak and peak * mesh.size / model.flops_per_token(config)
 
@@ -145,9 +154,9 @@ class Trainer:
             raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
         self.best_val_loss = meta["best_val_loss"] or math.inf
         abstract = abstract_state(self.config, self.mesh)
-        place = abstract.pop("step").sharding
+        del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)
-        self.state["step"] = jax.device_put(np.int32(first_step), place)
+        self.state["step"] = self._scalar(first_step)
         self.log.say(f"going on from step {first_step}")
 
     def run(self) -> None:
@@ -163,10 +172,12 @@ class Trainer:
             return
         train_step, pending = self._compile(), None
         self.stopwatch.resume()
-        while self.step < c.max_iters and not self.stop.signal:
+        while self.step < c.max_iters and not self.stopped_by:
             count = min(self.steps, self._until_pause())
             batch = self.batches[TRAIN].take(self.step)
             self.state, metrics = train_step(self.state, batch, self._scalar(count))
+            if jax.process_count() > 1:
+                metrics["signal"] = self._poll_signals()
             self._report(pending)
             pending, self.step = (self.step, count, metrics), self.step + count
             if self._due(c.eval_interval) or self._due(c.save_interval) or self.step == c.max_iters:
@@ -187,7 +198,19 @@ class Trainer:
         return compiled
 
     def _scalar(self, value: int) -> jax.Array:
-        return jax.device_put(np.int32(value), NamedSharding(self.mesh, PartitionSpec()))
+        place = NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback((), place, lambda _: np.array(value, np.int32))
+
+    @property
+    def stopped_by(self) -> int:
+        """The signal that ends the run, or 0. Of several processes all stop at the same step."""
+        return self.agreed_signal if jax.process_count() > 1 else self.stop.signal
+
+    def _poll_signals(self) -> jax.Array:
+        """The highest signal that a process was sent; all read it a dispatch later."""
+        place = NamedSharding(self.mesh, PartitionSpec(sharding.AXES))
+        here = np.full(1, self.stop.signal, np.int32)
+        return self._max(jax.make_array_from_callback((self.mesh.size,), place, lambda _: here))
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -203,6 +226,7 @@ class Trainer:
             return
         before, count, metrics = dispatch
         metrics = jax.device_get(metrics)
+        self.agreed_signal = int(metrics.pop("signal", 0))
         self.stopwatch.lap(count)
         for i, step in enumerate(range(before + 1, before + count + 1)):
             loss = float(metrics["loss"][i])
@@ -272,13 +296,17 @@ class Trainer:
         }
         self.checkpoints.save(self.state, meta, best=best)
 
+    def _gather(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters whole on this process's first device; all processes take part."""
+        return jax.tree.map(lambda p: p.addressable_data(0), self._replicate(params))
+
     def _sample(self) -> None:
         """Logs a short sample of what the model says now."""
         tokenizer = self.dataset.tokenizer
         if tokenizer is None:
             return
         self.sampler = self.sampler or Sampler(self.config)
-        self.sampler.load(self.state["params"])
+        self.sampler.load(self._gather(self.state["params"]))
         start = tokenizer.decode([0])  # a line break, where the tokenizer is of characters
         text = sample_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
         self.log.say("".join(new for (new,) in text))

@@ -290,7 +290,7 @@ def test_jax_starts_as_the_command_line_wants_it(write):
     seen = []
     path = write(VARIANTS)
     from_command_line([path, "--device=cpu", "--dtype=float64"], lambda *asked: seen.append(asked))
-    assert seen == [("cpu", "float64")]
+    assert [(keys["device"], keys["dtype"]) for (keys,) in seen] == [("cpu", "float64")]
 
 
 # ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------

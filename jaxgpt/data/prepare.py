@@ -53,11 +53,16 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
     return folder
 
 
+def prepare_if_missing(config: Data) -> None:
+    """Prepares the dataset of a run if it is a known corpus and not there yet."""
+    if config.dataset in CORPORA and not is_prepared(Path(config.data_dir, config.dataset)):
+        prepare(config.dataset, config.data_dir)
+
+
 def find_dataset(config: Data, block_size: int) -> Dataset:
     """The dataset of a run, prepared first if it is a known corpus and not there yet."""
     folder = Path(config.data_dir, config.dataset)
-    if config.dataset in CORPORA and not is_prepared(folder):
-        prepare(config.dataset, config.data_dir)
+    prepare_if_missing(config)
     if not folder.is_dir():
         raise UserError(
             f"dataset={config.dataset!r}: there is no {folder}; make it with jaxgpt prepare, or "

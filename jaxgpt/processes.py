@@ -1,0 +1,100 @@
+"""Several processes, one run: how they find each other, and who does what only one should.
+
+XLA's collectives do the rest: every process runs the same program on its own devices.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgpt.config import UserError
+
+HEARTBEAT_S = 30  # a process that is silent for so long is given up, and the rest leave
+
+
+def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Connects this process to the others of its run, if it has any; call it before JAX computes.
+
+    Slurm, Open MPI, Kubernetes and TPU pods say themselves who takes part; elsewhere every
+    process names the coordinator's `host:port`, their number, and its own. Raises `UserError`.
+    """
+    if jax.distributed.is_initialized() or not (coordinator or _launched_with_others()):
+        return
+    if coordinator and not 0 <= process_id < num_processes:
+        raise UserError(
+            f"process_id={process_id}: with a coordinator, it must be from 0 to num_processes - 1 "
+            f"= {num_processes - 1}"
+        )
+    try:
+        jax.distributed.initialize(
+            coordinator or None,
+            num_processes if coordinator else None,
+            process_id if coordinator else None,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"coordinator={coordinator!r}: {str(error).splitlines()[0]}") from error
+
+
+def _launched_with_others() -> bool:
+    """Whether a launcher that JAX knows has started more than this process."""
+    env = os.environ
+    counts = (env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return (
+        any(int(count) > 1 for count in counts)
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+    )
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Ends this process at once when the run fails in it, or when another process is gone.
+
+    The usual way out would wait for processes that will not answer. They in turn see their next
+    collective fail, or miss this one's heartbeat, and leave by the same way.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        if not isinstance(error, UserError):
+            print("go on from the last checkpoint with --init_from=auto", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def is_first() -> bool:
+    """Whether this process writes what only one should write."""
+    return jax.process_index() == 0
+
+
+def by_first(function: Callable[[], int | None]) -> int:
+    """Runs `function` in the first process alone -> its number (None is 0), in every process.
+
+    A `UserError` there is one in every process, so that none waits for the rest in vain.
+    """
+    if jax.process_count() == 1:
+        return function() or 0
+    error, failed, value = None, 0, 0
+    if is_first():
+        try:
+            value = function() or 0
+        except UserError as raised:
+            error, failed = raised, 1
+    failed, value = multihost_utils.broadcast_one_to_all(np.array([failed, value], np.int32))
+    if failed:
+        raise error or UserError("the first process could not go on; it has said why")
+    return int(value)
