@@ -129,15 +129,15 @@ def train(b: Bench) -> Report:
     """Whole training steps, each sample the mean of a round of them."""
     results: dict[str, Any] = {}
     notes, rows = [], []
+    b.say("compiling jaxgpt's step")
+    ours = JaxGPT(b.config, b.dataset)
     if b.nanogpt:
         b.say(f"loss parity over {PARITY_STEPS} steps")
-        results["parity"] = parity = loss_parity(b, b.nanogpt)
+        results["parity"] = parity = loss_parity(b, ours, b.nanogpt)
         notes.append(
             f"largest difference of {PARITY_STEPS} losses, same weights and batches, dropout 0: "
             f"{parity['largest_difference']:.2g} ({b.config.dtype}); curves in {b.plot}"
         )
-    b.say("compiling jaxgpt's step")
-    ours = JaxGPT(b.config, b.dataset)
     steps, ms = ours.round_steps(), []
     for mode in b.modes if b.nanogpt else ():
         b.say(f"jaxgpt and nanoGPT ({mode}) in turn, {steps} steps a round")
@@ -222,11 +222,14 @@ def larger_batches(b: Bench, rows: list[list[str]]) -> list[dict[str, Any]]:
         del ours
 
 
-def loss_parity(b: Bench, nanogpt: NanoGPT) -> dict[str, Any]:
-    """Both sides' losses from the same weights, on the same batches, without dropout."""
-    config = b.config.replace(dropout=0.0)
-    ours = JaxGPT(config, b.dataset)
-    nanogpt.load(config, b.dataset.train, ours.params(), "eager")
+def loss_parity(b: Bench, ours: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
+    """Both sides' losses from the same weights, on the same batches, without dropout.
+
+    `ours` has yet to take its first step; if it has dropout, another takes its place.
+    """
+    if b.config.dropout:
+        ours = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
+    nanogpt.load(ours.config, b.dataset.train, ours.params(), "eager")
     upcoming = ours.next_steps(-(-PARITY_STEPS // ours.K) * ours.K)
     theirs = nanogpt.ask("train", **upcoming)["losses"][:PARITY_STEPS]
     losses = ours.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
@@ -259,7 +262,7 @@ def count_kernels(hlo: str) -> Counter[str]:
     """What a compiled program launches, by opcode: fusions, dots, custom calls, copies and so on.
 
     Counts the instructions of the entry and of the computations that it runs by `while`,
-    `conditional` and `call`: a loop's body once, a fusion's inside not at all.
+    `conditional` and `call`: a loop's body once, every branch, a fusion's inside not at all.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -270,12 +273,9 @@ def count_kernels(hlo: str) -> Counter[str]:
         elif name:
             bodies[name].append(line)
     counts: Counter[str] = Counter()
-    todo, seen = [entry], set()
+    todo = [entry]
     while todo:
-        if (name := todo.pop()) in seen or name not in bodies:
-            continue
-        seen.add(name)
-        for line in bodies[name]:
+        for line in bodies.get(todo.pop(), ()):
             opcode = found[1] if (found := INSTRUCTION.search(line)) else "tuple"
             if opcode in INTO:
                 todo += CALLEE.findall(line)

@@ -45,6 +45,7 @@ class NanoGPT:
         try:
             self._process = subprocess.Popen(command, text=True, **pipes)
         except OSError as error:
+            self._log.close()
             raise UserError(f"--torch_python {python}: {error.strerror}") from error
         try:
             self._answer()
