@@ -225,10 +225,43 @@ def evaluate(argv: list[str]) -> None:
         print(f"{name}: {value}")
 
 
+@dataclass(frozen=True)
+class BenchArgs:
+    """Times jaxgpt, alone or in turn with PyTorch nanoGPT."""
+
+    what: Literal["train", "sample", "data", "attention"] = "train"
+    """Whole training steps, sampling, batches alone, or the attention back ends alone."""
+    config: str = ""
+    """A config file to time, instead of a preset."""
+    preset: Literal["", "cpu", "baby", "gpt2", "gpt2-xl"] = ""
+    """nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2."""
+    vs: str = ""
+    """A checkout of PyTorch nanoGPT to take turns with (what=train and sample)."""
+    torch_python: str = ""
+    """A Python that has torch; empty is this one."""
+    compile: Literal["both", "eager", "compiled"] = "both"
+    """How nanoGPT runs: as it is, under torch.compile, or each in turn."""
+    pairs: Count = 5
+    """Turns of each side; also the samples taken of other things."""
+    json: str = ""
+    """Write everything measured, every sample too, to this file."""
+    plot: str = ""
+    """Picture of both sides' losses. Default: beside the JSON file, or bench.png."""
+
+
+def bench(argv: list[str]) -> None:
+    """[--preset=NAME | --config FILE] [--vs NANOGPT]: times training, sampling and their parts."""
+    args = _parse(BenchArgs, argv, "jaxgpt bench")
+    from jaxgpt.bench import bench
+
+    keys = dict(vars(args))
+    bench(json_file=keys.pop("json"), **keys)
+
+
 def _parse(args_type: type, argv: list[str], prog: str):
     args = tyro.cli(args_type, args=argv, prog=prog, use_underscores=True)
     check(args)
     return args
 
 
-COMMANDS = {"train": train, "sample": sample, "prepare": prepare, "eval": evaluate}
+COMMANDS = {"train": train, "sample": sample, "prepare": prepare, "eval": evaluate, "bench": bench}

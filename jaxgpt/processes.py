@@ -65,15 +65,13 @@ def leaving_together() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if not isinstance(error, UserError):
+        expected = isinstance(error, UserError)
+        if not expected:
             traceback.print_exc()
-        print(
-            f"error: process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr
-        )
-        if not isinstance(error, UserError):
-            print("go on from the last checkpoint with --init_from=auto", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+        advice = "" if expected else "; go on from the last checkpoint with --init_from=auto"
+        text = f"process {jax.process_index()}: {str(error).splitlines()[0]}{advice}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(2 if expected else 1)
 
 
 def is_first() -> bool:

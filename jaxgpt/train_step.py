@@ -108,7 +108,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     def train_step(state: State, batch: dict, count: jax.Array):
-        steps = jax.tree.leaves(batch)[-1].shape[0]
+        steps = batch["windows" if "windows" in batch else "starts"].shape[0]
         first = partial(gather, batch, length=config.block_size + 1)
         if steps == 1:
             state, metrics = one_step(state, first(0))

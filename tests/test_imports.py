@@ -11,7 +11,8 @@ ORDER = [
     *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "processes", "checkpoint", "run_dir", "device"),
-    *("evaluate", "sample", "metrics", "train", "cli"),
+    *("evaluate", "sample", "metrics", "train"),
+    *("bench_torch", "bench_vs", "bench_train", "bench", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

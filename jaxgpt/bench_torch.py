@@ -1,0 +1,150 @@
+"""nanoGPT's side of `jaxgpt bench --vs`: runs under a Python with torch, and without jaxgpt.
+
+    python bench_torch.py PATH_TO_NANOGPT cpu|cuda
+
+Commands come as JSON, one a line, on stdin; each is answered by a line on stdout. nanoGPT's own
+model.py is imported as it is; what its train.py and sample.py do around it is done likewise here.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+class NanoGPT:
+    """The model, its optimizer and its data; every public method is a command."""
+
+    def __init__(self, path: str, device: str):
+        self.np, self.torch = (importlib.import_module(name) for name in ("numpy", "torch"))
+        spec: Any = importlib.util.spec_from_file_location("model", os.path.join(path, "model.py"))
+        self.gpt = sys.modules["model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.gpt)
+        self.torch.backends.cuda.matmul.allow_tf32 = True
+        self.torch.backends.cudnn.allow_tf32 = True
+        self.device = device
+        self.model: Any = None
+        self.forward: Any = None
+        self.optimizer: Any = None
+        if device == "cuda" and not self.torch.cuda.is_available():
+            raise RuntimeError("this torch finds no CUDA device")
+
+    def hello(self) -> dict[str, Any]:
+        """What runs here."""
+        t = self.torch
+        name = t.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        return {"torch": t.__version__, "device": name, "threads": t.get_num_threads()}
+
+    def load(self, weights: str, sizes: dict, optimizer: dict, data: dict, dtype: str, mode: str):
+        """A model with these weights (.npz), and a fresh optimizer; `mode` is eager or compiled."""
+        self.free()
+        t = self.torch
+        self.ctx = contextlib.nullcontext()
+        if dtype != "float32":
+            self.ctx = t.amp.autocast(device_type=self.device, dtype=getattr(t, dtype))
+        self.block_size = sizes["block_size"]
+        self.tokens = self.np.memmap(data["file"], data["dtype"], "r")
+        model = self.gpt.GPT(self.gpt.GPTConfig(**sizes))
+        with self.np.load(weights) as arrays:
+            model.load_state_dict({name: t.from_numpy(arrays[name]) for name in arrays.files})
+        self.model = model.to(self.device).train()
+        o = optimizer
+        self.optimizer = self.model.configure_optimizers(
+            o["weight_decay"], o["learning_rate"], (o["beta1"], o["beta2"]), self.device
+        )
+        self.grad_clip = o["grad_clip"]
+        self.forward = t.compile(self.model) if mode == "compiled" else self.model
+
+    def free(self) -> None:
+        """Lets go of the model, and gives its device memory back."""
+        self.model = self.forward = self.optimizer = None
+        gc.collect()
+        if hasattr(self.torch, "_dynamo"):
+            self.torch._dynamo.reset()
+        if self.device == "cuda":
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def train(self, starts: list, lrs: list[float]) -> dict[str, Any]:
+        """One step for each of `lrs`, on micro-batches of windows that begin at `starts`."""
+        t, losses = self.torch, []
+        ahead = (self._batch(micro) for step in starts for micro in step)  # made when asked for
+        began = self._clock()
+        x, y = next(ahead)
+        for step, lr in zip(starts, lrs, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            total = 0
+            for _ in step:
+                with self.ctx:
+                    _, loss = self.forward(x, y)
+                    loss = loss / len(step)
+                x, y = next(ahead, (x, y))
+                loss.backward()
+                total = total + loss.detach()
+            if self.grad_clip:
+                t.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+        seconds = self._clock() - began
+        peak = t.cuda.max_memory_allocated() if self.device == "cuda" else None
+        return {"seconds": seconds, "losses": [loss.item() for loss in losses], "peak_bytes": peak}
+
+    def sample(self, prompt: list[int], tokens: int, temperature: float, top_k: int):
+        """The seconds that `generate` takes for so many new tokens."""
+        t = self.torch
+        self.model.eval()
+        ids = t.tensor([prompt], dtype=t.long, device=self.device)
+        began = self._clock()
+        with t.no_grad(), self.ctx:
+            self.model.generate(ids, tokens, temperature=temperature, top_k=top_k)
+        return {"seconds": self._clock() - began}
+
+    def _clock(self) -> float:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _batch(self, starts: list[int]) -> tuple:
+        """train.py's get_batch, for given places instead of random ones."""
+        t, size, data = self.torch, self.block_size, self.tokens
+        wide = lambda i: t.from_numpy(data[i : i + size].astype(self.np.int64))
+        x = t.stack([wide(i) for i in starts])
+        y = t.stack([wide(i + 1) for i in starts])
+        if self.device == "cuda":
+            return tuple(a.pin_memory().to(self.device, non_blocking=True) for a in (x, y))
+        return x, y
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nanoGPT prints
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # jaxgpt's names stay apart
+
+    def answer(function: Any, **arguments: Any) -> Any:
+        """Tells what a call returns or raises."""
+        result, reply = None, {}
+        try:
+            result = function(**arguments)
+            reply = result if isinstance(result, dict) else {}
+        except Exception as error:  # whatever torch, a compiler or a driver can raise
+            reply = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+        return result
+
+    server = answer(lambda: NanoGPT(*sys.argv[1:3]))
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer(getattr(server, command.pop("do")), **command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""nanoGPT beside jaxgpt: its process, its weights, and taking turns with it."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import bench_torch, device, model
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.tokens import Tokens
+
+REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
+NANOGPT_HAS = {
+    "norm": "layernorm", "norm_position": "pre", "position": "learned", "mlp": "gelu",
+    "tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0, "attention_window": 0,
+    "causal": True, "value_residual": False,
+}  # fmt: skip
+
+
+class NanoGPTError(Exception):
+    """What went wrong at nanoGPT's side, as one line."""
+
+
+class NanoGPT:
+    """nanoGPT under another Python: see bench_torch.py. Raises `UserError` if it cannot start."""
+
+    def __init__(self, path: str, python: str, folder: Path):
+        if not Path(path, "model.py").is_file():
+            raise UserError(f"--vs {path}: there is no model.py; name a checkout of nanoGPT")
+        platform = jax.default_backend()
+        if platform not in ("cpu", "gpu"):
+            raise UserError(f"--vs {path}: nanoGPT cannot run on a {platform}")
+        server = str(Path(bench_torch.__file__))
+        self._folder = folder
+        self._log = open(folder / "nanogpt.log", "w+", encoding="utf-8")  # noqa: SIM115
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        wanted = "cuda" if platform == "gpu" else "cpu"
+        command = [python, server, str(Path(path).resolve()), wanted]
+        try:
+            self._process = subprocess.Popen(command, text=True, **pipes)
+        except OSError as error:
+            self._log.close()
+            raise UserError(f"--torch_python {python}: {error.strerror}") from error
+        try:
+            self._answer()
+            self.versions = self.ask("hello")
+        except NanoGPTError as error:
+            self.close()
+            raise UserError(f"--torch_python {python}: {error}") from error
+
+    def load(self, c: Config, tokens: Tokens, params: dict, mode: str, **sizes: Any) -> None:
+        """Gives it the config's model with these parameters, and the data; `sizes` override."""
+        file = self._folder / "weights.npz"
+        arrays: Any = to_nanogpt(c, params)
+        np.savez(file, **arrays)
+        keys = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
+        sizes = {key: getattr(c, key) for key in keys} | sizes
+        keys = "weight_decay", "learning_rate", "beta1", "beta2", "grad_clip"
+        self.ask(
+            "load",
+            weights=str(file),
+            sizes=sizes,
+            optimizer={key: getattr(c, key) for key in keys},
+            data={"file": str(tokens.files[0]), "dtype": str(tokens.dtype)},
+            dtype=c.dtype,
+            mode=mode,
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Sends a command and waits for its answer. Raises `NanoGPTError`."""
+        if self._process.stdin is None or self._process.poll() is not None:
+            raise NanoGPTError("the process has ended")
+        try:
+            self._process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has ended, and the answer says why
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            self._log.seek(0)
+            last = self._log.read().strip().splitlines()[-1:]
+            raise NanoGPTError(*last or [f"the process ended with code {self._process.wait()}"])
+        answer = json.loads(line)
+        if "error" in answer:
+            raise NanoGPTError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process; may be called again."""
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(OSError):
+                if stream:
+                    stream.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def check_comparable(c: Config) -> None:
+    """Raises `UserError` for a model that nanoGPT does not have."""
+    has = NANOGPT_HAS | {
+        "n_kv_head": c.n_kv_head and c.n_head,
+        "n_inner": c.n_inner and 4 * c.n_embd,
+    }
+    has["dtype"] = "float32" if device.on_cpu() else c.dtype
+    for key, value in has.items():
+        if getattr(c, key) != value:
+            raise UserError(f"{key}={getattr(c, key)!r}: with --vs, must be nanoGPT's {value!r}")
+
+
+def to_nanogpt(config: Config, params: dict) -> dict[str, np.ndarray]:
+    """Parameters under the names and in the shapes of nanoGPT's state dict, float32."""
+    embed = params["embed"]["kernel"][: config.vocab_size]
+    out = {"transformer.wte.weight": embed, "lm_head.weight": embed}
+    out["transformer.wpe.weight"] = params["pos_embed"]["kernel"]
+
+    def norm(name: str, p: dict) -> None:
+        out[f"{name}.weight"] = p["scale"]
+        if config.bias:
+            out[f"{name}.bias"] = p["bias"]
+
+    def linear(name: str, p: dict, width: int) -> None:
+        out[f"{name}.weight"] = p["kernel"].reshape(width, -1).T
+        if config.bias:
+            out[f"{name}.bias"] = p["bias"].reshape(-1)
+
+    blocks = model.unstack(params)["blocks"] if config.scan_layers else params["blocks"]
+    for i in range(config.n_layer):
+        name, p = f"transformer.h.{i}", blocks[i]
+        norm(f"{name}.ln_1", p["ln_1"])
+        linear(f"{name}.attn.c_attn", p["attn"]["qkv"], config.n_embd)
+        linear(f"{name}.attn.c_proj", p["attn"]["out"], config.n_embd)
+        norm(f"{name}.ln_2", p["ln_2"])
+        linear(f"{name}.mlp.c_fc", p["mlp"]["up"], config.n_embd)
+        linear(f"{name}.mlp.c_proj", p["mlp"]["down"], 4 * config.n_embd)
+    norm("transformer.ln_f", params["ln_f"])
+    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+
+
+def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> dict[str, Any]:
+    """Seconds of both sides, A B A B, one idle while the other works; ratio is theirs / ours."""
+    rows = []
+    for _ in range(pairs):
+        seconds = []
+        for side in (ours, theirs):
+            time.sleep(REST_S)
+            seconds.append(side())
+        rows.append({"jaxgpt_s": seconds[0], "nanogpt_s": seconds[1]})
+        rows[-1]["ratio"] = seconds[1] / seconds[0]
+    ratios = [row["ratio"] for row in rows]
+    return {"pairs": rows, "ratio": float(np.median(ratios)), "range": [min(ratios), max(ratios)]}
+
+
+def say_ratios(name: str, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"{name}: {result['error']}"
+    each = " ".join(f"{row['ratio']:.2f}" for row in result["pairs"])
+    (low, high), median = result["range"], result["ratio"]
+    return f"{name} / jaxgpt, pair by pair: {each}; median {median:.2f} ({low:.2f}-{high:.2f})"

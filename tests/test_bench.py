@@ -1,0 +1,312 @@
+"""The benchmark: what it counts, that both sides get the same work, and what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from math import erf
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import bench, bench_train, bench_vs, command_line, model
+from jaxgpt.config import Config, Run, UserError
+from jaxgpt.data.tokens import Dataset, Tokens
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "vocab_size": 20,
+    "gradient_accumulation_steps": 2, "mlp": "gelu", "max_iters": 100, "warmup_iters": 0,
+    "dataset": "none",
+}  # fmt: skip
+RESOLVED = Config(**TINY, dtype="float32", attention="reference")
+
+
+# --- Statistics and counting --------------------------------------------------------------------
+
+
+def test_quartiles():
+    assert bench_train.quartiles([4.0, 0.0, 3.0, 1.0, 2.0]) == {"median": 2, "q1": 1, "q3": 3}
+
+
+def test_sides_take_turns(monkeypatch):
+    monkeypatch.setattr(bench_vs, "REST_S", 0)
+    turns, seconds = [], iter([1.0, 3.0, 2.0, 2.0, 1.0, 8.0])
+    side = lambda name: lambda: (turns.append(name), next(seconds))[1]
+    found = bench_vs.in_turn(side("A"), side("B"), 3)
+    assert turns == ["A", "B"] * 3
+    assert [pair["ratio"] for pair in found["pairs"]] == [3, 1, 8]
+    assert (found["ratio"], found["range"]) == (3, [1, 8])
+
+
+HLO = """\
+HloModule jit_f, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
+
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %inside.1 = f32[2]{0} add(%p, %p)
+  ROOT %inside.2 = f32[2]{0} multiply(%inside.1, %p)
+}
+
+%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %t = (s32[], f32[2]{0}) parameter(0)
+  %x = f32[2]{0} get-tuple-element(%t), index=1
+  %d = f32[2]{0:T(128)} dot(%x, %x), metadata={op_name="jit(f)/fusion(x)"}
+  ROOT %r = (s32[], /*index=1*/f32[2]{0}) tuple(%x, %d)
+}
+
+%cond (t.1: (s32[], f32[2])) -> pred[] {
+  %t.1 = (s32[], f32[2]{0}) parameter(0)
+  ROOT %small = pred[] compare(%t.1, %t.1), direction=LT
+}
+
+branch.a (b: f32[2]) -> f32[2] {
+  ROOT %c = f32[2]{0} copy(b)
+}
+
+%never (n: f32[2]) -> f32[2] {
+  ROOT %s = f32[2]{0} sort(%n)
+}
+
+%called (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  ROOT %f.1 = f32[2]{0} fusion(%q), kind=kLoop, calls=%fused
+}
+
+ENTRY %main.7 (arg: f32[2]) -> (f32[2], f32[4]) {
+  %arg = f32[2]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %f.2 = f32[2]{0} fusion(%arg), kind=kLoop, calls=%fused
+  %k = (f32[2]{0}, /*index=1*/u8[4]{0}) custom-call(%f.2), custom_call_target="gemm"
+  %w = (s32[], f32[2]{0}) while(%k), condition=%cond, body=%body
+  %g = f32[2]{0} call(%f.2), to_apply=%called
+  %again = f32[2]{0} call(%g), to_apply=%called
+  %i = f32[2]{0} conditional(%zero, %g, %g), branch_computations={%branch.a, branch.a}
+  %start = (f32[2], f32[2]) copy-start(%i)
+  %done = f32[2]{0} copy-done(%start)
+  ROOT %all = (f32[2]{0}, f32[2]{0}) tuple(%done, %i)
+}
+"""
+
+
+def test_kernels_are_counted_where_they_run():
+    counts = bench_train.count_kernels(HLO)
+    assert counts == {
+        "fusion": 3,  # one in the entry; one in a computation that is called at two places
+        "custom-call": 1,
+        "dot": 1,
+        "compare": 1,
+        "copy": 2,
+        "copy-start": 1,
+    }
+
+
+def test_kernels_of_a_loop_do_not_depend_on_how_often_it_runs():
+    def kernels(length: int):
+        step = lambda x, _: (jnp.sort(x @ x), None)
+        run = jax.jit(lambda x: jax.lax.scan(step, x, length=length)[0])
+        return bench_train.count_kernels(run.lower(jnp.ones((64, 64))).compile().as_text())
+
+    assert kernels(7) == kernels(11)
+    assert kernels(7)["sort"] == 1
+
+
+# --- Presets ------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_quick_start_at_nanogpts_learning_rate():
+    quick = command_line.load(str(ROOT / "configs" / "shakespeare.py"))
+    runs = Run.__dataclass_fields__.keys() - {"max_iters"}
+    what = lambda c: {k: v for k, v in c.to_dict().items() if k not in {*runs, "lr_decay_iters"}}
+    assert what(bench.PRESETS["baby"]) == what(quick["config"])
+    assert what(bench.PRESETS["cpu"]) == what(quick["on_cpu"].replace(learning_rate=1e-3))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("gpt2", 124), ("gpt2-xl", 1557)])
+def test_gpt2_presets_have_as_many_parameters_as_gpt2(name, millions):
+    c = bench.PRESETS[name]
+    assert round((model.count_params(c) + c.block_size * c.n_embd) / 1e6) == millions
+
+
+# --- Side by side -------------------------------------------------------------------------------
+
+
+def nanogpt_loss(w: dict, tokens_BT: np.ndarray, heads: int) -> float:
+    """nanoGPT's forward pass in NumPy, from its state dict; mean cross-entropy of next tokens."""
+    x_BT, y_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    (B, T), D = x_BT.shape, w["transformer.wpe.weight"].shape[1]
+
+    def norm(name: str, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[f"{name}.weight"] + w.get(f"{name}.bias", 0)
+
+    linear = lambda name, x: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+    split = lambda x: x.reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
+    gelu = lambda x: x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
+    x = w["transformer.wte.weight"][x_BT] + w["transformer.wpe.weight"][:T]
+    for i in range(sum(key.endswith("ln_1.weight") for key in w)):
+        h = f"transformer.h.{i}"
+        q, k, v = map(split, np.split(linear(f"{h}.attn.c_attn", norm(f"{h}.ln_1", x)), 3, axis=-1))
+        scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(D // heads)
+        weights = np.exp(np.where(np.tri(T, dtype=bool), scores, -np.inf))
+        mixed = (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+        x = x + linear(f"{h}.attn.c_proj", mixed.reshape(B, T, D))
+        x = x + linear(f"{h}.mlp.c_proj", gelu(linear(f"{h}.mlp.c_fc", norm(f"{h}.ln_2", x))))
+    logits = norm("transformer.ln_f", x) @ w["lm_head.weight"].T
+    logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -float(np.take_along_axis(logits, y_BT[..., None], -1).mean())
+
+
+class NumpySide:
+    """nanoGPT's process without a process: it knows the loss of the step that comes first."""
+
+    def __init__(self):
+        self.asked, self.closed = [], False
+
+    def load(self, c: Config, tokens: Tokens, params: dict, mode: str) -> None:
+        self.config, self.tokens, self.mode = c, tokens, mode
+        self.weights = bench_vs.to_nanogpt(c, params)
+
+    def ask(self, do: str, **arguments) -> dict:
+        self.asked.append((self.mode, do, arguments))
+        if do != "train":
+            return {}
+        if self.mode == "compiled":
+            raise bench_vs.NanoGPTError("no compiler")
+        first = np.array(arguments["starts"][0])
+        assert first.shape == (self.config.gradient_accumulation_steps, self.config.batch_size)
+        rows = [self.tokens.read(int(start), self.config.block_size + 1) for start in first.flat]
+        loss = nanogpt_loss(self.weights, np.stack(rows).astype(int), self.config.n_head)
+        return {"seconds": 1.0, "losses": [loss] * len(arguments["lrs"]), "peak_bytes": None}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def tiny_dataset(folder: Path) -> Dataset:
+    _, dataset = bench.make_data(RESOLVED.replace(data_dir=str(folder)), folder)
+    return dataset
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "bias": False, "dropout": 0.5}])
+def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(bench_vs, "REST_S", 0)
+    monkeypatch.setattr(bench_train, "ROUND_S", 0.001)
+    monkeypatch.setattr(bench_train, "PARITY_STEPS", 3)
+    side, config = NumpySide(), RESOLVED.replace(**options)
+    b = bench_train.Bench(
+        "tiny", config, tiny_dataset(tmp_path), side, ("eager", "compiled"), 2, tmp_path / "b.png"
+    )
+    report = bench_train.train(b)
+    parity, eager = report.results["parity"], report.results["eager"]
+    assert parity["jaxgpt"][0] == pytest.approx(parity["nanogpt"][0], rel=1e-5)
+    assert parity["jaxgpt"][2] != parity["jaxgpt"][0]
+    assert parity["largest_difference"] == np.abs(np.subtract(*list(parity.values())[:2])).max()
+    assert len(eager["pairs"]) == 2
+    assert report.results["compiled"] == {"error": "no compiler"}
+    assert [row[0] for row in report.rows] == ["jaxgpt", "nanoGPT eager", "nanoGPT compiled"]
+    assert all(len(row) == len(report.columns) for row in report.rows)
+    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert side.closed
+    rounds = [a["starts"] for mode, do, a in side.asked if (mode, do) == ("eager", "train")]
+    assert rounds[-2] != rounds[-3]  # every round takes new windows
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mlp": "gelu_tanh"},
+        {"norm": "rmsnorm"},
+        {"n_kv_head": 1},
+        {"n_inner": 24},
+        {"causal": False},
+    ],
+)
+def test_what_nanogpt_cannot_do_is_refused(other):
+    bench_vs.check_comparable(RESOLVED)
+    bench_vs.check_comparable(RESOLVED.replace(n_kv_head=2, n_inner=64))
+    with pytest.raises(UserError, match=next(iter(other))):
+        bench_vs.check_comparable(RESOLVED.replace(**other))
+
+
+def test_made_up_data_is_the_same_again_and_can_be_learnt(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a, b = (tiny_dataset(tmp_path / name) for name in "ab")
+    ids = a.train.read(0, len(a.train))
+    np.testing.assert_array_equal(ids, b.train.read(0, len(b.train)))
+    pairs = np.bincount(ids[:-1].astype(int) * 20 + ids[1:], minlength=400) / len(ids)
+    alone = np.bincount(ids, minlength=20) / len(ids)
+    entropy = lambda p: -(p[p > 0] * np.log(p[p > 0])).sum()
+    assert entropy(pairs) - entropy(alone) < entropy(alone) - 0.01  # a token tells of the next
+
+
+# --- Mistakes and the whole command -------------------------------------------------------------
+
+
+def test_mistakes_about_nanogpt(tmp_path):
+    with pytest.raises(UserError, match=r"no model\.py"):
+        bench_vs.NanoGPT(str(tmp_path), sys.executable, tmp_path)
+    (tmp_path / "model.py").write_text("raise ImportError('nothing here')\n")
+    with pytest.raises(UserError, match=r"--torch_python nowhere/python: No such file"):
+        bench_vs.NanoGPT(str(tmp_path), "nowhere/python", tmp_path)
+    with pytest.raises(UserError, match=r"--torch_python .*: \w*Error: (No module|nothing here)"):
+        bench_vs.NanoGPT(str(tmp_path), sys.executable, tmp_path)
+
+
+def test_a_preset_and_a_file_are_too_much():
+    with pytest.raises(UserError, match="not both"):
+        bench.choose("configs/shakespeare.py", "cpu", single=False)
+
+
+def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    (folder / "tiny.py").write_text(
+        f"from jaxgpt.config import Config\nconfig = Config(**{TINY})\n"
+    )
+    code = "from jaxgpt.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_prints_a_table_and_writes_every_sample(tmp_path):
+    done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--pairs=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train, tiny.py: ")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {"hardware", "versions", "commit", "config", "data", "what"} <= found.keys()
+    mine = found["results"]["jaxgpt"]
+    assert len(mine["samples_ms"]) == 4
+    assert mine["step_ms"]["q1"] <= mine["step_ms"]["median"] <= mine["step_ms"]["q3"]
+    tokens = 4 * 2 * 8
+    assert mine["tokens_per_s"] == pytest.approx(1000 * tokens / mine["step_ms"]["median"])
+    assert mine["memory_bytes"] > 4 * 2 * 16  # at least some weights
+    assert sum(mine["kernels"].values()) > 10
+
+
+def test_gpt2_on_a_cpu_is_refused_in_one_line(tmp_path):
+    done = run_bench(tmp_path, "--preset=gpt2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: --preset=gpt2: needs an accelerator")
+
+
+@pytest.mark.skipif(
+    not {"JAXGPT_TORCH_PYTHON", "JAXGPT_NANOGPT"} <= os.environ.keys(),
+    reason="needs a Python with torch and a checkout: JAXGPT_TORCH_PYTHON, JAXGPT_NANOGPT",
+)
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_beside_the_real_nanogpt(tmp_path, what):
+    torch = f"--torch_python={os.environ['JAXGPT_TORCH_PYTHON']}"
+    vs = f"--vs={os.environ['JAXGPT_NANOGPT']}"
+    flags = "--config=tiny.py", "--json=o.json", "--pairs=2", "--compile=eager", f"--what={what}"
+    done = run_bench(tmp_path, vs, torch, *flags)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    if what == "train":
+        assert results["parity"]["largest_difference"] < 1e-4
+        assert len(results["eager"]["pairs"]) == 2
+    else:
+        assert len(results["nanogpt_exact"]["pairs"]) == 2
