@@ -76,6 +76,19 @@ def micro_batches(config: Config, mesh: Mesh) -> int:
     return next(n for n in range(-(-total // most), total + 1) if total % (n * devices) == 0)
 
 
+def eval_batches(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Batches an estimate takes, and sequences in each.
+
+    Together `eval_iters * batch_size` sequences on every mesh, but for a last few that make them
+    a multiple of its devices.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    total = -(-(config.eval_iters or 1) * config.batch_size // devices) * devices
+    most = config.batch_size * devices
+    size = next(n for n in range(most, 0, -devices) if total % n == 0)
+    return total // size, size
+
+
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
     over_batch = sizes["data"] * sizes["fsdp"]
     wanted = [

@@ -112,7 +112,8 @@ class Trainer:
             t: make_resident(t, self.mesh) if self.on_device else None for t in (train, val)
         }
         sequences = self.sequences // self.micro_batches
-        eval_shape = min(DISPATCH, c.eval_iters or 1), 1, sequences
+        self.eval_batches, eval_sequences = sharding.eval_batches(c, self.mesh)
+        eval_shape = min(DISPATCH, self.eval_batches), 1, eval_sequences
         make = partial(Batches, mesh=self.mesh, block_size=c.block_size, seed=c.seed)
         return {
             stream: make(tokens, shape_KMB=shape, stream=stream, resident=resident[tokens], ahead=n)
@@ -282,7 +283,7 @@ class Trainer:
         if whole:
             some = whole_split(batches.tokens, self.mesh, batches.shape_KMB[2], batches.block_size)
         else:
-            some = random_batches(batches, self.step, self.config.eval_iters)
+            some = random_batches(batches, self.step, self.eval_batches)
         return mean_loss(self.eval_step, self.state["params"], some)
 
     def _save(self, *, best: bool) -> None:
