@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, model, run_dir, sharding
+from jaxgpt import device, huggingface, model, run_dir, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
@@ -26,26 +26,28 @@ TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 SAMPLE_TOKENS = 200
 
 
-def train(config: Config, on_cpu: dict[str, Any]) -> int:
+def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozenset()) -> int:
     """Runs `config` to its end -> 0, or 128 + n if signal n ended it early, with its state saved.
 
-    `on_cpu` are the keys that differ for want of an accelerator. Raises `UserError`.
+    `on_cpu` are the keys that differ for want of an accelerator, `given` those that the command
+    line set. Raises `UserError`.
     """
+    checkpoints = run_dir.open_checkpoints(config)
+    weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
     dataset = find_dataset(config, config.block_size)
     if 0 < config.vocab_size < dataset.vocab_size:
         raise UserError(
             f"vocab_size={config.vocab_size}: must be at least the dataset's {dataset.vocab_size}"
         )
     config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
-    checkpoints = run_dir.open_checkpoints(config)
     first_step = run_dir.first_step(config, checkpoints)
     mesh = sharding.make_mesh(config)
     resolved, notes = device.resolve(config)
     run_dir.begin(config, dataset, fresh=first_step == 0)
     with Log(config, first_step) as log, StopSignal() as stop:
         trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
-        trainer.introduce(on_cpu, notes)
-        trainer.start(first_step)
+        trainer.introduce(on_cpu, adopted + notes)
+        trainer.start(first_step, weights)
         trainer.run()
     return 128 + stop.signal if stop.signal else 0
 
@@ -134,11 +136,13 @@ class Trainer:
         for note in notes:
             self.log.say(note)
 
-    def start(self, first_step: int) -> None:
-        """The state to begin with: fresh, or the checkpoint of that step."""
+    def start(self, first_step: int, weights: huggingface.Weights | None) -> None:
+        """The state to begin with: fresh, with these weights if any, or that step's checkpoint."""
         self.step = first_step
         if not first_step:
             self.state = init_state(self.config, self.mesh)
+            if weights:
+                self.state["params"] = weights.load(self.config, self.mesh)
             return
         meta = self.checkpoints.meta(first_step)
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:

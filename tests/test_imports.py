@@ -10,7 +10,7 @@ ORDER = [
     *("config", "command_line"),
     *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
-    *("data.batches", "train_step", "checkpoint", "run_dir", "device"),
+    *("data.batches", "train_step", "checkpoint", "run_dir", "huggingface", "export", "device"),
     *("evaluate", "sample", "metrics", "train", "cli"),
 ]
 MODULES = {
