@@ -1,4 +1,4 @@
-"""The losses of OpenAI's gpt2, 124M parameters, on the dataset; nanoGPT's config of this name."""
+"""The losses of OpenAI's gpt2 (124M parameters); nanoGPT's config of this name."""
 
 from jaxgpt.config import Config
 

@@ -59,7 +59,9 @@ def export(out_dir: str, checkpoint: str, to: str) -> int:
     tensors = to_tensors(config, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        note = {"jaxgpt_step": step} | _write_tokenizer(config, Path(out_dir, tokenizers.FILE), folder)
+        note = {"jaxgpt_step": step} | _write_tokenizer(
+            config, Path(out_dir, tokenizers.FILE), folder
+        )
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(to_fields(config) | note, indent=2)
         (folder / CONFIG).write_text(text, encoding="utf-8")  # last: without it nothing loads

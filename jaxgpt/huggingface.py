@@ -296,9 +296,8 @@ def _open_nanogpt(source: str, file: Path) -> Weights:
         names = "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias"
         keys = {name: args[name] for name in names} | {"mlp": "gelu", "n_inner": 0}
         found = _plain_names(checkpoint["model"])
-    except Exception as error:  # torch raises many kinds for a file that is something else
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file}: not a checkpoint of nanoGPT ({said})") from error
+    except Exception as error:  # torch raises many kinds, and advises to let a pickle run
+        raise UserError(f"{file}: not a checkpoint of nanoGPT ({type(error).__name__})") from error
 
     def turned(name: str, tensor: Any) -> Tensor:
         is_linear = name.startswith("h.") and tensor.ndim == 2
