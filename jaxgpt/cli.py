@@ -274,5 +274,10 @@ def _parse(args_type: type, argv: list[str], prog: str):
     return args
 
 
-COMMANDS = {"train": train, "sample": sample, "prepare": prepare}
-COMMANDS |= {"eval": evaluate, "export": export}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "prepare": prepare,
+    "eval": evaluate,
+    "export": export,
+}

@@ -17,10 +17,10 @@ from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import cli, model, run_dir, sharding
+from jaxgpt import cli, command_line, model, run_dir, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.command_line import keys_given
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, Model, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import evaluate
@@ -732,3 +732,39 @@ def test_transformers_agrees_both_ways(tmp_path, request):
         if "text" in job:
             ids = open_weights(job["folder"]).tokenizer("nowhere").encode(job["text"])
             assert json.loads(Path(job["tokens"]).read_text()) == ids.tolist()
+
+
+# ---- nanoGPT's configs -----------------------------------------------------------------------
+
+EVALUATION = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
+CONFIGS = {  # what nanoGPT's files of these names say
+    "eval_gpt2": EVALUATION | {"init_from": "gpt2"},
+    "eval_gpt2_medium": EVALUATION | {"init_from": "gpt2-medium"},
+    "eval_gpt2_large": EVALUATION | {"init_from": "gpt2-large"},
+    "eval_gpt2_xl": EVALUATION | {"init_from": "gpt2-xl"},
+    "finetune_shakespeare": {
+        "out_dir": "out-shakespeare",
+        "eval_interval": 5,
+        "eval_iters": 40,
+        "wandb_log": False,
+        "wandb_project": "shakespeare",
+        "dataset": "shakespeare",
+        "init_from": "gpt2-xl",
+        "always_save_checkpoint": False,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 32,
+        "max_iters": 20,
+        "learning_rate": 3e-5,
+        "decay_lr": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_of_nanogpt_say_what_they_say_there(name):
+    variants = command_line.load(str(HERE.parent / "configs" / f"{name}.py"))
+    assert variants.keys() == {"config"}
+    keys = variants["config"].to_dict()
+    assert {key: keys[key] for key in CONFIGS[name]} == CONFIGS[name]
+    defaults = Config().to_dict()  # and nothing about the model, which the weights decide
+    assert all(keys[key] == defaults[key] for key in vars(Model()))
