@@ -639,8 +639,9 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
         ("vocab_size", 12, 11),
     ]:
         config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
-        said = refusal(train, config, {}, keys_given(["--n_head=1", f"--{key}={value}"]))
-        assert said == f"{key}={value!r}: {folder} has {there!r}"
+        for given in keys_given([f"--{key}={value}"]), frozenset():  # by a flag, or by the file
+            said = refusal(train, config, {}, given)
+            assert said == f"{key}={value!r}: {folder} has {there!r}"
     # a flag with the key's default counts too
     said = refusal(train, make_config(init_from=str(folder)), {}, keys_given(["--n-layer", "12"]))
     assert said == f"n_layer=12: {folder} has 1"
