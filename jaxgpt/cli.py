@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt.command_line import from_command_line
+from jaxgpt.command_line import from_command_line, keys_given
 from jaxgpt.config import (
     Count,
     CountOrOff,
@@ -23,6 +23,7 @@ from jaxgpt.config import (
     Seed,
     Share,
     Size,
+    Source,
     Text,
     UserError,
     check,
@@ -57,7 +58,7 @@ def train(argv: list[str]) -> int:
     config, on_cpu = from_command_line(argv, _start)
     from jaxgpt.train import train
 
-    return train(config, on_cpu)
+    return train(config, on_cpu, keys_given(argv))
 
 
 def _start(keys: dict[str, Any]) -> bool:
@@ -70,8 +71,10 @@ def _start(keys: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Streams samples from a run directory."""
+    """Streams samples from a run directory, or from weights of a GPT-2."""
 
+    init_from: Source = "resume"
+    """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
     out_dir: Folder = "out"
     """The run to sample from."""
     checkpoint: Checkpoint = "best"
@@ -105,20 +108,20 @@ class SampleArgs:
 
 
 def sample(argv: list[str]) -> None:
-    """--out_dir=DIR [--start=TEXT ...]: streams samples."""
+    """--out_dir=DIR | --init_from=WEIGHTS [--start=TEXT ...]: streams samples."""
     args = _parse(SampleArgs, argv, "sample.py")
     prompts = [_read_prompt(start) for start in args.start or ("\n",)]
-    from jaxgpt import device, run_dir
-    from jaxgpt.data.tokenizer import FILE, load
+    from jaxgpt import device, huggingface
     from jaxgpt.sample import Sampler
     from jaxgpt.sharding import one_device
 
-    config = run_dir.load_config(args.out_dir)
+    config, load, tokenizer = huggingface.find(args.init_from, args.out_dir, args.checkpoint)
     device.start(args.device, float64=config.dtype == "float64")
-    params, step = run_dir.load_params(config, args.checkpoint, one_device())
+    params, step = load(one_device())
     resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0))
-    speak = partial(_speak, args, Sampler(resolved).load(params), load(Path(args.out_dir, FILE)))
-    print(f"{args.out_dir}, step {step}, {resolved.dtype}", file=sys.stderr)
+    speak = partial(_speak, args, Sampler(resolved).load(params), tokenizer())
+    whose = args.init_from if step is None else f"{args.out_dir}, step {step}"
+    print(f"{whose}, {resolved.dtype}", file=sys.stderr)
     if args.interactive:
         while prompt := _ask():
             try:
@@ -200,14 +203,22 @@ def prepare(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """The loss of a run over its whole validation split."""
+    """How good a run, or a GPT-2, is: the loss of a whole validation split, or HellaSwag."""
 
+    init_from: Source = "resume"
+    """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
+    task: Literal["loss", "hellaswag"] = "loss"
+    """The loss of the validation split, or the share of HellaSwag's questions answered right."""
+    dataset: str = ""
+    """Whose validation split; empty is the run's own."""
+    hellaswag_file: str = ""
+    """HellaSwag's questions; empty is hellaswag/hellaswag_val.jsonl where datasets live."""
     out_dir: Folder = "out"
     """The run to evaluate."""
     checkpoint: Checkpoint = "best"
     """Which of its checkpoints."""
     data_dir: str = ""
-    """Where datasets live; empty is where the run found them."""
+    """Where datasets live; empty is where the run found them, and data for weights."""
     mesh: str = ""
     """Devices by axis, as in training; empty is all of them on data."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
@@ -215,13 +226,18 @@ class EvalArgs:
 
 
 def evaluate(argv: list[str]) -> None:
-    """--out_dir=DIR: the loss of the whole validation split."""
+    """--out_dir=DIR | --init_from=WEIGHTS [--task=NAME]: a whole split's loss, or HellaSwag."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
-    from jaxgpt import device
-    from jaxgpt.evaluate import evaluate
+    from jaxgpt import device, evaluate
 
     device.start(args.device)
-    for name, value in evaluate(args.out_dir, args.checkpoint, args.data_dir, args.mesh).items():
+    whose: dict[str, Any] = {"init_from": args.init_from, "mesh": args.mesh}
+    whose |= {"data_dir": args.data_dir}
+    if args.task == "hellaswag":
+        found = evaluate.hellaswag(args.out_dir, args.checkpoint, args.hellaswag_file, **whose)
+    else:
+        found = evaluate.evaluate(args.out_dir, args.checkpoint, dataset=args.dataset, **whose)
+    for name, value in found.items():
         print(f"{name}: {value}")
 
 
@@ -258,10 +274,40 @@ def bench(argv: list[str]) -> None:
     bench(json_file=keys.pop("json"), **keys)
 
 
+@dataclass(frozen=True)
+class ExportArgs:
+    """Writes a run as a folder that transformers loads as a GPT2LMHeadModel."""
+
+    to: Folder
+    """The folder to make: config.json, model.safetensors and the tokenizer's files."""
+    out_dir: Folder = "out"
+    """The run to export."""
+    checkpoint: Checkpoint = "best"
+    """Which of its checkpoints."""
+
+
+def export(argv: list[str]) -> None:
+    """--out_dir=DIR --to=FOLDER: writes a run as a folder that transformers loads."""
+    args = _parse(ExportArgs, argv, "jaxgpt export")
+    from jaxgpt import device
+    from jaxgpt.export import export
+
+    device.start("cpu")  # it only copies
+    step = export(args.out_dir, args.checkpoint, args.to)
+    print(f"{args.to} holds step {step} of {args.out_dir}")
+
+
 def _parse(args_type: type, argv: list[str], prog: str):
     args = tyro.cli(args_type, args=argv, prog=prog, use_underscores=True)
     check(args)
     return args
 
 
-COMMANDS = {"train": train, "sample": sample, "prepare": prepare, "eval": evaluate, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "prepare": prepare,
+    "eval": evaluate,
+    "export": export,
+    "bench": bench,
+}

@@ -91,6 +91,12 @@ def from_command_line(
     return build(on_cpu), {key: value for key, value in on_cpu.items() if value != keys[key]}
 
 
+def keys_given(argv: Sequence[str]) -> frozenset[str]:
+    """The keys that a command line sets."""
+    flags = (arg[2:].split("=")[0] for arg in argv if arg.startswith("--"))
+    return frozenset(flag.replace("-", "_") for flag in flags)
+
+
 def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
     for i, arg in enumerate(argv):
         if arg.startswith("--config="):

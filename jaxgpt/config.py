@@ -57,6 +57,7 @@ Size = Annotated[float, Number(0)]
 Share = Annotated[float, Number(0, 1, below_high=True)]
 Seed = Annotated[int, Number(0, 2**32 - 1)]  # JAX would take it modulo 2**32
 Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
+Source = Annotated[str, Text(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
 Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
 
@@ -66,8 +67,9 @@ class Run:
 
     out_dir: Folder = "out"
     """The run directory: config, metrics, picture, log and checkpoints."""
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"
-    """`resume` goes on from the newest checkpoint; `auto` does if there is one."""
+    init_from: Source = "scratch"
+    """`resume` goes on from the newest checkpoint; `auto` does if there is one. Else the weights
+    to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2."""
     overwrite: bool = False
     """Let `scratch` delete the run that `out_dir` holds."""
     max_iters: CountOrOff = 600_000

@@ -1,26 +1,39 @@
-"""How good a model is: estimates from random batches, and the loss of a whole split.
+"""How good a model is: estimates from random batches, the loss of a whole split, HellaSwag.
 
 K batches of a dispatch, M micro-batches (here one), B sequences, T length.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, run_dir, sharding
+from jaxgpt import device, huggingface, model, sharding
+from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.text import Download
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import Tokens
+from jaxgpt.loss import cross_entropy
 from jaxgpt.sharding import BATCH
-from jaxgpt.train_step import make_eval_step
+from jaxgpt.train_step import cast, inputs_and_targets, make_eval_step
 
 DISPATCH = 20  # batches handed to the device in one call
 PIECE = 1 << 20  # tokens decoded in one piece
+WEIGHTS_BATCH = 8  # sequences a device, for weights that have no run to say it
+ROW_WIDTH, BATCH_TOKENS = 32, 4096  # of HellaSwag: rows are padded to a multiple; rows x width
+
+HELLASWAG = Download(
+    "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+)
 
 
 def mean_loss(
@@ -60,25 +73,54 @@ def whole_split(
         yield {"windows": batch}, -(-len(starts) // sequences)
 
 
-def evaluate(out_dir: str, checkpoint: str, data_dir: str = "", mesh: str = "") -> dict[str, Any]:
-    """The loss of a run on its whole validation split, also as perplexity and bits a byte.
+def evaluate(
+    out_dir: str,
+    checkpoint: str,
+    data_dir: str = "",
+    mesh: str = "",
+    *,
+    init_from: str = "resume",
+    dataset: str = "",
+) -> dict[str, Any]:
+    """The loss of a model on a whole validation split, also as perplexity and bits a byte.
 
-    Raises `UserError` if the run or its dataset is not there.
+    The model is that of a run, or for another `init_from` those weights; the split is the run's
+    own, or that of `dataset`. Raises `UserError` if one of them is not there.
     """
-    config = run_dir.load_config(out_dir)
-    dataset = find_dataset(config.replace(data_dir=data_dir or config.data_dir), config.block_size)
+    if init_from != "resume" and not dataset:
+        raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
+    config, load, _ = _find(out_dir, checkpoint, data_dir, init_from)
+    config = config.replace(dataset=dataset or config.dataset)
+    data = find_dataset(config, config.block_size)
+    if config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"dataset={config.dataset!r}: has {data.vocab_size} ids, but the model has "
+            f"vocab_size={config.vocab_size}"
+        )
     devices = sharding.make_mesh(config.replace(mesh=mesh))
-    params, step = run_dir.load_params(config, checkpoint, devices)
+    params, step = load(devices)
     resolved, _ = device.resolve(config.replace(dropout=0.0))
     sequences = sharding.sequences(config) // sharding.micro_batches(config, devices)
-    batches = whole_split(dataset.val, devices, sequences, config.block_size)
+    batches = whole_split(data.val, devices, sequences, config.block_size)
     loss = mean_loss(make_eval_step(resolved, devices), params, batches)
-    found = {"step": step, "val_tokens": len(dataset.val), "val_loss": loss}
+    found = _whose(init_from, step) | {"val_tokens": len(data.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
-    if dataset.tokenizer:
-        bits = loss / math.log(2) * (len(dataset.val) - 1)
-        found["bits_per_byte"] = bits / count_bytes(dataset.val, dataset.tokenizer)
+    if data.tokenizer:
+        bits = loss / math.log(2) * (len(data.val) - 1)
+        found["bits_per_byte"] = bits / count_bytes(data.val, data.tokenizer)
     return found
+
+
+def _find(out_dir: str, checkpoint: str, data_dir: str, init_from: str) -> huggingface.Trained:
+    trained = huggingface.find(init_from, out_dir, checkpoint, data_dir)
+    if init_from == "resume":
+        return trained
+    sizes = {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
+    return trained._replace(config=trained.config.replace(**sizes))
+
+
+def _whose(init_from: str, step: int | None) -> dict[str, Any]:
+    return {"weights": init_from} if step is None else {"step": step}
 
 
 def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
@@ -88,3 +130,107 @@ def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
         len(tokenizer.decode(tokens.read(at, min(PIECE, len(tokens) - at))).encode())
         for at in pieces
     )
+
+
+# ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """A text and its possible endings, of which number `label` is the right one."""
+
+    ctx: str
+    label: int
+    endings: list[str]
+
+
+def hellaswag(
+    out_dir: str,
+    checkpoint: str,
+    file: str = "",
+    data_dir: str = "",
+    mesh: str = "",
+    *,
+    init_from: str = "resume",
+) -> dict[str, Any]:
+    """The share of questions whose right ending the model finds the likeliest.
+
+    Scored as completions, as build-nanogpt does: `acc` takes the ending with the lowest summed
+    loss, `acc_norm` that with the lowest mean loss a token. Raises `UserError`.
+    """
+    config, load, tokenizer = _find(out_dir, checkpoint, data_dir, init_from)
+    default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
+    questions = read_questions(Path(file) if file else default)
+    windows, encoder = [], tokenizer()
+    for question in questions:
+        context = ~encoder.encode(question.ctx).astype(np.int32)
+        for ending in question.endings:
+            ids = encoder.encode(f" {ending}").astype(np.int32)
+            windows.append(np.concatenate([context, ids])[-config.block_size - 1 :])
+    devices = sharding.make_mesh(config.replace(mesh=mesh))
+    params, step = load(devices)
+    resolved, _ = device.resolve(config.replace(dropout=0.0, attention="xla"))  # any length
+    sums, counts = row_losses(resolved, devices, params, windows)
+    means, first = sums / np.maximum(counts, 1), 0
+    right = {"acc": 0, "acc_norm": 0}
+    for question in questions:
+        mine = slice(first, first := first + len(question.endings))
+        right["acc"] += int(sums[mine].argmin()) == question.label
+        right["acc_norm"] += int(means[mine].argmin()) == question.label
+    shares = {name: count / len(questions) for name, count in right.items()}
+    return _whose(init_from, step) | {"questions": len(questions)} | shares
+
+
+def read_questions(file: Path) -> list[Question]:
+    """The questions of a file with an object a line: ctx, label, endings."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; get {HELLASWAG.url} (sha256 {HELLASWAG.sha256})")
+    questions = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            question = Question(fields["ctx"], int(fields["label"]), list(fields["endings"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}, line {number}: not a question ({error!r})") from error
+        if not all(isinstance(text, str) for text in (question.ctx, *question.endings)):
+            raise UserError(f"{file}, line {number}: ctx and endings must be text")
+        if not 0 <= question.label < len(question.endings):
+            raise UserError(f"{file}, line {number}: label={question.label}: names no ending")
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{file}: holds no questions")
+    return questions
+
+
+def row_losses(
+    config: Config, mesh: Mesh, params: dict[str, Any], windows: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every window, in nats: the summed loss of its targets, and how many targets it has.
+
+    In a window `~id` is a token that is not a target. Windows of about one length share a batch,
+    so that little is padded and few widths are compiled.
+    """
+    graphdef, _, _ = model.split(config)
+    place = NamedSharding(mesh, PartitionSpec(BATCH))
+
+    def losses(params: dict, windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        network = nnx.merge(graphdef, cast(params, config.dtype))
+        inputs_BT, targets_BT = inputs_and_targets(windows_BT)
+        return jax.vmap(cross_entropy)(network(inputs_BT), targets_BT)
+
+    step, shares = jax.jit(sharding.on_mesh(mesh, losses)), mesh.shape["data"] * mesh.shape["fsdp"]
+    order = sorted(range(len(windows)), key=lambda row: len(windows[row]))
+    launched = []
+    while order:
+        longest = max(2, len(windows[order[-1]]))
+        width = min(-(-(longest - 1) // ROW_WIDTH) * ROW_WIDTH, config.block_size)
+        rows = max(1, BATCH_TOKENS // width // shares) * shares
+        taken, order = order[-rows:], order[:-rows]
+        batch = np.full((rows, width + 1), -1, np.int32)
+        for row, window in zip(batch, (windows[n] for n in taken), strict=False):
+            row[: len(window)] = window
+        array = jax.make_array_from_callback(batch.shape, place, batch.__getitem__)
+        launched.append((taken, step(params, array)))
+    sums, counts = np.zeros(len(windows)), np.zeros(len(windows), int)
+    for taken, numbers in launched:
+        sums[taken], counts[taken] = (a[: len(taken)] for a in jax.device_get(numbers))
+    return sums, counts

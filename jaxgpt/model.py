@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgpt.attention import Attention, Cache, positions
@@ -202,6 +203,12 @@ def unstack(params: dict) -> dict:
     layers = len(jax.tree.leaves(params["blocks"])[0])
     blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
     return params | {"blocks": blocks}
+
+
+def stack(params: dict) -> dict:
+    """Parameters of a model without `scan_layers`, in NumPy, as those of one with it."""
+    blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
+    return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
 def init_caches(config: Config, batch: int) -> list[Cache]:

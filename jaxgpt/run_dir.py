@@ -18,6 +18,9 @@ CONFIG = "config.json"
 OURS = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
 
 
+DEFAULTS = Config().to_dict()
+
+
 def open_checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(Path(config.out_dir, "checkpoints"), config.keep_checkpoints)
 
@@ -30,7 +33,7 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
     latest, out_dir = checkpoints.latest(), config.out_dir
     if Path(out_dir).exists() and not Path(out_dir).is_dir():
         raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
-    if config.init_from == "scratch":
+    if config.init_from not in ("resume", "auto"):
         if latest is not None and not config.overwrite:
             raise UserError(
                 f"out_dir={out_dir!r}: holds a run of {latest} steps; --init_from=resume goes on "
@@ -47,6 +50,29 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
+
+
+def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The model's keys of the run that is to go on; none where a fresh one begins."""
+    latest = checkpoints.latest()
+    if config.init_from not in ("resume", "auto") or latest is None:
+        return {}
+    saved = checkpoints.meta(latest)["config"]
+    names = (field.name for field in dataclasses.fields(Model))
+    return {name: saved[name] for name in names if name != "dropout" and name in saved}
+
+
+def adopt(config: Config, theirs: dict[str, Any], whose: str, given: frozenset[str]) -> Config:
+    """`config` with these keys of a model that is there already.
+
+    What the user asked for stands: raises `UserError` where a key differs that is `given` on the
+    command line or is not at its default.
+    """
+    for key, value in theirs.items():
+        ours = getattr(config, key)
+        if ours != value and (key in given or ours != DEFAULTS[key]):
+            raise UserError(f"{key}={ours!r}: {whose} has {value!r}")
+    return config.replace(**theirs)
 
 
 def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:

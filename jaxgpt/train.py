@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, model, processes, run_dir, sharding
+from jaxgpt import device, huggingface, model, processes, run_dir, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
@@ -27,21 +27,18 @@ TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 SAMPLE_TOKENS = 200
 
 
-def train(config: Config, on_cpu: dict[str, Any]) -> int:
+def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozenset()) -> int:
     """Runs `config` to its end -> 0, or 128 + n if signal n ended it early, with its state saved.
 
-    `on_cpu` are the keys that differ for want of an accelerator. Raises `UserError`.
+    `on_cpu` are the keys that differ for want of an accelerator, `given` those that the command
+    line set. Raises `UserError`.
     """
     with processes.leaving_together():
         processes.by_first(partial(prepare_if_missing, config))
-        dataset = find_dataset(config, config.block_size)
-        if 0 < config.vocab_size < dataset.vocab_size:
-            raise UserError(
-                f"vocab_size={config.vocab_size}: must be at least the dataset's "
-                f"{dataset.vocab_size}"
-            )
-        config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
         checkpoints = run_dir.open_checkpoints(config)
+        weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
+        dataset = find_dataset(config, config.block_size)
+        config = config.replace(vocab_size=_vocab_size(config, dataset))
         first_step = processes.by_first(lambda: run_dir.first_step(config, checkpoints))
         mesh = sharding.make_mesh(config)
         resolved, notes = device.resolve(config)
@@ -49,10 +46,18 @@ def train(config: Config, on_cpu: dict[str, Any]) -> int:
         log = Log(config, first_step) if processes.is_first() else Silence()
         with log, StopSignal() as stop:
             trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
-            trainer.introduce(on_cpu, notes)
-            trainer.start(first_step)
+            trainer.introduce(on_cpu, adopted + notes)
+            trainer.start(first_step, weights)
             trainer.run()
     return 128 + trainer.stopped_by if trainer.stopped_by else 0
+
+
+def _vocab_size(config: Config, dataset: Dataset) -> int:
+    if 0 < config.vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"vocab_size={config.vocab_size}: must be at least the dataset's {dataset.vocab_size}"
+        )
+    return config.vocab_size or dataset.vocab_size
 
 
 class StopSignal:
@@ -144,11 +149,13 @@ class Trainer:
         for note in notes:
             self.log.say(note)
 
-    def start(self, first_step: int) -> None:
-        """The state to begin with: fresh, or the checkpoint of that step."""
+    def start(self, first_step: int, weights: huggingface.Weights | None) -> None:
+        """The state to begin with: fresh, with these weights if any, or that step's checkpoint."""
         self.step = first_step
         if not first_step:
             self.state = init_state(self.config, self.mesh)
+            if weights:
+                self.state["params"] = weights.load(self.config, self.mesh)
             return
         meta = self.checkpoints.meta(first_step)
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:

@@ -85,7 +85,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     def loss(params: dict, windows_BT: jax.Array, keys_B: jax.Array):
         network = nnx.merge(graphdef, params)
-        inputs_BT, targets_BT = _inputs_and_targets(windows_BT)
+        inputs_BT, targets_BT = inputs_and_targets(windows_BT)
         features, _ = network.features(inputs_BT, model.Dropout(config.dropout, keys_B))
         return cross_entropy(network.logits(features), targets_BT)
 
@@ -136,7 +136,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
         def body(i: jax.Array, totals: tuple) -> tuple:
             (windows_BT,) = gather(batch, i, config.block_size + 1)
-            inputs_BT, targets_BT = _inputs_and_targets(windows_BT)
+            inputs_BT, targets_BT = inputs_and_targets(windows_BT)
             new = cross_entropy(network(inputs_BT), targets_BT)
             return jax.tree.map(jnp.add, totals, new)
 
@@ -171,7 +171,7 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda p, cast: p.astype(dtype) if cast else p, params, kernels(params))
 
 
-def _inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens, and the token after each. In a window `~id` is a token that is not a target."""
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]

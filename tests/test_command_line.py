@@ -444,7 +444,7 @@ def test_the_console_script_names_its_commands(monkeypatch, capsys, argv, code):
     with pytest.raises(SystemExit) as exit:
         cli.main()
     assert exit.value.code == code
-    assert "{train,sample,prepare,eval}" in capsys.readouterr().err
+    assert "{train,sample,prepare,eval," in capsys.readouterr().err
 
 
 # ---- help ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ DEFAULTS = Config().to_dict()
 # Field -> (a value that it may not have, what the message says is allowed).
 BAD = {
     "out_dir": ("", "a folder"),
-    "init_from": ("gpt2", "one of scratch, resume, auto"),
+    "init_from": ("", "scratch, resume, auto, or the name of weights"),
     "overwrite": ("yes", "True or False"),
     "max_iters": (-1, "a whole number at least 0"),
     "eval_interval": (0, "a whole number at least 1"),

@@ -10,8 +10,8 @@ ORDER = [
     *("config", "command_line"),
     *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
-    *("data.batches", "train_step", "processes", "checkpoint", "run_dir", "device"),
-    *("evaluate", "sample", "metrics", "train"),
+    *("data.batches", "train_step", "processes", "checkpoint", "run_dir"),
+    *("huggingface", "export", "device", "evaluate", "sample", "metrics", "train"),
     *("bench_torch", "bench_vs", "bench_train", "bench", "cli"),
 ]
 MODULES = {

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt.data.prepare import prepare
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 from jaxgpt.config import Config
@@ -66,8 +68,7 @@ class Run:
 def folder(tmp_path) -> Path:
     text = tmp_path / "verse.txt"
     text.write_text("the quality of mercy is not strained\n" * 40)
-    code = f"from jaxgpt.data.prepare import prepare; prepare({str(text)!r}, {str(tmp_path)!r} + '/data')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    prepare(str(text), str(tmp_path / "data"))
     return tmp_path
 
 

@@ -1,0 +1,11 @@
+"""The losses of OpenAI's gpt2 (124M parameters); nanoGPT's config of this name."""
+
+from jaxgpt.config import Config
+
+config = Config(
+    out_dir="out/eval_gpt2",
+    init_from="gpt2",
+    eval_only=True,
+    eval_iters=500,  # many, for a good estimate
+    batch_size=8,
+)

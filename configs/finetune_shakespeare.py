@@ -1,0 +1,21 @@
+"""GPT-2 XL learns Shakespeare's language; nanoGPT's config of this name.
+
+A smaller GPT-2 needs less memory: --init_from=gpt2, gpt2-medium or gpt2-large.
+"""
+
+from jaxgpt.config import Config
+
+config = Config(
+    out_dir="out-shakespeare",
+    init_from="gpt2-xl",
+    eval_interval=5,
+    eval_iters=40,
+    always_save_checkpoint=False,  # it will overfit: keep what validates best
+    dataset="shakespeare",
+    batch_size=1,
+    gradient_accumulation_steps=32,  # x 1024 tokens: some nine steps see all of the text once
+    max_iters=20,
+    learning_rate=3e-5,
+    decay_lr=False,
+    wandb_project="shakespeare",
+)

@@ -1,0 +1,141 @@
+"""`jaxgpt export`: a run becomes a folder that transformers loads as a GPT-2.
+
+V vocabulary, D embedding; the table of names and letters is in huggingface.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers as bpe_library
+
+from jaxgpt import model, run_dir
+from jaxgpt.config import Config, UserError
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.tokenizer import BpeTokenizer
+from jaxgpt.huggingface import (
+    ACTIVATIONS,
+    CONFIG,
+    FIXED,
+    OUR_TOKENIZER,
+    WEIGHTS,
+    needs_extra,
+    rows,
+    shape_there,
+)
+from jaxgpt.sharding import one_device
+
+# What GPT-2's format can say of a model of ours; biases of zero can stand for none.
+EXPRESSIBLE = {
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "position": "learned",
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "attention_window": 0,
+    "causal": True,
+    "value_residual": False,
+}
+END_OF_TEXT = "<|endoftext|>"
+
+
+def export(out_dir: str, checkpoint: str, to: str) -> int:
+    """Writes a run as a folder that `transformers.GPT2LMHeadModel` loads -> its step.
+
+    Raises `UserError` for a model that GPT-2's format cannot say, and for a folder in use.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise needs_extra("export") from error
+    config, folder = run_dir.load_config(out_dir), Path(to)
+    _check_expressible(config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"to={to!r}: is there already; name a new or an empty folder")
+    params, step = run_dir.load_params(config, checkpoint, one_device())
+    tensors = to_tensors(config, params)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        note = {"jaxgpt_step": step} | _write_tokenizer(
+            config, Path(out_dir, tokenizers.FILE), folder
+        )
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(to_fields(config) | note, indent=2)
+        (folder / CONFIG).write_text(text, encoding="utf-8")  # last: without it nothing loads
+    except OSError as error:
+        raise UserError(f"to={to!r}: {error.strerror}") from error
+    return step
+
+
+def _check_expressible(c: Config) -> None:
+    for key, value in EXPRESSIBLE.items():
+        if getattr(c, key) != value:
+            raise UserError(f"{key}={getattr(c, key)!r}: GPT-2's format has only {value!r}")
+    if c.kv_heads != c.n_head:
+        raise UserError(f"n_kv_head={c.n_kv_head}: GPT-2's format has only n_head={c.n_head}")
+    if c.mlp not in ACTIVATIONS.values():
+        raise UserError(f"mlp={c.mlp!r}: GPT-2's format has no such MLP")
+
+
+def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters under GPT-2's names and in its shapes, float32, without padded rows."""
+    params = jax.device_get(model.unstack(params) if config.scan_layers else params)
+    ours = {
+        jax.tree_util.keystr(path, simple=True, separator="."): array
+        for path, array in jax.tree.leaves_with_path(params)
+    }
+    tensors = {}
+    for path, (name, letters) in rows(config.replace(bias=True)).items():
+        shape = shape_there(config, letters)
+        array = ours.get(path, np.zeros(shape))  # a bias that the model has not
+        if letters == "V D":
+            array = array[: config.vocab_size]
+        tensors[f"transformer.{name}"] = np.ascontiguousarray(array.reshape(shape), np.float32)
+    return tensors
+
+
+def to_fields(c: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
+    return FIXED | {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_inner": c.n_inner or None,
+        "activation_function": activation,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "dtype": "float32",
+    }
+
+
+def _write_tokenizer(config: Config, file: Path, folder: Path) -> dict[str, Any]:
+    """The run's tokenizer, for transformers where it can read it -> fields of config.json."""
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    if not file.is_file():
+        return ids | {"jaxgpt_tokenizer": None}
+    tokenizer = tokenizers.load(file)
+    if not isinstance(tokenizer, BpeTokenizer):
+        (folder / OUR_TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        what = f"{OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"
+        return ids | {"jaxgpt_tokenizer": what}
+    bpe = bpe_library.Tokenizer.from_str(tokenizer.to_json())
+    (folder / tokenizers.FILE).write_text(tokenizer.to_json(), encoding="utf-8")
+    bpe.model.save(str(folder))  # vocab.json and merges.txt
+    is_gpt2 = isinstance(bpe.pre_tokenizer, bpe_library.pre_tokenizers.ByteLevel)
+    fields: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
+        "model_max_length": config.block_size,
+    }
+    end = bpe.token_to_id(END_OF_TEXT)
+    if end is not None:
+        fields |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    return {"bos_token_id": end, "eos_token_id": end}

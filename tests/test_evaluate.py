@@ -1,0 +1,211 @@
+"""HellaSwag against a scorer written out in NumPy, and the losses of weights."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from reference import numpy_gpt as ref
+from reference.options import DEFAULTS
+from safetensors.numpy import save_file
+
+from jaxgpt import cli, evaluate, sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.prepare import prepare
+from jaxgpt.data.tokenizer import ByteTokenizer
+from jaxgpt.export import to_fields, to_tensors
+from jaxgpt.train_step import abstract_params
+
+QUESTIONS = Path(__file__).parent / "golden" / "questions.jsonl"
+SIZES = {"vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 40}
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[Config, dict]:
+    """A config, and random weights that have strong opinions about bytes."""
+    keys = DEFAULTS | SIZES | {"block_size": 192, "mlp": "gelu_tanh"}
+    config = Config(**keys, dtype="float32")
+    params = ref.init_params(config, np.random.default_rng(5), np.dtype("float32"))
+    params["blocks"] = dict(enumerate(params["blocks"]))
+    params["embed"]["kernel"] *= 3
+    return config, params
+
+
+@pytest.fixture(scope="module")
+def folder(case, tmp_path_factory) -> Path:
+    """The case as a folder of weights, with the byte tokenizer."""
+    config, params = case
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(to_tensors(config, params), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_fields(config)))
+    (folder / "jaxgpt_tokenizer.json").write_text(ByteTokenizer().to_json())
+    return folder
+
+
+def token_losses(case, context: bytes, ending: bytes) -> list[float]:
+    """The loss of every token of the ending, from the reference's logits, one text at a time."""
+    config, params = case
+    text = list(context + ending)
+    logits_TV = ref.forward(params, np.array([text[:-1]]), config)[0][0].astype(np.float64)
+    losses = []
+    for place in range(max(1, len(context)), len(text)):
+        logits_V = logits_TV[place - 1, : config.vocab_size]
+        losses.append(np.log(np.exp(logits_V).sum()) - logits_V[text[place]])
+    return losses
+
+
+def score(case, questions: list[dict]) -> dict[str, list[int]]:
+    """The ending that each way to score picks."""
+    picks: dict[str, list[int]] = {"acc": [], "acc_norm": []}
+    for question in questions:
+        losses = [
+            token_losses(case, question["ctx"].encode(), b" " + ending.encode())
+            for ending in question["endings"]
+        ]
+        sums = [sum(row) for row in losses]
+        means = [sum(row) / len(row) for row in losses]
+        picks["acc"].append(sums.index(min(sums)))
+        picks["acc_norm"].append(means.index(min(means)))
+    return picks
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def relabelled(picks: list[int], right: int, file: Path) -> Path:
+    """The questions with labels such that `picks` has so many right."""
+    questions = read(QUESTIONS)
+    for n, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+        question["label"] = pick if n < right else (pick + 1) % 4
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return file
+
+
+def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_path):
+    picks = score(case, read(QUESTIONS))
+    assert picks["acc"] != picks["acc_norm"]
+    total = len(picks["acc"])
+    for way in picks:  # labels that follow one way of scoring tell the two apart
+        for right in 0, 3, total:
+            file = relabelled(picks[way], right, tmp_path / f"{way}.jsonl")
+            found = evaluate.hellaswag("", "best", str(file), init_from=str(folder))
+            labels = [question["label"] for question in read(file)]
+            for name in picks:
+                want = np.mean([a == b for a, b in zip(picks[name], labels, strict=True)])
+                assert found[name] == pytest.approx(want), (way, right, name)
+            assert found["questions"] == total
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 4096])
+@pytest.mark.parametrize("mesh", ["", "data:2"])
+def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, mesh, batch_tokens):
+    config, params = case
+    config = config.replace(mesh=mesh, attention="xla", gradient_accumulation_steps=1)
+    devices = sharding.make_mesh(config) if mesh else sharding.one_device()
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    texts = [
+        (question["ctx"].encode(), b" " + ending.encode())
+        for question in read(QUESTIONS)
+        for ending in question["endings"]
+    ]
+    windows = [
+        np.concatenate([~np.frombuffer(a, np.uint8).astype(np.int32), np.frombuffer(b, np.uint8)])
+        for a, b in texts
+    ]
+    places = jax.tree.map(lambda p: p.sharding, abstract_params(config, devices))
+    sums, counts = evaluate.row_losses(config, devices, jax.device_put(params, places), windows)
+    want = [token_losses(case, a, b) for a, b in texts]
+    assert counts.tolist() == [len(losses) for losses in want]
+    np.testing.assert_allclose(sums, [sum(losses) for losses in want], rtol=1e-4)
+
+
+def test_what_is_longer_than_the_block_loses_its_beginning(case, tmp_path):
+    config, params = case
+    short = config.replace(block_size=12)
+    cut = params | {"pos_embed": {"kernel": params["pos_embed"]["kernel"][:12]}}
+    save_file(to_tensors(short, cut), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(to_fields(short)))
+    (tmp_path / "jaxgpt_tokenizer.json").write_text(ByteTokenizer().to_json())
+    question = {"ctx": "x" * 90 + "He is on", "label": 0, "endings": ["abc", "zz"]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(question))
+    found = evaluate.hellaswag("", "best", str(tmp_path / "long.jsonl"), init_from=str(tmp_path))
+    losses = [
+        sum(token_losses((short, cut), context, ending))
+        for context, ending in ((b"xHe is on", b" abc"), (b"xxHe is on", b" zz"))
+    ]
+    assert found["acc"] == (losses[0] < losses[1])
+
+
+BAD_LINES = {
+    "json": ("{", "line 1: not a question"),
+    "no label": ('{"ctx": "a", "endings": ["b"]}', "line 1: not a question (KeyError('label'))"),
+    "list": ("[]", "line 1: not a question"),
+    "label": ('{"ctx": "a", "label": 4, "endings": ["b"]}', "line 1: label=4: names no ending"),
+    "below": ('{"ctx": "a", "label": -1, "endings": ["b"]}', "line 1: label=-1: names no ending"),
+    "text": ('{"ctx": 5, "label": 0, "endings": ["b"]}', "line 1: ctx and endings must be text"),
+    "ending": ('{"ctx": "a", "label": 0, "endings": [5]}', "line 1: ctx and endings must be text"),
+    "empty": ("", "holds no questions"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_line_that_is_no_question_is_named(tmp_path, kind):
+    text, message = BAD_LINES[kind]
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        evaluate.read_questions(file)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(str(file))
+
+
+def run_eval(*argv: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.evaluate, [*argv, "--device=cpu"])
+    return int(end.value.code or 0)
+
+
+def test_the_command_prints_the_figures(folder, capsys):
+    argv = [f"--init_from={folder}", "--task=hellaswag", f"--hellaswag_file={QUESTIONS}"]
+    assert run_eval(*argv) == 0
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["weights", "questions", "acc", "acc_norm"]
+    assert lines["questions"] == "8"
+
+
+def test_without_the_file_one_line_says_where_it_comes_from(folder, tmp_path, capsys):
+    argv = [f"--init_from={folder}", "--task=hellaswag", f"--data_dir={tmp_path}"]
+    assert run_eval(*argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/hellaswag/hellaswag_val.jsonl: no such file; get ")
+    assert "https://" in line
+    assert evaluate.HELLASWAG.sha256 in line
+
+
+def test_the_loss_of_weights_is_that_of_the_reference(case, folder, tmp_path, capsys):
+    block_size = case[0].block_size
+    (tmp_path / "bytes.txt").write_text("To be, or not to be: that is the question.\n" * 60)
+    prepare(str(tmp_path / "bytes.txt"), str(tmp_path), "byte")
+    argv = [f"--init_from={folder}", f"--data_dir={tmp_path}"]
+    assert run_eval(*argv, "--dataset=bytes") == 0
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    tokens = np.fromfile(tmp_path / "bytes" / "val.bin", np.uint16).astype(int)
+    losses = []
+    for start in range(0, len(tokens) - 1, block_size):
+        window = tokens[start : start + block_size + 1]
+        losses += token_losses(case, bytes(window[:1].tolist()), bytes(window[1:].tolist()))
+    assert len(losses) == len(tokens) - 1
+    assert float(lines["val_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+    assert run_eval(*argv) == 2
+    assert "error: dataset=''" in capsys.readouterr().err
+
+
+def test_a_dataset_with_more_ids_than_the_model_is_refused(folder, tmp_path):
+    chars = "".join(map(chr, range(300, 600)))
+    (tmp_path / "many.txt").write_text(chars * 12, encoding="utf-8")
+    prepare(str(tmp_path / "many.txt"), str(tmp_path))
+    with pytest.raises(UserError, match=r"dataset='many': has 300 ids.*vocab_size=256"):
+        evaluate.evaluate("", "best", str(tmp_path), init_from=str(folder), dataset="many")

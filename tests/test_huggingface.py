@@ -1,0 +1,771 @@
+"""GPT-2's weights, in and out: names, shapes and logits, whole runs, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from reference import numpy_gpt as ref
+from reference.gpt2 import Golden
+from safetensors.numpy import load_file, save_file
+
+from jaxgpt import cli, command_line, model, run_dir, sharding
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.command_line import keys_given
+from jaxgpt.config import Config, Model, UserError
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluate import evaluate
+from jaxgpt.export import EXPRESSIBLE, export, to_fields, to_tensors
+from jaxgpt.huggingface import open_weights, rows
+from jaxgpt.metrics import read_metrics
+from jaxgpt.train import train
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "data"
+with np.load(HERE / "golden" / "gpt2_shapes.npz") as archive:
+    SHAPES = dict(archive)
+CASES = sorted({key.split("/")[0] for key in SHAPES})
+TINY = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}
+EXACT = {"dtype": "float32", "attention": "reference"}
+
+
+def write_folder(folder: Path, fields: dict, tensors: dict[str, np.ndarray]) -> Path:
+    """A GPT-2 as transformers would leave it on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def golden_case(case: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """config.json, and the state dict in float16."""
+    tensors = {
+        key.removeprefix(f"{case}/tensor/"): value
+        for key, value in SHAPES.items()
+        if key.startswith(f"{case}/tensor/")
+    }
+    return json.loads(SHAPES[f"{case}/config"].item()), tensors
+
+
+@pytest.fixture
+def write_case(tmp_path):
+    def write(case: str = "small") -> Path:
+        return write_folder(tmp_path / case.replace(" ", "_"), *golden_case(case))
+
+    return write
+
+
+def config_of(folder: Path, **keys) -> Config:
+    return Config(**open_weights(str(folder)).keys | EXACT | keys)
+
+
+def load(folder: Path, **keys) -> tuple[Config, dict]:
+    config = config_of(folder, **keys)
+    mesh = sharding.make_mesh(config) if config.mesh else sharding.one_device()
+    return config, open_weights(str(folder)).load(config, mesh)
+
+
+def logits_of(config: Config, params: dict, tokens) -> np.ndarray:
+    graphdef, _, _ = model.split(config)
+    logits = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))(params, tokens)
+    return np.asarray(logits)[..., : config.vocab_size]
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"n_layer": 0}, {"n_head": 1}], ids=str)
+def test_the_table_names_every_parameter_exactly_once(options):
+    config = Config(**TINY | options)
+    _, shapes, _ = model.split(config)
+    paths = [
+        jax.tree_util.keystr(p, simple=True, separator=".")
+        for p in jax.tree.leaves_with_path(shapes)
+        for p in p[:1]
+    ]
+    table = rows(config)
+    assert sorted(paths) == sorted(table)
+    assert len({name for name, _ in table.values()}) == len(table)
+
+
+def test_columns_of_the_fused_map_are_query_key_and_value_head_by_head(write_case):
+    folder = write_case("padded vocabulary")
+    config, params = load(folder)
+    D, H = config.n_embd, config.head_width
+    for layer in range(config.n_layer):
+        there = golden_case("padded vocabulary")[1]
+        c_attn = there[f"transformer.h.{layer}.attn.c_attn.weight"]
+        c_proj = there[f"transformer.h.{layer}.attn.c_proj.weight"]
+        attn = params["blocks"][layer]["attn"]
+        for head in range(config.n_head):
+            for part in range(3):
+                first = part * D + head * H
+                mine = attn["qkv"]["kernel"][:, part, head]
+                np.testing.assert_array_equal(mine, c_attn[:, first : first + H])
+            np.testing.assert_array_equal(
+                attn["out"]["kernel"][head], c_proj[head * H : (head + 1) * H]
+            )
+
+
+# ---- the same logits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(write_case, case):
+    config, params = load(write_case(case), scan_layers=case == "exact gelu")
+    logits = logits_of(config, params, SHAPES[f"{case}/tokens"])
+    np.testing.assert_allclose(logits, SHAPES[f"{case}/logits"], rtol=0, atol=1e-4)
+
+
+def test_logits_are_those_of_transformers_split_over_devices(write_case):
+    config, params = load(write_case("exact gelu"), mesh="fsdp:2,tensor:2", batch_size=2)
+    assert len(params["blocks"][0]["mlp"]["up"]["kernel"].addressable_shards) == 4
+    logits = logits_of(config, params, SHAPES["exact gelu/tokens"])
+    np.testing.assert_allclose(logits, SHAPES["exact gelu/logits"], rtol=0, atol=1e-4)
+
+
+def test_logits_are_those_of_the_model_that_the_reference_agrees_with(tmp_path):
+    golden = Golden(HERE / "golden" / "gpt2_tiny.npz")
+    fields = {"model_type": "gpt2"} | {
+        key.removeprefix("config/"): value.item()
+        for key, value in golden.arrays.items()
+        if key.startswith("config/")
+    }
+    tensors = {  # as on the hub: without the prefix, with masks, with the output map
+        key.removeprefix("param/transformer."): value.astype(np.float32)
+        for key, value in golden.arrays.items()
+        if key.startswith("param/")
+    }
+    tensors |= {"lm_head.weight": tensors["wte.weight"]}
+    tensors |= {f"h.{i}.attn.bias": np.ones((1, 1, 16, 16), np.float32) for i in range(2)}
+    config, params = load(write_folder(tmp_path / "tiny", fields, tensors))
+    logits = logits_of(config, params, golden.arrays["tokens"][0])
+    np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_smaller_block_cuts_off_later_positions(write_case):
+    folder, tokens = write_case("exact gelu"), SHAPES["exact gelu/tokens"]
+    config, params = load(folder, block_size=5)
+    assert params["pos_embed"]["kernel"].shape == (5, config.n_embd)
+    logits = logits_of(config, params, tokens[:, :5])
+    np.testing.assert_allclose(logits, SHAPES["exact gelu/logits"][:, :5], rtol=0, atol=1e-4)
+
+
+# ---- there and back --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_in_and_out_again_gives_every_tensor_to_the_bit(write_case, case, scan_layers):
+    config, params = load(write_case(case), scan_layers=scan_layers)
+    fields, tensors = golden_case(case)
+    again = to_tensors(config, params)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor.astype(np.float32), strict=True)
+    written = to_fields(config)
+    same = set(written) & set(fields) - {"activation_function", "n_inner", "dtype"}
+    assert {k: written[k] for k in same if "pdrop" not in k} == {
+        k: fields[k] for k in same if "pdrop" not in k
+    }
+    assert (written["n_inner"] or 4 * config.n_embd) == config.inner_width
+
+
+def test_rows_that_pad_the_vocabulary_are_zero(write_case):
+    _, params = load(write_case("padded vocabulary"))
+    embed_VD = np.asarray(params["embed"]["kernel"])
+    assert embed_VD.shape[0] == 256
+    assert embed_VD[:130].all(axis=1).all()
+    assert not embed_VD[130:].any()
+
+
+def test_stack_undoes_unstack():
+    config = Config(**TINY, scan_layers=True)
+    params = jax.device_get(model.init(config, jax.random.key(0)))
+    again = model.stack(model.unstack(params))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def write_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **options) -> Config:
+    """A run directory with a checkpoint of random weights, step 7."""
+    config = Config(**TINY | EXACT | {"out_dir": str(folder)} | options)
+    params = model.init(config, jax.random.key(3))
+    noise = lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    meta = {"step": 7, "config": config.to_dict(), "best_val_loss": 1.0}
+    checkpoints.save({"params": jax.tree.map(noise, params)}, meta, best=True)
+    checkpoints.wait()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    return config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mlp": "gelu", "bias": False, "n_inner": 12},
+        {"mlp": "relu", "n_kv_head": 2, "vocab_size": 128},
+        {"mlp": "relu2", "scan_layers": True, "dropout": 0.2},
+        {"n_layer": 0},
+    ],
+    ids=str,
+)
+def test_a_run_that_is_exported_says_the_same(tmp_path, options):
+    config = write_run(tmp_path / "run", **options)
+    assert export(config.out_dir, "best", str(tmp_path / "out")) == 7
+    params, _ = run_dir.load_params(config, "best", sharding.one_device())
+    again_config, again = load(tmp_path / "out")
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 6))
+    before = logits_of(config.replace(dropout=0.0), params, ids)
+    np.testing.assert_allclose(logits_of(again_config, again, ids), before, rtol=0, atol=1e-6)
+    params = model.unstack(params) if config.scan_layers else params
+    flat, flat_again = (ref.flatten(jax.device_get(tree)) for tree in (params, again))
+    for path, value in flat.items():
+        rows = config.vocab_size if path == "embed.kernel" else None
+        np.testing.assert_array_equal(flat_again[path][:rows], value[:rows], strict=True)
+    assert all(not flat_again[path].any() for path in flat_again.keys() - flat.keys())
+
+
+# ---- tokenizers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [tokenizers.CharTokenizer("\n abcdef"), tokenizers.ByteTokenizer()]
+)
+def test_a_tokenizer_that_transformers_cannot_read_goes_by_another_name(tmp_path, tokenizer):
+    size = tokenizer.vocab_size
+    config = write_run(tmp_path / "run", tokenizer, vocab_size=size)
+    export(config.out_dir, "best", str(tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "jaxgpt_tokenizer.json"}
+    fields = json.loads((tmp_path / "out/config.json").read_text())
+    assert "jaxgpt_tokenizer.json" in fields["jaxgpt_tokenizer"]
+    again = open_weights(str(tmp_path / "out")).tokenizer("nowhere")
+    assert type(again) is type(tokenizer)
+    assert again.encode("a b").tolist() == tokenizer.encode("a b").tolist()
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    files = [DATA / "gpt2" / Path(download.url).name for download in tokenizers.GPT2_FILES]
+    if not all(file.exists() for file in files):
+        pytest.skip("needs GPT-2's files in data/gpt2")
+    return tokenizers.gpt2(DATA)
+
+
+def test_gpt2s_tokenizer_is_written_for_transformers_and_found_again(tmp_path, gpt2):
+    config = write_run(tmp_path / "run", gpt2, vocab_size=50257)
+    export(config.out_dir, "best", str(tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names > {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
+    vocab = json.loads((DATA / "gpt2" / "encoder.json").read_text())
+    assert json.loads((tmp_path / "out/vocab.json").read_text()) == vocab
+    merges = (DATA / "gpt2" / "vocab.bpe").read_text().split("\n", 1)[1].strip()
+    assert (tmp_path / "out/merges.txt").read_text().split("\n", 1)[1].strip() == merges
+    fields = json.loads((tmp_path / "out/config.json").read_text())
+    assert fields["eos_token_id"] == 50256
+    text = "Hello, it's  me.\n\n\nROMEO"
+    for name in "tokenizer.json", "vocab.json":  # without the first it is GPT-2's by its size
+        again = open_weights(str(tmp_path / "out")).tokenizer(str(DATA))
+        assert again.encode(text).tolist() == gpt2.encode(text).tolist()
+        (tmp_path / "out" / name).unlink()
+
+
+def test_a_tokenizer_must_be_there_and_fit(write_case):
+    folder = write_case("small")
+    weights = open_weights(str(folder))
+    assert refusal(weights.tokenizer, "data") == (
+        f"{folder}: there is no tokenizer.json beside the weights"
+    )
+    (folder / "tokenizer.json").write_text(tokenizers.CharTokenizer("abcdefghijkl").to_json())
+    assert refusal(weights.tokenizer, "data") == (
+        f"{folder}: its tokenizer has 12 ids, but the weights have vocab_size=11"
+    )
+
+
+# ---- what is refused on the way in -----------------------------------------------------------
+
+QKV = "transformer.h.0.attn.c_attn.weight"
+DAMAGES = {
+    "shape": (
+        lambda fields, tensors: tensors.update({QKV: tensors[QKV].T.copy()}),
+        "tensor h.0.attn.c_attn.weight has shape (24, 8), expected (8, 24)",
+    ),
+    "width": (
+        lambda fields, tensors: fields.update(n_embd=16),
+        "tensor wte.weight has shape (11, 8), expected (11, 16)",
+    ),
+    "missing": (
+        lambda fields, tensors: tensors.pop(QKV),
+        "there is no tensor h.0.attn.c_attn.weight",
+    ),
+    "more layers": (
+        lambda fields, tensors: fields.update(n_layer=2),
+        "there is no tensor h.1.ln_1.weight",
+    ),
+    "unknown": (
+        lambda fields, tensors: tensors.update({"transformer.h.0.moe.weight": tensors[QKV]}),
+        "tensor h.0.moe.weight is not of a GPT-2 with these sizes",
+    ),
+    "other model": (
+        lambda fields, tensors: fields.update(model_type="llama"),
+        "config.json: model_type='llama': must be 'gpt2'",
+    ),
+    "epsilon": (
+        lambda fields, tensors: fields.update(layer_norm_epsilon=1e-6),
+        "config.json: layer_norm_epsilon=1e-06: must be 1e-05",
+    ),
+    "untied": (
+        lambda fields, tensors: fields.update(tie_word_embeddings=False),
+        "config.json: tie_word_embeddings=False: must be True",
+    ),
+    "activation": (
+        lambda fields, tensors: fields.update(activation_function="silu"),
+        "config.json: activation_function='silu': must be one of gelu_new, gelu, relu, relu2, "
+        "gelu_pytorch_tanh",
+    ),
+    "number": (
+        lambda fields, tensors: fields.update(n_layer="two"),
+        "config.json: n_layer='two': must be a whole number at least 0",
+    ),
+    "run": (
+        lambda fields, tensors: fields.update(max_iters=5),
+        "is of a jaxgpt run; name it with --out_dir=",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, damage):
+    fields, tensors = golden_case("small")
+    change, message = DAMAGES[damage]
+    change(fields, tensors)
+    folder = write_folder(tmp_path / "bad", fields, tensors)
+    said = refusal(open_weights, str(folder))
+    assert said.startswith(str(folder))
+    assert message in said
+
+
+def test_files_that_are_missing_or_cut_short_are_refused(write_case):
+    folder = write_case("small")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert refusal(open_weights, str(folder)).startswith(f"{file}: not a safetensors file")
+    file.unlink()
+    assert refusal(open_weights, str(folder)) == f"{folder}: there is no model.safetensors"
+    (folder / "config.json").unlink()
+    assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
+
+
+def test_weights_in_several_files_are_read_as_one(write_case):
+    folder = write_case("small")
+    tensors = load_file(folder / "model.safetensors")
+    _, whole = load(folder)
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((sorted(tensors)[:5], sorted(tensors)[5:]), 1):
+        file = folder / f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, file)
+    _, parts = load(folder)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- the hub ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "me/my-gpt2"])
+def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch, name):
+    folder, asked = write_case("small"), []
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_weights(name).keys["n_embd"] == 8
+    ((repo, patterns),) = asked
+    assert repo == name
+    assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
+
+
+def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        raise OSError("offline\nand so on")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    said = refusal(open_weights, "gpt2-xl")
+    assert said.startswith("init_from='gpt2-xl': no such folder, and the Hugging Face hub")
+
+
+@pytest.mark.parametrize("name", ["resum", "gpt3", "./nowhere", "/no/where", "a/b/c"])
+def test_a_name_of_nothing_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    said = refusal(open_weights, name)
+    assert said.startswith(f"init_from={name!r}: must be resume")
+    assert "gpt2-xl" in said
+
+
+def test_without_the_extra_its_name_is_said(write_case, monkeypatch):
+    folder = write_case("small")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install 'jaxgpt[hf]'" in refusal(open_weights, str(folder))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'jaxgpt[hf]'" in refusal(open_weights, "gpt2")
+
+
+# ---- nanoGPT's ckpt.pt -----------------------------------------------------------------------
+
+
+class FakeTensor:
+    """As much of a torch.Tensor as there is to reading one."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.ndim, self.shape = array, array.ndim, array.shape
+
+    def t(self):
+        return FakeTensor(self.array.T)
+
+    def float(self):
+        return FakeTensor(self.array.astype(np.float32))
+
+    def numpy(self):
+        return self.array
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+    """torch.load gives what is put here."""
+    held: dict = {}
+
+    def load(file, map_location, weights_only):
+        assert Path(file).is_file()
+        assert weights_only is True
+        if not held:
+            raise RuntimeError("a pickle\nthat wants to run")
+        return held
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    return held
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint_has_its_linear_maps_turned(tmp_path, fake_torch, bias):
+    fields, tensors = golden_case("exact gelu")
+    fields["n_inner"] = 64  # nanoGPT's is always 4 n_embd
+    rng = np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        if "c_fc" in name or name.endswith("mlp.c_proj.weight"):
+            shape = [64 if n == 24 else n for n in tensor.shape]
+            tensors[name] = rng.normal(0, 0.3, shape).astype(np.float16)
+        if name.endswith(".bias") and not bias:
+            tensors[name] = np.zeros_like(tensors[name])
+    theirs = {
+        f"_orig_mod.{name}": FakeTensor(t.T if ".h." in name and t.ndim == 2 else t)
+        for name, t in tensors.items()
+        if bias or not name.endswith(".bias")
+    }
+    theirs["_orig_mod.lm_head.weight"] = theirs["_orig_mod.transformer.wte.weight"]
+    args = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 128}
+    fake_torch |= {"model": theirs, "model_args": args | {"bias": bias, "dropout": 0.1}}
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    hf_config, hf = load(write_folder(tmp_path / "hf", fields, tensors))
+    tokens = SHAPES["exact gelu/tokens"]
+    for name in str(tmp_path), str(tmp_path / "ckpt.pt"):
+        config, params = load(Path(name))
+        assert (config.bias, config.mlp) == (bias, "gelu")
+        logits = logits_of(config, params, tokens)
+        np.testing.assert_allclose(logits, logits_of(hf_config, hf, tokens), rtol=0, atol=1e-5)
+
+
+def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path, fake_torch, monkeypatch):
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(b"")
+    assert refusal(open_weights, str(file)) == f"{file}: not a checkpoint of nanoGPT (RuntimeError)"
+    fake_torch["model"] = {}
+    assert "(KeyError)" in refusal(open_weights, str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "needs PyTorch" in refusal(open_weights, str(file))
+
+
+# ---- what is refused on the way out ----------------------------------------------------------
+
+INEXPRESSIBLE = {
+    "norm": "rmsnorm",
+    "norm_position": "post",
+    "position": "rope",
+    "tie_embeddings": False,
+    "qk_norm": True,
+    "logit_softcap": 30.0,
+    "attention_window": 4,
+    "causal": False,
+    "value_residual": True,
+    "n_kv_head": 1,
+    "mlp": "swiglu",
+}
+
+
+def test_every_key_that_the_format_lacks_is_tried():
+    assert INEXPRESSIBLE.keys() == EXPRESSIBLE.keys() | {"n_kv_head", "mlp"}
+
+
+@pytest.mark.parametrize("key", INEXPRESSIBLE)
+def test_a_model_that_the_format_cannot_say_is_refused(tmp_path, capsys, key):
+    config = Config(**TINY | {key: INEXPRESSIBLE[key], "out_dir": str(tmp_path)})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    argv = [f"--out_dir={tmp_path}", f"--to={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.export, argv)
+    assert end.value.code == 2
+    assert f"error: {key}={INEXPRESSIBLE[key]!r}: GPT-2's format has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
+    config = write_run(tmp_path / "run")
+    for to in tmp_path / "run", tmp_path / "run" / "config.json":
+        assert refusal(export, config.out_dir, "best", str(to)).startswith(f"to={str(to)!r}: ")
+    assert run_dir.load_config(config.out_dir) == config
+    assert "9" in refusal(export, config.out_dir, "9", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- whole runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tale.txt").write_text("abcdefghijk" * 60 + "kjihgfedcba" * 60)
+    prepare(str(folder / "tale.txt"), str(folder))
+    return folder
+
+
+@pytest.fixture
+def make_config(data_dir, tmp_path):
+    def make(**options) -> Config:
+        keys = {
+            "out_dir": str(tmp_path / "run"),
+            "data_dir": str(data_dir),
+            "dataset": "tale",
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "decay_lr": False,
+            "max_iters": 4,
+            "eval_interval": 4,
+            "eval_iters": 0,
+            "mesh": "data:2",
+        }
+        return Config(**keys | options)
+
+    return make
+
+
+def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
+    folder = write_case("small")
+    config = make_config(init_from=str(folder), scan_layers=True, dropout=0.1)
+    assert train(config, {}) == 0
+    begun = json.loads((tmp_path / "run/config.json").read_text())
+    assert {k: begun[k] for k in ("n_layer", "n_embd", "block_size", "vocab_size", "dropout")} == {
+        "n_layer": 1,
+        "n_embd": 8,
+        "block_size": 6,
+        "vocab_size": 11,
+        "dropout": 0.1,
+    }
+    log = (tmp_path / "run/log.txt").read_text()
+    assert f"weights of {folder}: n_layer=1, n_head=1, n_embd=8, vocab_size=11" in log
+    before = evaluate("", "best", str(config.data_dir), init_from=str(folder), dataset="tale")
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert rows[0]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
+
+    export(config.out_dir, "latest", str(tmp_path / "out"))
+    after = evaluate(
+        "", "best", str(config.data_dir), init_from=str(tmp_path / "out"), dataset="tale"
+    )
+    of_run = evaluate(config.out_dir, "latest")
+    assert after["val_loss"] == pytest.approx(of_run["val_loss"], abs=1e-5)
+    assert after["val_loss"] == pytest.approx(rows[-1]["val_loss"], abs=1e-5)
+    assert after["val_loss"] < before["val_loss"] - 0.01
+    again = make_config(init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "again"))
+    assert train(again.replace(eval_only=True), {}) == 0
+    (row,) = read_metrics(tmp_path / "again/metrics.jsonl")
+    assert row["val_loss"] == pytest.approx(after["val_loss"], abs=1e-5)
+
+
+def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, make_config):
+    config = make_config(init_from=str(write_case("small")))
+    whole = config.replace(out_dir=f"{config.out_dir}-whole", max_iters=6)
+    train(config.replace(max_iters=2), {})
+    train(config.replace(init_from="resume", max_iters=6), {})
+    train(whole, {})
+    stopped, at_once = (
+        run_dir.load_params(c, "6", sharding.one_device())[0]
+        for c in (run_dir.load_config(config.out_dir), run_dir.load_config(whole.out_dir))
+    )
+    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert "holds a run of 6 steps" in refusal(train, config, {})
+
+
+def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
+    folder = write_case("small")
+    for key, value, there in [
+        ("n_layer", 3, 1),
+        ("n_embd", 16, 8),
+        ("bias", False, True),
+        ("mlp", "gelu", "gelu_tanh"),
+        ("block_size", 7, 6),
+        ("vocab_size", 12, 11),
+    ]:
+        config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
+        for given in keys_given([f"--{key}={value}"]), frozenset():  # by a flag, or by the file
+            said = refusal(train, config, {}, given)
+            assert said == f"{key}={value!r}: {folder} has {there!r}"
+    # a flag with the key's default counts too
+    said = refusal(train, make_config(init_from=str(folder)), {}, keys_given(["--n-layer", "12"]))
+    assert said == f"n_layer=12: {folder} has 1"
+
+
+def test_sampling_from_weights(write_case, capsys, monkeypatch):
+    folder = write_case("small")
+    (folder / "tokenizer.json").write_text(tokenizers.CharTokenizer("abcdefghijk").to_json())
+    argv = [f"--init_from={folder}", "--start=ab", "--temperature=0", "--num_samples=1"]
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.sample, [*argv, "--max_new_tokens=3", "--device=cpu"])
+    assert not end.value.code
+    out, err = capsys.readouterr()
+    config, params = load(folder)
+    text = [0, 1]
+    for _ in range(3):
+        text.append(int(logits_of(config, params, np.array([text]))[0, -1].argmax()))
+    assert out.splitlines()[0] == "".join("abcdefghijk"[token] for token in text)
+    assert err.startswith(f"{folder}, float32")
+
+
+def test_sampling_from_nothing_is_a_mistake(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.sample, ["--init_from=gpt5"])
+    assert end.value.code == 2
+    assert "init_from='gpt5': must be" in capsys.readouterr().err
+
+
+# ---- transformers itself ---------------------------------------------------------------------
+
+
+def torch_python() -> str | None:
+    """A Python that has torch and transformers, if there is one."""
+    python = os.environ.get("JAXGPT_TORCH_PYTHON", sys.executable)
+    found = (
+        "import importlib.util as u; assert u.find_spec('torch') and u.find_spec('transformers')"
+    )
+    works = (
+        shutil.which(python)
+        and not subprocess.run([python, "-c", found], capture_output=True).returncode
+    )
+    return python if works else None
+
+
+@pytest.mark.slow
+def test_transformers_agrees_both_ways(tmp_path, request):
+    """Logits within 1e-4, both of what transformers wrote and of what it reads from us."""
+    if not (python := torch_python()):
+        pytest.skip("needs torch and transformers, here or in the Python of JAXGPT_TORCH_PYTHON")
+    rng, jobs = np.random.default_rng(0), []
+    (tmp_path / "ids").mkdir()
+    for name, sizes in {
+        "wide": {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 300, "n_positions": 32},
+        "deep": {"n_layer": 5, "n_embd": 16, "n_head": 4, "vocab_size": 130, "n_positions": 20},
+        "erf": {"n_layer": 1, "n_embd": 20, "n_head": 1, "vocab_size": 99, "n_positions": 9},
+    }.items():
+        sizes |= {"activation_function": "gelu" if name == "erf" else "gelu_new"}
+        jobs.append({"folder": str(tmp_path / name), "config": sizes})
+    for name, options in {
+        "exported": {"mlp": "gelu", "bias": False, "vocab_size": 200},
+        "bpe": {"vocab_size": 50257},
+    }.items():
+        gpt2 = (
+            request.getfixturevalue("gpt2") if name == "bpe" and (DATA / "gpt2").exists() else None
+        )
+        config = write_run(tmp_path / f"run_{name}", gpt2, **options)
+        export(config.out_dir, "best", str(tmp_path / name))
+        jobs.append({"folder": str(tmp_path / name)})
+        if gpt2:
+            text = "Hello, it's  me.\n\n\nROMEO: ok<|endoftext|>"
+            jobs[-1] |= {"text": text, "tokens": str(tmp_path / "tokens.json")}
+    for job in jobs:
+        name = Path(job["folder"]).name
+        sizes = job.get("config") or json.loads(Path(job["folder"], "config.json").read_text())
+        ids = rng.integers(0, sizes["vocab_size"], (2, sizes["n_positions"]))
+        job |= {
+            "ids": str(tmp_path / "ids" / f"{name}.npy"),
+            "logits": str(tmp_path / f"{name}.npy"),
+        }
+        np.save(job["ids"], ids)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    script = HERE / "reference" / "transformers_gpt2.py"
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, script, tmp_path / "jobs.json"], check=True, env=offline)
+    for job in jobs:
+        config, params = load(Path(job["folder"]))
+        logits = logits_of(config, params, np.load(job["ids"]))
+        np.testing.assert_allclose(logits, np.load(job["logits"]), rtol=0, atol=1e-4)
+        if "text" in job:
+            ids = open_weights(job["folder"]).tokenizer("nowhere").encode(job["text"])
+            assert json.loads(Path(job["tokens"]).read_text()) == ids.tolist()
+
+
+# ---- nanoGPT's configs -----------------------------------------------------------------------
+
+EVALUATION = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
+CONFIGS = {  # what nanoGPT's files of these names say
+    "eval_gpt2": EVALUATION | {"init_from": "gpt2"},
+    "eval_gpt2_medium": EVALUATION | {"init_from": "gpt2-medium"},
+    "eval_gpt2_large": EVALUATION | {"init_from": "gpt2-large"},
+    "eval_gpt2_xl": EVALUATION | {"init_from": "gpt2-xl"},
+    "finetune_shakespeare": {
+        "out_dir": "out-shakespeare",
+        "eval_interval": 5,
+        "eval_iters": 40,
+        "wandb_log": False,
+        "wandb_project": "shakespeare",
+        "dataset": "shakespeare",
+        "init_from": "gpt2-xl",
+        "always_save_checkpoint": False,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 32,
+        "max_iters": 20,
+        "learning_rate": 3e-5,
+        "decay_lr": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_of_nanogpt_say_what_they_say_there(name):
+    variants = command_line.load(str(HERE.parent / "configs" / f"{name}.py"))
+    assert variants.keys() == {"config"}
+    keys = variants["config"].to_dict()
+    assert {key: keys[key] for key in CONFIGS[name]} == CONFIGS[name]
+    defaults = Config().to_dict()  # and nothing about the model, which the weights decide
+    assert all(keys[key] == defaults[key] for key in vars(Model()))
