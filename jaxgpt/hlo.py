@@ -237,23 +237,28 @@ def groups(attributes: str, devices: int) -> np.ndarray:
     if pairs := re.search(r"source_target_pairs=\{\{([\d,{}]*)\}\}", attributes):
         return np.array([pairs[1].split("},{")[0].split(",")], int)
     text = attributes.partition("replica_groups=")[2]
-    if mesh := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        names, inside = list(sizes), re.findall(r"'(\w+)'", mesh[2])
-        order = [names.index(n) for n in names if n not in inside] + [
-            names.index(n) for n in inside
-        ]
-        ids = np.arange(devices).reshape([int(sizes[n]) for n in names])
-        return ids.transpose(order).reshape(-1, math.prod(int(sizes[n]) for n in inside))
-    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, order = (
-            [int(x) for x in (part or "").split(",") if x] for part in iota.groups()
-        )
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids.transpose(order) if order else ids).reshape(shape)
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        inside = re.findall(r"'(\w+)'", mesh[3])
+        order = [list(sizes).index(n) for n in [n for n in sizes if n not in inside] + inside]
+        ids = _iota(mesh[2] or f"[{devices}]").reshape(list(sizes.values()))
+        return ids.transpose(order).reshape(-1, math.prod(sizes[n] for n in inside))
+    if iota := re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(iota[2]).reshape([int(size) for size in iota[1].split(",")])
     if listed := re.match(r"\{\{([\d,{}]*)\}\}", text):
         return np.array([group.split(",") for group in listed[1].split("},{")], int)
+    if text and not text.startswith("{}"):
+        raise ValueError(f"unknown form of device groups: {text[:80]}")
     return np.arange(devices)[None]
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[8,4]T(1,0)`: the numbers from 0 in this shape, with these axes in turn; or a plain list."""
+    if not text.startswith("["):
+        return np.array(text.split(","), int)
+    dims, order = (re.findall(r"\d+", part) for part in text.partition("]")[::2])
+    ids = np.arange(math.prod(map(int, dims))).reshape([int(size) for size in dims])
+    return ids.transpose([int(axis) for axis in order]) if order else ids
 
 
 def _parse(name: str, text: str) -> Op:

@@ -58,10 +58,11 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95 * GIB, 2.765e12, 600e9),
     "v6e": Chip("TPU v6e", 32 * GIB, 1.638e12, 400e9),
 }
-QUIET = {  # so that the TPU's library does not ask the network what this machine is
+LIBTPU = {  # ask no network what this machine is; let several processes compile at once
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 TOPOLOGY = "a chip and its shape, as in h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4"
 
@@ -133,7 +134,7 @@ def find_topology(name: str) -> Topology:
                 platform="cuda", topology=f"1x{machines}x{cards}", target_config=_target(chip)
             )
             return Topology(name, chip, desc.devices, cards)
-        for key, value in QUIET.items():
+        for key, value in LIBTPU.items():
             os.environ.setdefault(key, value)
         one = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(shape) == 1 else {}
         desc = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)

@@ -85,12 +85,19 @@ def test_a_bound_that_is_not_in_the_program_counts_once():
         ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}, x", [[3, 2], [1, 0]]),
         ("source_target_pairs={{0,3},{3,0}}, x", [[0, 3]]),
         ("replica_groups={}, x", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups(attributes, want):
     np.testing.assert_array_equal(groups(attributes, 4), want)
+
+
+def test_a_form_of_groups_that_is_new_is_refused():
+    with pytest.raises(ValueError, match="unknown form"):
+        groups("replica_groups=<new>", 4)
 
 
 def test_starts_and_ends_of_collectives_count_once():
