@@ -29,6 +29,7 @@ SLICES = ("dynamic-slice", "gather", "slice")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_FAST = re.compile(r"\b[a-z]\w*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -60,6 +61,12 @@ class Op:
         return sum(map(array_bytes, self.shapes))
 
     @cached_property
+    def main_bytes(self) -> int:
+        """Of what it returns in main memory, and not in memory beside the cores, as TPUs have."""
+        fast = [_SHAPE.findall(array)[0] for array in _FAST.findall(self.type)]
+        return self.bytes - sum(array_bytes((kind, _sizes(dims))) for kind, dims in fast)
+
+    @cached_property
     def called(self) -> list[str]:
         """The computations that it runs."""
         branches = _BRANCHES.search(self.attributes)
@@ -87,6 +94,10 @@ class Collective:
     times: int
     bytes: int
     group: tuple[int, ...]
+
+
+def _sizes(dims: str) -> tuple[int, ...]:
+    return tuple(map(int, dims.split(","))) if dims else ()
 
 
 def array_bytes(shape: tuple[str, tuple[int, ...]]) -> int:
@@ -180,9 +191,11 @@ class Program:
             body = list(inside.values())
             numbers = {o.name: o.operands for o in body if o.opcode == "parameter"}
             arguments = {name: op.operands[int(n)] for name, (n,) in numbers.items()}
-        moved, written = 0, op.bytes
+        moved, written = 0, op.main_bytes
         for name, outer in arguments.items():
-            size = ops[outer].bytes if outer in ops else 0
+            size = ops[outer].main_bytes if outer in ops else 0
+            if not size:
+                continue
             users = [o for o in body if name in o.operands]
             updates = [o for o in users if o.opcode == "dynamic-update-slice"]
             if users and all(o.opcode in SLICES and o.operands[0] == name for o in users):

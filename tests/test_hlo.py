@@ -68,6 +68,12 @@ def test_a_loop_by_hand():
     assert (found.kind, found.times, found.bytes, found.group) == ("all-reduce", 7, 400, (0, 1))
 
 
+def test_memory_beside_the_cores_is_no_traffic():
+    """A TPU's layouts say S(1) of what is there."""
+    text = BY_HAND.replace("%summed = f32[1,100]{1,0}", "%summed = f32[1,100]{1,0:T(1,128)S(1)}")
+    assert Program(text).traffic() == Program(BY_HAND).traffic() - 7 * (400 + 400)
+
+
 def test_xlas_own_note_of_a_trip_count_is_believed():
     noted = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     assert Program(BY_HAND.replace("body=%body", noted)).runs["body"] == 3

@@ -11,7 +11,7 @@ ORDER = [
     *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "checkpoint", "run_dir", "device"),
-    *("evaluate", "sample", "metrics", "train", "hlo", "plan", "cli"),
+    *("evaluate", "sample", "hlo", "plan", "metrics", "train", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
