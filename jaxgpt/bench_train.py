@@ -64,7 +64,7 @@ class JaxGPT:
         unused: Any = None  # checkpoints, log, signals
         self.config, mesh = config, sharding.make_mesh(config)
         self.trainer = Trainer(config, mesh, dataset, unused, unused, unused)
-        self.trainer.start(0)
+        self.trainer.start(0, None)
         self.K, self.batches = self.trainer.steps, self.trainer.batches[TRAIN]
         self.count = jax.device_put(np.int32(self.K), NamedSharding(mesh, PartitionSpec()))
         began = time.perf_counter()

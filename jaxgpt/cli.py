@@ -297,6 +297,40 @@ def export(argv: list[str]) -> None:
     print(f"{args.to} holds step {step} of {args.out_dir}")
 
 
+TOPOLOGY_HELP = """\
+usage: jaxgpt plan --config FILE --topology=CHIP:SHAPE [--fit] [--key=value ...]
+
+Compiles the run's training step for hardware that is not here, and says what it would need.
+--topology  h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e
+--fit       look for the least recomputation, then the largest batch_size, that fit
+Every key of a config can be set too; train.py --help lists them."""
+
+
+def plan(argv: list[str]) -> int:
+    """--config FILE --topology=CHIP:SHAPE [--fit] [--key=value ...]: what a run would need."""
+    if {"-h", "--help"} & set(argv):
+        print(TOPOLOGY_HELP)
+        return 0
+    flags, topology, search = [], "", False
+    rest = iter(argv)
+    for flag in rest:
+        name, _, value = flag.partition("=")
+        if name == "--topology":
+            topology = value or next(rest, "")
+        elif flag == "--fit":
+            search = True
+        else:
+            flags.append(flag)
+    config, _ = from_command_line(flags, lambda keys: True)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jaxgpt import plan
+
+    fits = plan.run(config, topology, search, print)
+    return 0 if fits else 1
+
+
 def _parse(args_type: type, argv: list[str], prog: str):
     args = tyro.cli(args_type, args=argv, prog=prog, use_underscores=True)
     check(args)
@@ -310,4 +344,5 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "bench": bench,
+    "plan": plan,
 }

@@ -96,21 +96,25 @@ def holds_tokens(config: Data, tokens: int, bytes: int) -> bool:
     return {"always": True, "never": False, "auto": fits}[config.tokens_on_device]
 
 
-def resolve(config: Config) -> tuple[Config, list[str]]:
-    """`config` with every `auto` replaced for this hardware, and lines that say why."""
-    dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu() else "bfloat16"
-    config = config.replace(dtype=dtype)
-    attention, notes = choose_attention(config)
+def resolve(config: Config, absent: str = "") -> tuple[Config, list[str]]:
+    """`config` with every `auto` replaced for this hardware, and lines that say why.
+
+    Or for the platform `absent`, "gpu" or "tpu", which is not here and so gets no trial.
+    """
+    platform = absent or jax.default_backend()
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    config = config.replace(dtype=config.dtype if config.dtype != "auto" else auto)
+    attention, notes = choose_attention(config, absent)
     return config.replace(attention=attention), notes
 
 
-def choose_attention(config: Config) -> tuple[str, list[str]]:
-    """The back end for `attention=auto`, after a trial on this device.
+def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
+    """The back end for `attention=auto`, after a trial on this device unless it is `absent`.
 
     Flash kernels take half-width types, and no dropout of attention weights. Raises `UserError`
     where a back end that was asked for cannot do what the model needs.
     """
-    c, platform = config, jax.default_backend()
+    c, platform = config, absent or jax.default_backend()
     why_not = {
         "cudnn": _why_not_cudnn(c, platform),
         "splash": _why_not_splash(c, platform),
@@ -123,7 +127,7 @@ def choose_attention(config: Config) -> tuple[str, list[str]]:
         return c.attention, []
     best = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
     if not why_not[best]:
-        failure = _trial(c.replace(attention=best))
+        failure = "" if absent else _trial(c.replace(attention=best))
         if not failure:
             return best, []
         why_not[best] = f"its trial failed: {failure}"

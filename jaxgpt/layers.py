@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxgpt.config import Model
 
@@ -98,3 +99,15 @@ class Norm(nnx.Module):
 def residual_std(c: Model) -> float:
     """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's."""
     return INIT_STD / math.sqrt(2 * c.n_layer)
+
+
+def split_batch(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream, split over the batch alone on the mesh that a step is traced for.
+
+    Left to itself, XLA may split it as weights are split under `fsdp`, over D, and then every
+    device computes, and sums with the others, the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec(("data", "fsdp")))

@@ -17,7 +17,16 @@ from flax import nnx
 
 from jaxgpt.attention import Attention, Cache, positions
 from jaxgpt.config import Config, Model
-from jaxgpt.layers import EMBEDDING, MLP, Dropout, Linear, Norm, Table, residual_std
+from jaxgpt.layers import (
+    EMBEDDING,
+    MLP,
+    Dropout,
+    Linear,
+    Norm,
+    Table,
+    residual_std,
+    split_batch,
+)
 
 ACTIVATIONS = {
     # through erf and not erfc, which XLA:CPU does not vectorise
@@ -70,7 +79,7 @@ class Block(nnx.Module):
             h_BTD, v_first, cache = attn(x_BTD)
             x_BTD = self.ln_1(x_BTD + h_BTD)
             x_BTD = self.ln_2(x_BTD + drop(self.mlp(x_BTD), MLP))
-        return x_BTD, v_first, cache
+        return split_batch(x_BTD), v_first, cache
 
 
 REMAT = {
@@ -115,7 +124,8 @@ class GPT(nnx.Module):
         With `caches` alone the tokens are the first of their sequences; with `start_B` too,
         they are one token each, at position `start_B`, after that many cached ones.
         """
-        x_BTD = drop.layer(self.config.n_layer)(self._embed(tokens_BT, start_B), EMBEDDING)
+        x_BTD = split_batch(self._embed(tokens_BT, start_B))
+        x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
         if self.config.scan_layers:
             x_BTD = self._scan_blocks(x_BTD, drop)
         else:

@@ -83,20 +83,19 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     graphdef, _, _ = model.split(config)
     optimizer, learning_rate = make_optimizer(config), schedule(config)
 
-    def loss(params: dict, windows_BT: jax.Array, keys_B: jax.Array):
-        network = nnx.merge(graphdef, params)
+    def loss(weights: tuple[dict, dict], windows_BT: jax.Array, keys_B: jax.Array):
+        params, tied = weights
         inputs_BT, targets_BT = inputs_and_targets(windows_BT)
-        features, _ = network.features(inputs_BT, model.Dropout(config.dropout, keys_B))
-        return cross_entropy(network.logits(features), targets_BT)
+        drop = model.Dropout(config.dropout, keys_B)
+        features, _ = nnx.merge(graphdef, params).features(inputs_BT, drop)
+        return cross_entropy(nnx.merge(graphdef, params | tied).logits(features), targets_BT)
 
     def one_step(state: State, windows_MBT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         keys_MB = _dropout_keys(config.seed, state["step"], windows_MBT.shape[:2])
-        total, count, grads = _accumulate(
-            jax.value_and_grad(loss, has_aux=True),
-            cast(state["params"], config.dtype),
-            windows_MBT,
-            keys_MB,
-        )
+        weights = _by_use(state["params"], config)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        total, count, (grads, tied) = _accumulate(gradient, weights, windows_MBT, keys_MB)
+        grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         metrics = {
@@ -146,7 +145,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     return jax.jit(on_mesh(mesh, eval_step))
 
 
-def _accumulate(grad: Callable, params: dict, windows_MBT: jax.Array, keys_MB: jax.Array):
+def _accumulate(grad: Callable, params: Any, windows_MBT: jax.Array, keys_MB: jax.Array):
     """Loss, targets and gradients of a step, summed over its micro-batches in float32 at least."""
     if len(windows_MBT) == 1:
         (total, count), grads = grad(params, windows_MBT[0], keys_MB[0])
@@ -169,6 +168,18 @@ def _wide(x: jax.Array) -> jax.Array:
 def cast(params: dict, dtype: str) -> dict:
     """The parameters in the compute type, once a step; norms and biases stay as they are."""
     return jax.tree.map(lambda p, cast: p.astype(dtype) if cast else p, params, kernels(params))
+
+
+def _by_use(params: dict, config: Config) -> tuple[dict, dict]:
+    """The parameters to compute with, and the embedding again where it is the output map too.
+
+    Its two gradients stay apart until a step's end. Added in each micro-batch, they would also be
+    summed over all devices in each: XLA scatters the one into the other. Rows are looked up in
+    float32, so that the many additions to a frequent token's row are float32's.
+    """
+    weights = cast(params, config.dtype)
+    tied = {"embed": weights["embed"]} if config.tie_embeddings else {}
+    return weights | {"embed": params["embed"]}, tied
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

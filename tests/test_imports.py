@@ -11,7 +11,7 @@ ORDER = [
     *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "processes", "checkpoint", "run_dir"),
-    *("huggingface", "export", "device", "evaluate", "sample", "metrics", "train"),
+    *("huggingface", "export", "device", "evaluate", "sample", "hlo", "plan", "metrics", "train"),
     *("bench_torch", "bench_vs", "bench_train", "bench", "cli"),
 ]
 MODULES = {

@@ -1,0 +1,25 @@
+"""The shape of Llama 2 7B (Touvron et al. 2023), to plan with: jaxgpt brings no data for it."""
+
+from jaxgpt.config import Config
+
+config = Config(
+    out_dir="out/llama_7b",
+    dataset="openwebtext",
+    batch_size=1,
+    gradient_accumulation_steps=512,  # a step of 1M tokens
+    vocab_size=32_000,
+    block_size=2048,
+    n_layer=32,
+    n_head=32,
+    n_embd=4096,
+    n_inner=11_008,
+    bias=False,
+    norm="rmsnorm",
+    position="rope",
+    mlp="swiglu",
+    tie_embeddings=False,
+    learning_rate=3e-4,
+    min_lr=3e-5,
+    scan_layers=True,
+    remat="full",
+)

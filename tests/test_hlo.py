@@ -1,0 +1,153 @@
+"""Reading programs: written by hand, and compiled by XLA for eight CPU devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxgpt.hlo import Program, groups
+
+BY_HAND = """HloModule by_hand, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%fused_slice (param_0: f32[10,100], param_1: s32[]) -> f32[1,100] {
+  %param_0 = f32[10,100]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,100]{1,0} dynamic-slice(%param_0, %param_1, %zero)
+}
+
+%fused_update (param_0.1: f32[10,100], param_1.1: f32[1,100], param_2: s32[]) -> f32[10,100] {
+  %param_0.1 = f32[10,100]{1,0} parameter(0)
+  %param_1.1 = f32[1,100]{1,0} parameter(1)
+  %param_2 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %update = f32[10,100]{1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2, %zero.1)
+}
+
+%body (carry: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
+  %carry = (s32[], f32[10,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[10,100]{1,0} get-tuple-element(%carry), index=1
+  %row = f32[1,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused_slice
+  %summed = f32[1,100]{1,0} all-reduce(%row), replica_groups={{0,1},{2,3}}, to_apply=%sum
+  %new = f32[10,100]{1,0} fusion(%x, %summed, %i), kind=kLoop, calls=%fused_update
+  ROOT %out = (s32[], f32[10,100]{1,0}) tuple(%i, %new)
+}
+
+%condition (carry.1: (s32[], f32[10,100])) -> pred[] {
+  %carry.1 = (s32[], f32[10,100]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %bound = s32[] constant(7)
+  ROOT %less = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (p: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
+  %p = (s32[], f32[10,100]{1,0:T(8,128)}) parameter(0)
+  ROOT %loop = (s32[], f32[10,100]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_by_hand():
+    program = Program(BY_HAND)
+    assert (program.entry, program.devices, program.runs["body"]) == ("main", 4, 7)
+    assert program.kernels() == 7 * 3
+    # slice: reads and writes a row, and reads the number of it; sum: likewise; update: likewise
+    assert program.traffic() == 7 * ((400 + 400 + 4) + (400 + 400) + (400 + 400 + 4))
+    assert ("f32", (10, 100)) in program.arrays()
+    (found,) = program.collectives()
+    assert (found.kind, found.times, found.bytes, found.group) == ("all-reduce", 7, 400, (0, 1))
+
+
+def test_memory_beside_the_cores_is_no_traffic():
+    """A TPU's layouts say S(1) of what is there."""
+    text = BY_HAND.replace("%summed = f32[1,100]{1,0}", "%summed = f32[1,100]{1,0:T(1,128)S(1)}")
+    assert Program(text).traffic() == Program(BY_HAND).traffic() - 7 * (400 + 400)
+
+
+def test_xlas_own_note_of_a_trip_count_is_believed():
+    noted = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    assert Program(BY_HAND.replace("body=%body", noted)).runs["body"] == 3
+
+
+def test_a_bound_that_is_not_in_the_program_counts_once():
+    assert Program(BY_HAND.replace("direction=LT", "direction=NE")).runs["body"] == 1
+
+
+@pytest.mark.parametrize(
+    ("attributes", "want"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}, x", [[3, 2], [1, 0]]),
+        ("source_target_pairs={{0,3},{3,0}}, x", [[0, 3]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3]]),
+    ],
+)
+def test_groups(attributes, want):
+    np.testing.assert_array_equal(groups(attributes, 4), want)
+
+
+def test_a_form_of_groups_that_is_new_is_refused():
+    with pytest.raises(ValueError, match="unknown form"):
+        groups("replica_groups=<new>", 4)
+
+
+def test_starts_and_ends_of_collectives_count_once():
+    text = """HloModule m, num_partitions=4
+ENTRY %main (p: bf16[8]) -> bf16[32] {
+  %p = bf16[8]{0} parameter(0)
+  %start = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%p), replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %done = bf16[32]{0} all-gather-done(%start)
+}
+"""
+    (found,) = Program(text).collectives()
+    assert (found.kind, found.times, found.bytes) == ("all-gather", 1, 64 * 3 // 4)
+    assert Program(text).kernels() == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-reduce", 2 * 4096 * 7 // 8),
+        ("all-gather", 8 * 4096 * 7 // 8),
+        ("reduce-scatter", 4096 * 7 // 8),
+        ("collective-permute", 4096),
+    ],
+)
+def test_collectives_that_xla_compiles(kind, sent):
+    """Each of eight devices has 1024 floats, 4096 bytes, and communicates five times."""
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
+    function = {
+        "all-reduce": lambda x: jax.lax.psum(x, "x") / 8,
+        "all-gather": lambda x: jax.lax.all_gather(x, "x", tiled=True)[1::8],
+        "reduce-scatter": lambda x: jnp.tile(jax.lax.psum_scatter(x, "x", tiled=True), 8),
+        "collective-permute": lambda x: jax.lax.ppermute(x, "x", [(i, 7 - i) for i in range(8)]),
+    }[kind]
+
+    @jax.jit
+    @partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"),
+        check_vma=False,
+    )  # fmt: skip
+    def five_times(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: function(jnp.sin(x)), x)
+
+    x = jax.ShapeDtypeStruct((8 * 1024,), jnp.float32)
+    found = Program(five_times.lower(x).compile().as_text()).collectives()
+    assert {c.kind for c in found} == {kind}
+    assert sum(c.times for c in found) == 5
+    assert sum(c.times * c.bytes for c in found) == 5 * sent

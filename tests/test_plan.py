@@ -1,0 +1,121 @@
+"""Plans: what can be said without a compiler for other hardware (test_aot.py has the rest)."""
+
+import importlib.util
+import types
+
+import jax
+import pytest
+
+from jaxgpt import cli, device, plan, sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
+
+TINY = Config(
+    vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=64, batch_size=2,
+    gradient_accumulation_steps=16, attention="reference", dtype="float32",
+)  # fmt: skip
+HERE = Topology("here:8", CHIPS["h100"], jax.devices(), 4)  # eight CPU devices, as two machines
+
+
+@pytest.mark.parametrize(
+    "name", ["h100", "h100:0", "h100:2x2x2", "v5e:8", "v5p:2x2x2x2", "x:8", "h100:8 ", ""]
+)
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match="must be a chip and its shape"):
+        plan.find_topology(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("h100:8", "cuda"), ("v5e:2x4", "tpu")])
+def test_a_missing_compiler_is_named(name, extra, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    argv = ["--config", "configs/gpt2.py", f"--topology={name}"]
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.plan, argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"pip install 'jaxgpt[{extra}]'" in error
+
+
+@pytest.mark.parametrize(
+    ("platform", "keys", "attention"),
+    [
+        ("gpu", {}, "cudnn"),
+        ("tpu", {}, "splash"),
+        ("gpu", {"dropout": 0.1}, "reference"),
+        ("gpu", {"dtype": "float32"}, "xla"),
+        ("tpu", {"block_size": 100}, "xla"),
+    ],
+)
+def test_attention_is_chosen_for_hardware_that_is_not_here(platform, keys, attention):
+    config, _ = device.resolve(Config(vocab_size=300, **keys), platform)
+    assert config.attention == attention
+    assert config.dtype == keys.get("dtype", "bfloat16")
+
+
+def test_every_chip_has_its_peak():
+    assert all(chip.kind in device.PEAK_FLOPS for chip in CHIPS.values())
+
+
+def test_a_plan_adds_up():
+    """On eight CPU devices: state, the sum of all gradients once, and the larger time."""
+    found = plan.make_plan(TINY, HERE)
+    mesh = sharding.make_mesh(TINY, HERE.devices)
+    one = sum(p.size * 4 for p in jax.tree.leaves(jax.eval_shape(plan_params)))
+    assert found.params == one
+    assert 2 * one <= found.opt_state <= 2 * one + 16
+    assert found.params + found.opt_state + found.temporaries <= found.peak_memory
+    assert found.micro_batches == sharding.micro_batches(TINY, mesh) == 2
+    ring, table = 2 * 7 / 8, 384 * 64 * 4  # the tied table has two gradients
+    once = ring * one
+    assert once <= found.collectives["all-reduce"][1] <= 2 * (once + ring * table) * 1.01
+    sent = sum(bytes for _, bytes in found.collectives.values())
+    rate = CHIPS["h100"].network_rate * EFFICIENCY["links"]  # the groups span the machines
+    assert found.link_seconds == pytest.approx(sent / rate)
+    assert found.fits
+    assert 0 < found.seconds[0] <= found.seconds[1]
+
+
+def plan_params():
+    from jaxgpt import model
+
+    return model.init(TINY, jax.random.key(0))
+
+
+def test_fsdp_splits_the_state():
+    whole = plan.state_bytes(TINY, sharding.make_mesh(TINY, HERE.devices))
+    split = plan.state_bytes(TINY, sharding.make_mesh(TINY.replace(mesh="fsdp:8"), HERE.devices))
+    assert whole[0] / 8 < split[0] < whole[0] / 6  # norms and biases stay whole
+
+
+def test_recomputation_costs_a_third_at_most():
+    flops = [plan._flops(TINY.replace(remat=remat)) for remat in ("none", "dots", "full")]
+    assert flops[0] < flops[1] < flops[2] == pytest.approx(flops[0] * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "want"), [(1000, ("none", 4)), (250, ("none", 1)), (60, ("full", 2)), (10, None)]
+)
+def test_fit_recomputes_the_least_and_then_takes_the_largest_batch(memory, want, monkeypatch):
+    cost = {"none": 200, "dots": 100, "full": 30}
+
+    def make_plan(config, topology):
+        needs = config.batch_size * cost[config.remat]
+        if needs > 2 * memory:
+            raise DoesNotFitError("too much")
+        assert sharding.sequences(config) == sharding.sequences(TINY)
+        return types.SimpleNamespace(peak_memory=needs, fits=needs <= memory, config=config)
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    if want is None:
+        with pytest.raises(UserError, match="does not fit"):
+            plan.fit(TINY, HERE, print)
+    else:
+        best = plan.fit(TINY, HERE, print).config
+        assert (best.remat, best.batch_size) == want
+
+
+def test_what_is_printed_names_every_part():
+    text = plan.describe(plan.make_plan(TINY, HERE))
+    for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
+        assert word in text
