@@ -195,7 +195,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+        needs = re.search(r"([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]
         raise DoesNotFitError(said) from error
 
