@@ -30,6 +30,7 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _FAST = re.compile(r"\b[a-z]\w*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
+_CHANNEL = re.compile(r"\bchannel_id=\d+")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -213,18 +214,24 @@ class Program:
         In a group of n, an all-reduce of S bytes sends 2 S (n - 1) / n; an all-gather, a
         reduce-scatter and an all-to-all S (n - 1) / n, S being the whole array; a permutation S.
         """
-        fused: Counter[str] = Counter()  # on a TPU a fusion can hold a collective
+        fused: Counter[str] = Counter()
         for op, times in self.executed():
             if op.opcode == "fusion":
                 fused[op.called[0]] += times
-        found = []
+        found: dict[str, Collective] = {}
         for name, times in (self.runs + fused).items():
-            for op in self.computations[name].values():
+            ops = self.computations[name].values()
+            for op in ops:
                 kind = op.opcode.removesuffix("-start")
-                if kind in COLLECTIVES:
-                    group = groups(op.attributes, self.devices)[0]
-                    found.append(Collective(kind, times, _sent(kind, op, len(group)), tuple(group)))
-        return [c for c in found if len(c.group) > 1]
+                if kind not in COLLECTIVES:
+                    continue
+                if name in fused and any(o.opcode == "dynamic-slice" for o in ops):
+                    kind = kind.replace("all-reduce", "reduce-scatter")  # of which a part is kept
+                group = tuple(groups(op.attributes, self.devices)[0])
+                channel = _CHANNEL.search(op.attributes)  # a TPU's fusions share one between them
+                key = channel[0] if channel and name in fused else f"{name} {op.name}"
+                found[key] = Collective(kind, times, _sent(kind, op, len(group)), group)
+        return [c for c in found.values() if len(c.group) > 1]
 
     @cached_property
     def devices(self) -> int:
@@ -240,7 +247,7 @@ def _sent(kind: str, op: Op, n: int) -> int:
     size = sum(sizes)
     if kind in ("all-gather", "reduce-scatter") and op.opcode.endswith("-start"):
         size = size * n // (n + 1)  # (parts, wholes) or (wholes, parts)
-    elif kind == "reduce-scatter":  # it returns a part
+    elif op.opcode == "reduce-scatter":  # it returns a part
         size *= n
     return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
 

@@ -190,14 +190,18 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     step = make_train_step(config, mesh)
     lowered = step.lower(abstract_state(config, mesh), {"windows": windows}, count)
     gpu = mesh.devices.flat[0].platform == "gpu"
-    try:  # tuning would need the card
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    try:  # tuning would need the card; a kept program could not be read back without one
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
         return lowered.compile({"xla_gpu_autotune_level": "0"} if gpu else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+        needs = re.search(r"([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]
         raise DoesNotFitError(said) from error
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:

@@ -48,7 +48,10 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
             f"{len(devices)} of theirs"
         )
     _check_divides(config, sizes)
-    return _mesh(tuple(sizes.values()), devices[:count])
+    try:
+        return _mesh(tuple(sizes.values()), devices[:count])
+    except NotImplementedError as error:  # the links of a TPU do not allow every shape
+        raise UserError(f"mesh={config.mesh!r}: {str(error).splitlines()[0]}") from error
 
 
 def one_device() -> Mesh:

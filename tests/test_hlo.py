@@ -119,6 +119,35 @@ ENTRY %main (p: bf16[8]) -> bf16[32] {
     assert Program(text).kernels() == 1
 
 
+def test_a_tpus_fusions_hold_collectives():
+    """One that several fusions carry on counts once; one whose result is sliced is a part's."""
+    text = """HloModule m, num_partitions=4
+%start (p: bf16[8]) -> bf16[32] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[32]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}
+%carry_on (p.1: bf16[8]) -> bf16[32] {
+  %p.1 = bf16[8]{0} parameter(0)
+  ROOT %g.1 = bf16[32]{0} all-gather(%p.1), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}
+%all-reduce-scatter (p.2: bf16[32], i: s32[]) -> bf16[8] {
+  %p.2 = bf16[32]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %r = bf16[32]{0} all-reduce(%p.2), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%sum
+  ROOT %part = bf16[8]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={8}
+}
+ENTRY %main (x: bf16[8], n: s32[]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  %n = s32[] parameter(1)
+  %a = bf16[32]{0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[32]{0} fusion(%x), kind=kCustom, calls=%carry_on
+  ROOT %c = bf16[8]{0} fusion(%b, %n), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    found = {c.kind: (c.times, c.bytes) for c in Program(text).collectives()}
+    assert found == {"all-gather": (1, 48), "reduce-scatter": (1, 48)}
+
+
 @pytest.mark.parametrize(
     ("kind", "sent"),
     [
