@@ -158,16 +158,24 @@ def attention_mask(length: int, causal: bool, window: int) -> jax.Array:
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> jax.Array:
-    """The equations as they stand; every option; the [T, S] weights are held in memory."""
+    """The equations as they stand; every option; the [T, S] weights are held in memory.
+
+    Weights are divided by their sum after they have met the values: [T, H] numbers, not [T, S],
+    forward and backward (Dao et al. 2022).
+    """
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+    sum_BTKG1 = jnp.einsum("BKGTS->BTKG", weights_BKGTS)[..., None]
+    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
     if dropout is not None:
         weights_BKGTS = dropout(weights_BKGTS)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=wide)
+    return (o_BTKGH / sum_BTKG1).astype(v_BSKH.dtype).reshape(B, T, N, H)
 
 
 def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: bool = False):

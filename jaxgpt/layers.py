@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxgpt.config import Model
 
@@ -68,10 +68,20 @@ def _linear_map_bwd(equation: str, saved: tuple, dy: jax.Array) -> tuple[jax.Arr
     x, kernel = saved
     x_axes, kernel_axes, y_axes = equation.replace("->", ",").split(",")
     dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
-    x, dy = jax.lax.platform_dependent(
-        x, dy, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both
-    )
-    return dx, jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
+    plain = partial(jnp.einsum, f"{x_axes},{y_axes}->{kernel_axes}")
+    on_cpu = partial(_kernel_gradient_on_cpu, x_axes, y_axes, kernel_axes)
+    return dx, jax.lax.platform_dependent(x, dy, cpu=on_cpu, default=plain)
+
+
+def _kernel_gradient_on_cpu(x_axes: str, y_axes: str, kernel_axes: str, x, dy) -> jax.Array:
+    """The product behind a barrier; of its two operands the smaller one is laid out anew."""
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    if x.size <= dy.size:
+        return jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
+    first = "".join(axis for axis in kernel_axes if axis in y_axes)
+    turned = first + "".join(axis for axis in kernel_axes if axis not in y_axes)
+    gradient = jax.lax.optimization_barrier(jnp.einsum(f"{y_axes},{x_axes}->{turned}", dy, x))
+    return jnp.einsum(f"{turned}->{kernel_axes}", gradient)
 
 
 linear_map.defvjp(_linear_map_fwd, _linear_map_bwd)
@@ -91,7 +101,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(bias_shape), axes=bias_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = linear_map(self.equation, x, self.kernel[...].astype(x.dtype))
+        y: Any = linear_map(self.equation, x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -135,6 +145,6 @@ def split_batch(x_BTD: jax.Array) -> jax.Array:
     device computes, and sums with the others, the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec(("data", "fsdp")))

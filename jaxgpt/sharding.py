@@ -106,6 +106,12 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             raise UserError(f"mesh: {axis} = {size} does not divide {what} = {total}")
 
 
+def shares_a_cpu(mesh: Mesh) -> bool:
+    """Whether these are a CPU's virtual devices, with all of the parameters on each."""
+    over_data = 1 < mesh.size == mesh.shape["data"]
+    return over_data and all(device.platform == "cpu" for device in mesh.devices.flat)
+
+
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """`function`, traced where kernels that must be told of the mesh can ask JAX for it."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import stages
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import model
@@ -19,7 +20,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
 from jaxgpt.loss import cross_entropy
 from jaxgpt.optimizer import kernels, make_optimizer, schedule
-from jaxgpt.sharding import layout, on_mesh
+from jaxgpt.sharding import BATCH, layout, on_mesh, shares_a_cpu
 
 State = dict[str, Any]
 """{"params": nested dicts, "opt_state": optax's, "step": int32, how many steps were taken}."""
@@ -94,7 +95,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         keys_MB = _dropout_keys(config.seed, state["step"], windows_MBT.shape[:2])
         weights = _by_use(state["params"], config)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        total, count, (grads, tied) = _accumulate(gradient, weights, windows_MBT, keys_MB)
+        accumulate = _accumulate_apart(mesh) if shares_a_cpu(mesh) else _accumulate
+        total, count, (grads, tied) = accumulate(gradient, weights, windows_MBT, keys_MB)
         grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -159,6 +161,28 @@ def _accumulate(grad: Callable, params: Any, windows_MBT: jax.Array, keys_MB: ja
     shapes = total, count, jax.eval_shape(partial(jax.tree.map, _wide), grads)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     return jax.lax.scan(add, zeros, (windows_MBT, keys_MB))[0]
+
+
+def _accumulate_apart(mesh: Mesh) -> Callable:
+    """`_accumulate` for devices that hold all of the parameters and a part of the batch each.
+
+    Each one sums its own, and then all is summed over the devices as one array: XLA:CPU's
+    all-reduce lets the devices meet once for every array that it is given.
+    """
+
+    def accumulate(grad: Callable, params: Any, windows_MBT: jax.Array, keys_MB: jax.Array):
+        def local(params: Any, windows_MBT: jax.Array, keys_MB: jax.Array):
+            sums = _accumulate(grad, params, windows_MBT, keys_MB)
+            flat, unravel = ravel_pytree(sums)
+            return unravel(jax.lax.psum(flat, BATCH))
+
+        batch, whole = PartitionSpec(None, BATCH), PartitionSpec()
+        specs = {"in_specs": (whole, batch, batch), "out_specs": whole}
+        return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(
+            params, windows_MBT, keys_MB
+        )
+
+    return accumulate
 
 
 def _wide(x: jax.Array) -> jax.Array:
