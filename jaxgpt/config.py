@@ -232,7 +232,7 @@ class Parallel:
     process_id: Annotated[int, Number(-1)] = -1
     """Which of them this one is, from 0, where `coordinator` is given."""
     steps_per_dispatch: CountOrOff = 0
-    """Steps handed to an accelerator in one call; 0 is 10 for tokens on the device, else 1."""
+    """Steps handed to the device in one call; 0 is 10 for tokens on the device, else 1."""
 
 
 GROUPS = (Run, Data, Model, Optimizer, Parallel)

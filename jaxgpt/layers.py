@@ -68,20 +68,10 @@ def _linear_map_bwd(equation: str, saved: tuple, dy: jax.Array) -> tuple[jax.Arr
     x, kernel = saved
     x_axes, kernel_axes, y_axes = equation.replace("->", ",").split(",")
     dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
-    plain = partial(jnp.einsum, f"{x_axes},{y_axes}->{kernel_axes}")
-    on_cpu = partial(_kernel_gradient_on_cpu, x_axes, y_axes, kernel_axes)
-    return dx, jax.lax.platform_dependent(x, dy, cpu=on_cpu, default=plain)
-
-
-def _kernel_gradient_on_cpu(x_axes: str, y_axes: str, kernel_axes: str, x, dy) -> jax.Array:
-    """The product behind a barrier; of its two operands the smaller one is laid out anew."""
-    x, dy = jax.lax.optimization_barrier((x, dy))
-    if x.size <= dy.size:
-        return jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
-    first = "".join(axis for axis in kernel_axes if axis in y_axes)
-    turned = first + "".join(axis for axis in kernel_axes if axis not in y_axes)
-    gradient = jax.lax.optimization_barrier(jnp.einsum(f"{y_axes},{x_axes}->{turned}", dy, x))
-    return jnp.einsum(f"{turned}->{kernel_axes}", gradient)
+    x, dy = jax.lax.platform_dependent(
+        x, dy, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both
+    )
+    return dx, jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
 
 
 linear_map.defvjp(_linear_map_fwd, _linear_map_bwd)

@@ -25,6 +25,7 @@ from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_t
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 SAMPLE_TOKENS = 200
+SLOW_FLOPS = 1e10  # of a step; about a tenth of a second on two cores
 
 
 def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozenset()) -> int:
@@ -98,8 +99,7 @@ class Trainer:
         self.micro_batches = sharding.micro_batches(config, mesh)
         tokens = len(dataset.train) + len(dataset.val)
         self.on_device = device.holds_tokens(config, tokens, tokens * dataset.train.dtype.itemsize)
-        several = self.on_device and not device.on_cpu()
-        self.steps = (config.steps_per_dispatch or (10 if several else 1)) if self.on_device else 1
+        self.steps = self._steps_per_dispatch() if self.on_device else 1
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
         self.best_val_loss, self.step = math.inf, 0
@@ -110,6 +110,13 @@ class Trainer:
         self._max = jax.jit(jnp.max, out_shardings=everywhere)
         peak = device.peak_flops() if config.dtype == "bfloat16" else None
         self.peak_tokens = peak and peak * mesh.size / model.flops_per_token(config)
+
+    def _steps_per_dispatch(self) -> int:
+        """Several, but not where a CPU would take long over them: signals wait for a dispatch."""
+        c = self.config
+        flops = model.flops_per_token(c) * self.sequences * c.block_size
+        is_slow = device.on_cpu() and flops > SLOW_FLOPS
+        return c.steps_per_dispatch or (1 if is_slow else 10)
 
     def _make_batches(self) -> dict[int, Batches]:
         c, train, val = self.config, self.dataset.train, self.dataset.val
