@@ -135,6 +135,6 @@ def split_batch(x_BTD: jax.Array) -> jax.Array:
     device computes, and sums with the others, the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec(("data", "fsdp")))
