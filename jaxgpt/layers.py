@@ -143,13 +143,26 @@ def residual_std(c: Model) -> float:
     return INIT_STD / math.sqrt(2 * c.n_layer)
 
 
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the table, [B, T, D], split as it is: over D under `fsdp`, and the batch over `data`.
+
+    From there to `split_batch`, and back in the gradient, devices of an `fsdp` group exchange
+    parts. Left to itself, XLA gathers the gradient of the whole batch on every device.
+    """
+    return _laid_out(table_VD[tokens_BT], PartitionSpec("data", None, "fsdp"))
+
+
 def split_batch(x_BTD: jax.Array) -> jax.Array:
     """The residual stream, split over the batch alone on the mesh that a step is traced for.
 
     Left to itself, XLA may split it as weights are split under `fsdp`, over D, and then every
     device computes, and sums with the others, the whole batch.
     """
+    return _laid_out(x_BTD, PartitionSpec(("data", "fsdp")))
+
+
+def _laid_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return x_BTD
-    return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec(("data", "fsdp")))
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -24,6 +24,7 @@ from jaxgpt.layers import (
     Linear,
     Norm,
     Table,
+    look_up,
     residual_std,
     split_batch,
 )
@@ -147,7 +148,7 @@ class GPT(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, start_B: jax.Array | None) -> jax.Array:
         c, length = self.config, tokens_BT.shape[1]
-        x_BTD = self.embed.kernel[...][tokens_BT].astype(c.dtype)
+        x_BTD = split_batch(look_up(self.embed.kernel[...], tokens_BT).astype(c.dtype))
         if c.position == "learned":
             table_TD = self.pos_embed.kernel[...].astype(c.dtype)
             x_BTD += table_TD[:length] if start_B is None else table_TD[positions(length, start_B)]

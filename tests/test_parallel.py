@@ -1,0 +1,219 @@
+"""A mesh changes nothing but rounding, and XLA's collectives are the ones that it should need.
+
+B sequences of a device, G sequences of a micro-batch on all devices, T length, D embedding,
+V padded vocabulary.
+"""
+
+import math
+from collections import Counter
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from reference import numpy_gpt as ref
+
+from jaxgpt import plan, sharding
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config
+from jaxgpt.hlo import COLLECTIVES, Program, groups
+from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
+
+T, D, V, SEQUENCES, STEPS = 12, 40, 384, 16, 4
+TINY = Config(
+    vocab_size=300, block_size=T, n_layer=1, n_head=4, n_embd=D, n_inner=88, dropout=0.2,
+    batch_size=1, gradient_accumulation_steps=SEQUENCES, learning_rate=1e-3, warmup_iters=2,
+    attention="reference", dtype="float64", mesh="data:1",
+)  # fmt: skip
+LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "bias": False}
+LLAMA |= {"tie_embeddings": False, "scan_layers": True, "remat": "full"}
+MESHES = ["data:8", "fsdp:8", "tensor:4", "data:2,fsdp:2,tensor:2"]
+
+
+# ---- the same run ----------------------------------------------------------------------------
+
+
+def batch(config: Config, step: int) -> dict:
+    """The windows of a step: the same on every mesh, whose devices hold a part each."""
+    mesh = sharding.make_mesh(config)
+    rng, micro = np.random.default_rng(step), sharding.micro_batches(config, mesh)
+    windows = rng.integers(0, config.vocab_size, (SEQUENCES, T + 1), np.int32)
+    windows = windows.reshape(1, micro, SEQUENCES // micro, T + 1)
+    place = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
+    return {"windows": jax.device_put(windows, place)}
+
+
+def take_steps(config: Config, state: dict, steps: range) -> tuple[dict, list[dict]]:
+    train_step, rows = make_train_step(config, sharding.make_mesh(config)), []
+    for step in steps:
+        state, metrics = train_step(state, batch(config, step), jnp.int32(1))
+        rows.append({name: float(value[0]) for name, value in metrics.items()})
+    return state, rows
+
+
+@cache
+def run(config: Config) -> tuple[dict, list[dict]]:
+    """-> the parameters after some training steps, on the host, and the numbers of each step."""
+    with jax.enable_x64(config.dtype == "float64"):
+        state = init_state(config, sharding.make_mesh(config))
+        state, rows = take_steps(config, state, range(STEPS))
+        return jax.device_get(state["params"]), rows
+
+
+def assert_same(ours: tuple[dict, list], theirs: tuple[dict, list], tolerance: float) -> None:
+    for got, want in zip(ours[1], theirs[1], strict=True):
+        assert got == pytest.approx(want, rel=tolerance, abs=0)
+    arrays = ref.flatten(theirs[0])
+    for path, value in ref.flatten(ours[0]).items():
+        np.testing.assert_allclose(value, arrays.pop(path), 0, tolerance, err_msg=path)
+    assert not arrays
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_run_is_the_same_on_every_mesh(mesh):
+    """Losses, gradient norms and parameters, with dropout, in float64."""
+    assert_same(run(TINY.replace(mesh=mesh)), run(TINY), 1e-9)
+
+
+def test_so_it_is_in_float32_up_to_its_rounding():
+    """Without biases: that of keys has no gradient but rounding, which AdamW scales up."""
+    config = TINY.replace(dtype="float32", bias=False)
+    assert_same(run(config.replace(mesh="fsdp:4,tensor:2")), run(config), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:4,fsdp:2", "data:2,fsdp:2,tensor:2"])
+def test_so_is_one_of_another_architecture_with_scanned_and_recomputed_layers(mesh):
+    config = TINY.replace(**LLAMA, n_layer=2)
+    assert_same(run(config.replace(mesh=mesh)), run(config), 1e-9)
+
+
+def test_other_masks_would_be_seen():
+    seeds = [run(TINY)[1][0]["loss"], run(TINY.replace(dropout=0.0))[1][0]["loss"]]
+    assert abs(seeds[0] - seeds[1]) > 1e-4
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+def test_an_evaluation_is_the_same_on_every_mesh(mesh):
+    def total(config: Config) -> tuple[float, int]:
+        with jax.enable_x64(True):
+            params = init_state(config, sharding.make_mesh(config))["params"]
+            windows = {"windows": batch(config, 0)["windows"][0]}
+            count = jnp.int32(len(windows["windows"]))
+            loss, targets = make_eval_step(config, sharding.make_mesh(config))(
+                params, {"windows": windows["windows"][:, None]}, count
+            )
+            return float(loss), int(targets)
+
+    want, targets = total(TINY)
+    assert targets == SEQUENCES * T
+    assert total(TINY.replace(mesh=mesh)) == pytest.approx((want, targets), rel=1e-12)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
+    before = TINY.replace(mesh="fsdp:8")
+    with jax.enable_x64(True):
+        state = init_state(before, sharding.make_mesh(before))
+        state, _ = take_steps(before, state, range(STEPS - 1))
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(state, {"step": STEPS - 1, "config": before.to_dict()}, best=False)
+        checkpoints.wait()
+        for mesh in ("data:1", "data:2,fsdp:2,tensor:2"):
+            after = TINY.replace(mesh=mesh)
+            abstract = abstract_state(after, sharding.make_mesh(after))
+            wanted = {name: abstract[name] for name in ("params", "opt_state")}
+            state = checkpoints.restore(wanted, STEPS - 1) | {"step": jnp.int32(STEPS - 1)}
+            state, rows = take_steps(after, state, range(STEPS - 1, STEPS))
+            params, whole = run(TINY)
+            assert_same((jax.device_get(state["params"]), rows), (params, whole[-1:]), 1e-9)
+
+
+# ---- what crosses between devices ------------------------------------------------------------
+
+
+B, MICRO = 2, 2  # in what is compiled to be read: two micro-batches on every mesh
+
+
+class Compiled:
+    """The program of a float32 training step on a mesh, and the shapes that matter in it."""
+
+    def __init__(self, sizes: str):
+        config = TINY.replace(mesh=sizes, dtype="float32", n_layer=2)
+        mesh = sharding.make_mesh(config)
+        self.over_batch = mesh.shape["data"] * mesh.shape["fsdp"]
+        keys = {"batch_size": B, "gradient_accumulation_steps": MICRO * self.over_batch}
+        config = config.replace(**keys)
+        assert sharding.micro_batches(config, mesh) == MICRO
+        self.program = Program(plan.compile_step(config, mesh).as_text() or "")
+        params = jax.tree.leaves(abstract_state(config, mesh)["params"])
+        self.whole = Counter(p.shape for p in params)
+        self.split = Counter(p.shape for p in params if not p.sharding.is_fully_replicated)
+        self.params = sum(math.prod(p.shape) for p in params)
+
+    def moved(self, kind: str) -> Counter:
+        """(shape, devices of a group) of the floats that collectives of a kind return -> times."""
+        found = Counter()
+        for op, times in self.program.executed():
+            members = groups(op.attributes, self.program.devices).shape[1]
+            if op.opcode.removesuffix("-start") == kind and members > 1:
+                for element, dims in op.shapes:
+                    found[dims, members] += times * element.startswith("f")
+        return +found
+
+    def kinds(self) -> set[str]:
+        return {kind for kind in COLLECTIVES if self.moved(kind)}
+
+
+compiled = cache(Compiled)
+
+
+def test_data_sums_everything_once_a_step_as_one_array():
+    """On a CPU; on GPUs and TPUs XLA combines arrays itself, see test_aot.py."""
+    step = compiled("data:8")
+    assert step.kinds() == {"all-reduce"}
+    numbers = step.params + V * D + 2  # the table's two gradients, the loss and its count
+    assert step.moved("all-reduce") == {((numbers,), 8): 1}
+
+
+def test_fsdp_gathers_a_parameter_once_and_sums_its_gradient_once_a_micro_batch():
+    """XLA:CPU sums and then takes a part, where GPUs and TPUs have reduce-scatter.
+
+    The lookup needs neither: devices send the rows that they hold a part of.
+    """
+    step = compiled("fsdp:4")
+    assert step.kinds() == {"all-gather", "all-reduce", "all-to-all"}
+    assert step.moved("all-gather") == {(shape, 4): n for shape, n in step.split.items()}
+    sums = {shape: n for (shape, _), n in step.moved("all-reduce").items() if shape}
+    assert sums == {shape: n * MICRO for shape, n in step.whole.items()}
+    rows = sum(math.prod(dims) * n for (dims, _), n in step.moved("all-to-all").items())
+    assert rows == 2 * MICRO * B * T * D  # there and back
+
+
+def test_tensor_sums_activations_twice_a_block_and_direction():
+    """And those of the lookup and the output map; the loss needs three numbers a token."""
+    step = compiled("tensor:2")
+    assert step.kinds() == {"all-reduce"}
+    sums = {shape: n for (shape, _), n in step.moved("all-reduce").items() if shape}
+    assert sums == {(B, T, D): MICRO * (2 * 4 + 2), (B, T): MICRO * 3}
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", "fsdp:2,tensor:2", MESHES[-1]])
+def test_no_device_holds_activations_of_the_whole_batch(mesh):
+    """Where its axis is one that splits the batch, the residual stream is split over D instead."""
+    step = compiled(mesh)
+    G = B * step.over_batch
+    arrays = [dims for kind, dims in step.program.arrays() if kind == "f32" and T in dims]
+    assert not [dims for dims in arrays if G in dims and math.prod(dims) > B * T * D]
+    assert [dims for dims in arrays if dims == (B, T, D)]  # it looks
+
+
+@pytest.mark.parametrize("mesh", ["tensor:2", "fsdp:2,tensor:2", MESHES[-1]])
+def test_no_device_holds_a_whole_parameter_or_whole_logits_under_tensor(mesh):
+    step = compiled(mesh)
+    arrays = {dims for kind, dims in step.program.arrays() if kind == "f32"}
+    table = {shape for shape in step.split if shape != (T, D)}  # positions are split by fsdp alone
+    assert not arrays & table
+    assert not [dims for dims in arrays if dims[-1:] == (V,) and T in dims]
+    assert (B, T, V // 2) in arrays
