@@ -34,9 +34,11 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
     `on_cpu` are the keys that differ for want of an accelerator, `given` those that the command
     line set. Raises `UserError`.
     """
-    with processes.leaving_together():
+    with processes.leaving_together(), run_dir.held(config.out_dir):
         processes.by_first(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
+        if config.init_from in ("resume", "auto"):
+            checkpoints.set_aside_damaged()
         weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
         dataset = find_dataset(config, config.block_size)
         config = config.replace(vocab_size=_vocab_size(config, dataset))
@@ -167,7 +169,9 @@ class Trainer:
         meta = self.checkpoints.meta(first_step)
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:
             raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
-        self.best_val_loss = meta["best_val_loss"] or math.inf
+        best = self.checkpoints.best()  # it may be damaged, and then there is none to beat
+        best_val_loss = best and self.checkpoints.meta(best)["best_val_loss"]
+        self.best_val_loss = math.inf if best_val_loss is None else best_val_loss
         abstract = abstract_state(self.config, self.mesh)
         del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)
@@ -185,6 +189,7 @@ class Trainer:
             self.evaluate(whole=c.eval_only)
         if c.eval_only or self.step >= c.max_iters:
             return
+        processes.by_first(partial(self.checkpoints.need_space, self.state))
         train_step, pending = self._compile(), None
         self.stopwatch.resume()
         while self.step < c.max_iters and not self.stopped_by:
