@@ -1,12 +1,15 @@
 """Checkpoints: Orbax writes the arrays in the background, a digest makes them count.
 
 <folder>/<step>/{state/..., meta.json, digest.json}, and a link `best` to the step with the lowest
-validation loss. The digest is written last: a step without one does not exist.
+validation loss. The digest is written last: a step without one does not exist. A step that is
+not what was written is moved to <step>.corrupt, and the one before it is used.
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 import threading
 import zlib
 from functools import partial
@@ -23,6 +26,11 @@ from jaxgpt.config import UserError
 FORMAT_VERSION = 1
 META, DIGEST, BEST = "meta.json", "digest.json", "best"
 READ_BYTES = 1 << 22
+SPARE = 1.1  # disk space to ask for, in sizes of the state
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -33,6 +41,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._sound: set[int] = set()
         self.newest = self.latest()
         """The newest step, on disk or on its way there."""
 
@@ -47,20 +56,92 @@ class Checkpoints:
         link = self.folder / BEST
         if not (link / DIGEST).exists():
             return None
-        return int(link.resolve().name) if link.is_symlink() else self.meta(BEST)["step"]
+        if link.is_symlink():
+            return int(link.resolve().name)
+        try:
+            return self.meta(BEST)["step"]
+        except Damaged:
+            return None
+
+    def damaged(self) -> list[Path]:
+        """Steps that were moved aside."""
+        return sorted(self.folder.glob("[0-9]*.corrupt"))
+
+    def set_aside_damaged(self) -> None:
+        """Leaves a newest and a best step that are what was written; call it before a run goes on.
+
+        Whatever is not is moved to `<step>.corrupt`, with a line. Of several processes the first
+        does so.
+        """
+        processes.by_first(self._set_aside_damaged)
+        self.newest = self.latest()
+
+    def _set_aside_damaged(self) -> None:
+        newest = next((step for step in reversed(self.steps()) if self._is_sound(step)), -1)
+        for folder in self._folders():
+            if int(folder.name) > newest:
+                _warn(f"{folder}: has no {DIGEST}, so it is not used: its save did not end")
+        for step in reversed(self.steps()):
+            if self._was_best(step) and self._is_sound(step):
+                if step != self.best():  # the run was killed before the link was made
+                    _link(self.folder / BEST, str(step))
+                break
+
+    def _was_best(self, step: int) -> bool:
+        try:
+            return step == self.best() or self.meta(step).get("best", False)
+        except Damaged:
+            return not self._is_sound(step)
+
+    def _is_sound(self, step: int) -> bool:
+        """Whether a step is what was written; if it is not, it is moved aside."""
+        if step in self._sound:
+            return True
+        try:
+            self._verify(step)
+        except Damaged as error:
+            folder = self.folder / str(step)
+            aside = folder.with_name(f"{step}.corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            _warn(f"{error}; the checkpoint is damaged and now in {aside.name}")
+            return False
+        self._sound.add(step)  # `restore` need not read it all again
+        return True
+
+    def need_space(self, state: dict[str, Any]) -> None:
+        """Raises `UserError` where the disk has no room for another checkpoint of this state."""
+        sizes = (math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(state))
+        size = int(SPARE * sum(sizes))
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if free < size:
+            raise UserError(
+                f"{self.folder}: a checkpoint needs {size / 1e9:.3f} GB and the disk has "
+                f"{free / 1e9:.3f} GB free; {self._left()}"
+            )
+
+    def _left(self) -> str:
+        latest = self.latest()
+        return "nothing is saved yet" if latest is None else f"step {latest} is saved"
 
     def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
         """Copies the state off the device, then writes it in the background.
 
-        `meta` names the step. Raises what went wrong with the save before, if it did.
+        `meta` names the step. Raises what went wrong with the save before, if it did; `UserError`
+        where the disk is full.
         """
         self.wait()
+        processes.by_first(partial(self.need_space, state))
         self.newest = meta["step"]
         step = self.folder / str(meta["step"])
         if processes.is_first():
             shutil.rmtree(step, ignore_errors=True)
         items = {k: ocp.args.StandardSave(v) for k, v in state.items() if k != "step"}
-        self._orbax.save(step / "state", args=ocp.args.Composite(**items))
+        try:
+            self._orbax.save(step / "state", args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            raise self._disk_error(error, step) from error
         self._thread = threading.Thread(target=self._finish, args=(step, meta, best))
         self._thread.start()
 
@@ -73,19 +154,28 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
+    def _disk_error(self, error: BaseException, step: Path) -> BaseException:
+        """A disk's refusal as one line for the user; what else went wrong stays as it is."""
+        if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
+            return error
+        shutil.rmtree(step, ignore_errors=True)  # makes room for the user to go on
+        why = getattr(error, "strerror", None) or "no space left on the disk"
+        return UserError(f"{step}: could not be saved ({why}); {self._left()}")
+
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         try:
             self._orbax.wait_until_finished()  # which waits for every process's part
             if not processes.is_first():
                 return
-            meta = {"format_version": FORMAT_VERSION, "versions": _versions()} | meta
+            meta = {"format_version": FORMAT_VERSION, "versions": _versions(), "best": best} | meta
             _write(step / META, json.dumps(meta, indent=1))
             _write(step / DIGEST, json.dumps(_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
+            _verify_sizes(step)  # before older ones go
             self._prune()
         except BaseException as error:  # handed to the thread that saves next, or that waits
-            self._error = error
+            self._error = self._disk_error(error, step)
 
     def _prune(self) -> None:
         kept = {*self.steps()[-self.keep :], self.best()}
@@ -98,29 +188,34 @@ class Checkpoints:
         return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
 
     def meta(self, step: int | str) -> dict[str, Any]:
-        """What `save` was told of a step. Raises `UserError` if it is not what was written."""
+        """What `save` was told of a step. Raises `Damaged` if it is not what was written.
+
+        Raises `UserError` for a later format, whose meta.json and digest.json must stay readable.
+        """
         file = self.folder / str(step) / META
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version = int(meta["format_version"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not the meta of a checkpoint ({error!r})") from error
+            raise Damaged(f"{file}: not the meta of a checkpoint ({error!r})") from error
+        _verify(file.parent, META)
         if version > FORMAT_VERSION:
             raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
-        _verify(file.parent, META)
         return meta
 
     def _verify(self, step: int) -> None:
-        self.meta(step)
+        if (found := self.meta(step)["step"]) != step:
+            raise Damaged(f"{self.folder / str(step) / META}: is of step {found}")
         _verify(self.folder / str(step))
 
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         """The items of `abstract` (trees of shapes, types and places) from a step.
 
-        Raises `UserError` if a file is not what was written, or the arrays are not those.
+        Raises `Damaged` if a file is not what was written, `UserError` if the arrays are not those.
         """
         folder = self.folder / str(step)
-        processes.by_first(lambda: self._verify(step))
+        processes.by_first(lambda: None if step in self._sound else self._verify(step))
+        self._sound.discard(step)
         reader: Any = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
             written = reader.metadata(folder / "state" / item)
@@ -154,14 +249,36 @@ def _sums(file: Path) -> dict[str, int]:
 
 
 def _verify(step: Path, *names: str) -> None:
-    """Raises `UserError` unless these files of a step, or all of them, are what was written."""
+    """Raises `Damaged` unless these files of a step, or all of them, are what was written."""
+    written = _read_digest(step)
+    for name in names or written:
+        try:
+            same = (step / name).is_file() and _sums(step / name) == written.get(name)
+        except OSError as error:  # of a bad sector, say
+            raise Damaged(f"{step / name}: {error.strerror}") from error
+        if not same:
+            raise Damaged(f"{step / name}: not what was written there")
+
+
+def _verify_sizes(step: Path) -> None:
+    """As `_verify`, but a file of the right size will do."""
+    for name, sums in _read_digest(step).items():
+        if not (step / name).is_file() or (step / name).stat().st_size != sums["size"]:
+            raise Damaged(f"{step / name}: not what was written there")
+
+
+def _read_digest(step: Path) -> dict[str, dict[str, int]]:
     try:
         written = json.loads((step / DIGEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{step / DIGEST}: not the digest of a checkpoint ({error!r})") from error
-    for name in names or written:
-        if not (step / name).is_file() or _sums(step / name) != written.get(name):
-            raise UserError(f"{step / name}: not what was written there")
+        if not {META} <= written.keys():
+            raise ValueError(f"nothing of {META}")
+        return written
+    except (OSError, ValueError, AttributeError) as error:
+        raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error!r})") from error
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _write(file: Path, text: str) -> None:

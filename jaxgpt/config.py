@@ -205,6 +205,9 @@ class Optimizer:
     """Memory of the gradient's square."""
     grad_clip: Size = 1.0
     """Largest gradient norm; 0 is no bound."""
+    skip_nonfinite: CountOrOff = 0
+    """Steps in a row that may be skipped since their loss or gradient is not finite; one more, or
+    with 0 the first, ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -84,7 +85,8 @@ class Log:
         self._text.flush()
 
     def _record(self, row: Row) -> None:
-        self._metrics.write(json.dumps(row) + "\n")
+        row = {key: _finite(value) for key, value in row.items()}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
         for tracker in self._trackers:
             tracker.log(row)
@@ -103,6 +105,11 @@ class Silence:
     def train(self, row: Row, left_s: float) -> None: ...
 
     def eval(self, row: Row) -> None: ...
+
+
+def _finite(value: Any) -> Any:
+    """The value, or None for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _forget_after(step: int, file: Path) -> Path:
@@ -151,7 +158,7 @@ def draw_losses(folder: Path) -> None:
     ):
         some = [row for row in rows if key in row]
         axes.plot([r["step"] for r in some], [r[key] for r in some], line, label=label)
-    val = [row["val_loss"] for row in rows if "val_loss" in row]
+    val = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     title = f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")

@@ -1,24 +1,72 @@
 """The run directory: what a run leaves on disk, who may write it, and how it is read again."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import processes
+from jaxgpt.checkpoint import Checkpoints, Damaged
 from jaxgpt.config import Config, Model, UserError, build
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.train_step import abstract_params
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
 OURS = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
 
 
 DEFAULTS = Config().to_dict()
+
+
+@contextmanager
+def held(out_dir: str) -> Iterator[None]:
+    """Keeps other runs from writing to a run directory; the system lets go when a process dies.
+
+    Raises `UserError` if a run does, and where the disk is full.
+    """
+    opened: list[int] = []
+    processes.by_first(lambda: opened.append(_lock(out_dir)))
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"out_dir={out_dir!r}: {error.strerror}; what is saved is whole") from error
+    finally:
+        for file in opened:
+            os.close(file)
+
+
+def _lock(out_dir: str) -> int:
+    """An open file with the lock; it stays there, since deleting it would race with others."""
+    if Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        file = os.open(Path(out_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir!r}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(file, 20).decode("ascii", "replace").strip()
+        os.close(file)
+        raise UserError(f"out_dir={out_dir!r}: process {holder} is writing to it") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {out_dir} cannot be locked ({error.strerror})", file=sys.stderr)
+    os.ftruncate(file, 0)
+    os.write(file, f"{os.getpid()}\n".encode("ascii"))
+    return file
 
 
 def open_checkpoints(config: Config) -> Checkpoints:
@@ -33,6 +81,11 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
     latest, out_dir = checkpoints.latest(), config.out_dir
     if Path(out_dir).exists() and not Path(out_dir).is_dir():
         raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
+    if latest is None and not config.overwrite and (damaged := checkpoints.damaged()):
+        raise UserError(
+            f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} is; "
+            "--overwrite=True deletes them and starts anew"
+        )
     if config.init_from not in ("resume", "auto"):
         if latest is not None and not config.overwrite:
             raise UserError(
@@ -116,7 +169,8 @@ def load_config(out_dir: str) -> Config:
 def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, Any], int]:
     """A run's parameters on the mesh, and the step they are from.
 
-    `checkpoint` is best (the newest where there is none), latest, or a step. Raises `UserError`.
+    `checkpoint` is best (the newest where there is none), latest, or a step. In the place of a
+    best or latest one that is damaged comes the newest that is not. Raises `UserError`.
     """
     checkpoints = open_checkpoints(config)
     steps = checkpoints.steps()
@@ -128,4 +182,12 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
         there = ", ".join(map(str, steps))
         raise UserError(f"checkpoint={checkpoint!r}: {config.out_dir} has best, latest, {there}")
     abstract = {"params": abstract_params(config, mesh)}
-    return checkpoints.restore(abstract, step)["params"], step
+    others = [other for other in steps if other != step] if checkpoint in named else []
+    while True:
+        try:
+            return checkpoints.restore(abstract, step)["params"], step
+        except Damaged as error:  # not moved aside: a reader leaves the directory as it is
+            if not others:
+                raise
+            step = others.pop()
+            print(f"warning: {error}; taking step {step} instead", file=sys.stderr)

@@ -34,9 +34,11 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
     `on_cpu` are the keys that differ for want of an accelerator, `given` those that the command
     line set. Raises `UserError`.
     """
-    with processes.leaving_together():
+    with processes.leaving_together(), run_dir.held(config.out_dir):
         processes.by_first(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
+        if config.init_from in ("resume", "auto"):
+            checkpoints.set_aside_damaged()
         weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
         dataset = find_dataset(config, config.block_size)
         config = config.replace(vocab_size=_vocab_size(config, dataset))
@@ -103,6 +105,7 @@ class Trainer:
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
         self.best_val_loss, self.step = math.inf, 0
+        self.skipped_in_row, self.skipped = 0, 0
         self.agreed_signal = 0
         self.stopwatch, self.sampler = Stopwatch(), None
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -167,7 +170,9 @@ class Trainer:
         meta = self.checkpoints.meta(first_step)
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:
             raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
-        self.best_val_loss = meta["best_val_loss"] or math.inf
+        best = self.checkpoints.best()  # it may be damaged, and then there is none to beat
+        best_val_loss = self.checkpoints.meta(best)["best_val_loss"] if best else None
+        self.best_val_loss = math.inf if best_val_loss is None else best_val_loss
         abstract = abstract_state(self.config, self.mesh)
         del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)
@@ -185,6 +190,7 @@ class Trainer:
             self.evaluate(whole=c.eval_only)
         if c.eval_only or self.step >= c.max_iters:
             return
+        processes.by_first(partial(self.checkpoints.need_space, self.state))
         train_step, pending = self._compile(), None
         self.stopwatch.resume()
         while self.step < c.max_iters and not self.stopped_by:
@@ -244,11 +250,24 @@ class Trainer:
         self.agreed_signal = int(metrics.pop("signal", 0))
         self.stopwatch.lap(count)
         for i, step in enumerate(range(before + 1, before + count + 1)):
-            loss = float(metrics["loss"][i])
-            if not math.isfinite(loss):
-                raise UserError(f"step {step}: the loss is {loss}; try a lower learning_rate")
+            self._check_finite(step, float(metrics["loss"][i]), float(metrics["grad_norm"][i]))
             if step % self.config.log_interval == 0 or step == 1:
                 self._log_step(step, {key: float(values[i]) for key, values in metrics.items()})
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        """Raises `UserError` for a step that the device has refused, unless it may be skipped."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_row = 0
+            return
+        self.skipped_in_row += 1
+        self.skipped += 1
+        what = f"step {step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if self.skipped_in_row > self.config.skip_nonfinite:
+            raise UserError(
+                f"{what}, so it was not taken; try a lower learning_rate, more warmup_iters, a "
+                "grad_clip, or skip_nonfinite=10 if single batches are to blame"
+            )
+        self.log.say(f"{what}: skipped")
 
     def _log_step(self, step: int, numbers: Row) -> None:
         seconds = self.stopwatch.read()
@@ -256,6 +275,8 @@ class Trainer:
         row = {"step": step} | numbers
         row |= {"tokens": step * tokens, "tokens_per_s": tokens / seconds}
         row |= {"step_ms": 1000 * seconds, "time": time.time()}
+        if self.config.skip_nonfinite:
+            row["skipped"], self.skipped = self.skipped, 0
         row["mfu"] = row["tokens_per_s"] / self.peak_tokens if self.peak_tokens else None
         self.log.train(row, seconds * (self.config.max_iters - step))
 

@@ -79,7 +79,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """-> jitted `(state, batch, count) -> (state, metrics)`, which donates the state.
 
     Takes the first `count` of the batch's K steps. Metrics are arrays [K]: `loss` (the mean over
-    the step's targets, in nats), `grad_norm` (before clipping) and `lr`.
+    the step's targets, in nats), `grad_norm` (before clipping) and `lr`. A step whose loss or
+    norm is not finite leaves weights and moments as they are; its number and batch are used up.
     """
     graphdef, _, _ = model.split(config)
     optimizer, learning_rate = make_optimizer(config), schedule(config)
@@ -105,8 +106,10 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             "grad_norm": optax.tree.norm(grads),
             "lr": learning_rate(state["step"]),
         }
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return jax.tree.map(partial(_choose, is_finite), new, state), metrics
 
     def train_step(state: State, batch: dict, count: jax.Array):
         steps = batch["windows" if "windows" in batch else "starts"].shape[0]
@@ -183,6 +186,14 @@ def _accumulate_apart(mesh: Mesh) -> Callable:
         )
 
     return accumulate
+
+
+def _choose(is_finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new weights or moments if they can be had. Counts of steps, which are whole, go on.
+
+    XLA fuses the choice into the update: no kernel more, no array read twice.
+    """
+    return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -150,7 +150,7 @@ def test_the_meta_comes_back_with_what_wrote_it(config, tmp_path):
     found = checkpoints.meta(7)
     assert found["versions"].pop("jax") == jax.__version__
     assert {key: found[key] for key in meta} == meta
-    assert set(found) - set(meta) == {"format_version", "versions"}
+    assert set(found) - set(meta) == {"format_version", "versions", "best"}
 
 
 # ---- which ones are kept ---------------------------------------------------------------------
@@ -300,9 +300,17 @@ def test_a_step_that_is_not_there_is_refused(config, saved):
     assert str(saved.folder / "4") in refusal(saved.meta, 4)
 
 
-def test_a_newer_format_is_refused(config, saved):
-    file = saved.folder / "3" / "meta.json"
+def of_format_2(step: Path) -> Path:
+    """Makes a checkpoint one of a later format -> its meta.json."""
+    file, digest = step / "meta.json", step / "digest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint._sums(file)}
+    digest.write_text(json.dumps(sums))
+    return file
+
+
+def test_a_newer_format_is_refused(config, saved):
+    file = of_format_2(saved.folder / "3")
     for message in refusal(saved.meta, 3), refusal(saved.restore, items(config), 3):
         assert message == f"{file}: format 2; this jaxgpt reads up to 1"
 
@@ -588,6 +596,5 @@ def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
 
 
 def test_parameters_of_a_newer_format_are_refused(run):
-    file = Path(run.out_dir, "checkpoints", "3", "meta.json")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    of_format_2(Path(run.out_dir, "checkpoints", "3"))
     assert "format 2" in refusal(run_dir.load_params, run, "best", sharding.one_device())

@@ -97,6 +97,7 @@ def test_a_run_leaves_what_the_contract_says(make_config):
         "log.txt",
         "tokenizer.json",
         "checkpoints",
+        ".lock",
     }
     assert json.loads((folder / "config.json").read_text())["n_embd"] == 16
     steps = {path.name for path in (folder / "checkpoints").iterdir()}

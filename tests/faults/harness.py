@@ -1,0 +1,191 @@
+"""Runs that are killed and checkpoints that are damaged: what the tests and the command share."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgpt import run_dir, sharding
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import Config
+from jaxgpt.data.prepare import prepare
+from jaxgpt.metrics import read_metrics
+from jaxgpt.train_step import abstract_state
+
+TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
+ROOT = Path(__file__).parents[2]
+TRAIN = (
+    "import sys, json; from jaxgpt.config import build; from jaxgpt.train import train; "
+    "from jaxgpt.cli import run; run(lambda argv: train(build(json.loads(argv[0])), {}))"
+)
+
+
+def make_data(folder: Path) -> Path:
+    (folder / "tale.txt").write_text(TEXT)
+    prepare(str(folder / "tale.txt"), str(folder))
+    return folder
+
+
+def tiny(folder: Path, data: Path, name: str = "run", **keys) -> Config:
+    """A run with dropout and accumulation that saves at every third step."""
+    default = {
+        "out_dir": str(folder / name),
+        "data_dir": str(data),
+        "dataset": "tale",
+        "init_from": "auto",
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 8,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "dropout": 0.2,
+        "learning_rate": 1e-2,
+        "warmup_iters": 3,
+        "max_iters": 24,
+        "lr_decay_iters": 24,
+        "eval_interval": 8,
+        "eval_iters": 2,
+        "save_interval": 3,
+        "mesh": "data:2",
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "reference",
+    }
+    return Config(**default | keys)
+
+
+def rows_of(config: Config) -> list[dict]:
+    """The metrics, without what a clock says."""
+    clock = ("tokens_per_s", "step_ms", "mfu", "time")
+    rows = read_metrics(Path(config.out_dir, "metrics.jsonl"))
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def state_of(checkpoints: Checkpoints, config: Config, step: int) -> list[bytes]:
+    """Every array of a checkpoint, as bytes."""
+    vocab_size = checkpoints.meta(step)["config"]["vocab_size"]
+    config = config.replace(vocab_size=vocab_size)
+    abstract = abstract_state(config, sharding.make_mesh(config))
+    del abstract["step"]
+    arrays = jax.tree.leaves(checkpoints.restore(abstract, step))
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def start(config: Config, script: str = TRAIN, prefix: tuple[str, ...] = (), **env: str):
+    """The run in a process of its own."""
+    command = [*prefix, sys.executable, "-c", script, json.dumps(config.to_dict())]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **env}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+class Killed(NamedTuple):
+    """What came of runs that were killed: kills, starts after one that failed, whole runs.
+
+    `others` are whole runs with another digit somewhere than the run that was left alone.
+    """
+
+    kills: int
+    failed: list[str]
+    runs: int
+    others: int
+
+
+def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Killed:
+    """SIGKILL, over and over, at random moments of runs that save all the time."""
+    data = make_data(folder)
+    quiet = tiny(folder, data, "quiet", **keys)
+    began = time.perf_counter()
+    code = start(quiet).wait()
+    lasts, rows = time.perf_counter() - began, rows_of(quiet)
+    if code or not rows:
+        raise RuntimeError("the run that is left alone has failed")
+    kills, failed, runs, others = 0, [], 0, 0
+    while kills < rounds or not runs:
+        config = tiny(folder, data, "killed", **keys)
+        process = start(config)
+        try:
+            # the first third is Python's start, when there is nothing to lose
+            limit = rng.uniform(lasts / 3, lasts) if kills < rounds else None
+            _, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        if process.returncode:
+            failed.append(errors)
+            shutil.rmtree(config.out_dir)
+            continue
+        runs += 1
+        others += rows_of(config) != rows
+        shutil.rmtree(config.out_dir)
+    return Killed(kills, failed, runs, others)
+
+
+FAULTS = ("flip", "flip", "flip", "flip", "truncate", "empty", "delete", "swap")
+
+
+def damage(newest: Path, before: Path, rng: random.Random) -> str:
+    """Does one thing to one file of a step -> what. A swap puts there the file of another step."""
+    kind = rng.choice(FAULTS)
+    files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
+    if kind == "swap":
+        files = [p for p in files if not _same(p, before / p.relative_to(newest))]
+    file = rng.choice(files)
+    data = bytearray(file.read_bytes())
+    if kind == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+    elif kind == "truncate":
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "delete":
+        file.unlink()
+    else:
+        file.write_bytes((before / file.relative_to(newest)).read_bytes())
+    return f"{kind} {file.relative_to(newest)}"
+
+
+def _same(file: Path, other: Path) -> bool:
+    return not other.is_file() or file.read_bytes() == other.read_bytes()
+
+
+class Found(NamedTuple):
+    """What came of damage: how often, and the faults that were missed or that lost a state."""
+
+    rounds: int
+    missed: list[str]
+    lost: list[str]
+
+
+def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random) -> Found:
+    """Damages the newest step of copies of a run directory, and looks what a run would go on from.
+
+    Missed is damage after which that step is still used, lost a step before that is not the same.
+    """
+    source, missed, lost = run_dir.open_checkpoints(run), [], []
+    before, newest = source.steps()[-2:]
+    whole = state_of(source, run, before)
+    for _ in range(rounds):
+        folder = scratch / "damaged" / "checkpoints"
+        shutil.copytree(source.folder, folder, symlinks=True)
+        what = damage(folder / str(newest), folder / str(before), rng)
+        checkpoints = Checkpoints(folder)
+        checkpoints.set_aside_damaged()
+        if checkpoints.newest == newest:
+            missed.append(what)
+        elif checkpoints.newest != before or state_of(checkpoints, run, before) != whole:
+            lost.append(what)
+        shutil.rmtree(folder)
+    return Found(rounds, missed, lost)

@@ -1,0 +1,161 @@
+"""Whatever happens to a file of a checkpoint is found, and the run goes on from the one before."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt import checkpoint, run_dir, sharding
+from jaxgpt.checkpoint import Checkpoints, Damaged
+from jaxgpt.config import UserError
+from jaxgpt.train import train
+
+from .harness import damage_at_random, make_data, rows_of, state_of, tiny
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A run of 24 steps that was left alone; it holds steps 21 and 24, and the best."""
+    folder = tmp_path_factory.mktemp("quiet")
+    config = tiny(folder, make_data(folder))
+    assert train(config, {}) == 0
+    assert run_dir.open_checkpoints(config).steps()[-2:] == [21, 24]
+    return config
+
+
+@pytest.fixture
+def run(quiet, tmp_path):
+    """A copy of that run, to damage."""
+    shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
+    return quiet.replace(out_dir=str(tmp_path / "run"))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+def step_of(config, step: int) -> Path:
+    return Path(config.out_dir, "checkpoints", str(step))
+
+
+def data_file(step: Path) -> Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_hundred_random_faults_are_all_found(quiet, tmp_path):
+    found = damage_at_random(quiet, tmp_path, 100, random.Random(1))
+    assert (found.missed, found.lost) == ([], [])
+
+
+@pytest.mark.parametrize("target", ["data", "meta.json", "digest.json", "no digest"])
+def test_a_run_goes_on_from_the_step_before_with_the_same_digits(quiet, run, capsys, target):
+    newest = step_of(run, 24)
+    if target == "no digest":
+        (newest / "digest.json").unlink()
+    else:
+        flip(data_file(newest) if target == "data" else newest / target)
+    assert train(run, {}) == 0
+    said = capsys.readouterr()
+    assert "going on from step 21" in said.out
+    assert f"warning: {newest}" in said.err
+    assert rows_of(run) == rows_of(quiet)
+    assert state_of(run_dir.open_checkpoints(run), run, 24) == state_of(
+        run_dir.open_checkpoints(quiet), quiet, 24
+    )
+    assert newest.with_name("24.corrupt").exists() == (target != "no digest")
+
+
+def test_two_bad_steps_are_both_moved_and_the_third_is_used(run):
+    checkpoints = Checkpoints(step_of(run, 24).parent, keep=3)
+    shutil.copytree(step_of(run, 21), step_of(run, 22))
+    flip(data_file(step_of(run, 24)))
+    checkpoints.set_aside_damaged()  # 22 is whole, but it says that it is step 21
+    assert checkpoints.newest == 21
+    assert {p.name for p in checkpoints.damaged()} == {"22.corrupt", "24.corrupt"}
+
+
+def test_when_every_step_is_bad_nothing_is_deleted_unasked(run):
+    folder = step_of(run, 24).parent
+    for step in Checkpoints(folder).steps():
+        flip(data_file(folder / str(step)))
+    rows = rows_of(run)
+    for init_from in "auto", "auto", "resume", "scratch":
+        with pytest.raises(UserError, match=r"all of its checkpoints are damaged.*--overwrite"):
+            train(run.replace(init_from=init_from), {})
+    assert rows_of(run) == rows
+    assert len(Checkpoints(folder).damaged()) >= 2
+
+
+def test_a_damaged_best_is_moved_and_the_next_evaluation_may_be_best(run):
+    folder = step_of(run, 24).parent
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(
+        {"params": {"w": np.zeros(2)}}, {"step": 20, "best_val_loss": 0.0}, best=True
+    )  # an earlier step, better than any to come
+    checkpoints.wait()
+    assert checkpoints.best() == 20
+    flip(data_file(folder / "20"))
+    assert train(run.replace(max_iters=32), {}) == 0
+    assert Checkpoints(folder).best() == 32
+    assert (folder / "20.corrupt").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "latest"])
+def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, checkpoint):
+    bad, instead = {"best": (16, 24), "latest": (24, 21)}[checkpoint]
+    flip(data_file(step_of(run, bad)))
+    config = run_dir.load_config(run.out_dir)
+    before = sorted(Path(run.out_dir).rglob("*"))
+    assert run_dir.open_checkpoints(run).best() == 16
+    _, step = run_dir.load_params(config, checkpoint, sharding.one_device())
+    assert step == instead
+    assert f"taking step {instead} instead" in capsys.readouterr().err
+    assert sorted(Path(run.out_dir).rglob("*")) == before
+    with pytest.raises(Damaged):
+        run_dir.load_params(config, str(bad), sharding.one_device())
+
+
+def test_a_best_whose_link_was_never_made_is_found(run):
+    """As after a kill between the digest and the link."""
+    checkpoints = Checkpoints(step_of(run, 24).parent)
+    assert checkpoints.best() == 16
+    (checkpoints.folder / "best").unlink()
+    checkpoints.set_aside_damaged()
+    assert checkpoints.best() == 16
+
+
+def test_a_step_of_a_later_format_is_not_damage(run):
+    step = step_of(run, 24)
+    meta, digest = step / "meta.json", step / "digest.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format_version": 99}))
+    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint._sums(meta)}
+    digest.write_text(json.dumps(sums))
+    with pytest.raises(UserError, match="format 99"):
+        train(run, {})
+    assert step.exists()
+
+
+def test_older_steps_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = {"params": {"w": np.arange(1000.0)}}
+    checkpoints.save(state, {"step": 1}, best=False)
+    checkpoints.wait()
+    digest = checkpoint._digest
+
+    def then_cut(step):
+        sums = digest(step)
+        data_file(step).write_bytes(b"")
+        return sums
+
+    monkeypatch.setattr(checkpoint, "_digest", then_cut)
+    checkpoints.save(state, {"step": 2}, best=False)
+    with pytest.raises(Damaged):
+        checkpoints.wait()
+    again = Checkpoints(tmp_path)
+    again.set_aside_damaged()
+    assert again.newest == 1

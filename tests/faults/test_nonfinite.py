@@ -1,0 +1,152 @@
+"""A loss or a gradient that is not finite never reaches the weights, whatever comes next."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import run_dir, sharding, train_step
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.config import UserError
+from jaxgpt.data.prepare import prepare
+from jaxgpt.train import train
+from jaxgpt.train_step import init_state, make_train_step
+
+from .harness import TEXT, make_data, state_of, tiny
+
+POISON = 3  # a token
+cross_entropy = train_step.cross_entropy
+
+
+@jax.custom_vjp
+def spoil(x, is_bad):
+    """x, with a gradient of NaN where `is_bad`."""
+    return x
+
+
+spoil.defvjp(
+    lambda x, is_bad: (x, is_bad), lambda is_bad, g: (g * jnp.where(is_bad, jnp.nan, 1.0), None)
+)
+
+
+def poisoned(kind: str):
+    """The loss, but not finite where the targets hold that token."""
+
+    def loss(logits, targets):
+        total, count = cross_entropy(logits, targets)
+        is_bad = (targets == POISON).any()
+        if kind == "gradient":
+            return spoil(total, is_bad), count
+        return total + jnp.where(is_bad, {"nan": jnp.nan, "inf": jnp.inf}[kind], 0.0), count
+
+    return loss
+
+
+@pytest.mark.parametrize("mesh", ["data:2", "fsdp:2"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, kind, K):
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned(kind))
+    config = tiny(tmp_path, tmp_path, mesh=mesh, vocab_size=20)
+    devices = sharding.make_mesh(config)
+    step = make_train_step(config, devices)
+    good = np.random.default_rng(0).integers(4, 20, (K, 2, 4, 9), np.int32)
+    state, _ = step(init_state(config, devices), {"windows": good}, np.int32(K))
+    before = jax.device_get(state)
+    bad = good.copy()
+    bad[:, 1, 2, 5] = POISON
+    state, metrics = step(state, {"windows": bad}, np.int32(K))
+    after = jax.device_get(state)
+    assert after["step"] == before["step"] + K
+    for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
+        assert (np.isfinite(metrics[name]) == (not is_bad)).all(), name
+    floats = lambda tree: [a for a in jax.tree.leaves(tree) if a.dtype.kind == "f"]
+    assert len(floats(after)) > 10
+    for ours, theirs in zip(floats(after), floats(before), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    state, metrics = step(state, {"windows": good}, np.int32(K))
+    assert np.isfinite(metrics["loss"]).all()
+    moved = floats(jax.device_get(state)["params"])
+    assert any((a != b).any() for a, b in zip(moved, floats(after["params"]), strict=True))
+
+
+@pytest.fixture
+def rare(tmp_path, monkeypatch):
+    """A run whose text has the poisoned letter in one place."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "tale.txt").write_text(TEXT[:600] + "!" + TEXT[600:])
+    prepare(str(data / "tale.txt"), str(data))
+    config = tiny(tmp_path, data, max_iters=60, eval_interval=30, eval_iters=1)
+    ids = json.loads((data / "tale" / "tokenizer.json").read_text())
+    assert "!" in json.dumps(ids)
+    from jaxgpt.data.tokenizer import load
+
+    poison = int(load(data / "tale" / "tokenizer.json").encode("!")[0])
+    monkeypatch.setattr(f"{__name__}.POISON", poison)
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned("nan"))
+    return config
+
+
+def finite(config) -> bool:
+    checkpoints = run_dir.open_checkpoints(config)
+    assert checkpoints.steps()
+    saved = config.replace(vocab_size=checkpoints.meta(checkpoints.newest)["config"]["vocab_size"])
+    arrays = [np.frombuffer(a, "f4") for a in state_of(checkpoints, saved, checkpoints.newest)]
+    return all(np.isfinite(a).all() for a in arrays if a.size > 1)
+
+
+def strict_rows(config) -> list[dict]:
+    def refuse(word):
+        raise AssertionError(word)
+
+    lines = Path(config.out_dir, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_a_run_stops_at_the_first_bad_step_and_what_it_saved_is_finite(rare):
+    with pytest.raises(UserError) as raised:
+        train(rare, {})
+    message = str(raised.value)
+    for part in "step ", "loss is nan", "gradient's norm", "learning_rate", "skip_nonfinite":
+        assert part in message
+    assert "\n" not in message
+    assert finite(rare)
+
+
+def test_bad_steps_are_skipped_and_counted_when_asked(rare):
+    config = rare.replace(skip_nonfinite=2, log_interval=2)
+    assert train(config, {}) == 0
+    assert finite(config)
+    rows = [row for row in strict_rows(config) if "skipped" in row]
+    said = Path(config.out_dir, "log.txt").read_text().count(": skipped")
+    assert sum(row["skipped"] for row in rows) == said > 0
+    assert math.isfinite(rows[-1]["lr"])
+
+
+def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(tmp_path):
+    data = make_data(tmp_path)
+    config = tiny(tmp_path, data, learning_rate=1e38, grad_clip=0.0, skip_nonfinite=3)
+    with pytest.raises(UserError, match=r"step \d+: the loss is"):
+        train(config, {})
+    log = Path(config.out_dir, "log.txt").read_text()
+    assert log.count(": skipped") == 3
+    assert finite(config)
+    strict_rows(config)
+
+
+def test_a_val_loss_that_is_no_number_is_null_and_not_the_best(tmp_path, monkeypatch):
+    losses = iter([2.0, math.nan, 1.0, math.nan])
+    monkeypatch.setattr(
+        "jaxgpt.train.Trainer._loss",
+        lambda self, stream, *, whole: 9.0 if stream == 1 or whole else next(losses),
+    )
+    config = tiny(tmp_path, make_data(tmp_path))
+    assert train(config, {}) == 0
+    rows = [row["val_loss"] for row in strict_rows(config) if "val_loss" in row]
+    assert rows == [2.0, None, 1.0, None]
+    assert Checkpoints(Path(config.out_dir, "checkpoints")).best() == 16
