@@ -29,7 +29,8 @@ TINY = Config(
 )  # fmt: skip
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "bias": False}
 LLAMA |= {"tie_embeddings": False, "scan_layers": True, "remat": "full"}
-MESHES = ["data:8", "fsdp:8", "tensor:4", "data:2,fsdp:2,tensor:2"]
+ALL_AXES = "data:2,fsdp:2,tensor:2"
+SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp:8", "tensor:4")]
 
 
 # ---- the same run ----------------------------------------------------------------------------
@@ -71,12 +72,13 @@ def assert_same(ours: tuple[dict, list], theirs: tuple[dict, list], tolerance: f
     assert not arrays
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*SLOW_MESHES, ALL_AXES])
 def test_a_run_is_the_same_on_every_mesh(mesh):
     """Losses, gradient norms and parameters, with dropout, in float64."""
     assert_same(run(TINY.replace(mesh=mesh)), run(TINY), 1e-9)
 
 
+@pytest.mark.slow
 def test_so_it_is_in_float32_up_to_its_rounding():
     """Without biases: that of keys has no gradient but rounding, which AdamW scales up."""
     config = TINY.replace(dtype="float32", bias=False)
@@ -95,7 +97,7 @@ def test_other_masks_would_be_seen():
     assert abs(seeds[0] - seeds[1]) > 1e-4
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("mesh", ["fsdp:8"])
 def test_an_evaluation_is_the_same_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
         with jax.enable_x64(True):
@@ -112,6 +114,7 @@ def test_an_evaluation_is_the_same_on_every_mesh(mesh):
     assert total(TINY.replace(mesh=mesh)) == pytest.approx((want, targets), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
     before = TINY.replace(mesh="fsdp:8")
     with jax.enable_x64(True):
@@ -199,7 +202,7 @@ def test_tensor_sums_activations_twice_a_block_and_direction():
     assert sums == {(B, T, D): MICRO * (2 * 4 + 2), (B, T): MICRO * 3}
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", "fsdp:2,tensor:2", MESHES[-1]])
+@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", "fsdp:2,tensor:2", ALL_AXES])
 def test_no_device_holds_activations_of_the_whole_batch(mesh):
     """Where its axis is one that splits the batch, the residual stream is split over D instead."""
     step = compiled(mesh)
@@ -209,7 +212,7 @@ def test_no_device_holds_activations_of_the_whole_batch(mesh):
     assert [dims for dims in arrays if dims == (B, T, D)]  # it looks
 
 
-@pytest.mark.parametrize("mesh", ["tensor:2", "fsdp:2,tensor:2", MESHES[-1]])
+@pytest.mark.parametrize("mesh", ["tensor:2", "fsdp:2,tensor:2", ALL_AXES])
 def test_no_device_holds_a_whole_parameter_or_whole_logits_under_tensor(mesh):
     step = compiled(mesh)
     arrays = {dims for kind, dims in step.program.arrays() if kind == "f32"}
