@@ -197,7 +197,7 @@ class Checkpoints:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version = int(meta["format_version"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{file}: not the meta of a checkpoint ({error!r})") from error
+            raise Damaged(f"{file}: not the meta of a checkpoint ({error})") from error
         _verify(file.parent, META)
         if version > FORMAT_VERSION:
             raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
@@ -274,7 +274,7 @@ def _read_digest(step: Path) -> dict[str, dict[str, int]]:
             raise ValueError(f"nothing of {META}")
         return written
     except (OSError, ValueError, AttributeError) as error:
-        raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error!r})") from error
+        raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error})") from error
 
 
 def _warn(line: str) -> None:

@@ -63,6 +63,10 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
     return config.vocab_size or dataset.vocab_size
 
 
+def _all_finite(state: dict[str, Any]) -> jax.Array:
+    return jnp.array([jnp.isfinite(array).all() for array in jax.tree.leaves(state)]).all()
+
+
 class StopSignal:
     """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
 
@@ -111,6 +115,7 @@ class Trainer:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
         self._max = jax.jit(jnp.max, out_shardings=everywhere)
+        self._all_finite = jax.jit(_all_finite, out_shardings=everywhere)
         peak = device.peak_flops() if config.dtype == "bfloat16" else None
         self.peak_tokens = peak and peak * mesh.size / model.flops_per_token(config)
 
@@ -322,6 +327,11 @@ class Trainer:
         return mean_loss(self.eval_step, self.state["params"], some)
 
     def _save(self, *, best: bool) -> None:
+        if not self._all_finite(self.state):  # an update can overflow though its gradient does not
+            raise UserError(
+                f"step {self.step}: a weight or moment is not finite, so it is not saved; try a "
+                "lower learning_rate"
+            )
         best_val_loss = self.best_val_loss if math.isfinite(self.best_val_loss) else None
         meta = {
             "step": self.step,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -94,7 +95,11 @@ def rare(tmp_path, monkeypatch):
 
 def finite(config) -> bool:
     checkpoints = run_dir.open_checkpoints(config)
-    assert checkpoints.steps()
+    deadline = time.monotonic() + 60
+    while not checkpoints.steps() and time.monotonic() < deadline:
+        time.sleep(0.05)  # the last save may still be on its way
+    checkpoints.newest = checkpoints.latest()
+    assert checkpoints.newest is not None
     saved = config.replace(vocab_size=checkpoints.meta(checkpoints.newest)["config"]["vocab_size"])
     arrays = [np.frombuffer(a, "f4") for a in state_of(checkpoints, saved, checkpoints.newest)]
     return all(np.isfinite(a).all() for a in arrays if a.size > 1)
@@ -128,16 +133,27 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
     assert math.isfinite(rows[-1]["lr"])
 
 
-def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(tmp_path):
+def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(tmp_path, monkeypatch):
     data = make_data(tmp_path)
-    config = tiny(tmp_path, data, learning_rate=1e38, grad_clip=0.0, skip_nonfinite=3)
-    with pytest.raises(UserError, match=r"step \d+: the loss is"):
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned("inf"))
+    monkeypatch.setattr(f"{__name__}.POISON", 1)  # the space: in every batch
+    config = tiny(tmp_path, data, skip_nonfinite=3)
+    with pytest.raises(UserError, match=r"step 4: the loss is inf"):
         train(config, {})
-    log = Path(config.out_dir, "log.txt").read_text()
-    assert log.count(": skipped") == 3
-    saved = Checkpoints(Path(config.out_dir, "checkpoints")).steps()
-    assert not saved or finite(config)
-    strict_rows(config)
+    assert Path(config.out_dir, "log.txt").read_text().count(": skipped") == 3
+    assert finite(config)
+    assert [row["loss"] for row in strict_rows(config) if "loss" in row] == [None] * 3
+
+
+def test_weights_that_overflow_in_an_update_are_not_saved(tmp_path):
+    """Loss and gradient of the step are finite; the update is not."""
+    config = tiny(
+        tmp_path, make_data(tmp_path), learning_rate=3e38, warmup_iters=0, save_interval=1
+    )
+    with pytest.raises(UserError, match=r"step \d+: (a weight or moment|the loss) is"):
+        train(config, {})
+    steps = run_dir.open_checkpoints(config).steps()
+    assert not steps or finite(config)
 
 
 def test_a_val_loss_that_is_no_number_is_null_and_not_the_best(tmp_path, monkeypatch):

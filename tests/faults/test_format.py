@@ -1,0 +1,102 @@
+"""Old checkpoints load; what metadata claims is not believed; nothing in the package runs data."""
+
+import ast
+import json
+import math
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from golden.make_checkpoint_v1 import HERE, sums
+
+from jaxgpt import checkpoint, run_dir, sharding
+from jaxgpt.config import UserError
+
+PACKAGE = Path(checkpoint.__file__).parent
+
+
+def test_a_checkpoint_of_format_1_loads_for_ever():
+    config = run_dir.load_config(str(HERE))
+    params, step = run_dir.load_params(config, "best", sharding.one_device())
+    assert step == 2
+    assert run_dir.open_checkpoints(config).meta(2)["format_version"] == 1
+    assert sums(params) == pytest.approx(json.loads((HERE / "sums.json").read_text()), rel=1e-9)
+    assert sum(p.stat().st_size for p in HERE.rglob("*") if p.is_file()) < 100_000
+
+
+def sign_again(step: Path) -> None:
+    """The digest of what is there now, as whoever makes up a checkpoint would write it."""
+    digest = step / "digest.json"
+    digest.unlink()
+    digest.write_text(json.dumps(checkpoint._digest(step)))
+
+
+@pytest.mark.parametrize("liar", ["config", "array"])
+def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
+    """A run whose config asks for terabytes, or whose array says that it has them."""
+    shutil.copytree(HERE, tmp_path / "run", symlinks=True)
+    config, step = run_dir.load_config(str(tmp_path / "run")), tmp_path / "run/checkpoints/2"
+    if liar == "config":
+        config = config.replace(n_embd=2**20, block_size=2**30)
+    else:
+        import tensorstore as ts
+
+        folder = f"file://{step}/state/params/"
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": folder}}
+        spec["path"] = "embed.kernel"
+        spec["metadata"] = {"shape": [2**30, 2**12], "dtype": "<f4", "chunks": [2**10, 2**12]}
+        ts.open(spec, create=True, delete_existing=True).result()
+        sign_again(step)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="the shape of params"):
+        run_dir.load_params(config, "2", sharding.one_device())
+    unit = 1 if sys.platform == "darwin" else 1024
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    assert grown < 500e6
+    assert math.prod((2**30, 2**12)) * 4 > 1e12
+
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__"}
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+TEXTS = r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|trust_remote_code"
+
+
+def offences(source: str) -> list[str]:
+    """What of a module's source could run data as code."""
+    found = [
+        match[0] for match in re.finditer(TEXTS + r"|yaml\.load|os\.system|extractall", source)
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
+            found.append(node.module or "")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found += [node.func.id] if node.func.id in FORBIDDEN else []
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_nothing_in_the_package_runs_data_as_code(file):
+    assert offences(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import load",
+        "eval(x)",
+        "exec(open(f).read())",
+        "yaml.load(f)",
+        "run(c, shell=True)",
+        "np.load(f, allow_pickle=True)",
+        "torch.load(f, weights_only=False)",
+        "load_dataset(n, trust_remote_code=True)",
+    ],
+)
+def test_the_search_finds_what_it_is_for(line):
+    assert offences(line)
