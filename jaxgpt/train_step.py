@@ -191,7 +191,7 @@ def _accumulate_apart(mesh: Mesh) -> Callable:
 def _choose(is_finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """The new weights or moments if they can be had. Counts of steps, which are whole, go on.
 
-    XLA fuses the choice into the update: no kernel more, no array read twice.
+    XLA fuses the choice into the update; on a CPU its cost was within the noise.
     """
     return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
