@@ -78,6 +78,7 @@ BAD = {
     "attention": ("flash", "one of auto, reference, xla, cudnn, splash"),
     "remat": (False, "one of none, dots, full"),
     "scan_layers": (0, "True or False"),
+    "skip_nonfinite": (-1, "a whole number at least 0"),
     "coordinator": ("localhost", "host:port"),
     "num_processes": (-1, "a whole number at least 0"),
     "process_id": (-2, "a whole number at least -1"),
