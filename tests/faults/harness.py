@@ -105,9 +105,10 @@ def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Kil
     data = make_data(folder)
     quiet = tiny(folder, data, "quiet", **keys)
     began = time.perf_counter()
-    code = start(quiet).wait()
+    process = start(quiet)
+    process.communicate()
     lasts, rows = time.perf_counter() - began, rows_of(quiet)
-    if code or not rows:
+    if process.returncode or not rows:
         raise RuntimeError("the run that is left alone has failed")
     kills, failed, runs, others = 0, [], 0, 0
     while kills < rounds or not runs:
