@@ -3,9 +3,7 @@
 K steps of a dispatch, B batch.
 """
 
-import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from jaxgpt import sharding
 from jaxgpt.bench_vs import NanoGPT, NanoGPTError, in_turn, say_ratios
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
+from jaxgpt.hlo import Program
 from jaxgpt.optimizer import schedule
 from jaxgpt.train import TRAIN, Trainer
 from jaxgpt.train_step import make_train_step
@@ -121,7 +120,7 @@ class JaxGPT:
             "compile_s": self.compile_s,
             "memory_bytes": inside + outside,
             "memory_stats": jax.local_devices()[0].memory_stats(),
-            "kernels": dict(count_kernels(self.step.as_text() or "").most_common()),
+            "kernels": dict(Program(self.step.as_text() or "").kernels().most_common()),
         }
 
 
@@ -252,40 +251,6 @@ def draw_parity(file: Path, ours: list[float], theirs: list[float]) -> None:
     figure.savefig(file, dpi=120)
 
 
-FREE = "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota"
-INTO = ("while", "conditional", "call", "async-start")
-CALLEE = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.-]+)")
-INSTRUCTION = re.compile(r" = .*?\s([a-z][a-z0-9-]*)\(")
-
-
-def count_kernels(hlo: str) -> Counter[str]:
-    """What a compiled program launches, by opcode: fusions, dots, custom calls, copies and so on.
-
-    Counts the instructions of the entry and of the computations that it runs by `while`,
-    `conditional` and `call`: a loop's body once, every branch, a fusion's inside not at all.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = header[2]
-            entry, bodies[name] = name if header[1] else entry, []
-        elif name:
-            bodies[name].append(line)
-    counts: Counter[str] = Counter()
-    todo = [entry]
-    while todo:
-        for line in bodies.get(todo.pop(), ()):
-            opcode = found[1] if (found := INSTRUCTION.search(line)) else "tuple"
-            if opcode in INTO:
-                todo += CALLEE.findall(line)
-                for group in re.findall(r"branch_computations=\{(.*?)\}", line):
-                    todo += re.findall(r"[\w.-]+", group)
-            elif opcode not in FREE.split() and not opcode.endswith(("-done", "-update")):
-                counts[opcode] += 1
-    return counts
-
-
 def say_kernels(kernels: dict[str, int]) -> str:
     top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
-    return f"{sum(kernels.values())} kernels in the compiled step, loop bodies once: {top}"
+    return f"{sum(kernels.values())} kernels in the compiled step: {top}"

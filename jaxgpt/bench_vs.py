@@ -11,16 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import bench_torch, device, model
+from jaxgpt import bench_torch, device
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import Tokens
+from jaxgpt.export import EXPRESSIBLE, to_tensors
 
 REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
-NANOGPT_HAS = {
-    "norm": "layernorm", "norm_position": "pre", "position": "learned", "mlp": "gelu",
-    "tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0, "attention_window": 0,
-    "causal": True, "value_residual": False,
-}  # fmt: skip
 
 
 class NanoGPTError(Exception):
@@ -109,7 +105,8 @@ class NanoGPT:
 
 def check_comparable(c: Config) -> None:
     """Raises `UserError` for a model that nanoGPT does not have."""
-    has = NANOGPT_HAS | {
+    has = EXPRESSIBLE | {
+        "mlp": "gelu",
         "n_kv_head": c.n_kv_head and c.n_head,
         "n_inner": c.n_inner and 4 * c.n_embd,
     }
@@ -120,32 +117,16 @@ def check_comparable(c: Config) -> None:
 
 
 def to_nanogpt(config: Config, params: dict) -> dict[str, np.ndarray]:
-    """Parameters under the names and in the shapes of nanoGPT's state dict, float32."""
-    embed = params["embed"]["kernel"][: config.vocab_size]
-    out = {"transformer.wte.weight": embed, "lm_head.weight": embed}
-    out["transformer.wpe.weight"] = params["pos_embed"]["kernel"]
+    """Parameters under the names and in the shapes of nanoGPT's state dict, float32.
 
-    def norm(name: str, p: dict) -> None:
-        out[f"{name}.weight"] = p["scale"]
-        if config.bias:
-            out[f"{name}.bias"] = p["bias"]
-
-    def linear(name: str, p: dict, width: int) -> None:
-        out[f"{name}.weight"] = p["kernel"].reshape(width, -1).T
-        if config.bias:
-            out[f"{name}.bias"] = p["bias"].reshape(-1)
-
-    blocks = model.unstack(params)["blocks"] if config.scan_layers else params["blocks"]
-    for i in range(config.n_layer):
-        name, p = f"transformer.h.{i}", blocks[i]
-        norm(f"{name}.ln_1", p["ln_1"])
-        linear(f"{name}.attn.c_attn", p["attn"]["qkv"], config.n_embd)
-        linear(f"{name}.attn.c_proj", p["attn"]["out"], config.n_embd)
-        norm(f"{name}.ln_2", p["ln_2"])
-        linear(f"{name}.mlp.c_fc", p["mlp"]["up"], config.n_embd)
-        linear(f"{name}.mlp.c_proj", p["mlp"]["down"], 4 * config.n_embd)
-    norm("transformer.ln_f", params["ln_f"])
-    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+    They are GPT-2's, but its linear maps are [out, in], and a model without biases has none.
+    """
+    tensors = {
+        name: np.ascontiguousarray(array.T if ".h." in name else array)
+        for name, array in to_tensors(config, params).items()
+        if config.bias or not name.endswith(".bias")
+    }
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
 
 
 def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> dict[str, Any]:

@@ -159,9 +159,13 @@ class Program:
             for op in self.computations[name].values():
                 yield op, times
 
-    def kernels(self) -> int:
-        """Kernels, library calls, copies and collectives that a call launches."""
-        return sum(times for op, times in self.executed() if op.is_kernel)
+    def kernels(self) -> Counter[str]:
+        """Kernels, library calls, copies and collectives that a call launches, by opcode."""
+        counts: Counter[str] = Counter()
+        for op, times in self.executed():
+            if op.is_kernel:
+                counts[op.opcode] += times
+        return counts
 
     def custom_calls(self) -> Counter[str]:
         """How often a call runs each custom call, by target."""

@@ -231,7 +231,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         peak_memory=peak - memory.alias_size_in_bytes,
         flops=_flops(config) / mesh.size,
         traffic=program.traffic(),
-        kernels=program.kernels(),
+        kernels=program.kernels().total(),
         collectives=kinds,
         link_seconds=link_seconds,
     )

@@ -7,8 +7,6 @@ import sys
 from math import erf
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +23,7 @@ TINY = {
 RESOLVED = Config(**TINY, dtype="float32", attention="reference")
 
 
-# --- Statistics and counting --------------------------------------------------------------------
+# --- Statistics ---------------------------------------------------------------------------------
 
 
 def test_quartiles():
@@ -40,78 +38,6 @@ def test_sides_take_turns(monkeypatch):
     assert turns == ["A", "B"] * 3
     assert [pair["ratio"] for pair in found["pairs"]] == [3, 1, 8]
     assert (found["ratio"], found["range"]) == (3, [1, 8])
-
-
-HLO = """\
-HloModule jit_f, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
-
-%fused (p: f32[2]) -> f32[2] {
-  %p = f32[2]{0} parameter(0)
-  %inside.1 = f32[2]{0} add(%p, %p)
-  ROOT %inside.2 = f32[2]{0} multiply(%inside.1, %p)
-}
-
-%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {
-  %t = (s32[], f32[2]{0}) parameter(0)
-  %x = f32[2]{0} get-tuple-element(%t), index=1
-  %d = f32[2]{0:T(128)} dot(%x, %x), metadata={op_name="jit(f)/fusion(x)"}
-  ROOT %r = (s32[], /*index=1*/f32[2]{0}) tuple(%x, %d)
-}
-
-%cond (t.1: (s32[], f32[2])) -> pred[] {
-  %t.1 = (s32[], f32[2]{0}) parameter(0)
-  ROOT %small = pred[] compare(%t.1, %t.1), direction=LT
-}
-
-branch.a (b: f32[2]) -> f32[2] {
-  ROOT %c = f32[2]{0} copy(b)
-}
-
-%never (n: f32[2]) -> f32[2] {
-  ROOT %s = f32[2]{0} sort(%n)
-}
-
-%called (q: f32[2]) -> f32[2] {
-  %q = f32[2]{0} parameter(0)
-  ROOT %f.1 = f32[2]{0} fusion(%q), kind=kLoop, calls=%fused
-}
-
-ENTRY %main.7 (arg: f32[2]) -> (f32[2], f32[4]) {
-  %arg = f32[2]{0} parameter(0)
-  %zero = s32[] constant(0)
-  %f.2 = f32[2]{0} fusion(%arg), kind=kLoop, calls=%fused
-  %k = (f32[2]{0}, /*index=1*/u8[4]{0}) custom-call(%f.2), custom_call_target="gemm"
-  %w = (s32[], f32[2]{0}) while(%k), condition=%cond, body=%body
-  %g = f32[2]{0} call(%f.2), to_apply=%called
-  %again = f32[2]{0} call(%g), to_apply=%called
-  %i = f32[2]{0} conditional(%zero, %g, %g), branch_computations={%branch.a, branch.a}
-  %start = (f32[2], f32[2]) copy-start(%i)
-  %done = f32[2]{0} copy-done(%start)
-  ROOT %all = (f32[2]{0}, f32[2]{0}) tuple(%done, %i)
-}
-"""
-
-
-def test_kernels_are_counted_where_they_run():
-    counts = bench_train.count_kernels(HLO)
-    assert counts == {
-        "fusion": 3,  # one in the entry; one in a computation that is called at two places
-        "custom-call": 1,
-        "dot": 1,
-        "compare": 1,
-        "copy": 2,
-        "copy-start": 1,
-    }
-
-
-def test_kernels_of_a_loop_do_not_depend_on_how_often_it_runs():
-    def kernels(length: int):
-        step = lambda x, _: (jnp.sort(x @ x), None)
-        run = jax.jit(lambda x: jax.lax.scan(step, x, length=length)[0])
-        return bench_train.count_kernels(run.lower(jnp.ones((64, 64))).compile().as_text())
-
-    assert kernels(7) == kernels(11)
-    assert kernels(7)["sort"] == 1
 
 
 # --- Presets ------------------------------------------------------------------------------------

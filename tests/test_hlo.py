@@ -60,7 +60,7 @@ ENTRY %main (p: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
 def test_a_loop_by_hand():
     program = Program(BY_HAND)
     assert (program.entry, program.devices, program.runs["body"]) == ("main", 4, 7)
-    assert program.kernels() == 7 * 3
+    assert program.kernels().total() == 7 * 3
     # slice: reads and writes a row, and reads the number of it; sum: likewise; update: likewise
     assert program.traffic() == 7 * ((400 + 400 + 4) + (400 + 400) + (400 + 400 + 4))
     assert ("f32", (10, 100)) in program.arrays()
@@ -116,7 +116,7 @@ ENTRY %main (p: bf16[8]) -> bf16[32] {
 """
     (found,) = Program(text).collectives()
     assert (found.kind, found.times, found.bytes) == ("all-gather", 1, 64 * 3 // 4)
-    assert Program(text).kernels() == 1
+    assert Program(text).kernels().total() == 1
 
 
 def test_a_tpus_fusions_hold_collectives():
