@@ -117,9 +117,14 @@ def _parse_flags(flags: list[str], base: Config) -> dict[str, Any]:
         (g.__name__.lower(), g, g(**{f.name: keys[f.name] for f in dataclasses.fields(g)}))
         for g in GROUPS
     ]
+    switches = {f"--{key}" for key, value in keys.items() if isinstance(value, bool)}
     parsed = tyro.cli(
         dataclasses.make_dataclass("Keys", groups),
-        args=flags,
+        # a switch alone is on
+        args=[
+            f"{flag}=True" if flag in switches and following.startswith("--") else flag
+            for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
+        ],
         prog="train.py --config FILE",
         description="Trains the GPT that FILE describes. Every key can be set here: --key=value.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),

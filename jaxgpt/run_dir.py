@@ -84,13 +84,13 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
     if latest is None and not config.overwrite and (damaged := checkpoints.damaged()):
         raise UserError(
             f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} is; "
-            "--overwrite=True deletes them and starts anew"
+            "--overwrite deletes them and starts anew"
         )
     if config.init_from not in ("resume", "auto"):
         if latest is not None and not config.overwrite:
             raise UserError(
                 f"out_dir={out_dir!r}: holds a run of {latest} steps; --init_from=resume goes on "
-                "with it, --overwrite=True deletes it"
+                "with it, --overwrite deletes it"
             )
         return 0
     if latest is None:

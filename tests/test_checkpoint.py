@@ -421,7 +421,7 @@ def test_a_run_starts_at_the_beginning_where_there_is_none(config, tmp_path, ini
 
 def test_scratch_refuses_a_directory_in_use_and_names_the_ways_out(run):
     message = refusal(first_step, run)
-    for part in f"out_dir={run.out_dir!r}", "3 steps", "--init_from=resume", "--overwrite=True":
+    for part in f"out_dir={run.out_dir!r}", "3 steps", "--init_from=resume", "--overwrite deletes":
         assert part in message
     assert first_step(run.replace(overwrite=True)) == 0
 

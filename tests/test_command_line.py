@@ -169,6 +169,10 @@ def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
         (["--learning_rate=1", "--min_lr", "0"], {"learning_rate": 1.0, "min_lr": 0.0}),
         (["--learning_rate=3e-4"], {"learning_rate": 3e-4}),
         (["--bias=False", "--eval_only", "True"], {"bias": False, "eval_only": True}),
+        (
+            ["--overwrite", "--n_layer=1", "--eval_only"],
+            {"overwrite": True, "n_layer": 1, "eval_only": True},
+        ),
     ],
     ids=str,
 )
