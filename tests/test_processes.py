@@ -9,9 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src import clusters
+from jax._src.clusters import cloud_tpu_cluster
 
+from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.processes import join
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -22,6 +27,120 @@ config = Config(
     block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1, warmup_iters=2, sample_every=1,
 )
 """
+
+
+# ---- who takes part --------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+}  # fmt: skip
+GKE = {"TPU_WORKER_HOSTNAMES": "tpu-0.pod,tpu-1.pod", "TPU_WORKER_ID": "1"}
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list[tuple]:
+    """What JAX would be told, or finds by itself: the coordinator, how many, and which."""
+    calls = []
+
+    def initialize(coordinator=None, count=None, number=None, **_):
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, count, number, None, None, 1
+        )
+        if found[0] is None:
+            raise ValueError("coordinator_address should be defined.")
+        calls.append(found[:3])
+
+    def get_metadata(key):
+        raise OSError("the metadata server was asked")
+
+    for name in {*SLURM, *GKE, "TPU_SKIP_MDS_QUERY"}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
+    monkeypatch.setattr(
+        cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *args: None
+    )
+    return calls
+
+
+@pytest.fixture
+def on_tpu_vm(monkeypatch):
+    """A host on which JAX has seen a TPU's chips."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    before = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", "tpu,cpu")
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+def test_a_process_alone_asks_nobody(joined):
+    join()
+    assert joined == []
+
+
+def test_slurms_processes_find_each_other(joined, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == [("node3:61447", 16, 9)]
+
+
+def test_a_slurm_step_of_one_process_is_alone(joined, monkeypatch):
+    for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == []
+
+
+@pytest.mark.parametrize("endpoints", ["a:0:10.0.0.5,b:1:10.0.0.6", "10.0.0.5,10.0.0.6"])
+def test_the_hosts_of_a_tpu_pod_find_each_other(joined, on_tpu_vm, monkeypatch, endpoints):
+    """By the metadata server of Cloud TPU VMs, in both of its forms."""
+    said = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said[key], 200))
+    join()
+    assert joined == [("10.0.0.5:8482", 2, 1)]
+
+
+def test_so_do_those_of_gke(joined, on_tpu_vm, monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
+    for name, value in GKE.items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == [("tpu-0.pod:8482", 2, 1)]
+
+
+def test_a_tpu_host_that_belongs_to_nothing_is_alone(joined, on_tpu_vm, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    join()
+    assert joined == []
+
+
+def test_a_pods_host_on_its_cpu_is_alone(joined, on_tpu_vm):
+    join(device="cpu")
+    assert joined == []
+
+
+def test_a_metadata_server_that_does_not_answer_is_an_error_with_a_way_out(joined, on_tpu_vm):
+    with pytest.raises(UserError, match=r"the metadata server was asked.*--coordinator"):
+        join()
+
+
+def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cannot find .*--coordinator"):
+        join()
+
+
+@pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
+def test_a_number_that_no_process_has_is_refused(joined, count, number):
+    with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
+        join("10.0.0.5:8476", count, number)
+    join("10.0.0.5:8476", 2, 1)
+    assert joined == [("10.0.0.5:8476", 2, 1)]
+
+
+# ---- one run ---------------------------------------------------------------------------------
 
 
 class Run:
