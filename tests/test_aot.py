@@ -52,7 +52,11 @@ def compiled(topology: str, layers: int, mesh: str = "") -> Step:
     over_batch = len(there.devices) // (2 if "tensor:2" in mesh else 1)
     config = config.replace(gradient_accumulation_steps=MICRO * over_batch)
     config, _ = plan.resolve(config, there.chip)
-    return compile_for(there.devices, config)
+    jax.config.update("jax_disable_most_optimizations", False)  # conftest.py has it on
+    try:
+        return compile_for(there.devices, config)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 ONE = [
