@@ -23,7 +23,7 @@ def join(
 ) -> None:
     """Connects this process to the others of its run, if it has any; call it before JAX computes.
 
-    Slurm, Open MPI, Kubernetes and TPU pods say themselves who takes part; elsewhere every
+    Slurm, Open MPI 4, Kubernetes and TPU pods say themselves who takes part; elsewhere every
     process names the coordinator's `host:port`, their number, and its own. `device` is the
     config's. Raises `UserError`.
     """
