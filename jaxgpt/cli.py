@@ -64,7 +64,8 @@ def train(argv: list[str]) -> int:
 def _start(keys: dict[str, Any]) -> bool:
     from jaxgpt import device, processes
 
-    processes.join(keys["coordinator"], keys["num_processes"], keys["process_id"])
+    names = ("coordinator", "num_processes", "process_id", "device")
+    processes.join(*(keys[name] for name in names))
     device.start(keys["device"], float64=keys["dtype"] == "float64")
     return not device.on_cpu()
 

@@ -229,7 +229,7 @@ class Parallel:
     scan_layers: bool = False
     """Compile one block and loop over it: quicker to compile, often slower to run."""
     coordinator: Annotated[str, Text(r"([^:\s]+:\d+)?", "host:port")] = ""
-    """Address of the first of several processes; Slurm, Open MPI and TPU pods need none."""
+    """Address of the first of several processes; Slurm, Open MPI 4 and TPU pods need none."""
     num_processes: CountOrOff = 0
     """How many processes take part, where `coordinator` is given."""
     process_id: Annotated[int, Number(-1)] = -1

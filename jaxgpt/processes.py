@@ -18,13 +18,20 @@ from jaxgpt.config import UserError
 HEARTBEAT_S = 30  # a process that is silent for so long is given up, and the rest leave
 
 
-def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def join(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, device: str = "auto"
+) -> None:
     """Connects this process to the others of its run, if it has any; call it before JAX computes.
 
-    Slurm, Open MPI, Kubernetes and TPU pods say themselves who takes part; elsewhere every
-    process names the coordinator's `host:port`, their number, and its own. Raises `UserError`.
+    Slurm, Open MPI 4, Kubernetes and TPU pods say themselves who takes part; elsewhere every
+    process names the coordinator's `host:port`, their number, and its own. `device` is the
+    config's. Raises `UserError`.
     """
-    if jax.distributed.is_initialized() or not (coordinator or _launched_with_others()):
+    # JAX names the TPU here where it has seen one's chips. It then asks the metadata server or
+    # the environment for the other hosts; without chips nothing is asked of a network.
+    on_tpu = device in ("auto", "tpu") and "tpu" in (jax.config.values["jax_platforms"] or "")
+    launched = _launched_with_others()
+    if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
         return
     if coordinator and not 0 <= process_id < num_processes:
         raise UserError(
@@ -38,18 +45,24 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
             process_id if coordinator else None,
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"coordinator={coordinator!r}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        said = str(error).splitlines()[0]
+        if coordinator:
+            raise UserError(f"coordinator={coordinator!r}: {said}") from error
+        if launched or not isinstance(error, ValueError):
+            raise UserError(
+                f"coordinator='': JAX cannot find this run's other processes ({said}); "
+                "give --coordinator, --num_processes and --process_id"
+            ) from error
+        # a TPU that no pod's environment describes: this host is all there is
 
 
 def _launched_with_others() -> bool:
     """Whether a launcher that JAX knows has started more than this process."""
     env = os.environ
     counts = (env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return (
-        any(int(count) > 1 for count in counts)
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+    return any(int(count) > 1 for count in counts) or (
+        "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     )
 
 

@@ -32,6 +32,8 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
         for axis, size in given:
             if axis not in AXES:
                 raise UserError(f"mesh={config.mesh!r}: {axis} must be one of {', '.join(AXES)}")
+            if not int(size):
+                raise UserError(f"mesh={config.mesh!r}: {axis} must be at least 1")
             sizes[axis] = int(size)
         if len(given) > len(dict(given)):
             raise UserError(f"mesh={config.mesh!r}: names an axis twice")
@@ -40,11 +42,13 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
         while devices[0].platform == "cpu" and sequences(config) % sizes["data"]:
             sizes["data"] -= 1
     count = math.prod(sizes.values())
-    if not 1 <= count <= len(devices):
-        raise UserError(f"mesh={config.mesh!r}: {count} devices, but JAX finds {len(devices)}")
+    product = " x ".join(str(size) for size in sizes.values() if size > 1)
+    product = f"{product} = {count}" if " x " in product else str(count)
+    if count > len(devices):
+        raise UserError(f"mesh={config.mesh!r}: {product} devices, but JAX finds {len(devices)}")
     if count < len(devices) and len({device.process_index for device in devices}) > 1:
         raise UserError(
-            f"mesh={config.mesh!r}: {count} devices, but several processes must use all "
+            f"mesh={config.mesh!r}: {product} devices, but several processes must use all "
             f"{len(devices)} of theirs"
         )
     _check_divides(config, sizes)

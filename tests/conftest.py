@@ -1,4 +1,7 @@
-"""Tests run on eight virtual CPU devices, and keep what they compile for the next run."""
+"""Tests run on eight virtual CPU devices, and keep what they compile for the next run.
+
+LLVM optimises little, which would take longer than these programs run; XLA's own passes all run.
+"""
 
 import os
 from pathlib import Path
@@ -7,6 +10,7 @@ from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 )

@@ -42,15 +42,21 @@ def compile_for(devices: list, config: Config) -> Step:
 
 
 @cache
-def compiled(topology: str, layers: int) -> Step:
+def compiled(topology: str, layers: int, mesh: str = "") -> Step:
     """GPT-2's step with two micro-batches a device, or a skip where its compiler is missing."""
     try:
         there = plan.find_topology(topology)
     except UserError as error:
         pytest.skip(str(error))
-    keys = {"n_layer": layers, "gradient_accumulation_steps": MICRO * len(there.devices)}
-    config, _ = plan.resolve(load("configs/gpt2.py")["config"].replace(**keys), there.chip)
-    return compile_for(there.devices, config)
+    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, mesh=mesh)
+    over_batch = len(there.devices) // (2 if "tensor:2" in mesh else 1)
+    config = config.replace(gradient_accumulation_steps=MICRO * over_batch)
+    config, _ = plan.resolve(config, there.chip)
+    jax.config.update("jax_disable_most_optimizations", False)  # conftest.py has it on
+    try:
+        return compile_for(there.devices, config)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 ONE = [
@@ -71,6 +77,23 @@ def test_attention_is_a_flash_kernel_in_both_directions(topology, layers):
         assert calls["__cudnn$fmhaSoftmax"] == calls["__cudnn$fmhaSoftmaxBackward"] == runs
     else:
         assert calls["tpu_custom_call"] == 3 * runs  # forward; backward for q; for k and v
+
+
+@aot
+@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("topology", ["h100:8", "v5e:2x4"])
+def test_a_flash_kernel_works_on_a_devices_own_sequences_and_heads(topology, mesh):
+    step = compiled(topology, 1, mesh)
+    flash = [
+        (op, times)
+        for op, times in step.program.executed()
+        if "fmha" in op.target or op.target == "tpu_custom_call"
+    ]
+    assert sum(times for _, times in flash) == (2 if topology == "h100:8" else 3) * MICRO
+    heads = N // 2 if "tensor:2" in mesh else N
+    for op, _ in flash:
+        wide = [dims for kind, dims in op.shapes if kind == "bf16"]
+        assert {math.prod(dims) for dims in wide} == {B * T * heads * 64}
 
 
 @aot

@@ -92,12 +92,13 @@ def test_so_is_one_of_another_architecture_with_scanned_and_recomputed_layers(me
     assert_same(run(config.replace(mesh=mesh)), run(config), 1e-9)
 
 
+@pytest.mark.slow
 def test_other_masks_would_be_seen():
     seeds = [run(TINY)[1][0]["loss"], run(TINY.replace(dropout=0.0))[1][0]["loss"]]
     assert abs(seeds[0] - seeds[1]) > 1e-4
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp:8", marks=pytest.mark.slow), ALL_AXES])
 def test_an_evaluation_is_the_same_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
         with jax.enable_x64(True):
@@ -143,7 +144,7 @@ class Compiled:
     """The program of a float32 training step on a mesh, and the shapes that matter in it."""
 
     def __init__(self, sizes: str):
-        config = TINY.replace(mesh=sizes, dtype="float32", n_layer=2)
+        config = TINY.replace(mesh=sizes, dtype="float32")
         mesh = sharding.make_mesh(config)
         self.over_batch = mesh.shape["data"] * mesh.shape["fsdp"]
         keys = {"batch_size": B, "gradient_accumulation_steps": MICRO * self.over_batch}
@@ -199,10 +200,10 @@ def test_tensor_sums_activations_twice_a_block_and_direction():
     step = compiled("tensor:2")
     assert step.kinds() == {"all-reduce"}
     sums = {shape: n for (shape, _), n in step.moved("all-reduce").items() if shape}
-    assert sums == {(B, T, D): MICRO * (2 * 4 + 2), (B, T): MICRO * 3}
+    assert sums == {(B, T, D): MICRO * (4 + 2), (B, T): MICRO * 3}
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", "fsdp:2,tensor:2", ALL_AXES])
+@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", ALL_AXES])
 def test_no_device_holds_activations_of_the_whole_batch(mesh):
     """Where its axis is one that splits the batch, the residual stream is split over D instead."""
     step = compiled(mesh)
@@ -212,7 +213,7 @@ def test_no_device_holds_activations_of_the_whole_batch(mesh):
     assert [dims for dims in arrays if dims == (B, T, D)]  # it looks
 
 
-@pytest.mark.parametrize("mesh", ["tensor:2", "fsdp:2,tensor:2", ALL_AXES])
+@pytest.mark.parametrize("mesh", ["tensor:2", ALL_AXES])
 def test_no_device_holds_a_whole_parameter_or_whole_logits_under_tensor(mesh):
     step = compiled(mesh)
     arrays = {dims for kind, dims in step.program.arrays() if kind == "f32"}

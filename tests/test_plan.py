@@ -11,7 +11,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
 
 TINY = Config(
-    vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=64, batch_size=2,
+    vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=64, batch_size=2,
     gradient_accumulation_steps=16, attention="reference", dtype="float32",
 )  # fmt: skip
 HERE = Topology("here:8", CHIPS["h100"], jax.devices(), 4)  # eight CPU devices, as two machines
@@ -57,9 +57,13 @@ def test_every_chip_has_its_peak():
     assert all(chip.kind in device.PEAK_FLOPS for chip in CHIPS.values())
 
 
-def test_a_plan_adds_up():
+@pytest.fixture(scope="module")
+def found() -> plan.Plan:
+    return plan.make_plan(TINY, HERE)
+
+
+def test_a_plan_adds_up(found):
     """On eight CPU devices: state, the sum of all gradients once, and the larger time."""
-    found = plan.make_plan(TINY, HERE)
     mesh = sharding.make_mesh(TINY, HERE.devices)
     one = sum(p.size * 4 for p in jax.tree.leaves(jax.eval_shape(plan_params)))
     assert found.params == one
@@ -115,7 +119,7 @@ def test_fit_recomputes_the_least_and_then_takes_the_largest_batch(memory, want,
         assert (best.remat, best.batch_size) == want
 
 
-def test_what_is_printed_names_every_part():
-    text = plan.describe(plan.make_plan(TINY, HERE))
+def test_what_is_printed_names_every_part(found):
+    text = plan.describe(found)
     for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
         assert word in text

@@ -9,9 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src import clusters
+from jax._src.clusters import cloud_tpu_cluster
 
+from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.processes import join
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -24,6 +29,120 @@ config = Config(
 """
 
 
+# ---- who takes part --------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+}  # fmt: skip
+GKE = {"TPU_WORKER_HOSTNAMES": "tpu-0.pod,tpu-1.pod", "TPU_WORKER_ID": "1"}
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list[tuple]:
+    """What JAX would be told, or finds by itself: the coordinator, how many, and which."""
+    calls = []
+
+    def initialize(coordinator=None, count=None, number=None, **_):
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, count, number, None, None, 1
+        )
+        if found[0] is None:
+            raise ValueError("coordinator_address should be defined.")
+        calls.append(found[:3])
+
+    def get_metadata(key):
+        raise OSError("the metadata server was asked")
+
+    for name in {*SLURM, *GKE, "TPU_SKIP_MDS_QUERY"}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
+    monkeypatch.setattr(
+        cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *args: None
+    )
+    return calls
+
+
+@pytest.fixture
+def on_tpu_vm(monkeypatch):
+    """A host on which JAX has seen a TPU's chips."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    before = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", "tpu,cpu")
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+def test_a_process_alone_asks_nobody(joined):
+    join()
+    assert joined == []
+
+
+def test_slurms_processes_find_each_other(joined, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == [("node3:61447", 16, 9)]
+
+
+def test_a_slurm_step_of_one_process_is_alone(joined, monkeypatch):
+    for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == []
+
+
+@pytest.mark.parametrize("endpoints", ["a:0:10.0.0.5,b:1:10.0.0.6", "10.0.0.5,10.0.0.6"])
+def test_the_hosts_of_a_tpu_pod_find_each_other(joined, on_tpu_vm, monkeypatch, endpoints):
+    """By the metadata server of Cloud TPU VMs, in both of its forms."""
+    said = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said[key], 200))
+    join()
+    assert joined == [("10.0.0.5:8482", 2, 1)]
+
+
+def test_so_do_those_of_gke(joined, on_tpu_vm, monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
+    for name, value in GKE.items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert joined == [("tpu-0.pod:8482", 2, 1)]
+
+
+def test_a_tpu_host_that_belongs_to_nothing_is_alone(joined, on_tpu_vm, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    join()
+    assert joined == []
+
+
+def test_a_pods_host_on_its_cpu_is_alone(joined, on_tpu_vm):
+    join(device="cpu")
+    assert joined == []
+
+
+def test_a_metadata_server_that_does_not_answer_is_an_error_with_a_way_out(joined, on_tpu_vm):
+    with pytest.raises(UserError, match=r"the metadata server was asked.*--coordinator"):
+        join()
+
+
+def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cannot find .*--coordinator"):
+        join()
+
+
+@pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
+def test_a_number_that_no_process_has_is_refused(joined, count, number):
+    with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
+        join("10.0.0.5:8476", count, number)
+    join("10.0.0.5:8476", 2, 1)
+    assert joined == [("10.0.0.5:8476", 2, 1)]
+
+
+# ---- one run ---------------------------------------------------------------------------------
+
+
 class Run:
     """The processes of one run, all on this machine, with two devices each."""
 
@@ -33,13 +152,13 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        join = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
+        others = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
         self.folder = folder / out
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), str(config), *flags]
-                + ([*join, f"--process_id={i}"] if processes > 1 else []),
+                + ([*others, f"--process_id={i}"] if processes > 1 else []),
                 env=env,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -64,72 +183,80 @@ class Run:
             time.sleep(0.05)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    text = tmp_path / "verse.txt"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the corpus and all runs are."""
+    folder = tmp_path_factory.mktemp("processes")
+    text = folder / "verse.txt"
     text.write_text("the quality of mercy is not strained\n" * 40)
-    prepare(str(text), str(tmp_path / "data"))
-    return tmp_path
+    prepare(str(text), str(folder / "data"))
+    return folder
 
 
-def run(folder: Path, out: str, processes: int, *flags: str, devices: int = 2) -> dict:
-    one = Run(folder, out, processes, *flags, devices=devices)
-    assert one.wait() == [0] * processes, one.errors
+def run(folder: Path, out: str, count: int, *flags: str, devices: int = 2) -> dict:
+    one = Run(folder, out, count, *flags, devices=devices)
+    assert one.wait() == [0] * count, one.errors
     return one.losses()
 
 
-@pytest.mark.slow
-def test_several_processes_train_as_one_does(folder):
-    alone = run(folder, "alone", 1, devices=1)
-    assert len(alone) == 6 + 3 * 2 + 1
-    for name, processes, flags in (
-        ("two", 2, []),
-        ("split", 2, ["--mesh=fsdp:2,tensor:2"]),
-        ("four", 4, ["--mesh=data:2,fsdp:4", "--tokens_on_device=never"]),
-    ):
-        together = run(folder, name, processes, *flags)
-        assert together == pytest.approx(alone, abs=1e-9), name
-        files = {p.name for p in (folder / name).iterdir()}
-        assert files == {p.name for p in (folder / "alone").iterdir()}
+@pytest.fixture(scope="module")
+def alone(folder) -> dict:
+    """The losses of a run on one device."""
+    losses = run(folder, "alone", 1, devices=1)
+    assert len(losses) == 6 + 3 * 2 + 1
+    return losses
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(folder):
-    alone = run(folder, "alone", 1, devices=1)
+def test_several_processes_train_as_one_does(folder, alone):
+    four = run(folder, "four", 4, "--mesh=data:2,fsdp:4", "--tokens_on_device=never")
+    assert four == pytest.approx(alone, abs=1e-9)
+    files = {p.name for p in (folder / "four").iterdir()}
+    assert files == {p.name for p in (folder / "alone").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes_and_mesh(folder, alone):
     run(folder, "moved", 2, "--max_iters=3", "--lr_decay_iters=6")
-    run(folder, "moved", 4, "--init_from=auto", "--mesh=fsdp:4,tensor:2")
-    moved = Run.losses(type("", (), {"folder": folder / "moved"}))
+    moved = run(folder, "moved", 4, "--init_from=auto", "--mesh=fsdp:4,tensor:2")
     assert {k: v for k, v in moved.items() if k in alone} == pytest.approx(alone, abs=1e-9)
 
 
+def test_a_mistake_that_the_first_process_sees_ends_every_process(folder):
+    """They have joined, and heard of it in a collective."""
+    nothing = Run(folder, "nothing", 2, "--init_from=resume")
+    assert nothing.wait() == [2, 2]
+    assert "there is no checkpoint" in nothing.errors[0]
+    assert "the first process could not go on" in nothing.errors[1]
+
+
 @pytest.mark.slow
-def test_a_mistake_ends_every_process(folder):
-    run(folder, "used", 1, "--max_iters=3")
-    again = Run(folder, "used", 2)
-    assert again.wait() == [2, 2]
-    assert all("error: " in error for error in again.errors)
-
-
 def test_a_signal_to_one_process_stops_all_of_them_at_one_step(folder):
-    endless = Run(folder, "endless", 2, "--max_iters=100000", "--log_interval=50")
-    endless.wait_for("checkpoints/6/digest.json")
+    endless = endless_run(folder, "stopped")
     endless.processes[1].send_signal(signal.SIGTERM)
     assert endless.wait() == [128 + signal.SIGTERM] * 2
-    last = max(int(p.name) for p in (folder / "endless/checkpoints").glob("[0-9]*"))
-    assert last > 6
-    assert (folder / f"endless/checkpoints/{last}/digest.json").exists()
+    last = max(int(p.name) for p in (folder / "stopped/checkpoints").glob("[0-9]*"))
+    assert last > 3
+    assert (folder / f"stopped/checkpoints/{last}/digest.json").exists()
+
+
+def endless_run(folder: Path, out: str) -> Run:
+    """Two processes that would train for ever, once they have saved."""
+    endless = Run(folder, out, 2, "--max_iters=100000", "--log_interval=50", "--sample_every=0")
+    endless.wait_for("checkpoints/3/digest.json")
+    return endless
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 1])
 def test_when_a_process_dies_the_others_leave_within_a_minute(folder, gone):
-    endless = Run(folder, "endless", 2, "--max_iters=100000", "--log_interval=50")
-    endless.wait_for("checkpoints/6/digest.json")
+    out = f"without_{gone}"
+    endless = endless_run(folder, out)
     endless.processes[gone].kill()
-    before = time.monotonic()
-    code = endless.processes[1 - gone].wait(timeout=60)
-    assert code != 0
-    assert time.monotonic() - before < 60
+    assert endless.processes[1 - gone].wait(timeout=60) != 0
     endless.wait()
     assert "another task died" in endless.errors[1 - gone] or "error: " in endless.errors[1 - gone]
-    run(folder, "endless", 1, "--init_from=auto", "--max_iters=6")
+    saved = max(int(p.parent.name) for p in (folder / out).glob("checkpoints/[0-9]*/digest.json"))
+    if gone:  # one process goes on from there
+        losses = run(folder, out, 1, "--init_from=auto", f"--max_iters={saved + 1}")
+        assert (saved + 1, "loss") in losses

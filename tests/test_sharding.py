@@ -63,6 +63,15 @@ def test_by_default_every_accelerator_is_used_or_none():
     assert str(raised.value) == "mesh: data x fsdp = 3 does not divide sequences a step = 8"
 
 
+def test_several_processes_use_all_their_devices():
+    """A process that held none of the mesh could not take part."""
+    theirs = [SimpleNamespace(platform="cpu", process_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError) as raised:
+        make_mesh(make_config(mesh="data:2,fsdp:2"), theirs)
+    said = "2 x 2 = 4 devices, but several processes must use all 8 of theirs"
+    assert str(raised.value) == f"mesh='data:2,fsdp:2': {said}"
+
+
 def test_the_devices_can_be_named():
     devices = jax.devices()[5:]
     assert list(make_mesh(make_config(mesh="data:2"), devices).devices.flat) == devices[:2]
@@ -77,9 +86,10 @@ REFUSED = [
     ({"mesh": "date:2"}, "mesh='date:2': date must be one of data, fsdp, tensor"),
     ({"mesh": "data:2,x:2"}, "mesh='data:2,x:2': x must be one of data, fsdp, tensor"),
     ({"mesh": "data:2,data:4"}, "mesh='data:2,data:4': names an axis twice"),
-    ({"mesh": "data:0"}, "mesh='data:0': 0 devices, but JAX finds 8"),
+    ({"mesh": "data:0"}, "mesh='data:0': data must be at least 1"),
+    ({"mesh": "fsdp:0,data:8"}, "mesh='fsdp:0,data:8': fsdp must be at least 1"),
     ({"mesh": "data:16"}, "mesh='data:16': 16 devices, but JAX finds 8"),
-    ({"mesh": "data:4,tensor:4"}, "mesh='data:4,tensor:4': 16 devices, but JAX finds 8"),
+    ({"mesh": "data:4,tensor:4"}, "mesh='data:4,tensor:4': 4 x 4 = 16 devices, but JAX finds 8"),
     ({"mesh": "data:3"}, "mesh: data x fsdp = 3 does not divide sequences a step = 8"),
     (
         {"mesh": "data:2,fsdp:4", "batch_size": 6},
