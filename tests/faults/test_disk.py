@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +15,9 @@ from jaxgpt import checkpoint, run_dir
 from jaxgpt.config import UserError
 from jaxgpt.train import Trainer, train
 
-from .harness import TRAIN, make_data, start, tiny
+from .harness import FORKS, TRAIN, start, tiny
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def free(monkeypatch, *answers: float) -> None:
@@ -119,20 +116,21 @@ def test_a_run_directory_is_held_by_one_run(tmp_path):
         pass
 
 
+def _hold(out_dir: str, is_held) -> None:
+    with run_dir.held(out_dir):
+        is_held.set()
+        time.sleep(60)
+
+
 def test_a_second_run_is_refused_and_a_dead_one_lets_go(data, tmp_path):
-    config = tiny(tmp_path, data)
-    first = start(
-        config,
-        TRAIN.replace("import sys", "import sys, time").replace(
-            "from jaxgpt.cli",
-            "import jaxgpt.train as t; t.find_dataset = lambda *a: ("
-            "print('here', flush=True), time.sleep(60)); from jaxgpt.cli",
-        ),
-    )
-    assert first.stdout.readline() == "here\n"
+    config, is_held = tiny(tmp_path, data), FORKS.Event()
+    first = FORKS.Process(target=_hold, args=(config.out_dir, is_held))
+    first.start()
+    assert is_held.wait(60)
     with pytest.raises(UserError, match=f"process {first.pid} is writing to it"):
         train(config, {})
     assert not Path(config.out_dir, "config.json").exists()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert train(config.replace(max_iters=1), {}) == 0
+    first.kill()
+    first.join()
+    with run_dir.held(config.out_dir):
+        pass
