@@ -6,6 +6,7 @@ not what was written is moved to <step>.corrupt, and the one before it is used.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ FORMAT_VERSION = 1
 META, DIGEST, BEST = "meta.json", "digest.json", "best"
 READ_BYTES = 1 << 22
 SPARE = 1.1  # disk space to ask for, in sizes of the state
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what it raises too
 
 
 class Damaged(UserError):
@@ -168,8 +171,8 @@ class Checkpoints:
             if not processes.is_first():
                 return
             meta = {"format_version": FORMAT_VERSION, "versions": _versions(), "best": best} | meta
-            _write(step / META, json.dumps(meta, indent=1))
-            _write(step / DIGEST, json.dumps(_digest(step), indent=1))
+            write(step / META, json.dumps(meta, indent=1))
+            write(step / DIGEST, json.dumps(_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
             _verify_sizes(step)  # before older ones go
@@ -281,7 +284,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Writes a file so that after a crash it is there whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     with open(partial, "w", encoding="utf-8") as stream:

@@ -63,7 +63,7 @@ class Soak:
         self.exit_s = max(self.exit_s, time.monotonic() - began)
         if process.exitcode not in (143, -15):  # -15 is before there was anything to save
             self.note("SIGTERM", process)
-        elif process.exitcode == 143 and again(self.config):
+        elif process.exitcode == 143 and again(self.config) > 0:
             self.note(f"SIGTERM lost {again(self.config)} steps", process)
 
     def damage(self) -> None:
@@ -92,7 +92,7 @@ class Soak:
         process.join(3 * SECONDS)
         if process.exitcode is not None:
             self.faults["full"] += 1
-            if process.exitcode != 2 or len(self.said().split("error: ")) != 2:
+            if process.exitcode != 2 or self.said().count("rror") != 1:
                 self.note("full disk", process)
         process.kill()
         process.join()
