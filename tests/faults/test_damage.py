@@ -39,7 +39,7 @@ def data_file(step: Path) -> Path:
     return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_faults_are_all_found(quiet, tmp_path, rounds):
     found = damage_at_random(quiet, tmp_path, rounds, random.Random(rounds))
     assert (found.missed, found.lost) == ([], [])

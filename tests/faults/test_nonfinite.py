@@ -50,7 +50,7 @@ def poisoned(tokens: dict[str, int]):
     return loss
 
 
-SMALL = {"n_layer": 0, "dropout": 0.0}  # what compiles soon
+SMALL = {"n_layer": 0, "dropout": 0.0, "batch_size": 8, "gradient_accumulation_steps": 1}
 CASES = [
     ("data:2", 3, SMALL),
     ("fsdp:2", 1, SMALL),
@@ -63,7 +63,7 @@ CASES = [
 def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, K, keys):
     kinds = {"nan": 1, "inf": 2, "gradient": 3}
     monkeypatch.setattr(train_step, "cross_entropy", poisoned(kinds))
-    config = tiny(tmp_path, tmp_path, mesh=mesh, vocab_size=20, **keys)
+    config = tiny(tmp_path, tmp_path, vocab_size=20, mesh=mesh, **keys)
     devices = sharding.make_mesh(config)
     step = make_train_step(config, devices)
     good = np.random.default_rng(0).integers(4, 20, (K, 2, 4, 9), np.int32)
@@ -94,7 +94,9 @@ def rare(tmp_path, monkeypatch):
     folder = prepare(str(tmp_path / "tale.txt"), str(tmp_path))
     token = int(load(folder / "tokenizer.json").encode("!")[0])
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"nan": token}))
-    return tiny(tmp_path, tmp_path, max_iters=60, eval_interval=30, eval_iters=1, **SMALL)
+    return tiny(
+        tmp_path, tmp_path, max_iters=60, eval_interval=30, eval_iters=1, mesh="data:1", **SMALL
+    )
 
 
 def finite(config) -> bool:
@@ -139,7 +141,7 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
 
 def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
-    config = tiny(tmp_path, data, skip_nonfinite=3, **SMALL)
+    config = tiny(tmp_path, data, skip_nonfinite=3, mesh="data:1", **SMALL)
     with pytest.raises(UserError, match=r"step 4: the loss is inf"):
         train(config, {})
     assert Path(config.out_dir, "log.txt").read_text().count(": skipped") == 3
@@ -150,7 +152,7 @@ def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path,
 def test_weights_that_overflow_in_an_update_are_not_saved(data, tmp_path):
     """Loss and gradient of the step are finite; the update is not."""
     keys = {"learning_rate": 3e38, "warmup_iters": 0, "save_interval": 1}
-    config = tiny(tmp_path, data, **keys | SMALL)
+    config = tiny(tmp_path, data, mesh="data:1", **keys | SMALL)
     with pytest.raises(UserError, match=r"step \d+: (a weight or moment|the loss) is"):
         train(config, {})
     steps = run_dir.open_checkpoints(config).steps()
@@ -163,7 +165,7 @@ def test_a_val_loss_that_is_no_number_is_null_and_not_the_best(data, tmp_path, m
         "jaxgpt.train.Trainer._loss",
         lambda self, stream, *, whole: 9.0 if stream == 1 or whole else next(losses),
     )
-    config = tiny(tmp_path, data, **SMALL)
+    config = tiny(tmp_path, data, mesh="data:1", **SMALL)
     assert train(config, {}) == 0
     rows = [row["val_loss"] for row in strict_rows(config) if "val_loss" in row]
     assert rows == [2.0, None, 1.0, None]
