@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -175,7 +176,7 @@ class Checkpoints:
             write(step / DIGEST, json.dumps(_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
-            _verify_sizes(step)  # before older ones go
+            _verify(step, by=_size)  # before older ones go
             self._prune()
         except BaseException as error:  # handed to the thread that saves next, or that waits
             self._error = self._disk_error(error, step)
@@ -248,35 +249,32 @@ def _sums(file: Path) -> dict[str, int]:
     with open(file, "rb") as stream:
         while piece := stream.read(READ_BYTES):
             checksum = zlib.crc32(piece, checksum)
-    return {"size": file.stat().st_size, "crc32": checksum}
+    return _size(file) | {"crc32": checksum}
 
 
-def _verify(step: Path, *names: str) -> None:
+def _size(file: Path) -> dict[str, int]:
+    return {"size": file.stat().st_size}
+
+
+def _verify(step: Path, *names: str, by: Callable = _sums) -> None:
     """Raises `Damaged` unless these files of a step, or all of them, are what was written."""
     written = _read_digest(step)
     for name in names or written:
         try:
-            same = (step / name).is_file() and _sums(step / name) == written.get(name)
-        except OSError as error:  # of a bad sector, say
+            found = by(step / name)
+        except OSError as error:  # it is not there, or in a bad sector
             raise Damaged(f"{step / name}: {error.strerror}") from error
-        if not same:
-            raise Damaged(f"{step / name}: not what was written there")
-
-
-def _verify_sizes(step: Path) -> None:
-    """As `_verify`, but a file of the right size will do."""
-    for name, sums in _read_digest(step).items():
-        if not (step / name).is_file() or (step / name).stat().st_size != sums["size"]:
+        if not found.items() <= written.get(name, {}).items():
             raise Damaged(f"{step / name}: not what was written there")
 
 
 def _read_digest(step: Path) -> dict[str, dict[str, int]]:
     try:
         written = json.loads((step / DIGEST).read_text(encoding="utf-8"))
-        if not {META} <= written.keys():
+        if META not in written:
             raise ValueError(f"nothing of {META}")
-        return written
-    except (OSError, ValueError, AttributeError) as error:
+        return {name: dict(sums) for name, sums in written.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error})") from error
 
 
