@@ -35,7 +35,7 @@ def world(quiet, tmp_path, monkeypatch):
     fields |= {"n_embd": 16, "model_type": "gpt2"}
     Path("weights/config.json").write_text(json.dumps(fields))
     save_file({"wte.weight": np.zeros((21, 8), "f4")}, "weights/model.safetensors")
-    Path("latin-1.txt").write_bytes(b"caf\xe9")
+    Path("latin-1.txt").write_bytes(b"caf\xe9 au lait")
     return tmp_path
 
 
