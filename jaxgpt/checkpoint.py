@@ -6,12 +6,14 @@ not what was written is moved to <step>.corrupt, and the one before it is used.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,8 @@ FORMAT_VERSION = 1
 META, DIGEST, BEST = "meta.json", "digest.json", "best"
 READ_BYTES = 1 << 22
 SPARE = 1.1  # disk space to ask for, in sizes of the state
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what it raises too
 
 
 class Damaged(UserError):
@@ -168,11 +172,11 @@ class Checkpoints:
             if not processes.is_first():
                 return
             meta = {"format_version": FORMAT_VERSION, "versions": _versions(), "best": best} | meta
-            _write(step / META, json.dumps(meta, indent=1))
-            _write(step / DIGEST, json.dumps(_digest(step), indent=1))
+            write(step / META, json.dumps(meta, indent=1))
+            write(step / DIGEST, json.dumps(_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
-            _verify_sizes(step)  # before older ones go
+            _verify(step, by=_size)  # before older ones go
             self._prune()
         except BaseException as error:  # handed to the thread that saves next, or that waits
             self._error = self._disk_error(error, step)
@@ -245,35 +249,32 @@ def _sums(file: Path) -> dict[str, int]:
     with open(file, "rb") as stream:
         while piece := stream.read(READ_BYTES):
             checksum = zlib.crc32(piece, checksum)
-    return {"size": file.stat().st_size, "crc32": checksum}
+    return _size(file) | {"crc32": checksum}
 
 
-def _verify(step: Path, *names: str) -> None:
+def _size(file: Path) -> dict[str, int]:
+    return {"size": file.stat().st_size}
+
+
+def _verify(step: Path, *names: str, by: Callable = _sums) -> None:
     """Raises `Damaged` unless these files of a step, or all of them, are what was written."""
     written = _read_digest(step)
     for name in names or written:
         try:
-            same = (step / name).is_file() and _sums(step / name) == written.get(name)
-        except OSError as error:  # of a bad sector, say
+            found = by(step / name)
+        except OSError as error:  # it is not there, or in a bad sector
             raise Damaged(f"{step / name}: {error.strerror}") from error
-        if not same:
-            raise Damaged(f"{step / name}: not what was written there")
-
-
-def _verify_sizes(step: Path) -> None:
-    """As `_verify`, but a file of the right size will do."""
-    for name, sums in _read_digest(step).items():
-        if not (step / name).is_file() or (step / name).stat().st_size != sums["size"]:
+        if not found.items() <= written.get(name, {}).items():
             raise Damaged(f"{step / name}: not what was written there")
 
 
 def _read_digest(step: Path) -> dict[str, dict[str, int]]:
     try:
         written = json.loads((step / DIGEST).read_text(encoding="utf-8"))
-        if not {META} <= written.keys():
+        if META not in written:
             raise ValueError(f"nothing of {META}")
-        return written
-    except (OSError, ValueError, AttributeError) as error:
+        return {name: dict(sums) for name, sums in written.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error})") from error
 
 
@@ -281,7 +282,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Writes a file so that after a crash it is there whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     with open(partial, "w", encoding="utf-8") as stream:

@@ -1,13 +1,15 @@
-"""Several processes, one run: how they find each other, and who does what only one should.
+"""Several processes, one run: how they find each other, who does what only one should, who stops.
 
 XLA's collectives do the rest: every process runs the same program on its own devices.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,3 +111,23 @@ def by_first(function: Callable[[], int | None]) -> int:
     if failed:
         raise error or UserError("the first process could not go on; it has said why")
     return int(value)
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
+
+    signal = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"stopping: saves first; the same signal again leaves at once\n")

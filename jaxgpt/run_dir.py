@@ -15,7 +15,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxgpt import processes
-from jaxgpt.checkpoint import Checkpoints, Damaged
+from jaxgpt.checkpoint import Checkpoints, Damaged, write
 from jaxgpt.config import Config, Model, UserError, build
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
@@ -141,11 +141,13 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
-    for path in there if fresh else ():
+    write(
+        folder / CONFIG, json.dumps(config.to_dict(), indent=1)
+    )  # killed now, it is a run's still
+    for path in (path for path in there if fresh and path.name != CONFIG):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     if dataset.tokenizer:
-        (folder / tokenizers.FILE).write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+        write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,8 +1,6 @@
 """The training run: data -> step -> log -> eval -> save, until the end or a signal."""
 
 import math
-import os
-import signal
 import time
 from functools import partial
 from typing import Any
@@ -47,7 +45,7 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
         resolved, notes = device.resolve(config)
         processes.by_first(lambda: run_dir.begin(config, dataset, fresh=first_step == 0))
         log = Log(config, first_step) if processes.is_first() else Silence()
-        with log, StopSignal() as stop:
+        with log, processes.StopSignal() as stop:
             trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
             trainer.introduce(on_cpu, adopted + notes)
             trainer.start(first_step, weights)
@@ -67,26 +65,6 @@ def _all_finite(state: dict[str, Any]) -> jax.Array:
     return jnp.array([jnp.isfinite(array).all() for array in jax.tree.leaves(state)]).all()
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
-
-    signal = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        os.write(2, b"stopping: saves first; the same signal again leaves at once\n")
-
-
 class Trainer:
     """One run: its state on the mesh, its batches, and what happens at each step."""
 
@@ -97,7 +75,7 @@ class Trainer:
         dataset: Dataset,
         checkpoints: Checkpoints,
         log: Log | Silence,
-        stop: StopSignal,
+        stop: processes.StopSignal,
     ):
         self.config, self.mesh, self.dataset = config, mesh, dataset
         self.checkpoints, self.log, self.stop = checkpoints, log, stop

@@ -352,7 +352,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["_write", "_digest", "_link"])
+@pytest.mark.parametrize("name", ["write", "_digest", "_link"])
 @pytest.mark.parametrize("asks", ["save", "wait"])
 def test_what_goes_wrong_in_the_background_is_raised_where_the_run_next_looks(
     tmp_path, monkeypatch, name, asks

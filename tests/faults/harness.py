@@ -1,6 +1,7 @@
 """Runs that are killed and checkpoints that are damaged: what the tests and the command share."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -13,11 +14,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import run_dir, sharding
+from jaxgpt import cli, run_dir, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.data.prepare import prepare
 from jaxgpt.metrics import read_metrics
+from jaxgpt.train import train
 from jaxgpt.train_step import abstract_state
 
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
@@ -26,6 +28,8 @@ TRAIN = (
     "import sys, json; from jaxgpt.config import build; from jaxgpt.train import train; "
     "from jaxgpt.cli import run; run(lambda argv: train(build(json.loads(argv[0])), {}))"
 )
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
 
 
 def make_data(folder: Path) -> Path:
@@ -88,49 +92,73 @@ def start(config: Config, script: str = TRAIN, prefix: tuple[str, ...] = (), **e
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
+def fork(config: Config, output: Path):
+    """The run in a process that need not import anything; what it prints goes to a file."""
+    process = FORKS.Process(target=_forked, args=(config, output))
+    process.start()
+    return process
+
+
+def _forked(config: Config, output: Path) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    jax.config.update("jax_num_cpu_devices", 2)
+    cli.run(lambda argv: train(config, {}), [])
+
+
+def outcome(config: Config) -> tuple[list[dict], list[bytes]]:
+    """All that a whole run leaves: its metrics, and every array of its last step."""
+    checkpoints = run_dir.open_checkpoints(config)
+    return rows_of(config), state_of(checkpoints, config, checkpoints.steps()[-1])
+
+
+def again(config: Config) -> int:
+    """Steps that were reported and that the next start takes again."""
+    rows = rows_of(config)
+    return rows[-1]["step"] - (run_dir.open_checkpoints(config).latest() or 0) if rows else 0
+
+
 class Killed(NamedTuple):
     """What came of runs that were killed: kills, starts after one that failed, whole runs.
 
-    `others` are whole runs with another digit somewhere than the run that was left alone.
+    `others` are whole runs with another digit somewhere than the run that was left alone, `again`
+    the most steps that had to be taken a second time.
     """
 
     kills: int
     failed: list[str]
     runs: int
     others: int
+    again: int
 
 
 def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Killed:
     """SIGKILL, over and over, at random moments of runs that save all the time."""
-    data = make_data(folder)
-    quiet = tiny(folder, data, "quiet", **keys)
-    began = time.perf_counter()
-    process = start(quiet)
-    process.communicate()
-    lasts, rows = time.perf_counter() - began, rows_of(quiet)
-    if process.returncode or not rows:
-        raise RuntimeError("the run that is left alone has failed")
-    kills, failed, runs, others = 0, [], 0, 0
+    data, output = make_data(folder), folder / "output"
+    quiet, config = (tiny(folder, data, name, **keys) for name in ("quiet", "killed"))
+    for _ in range(2):  # the first one fills the compilation cache
+        shutil.rmtree(quiet.out_dir, ignore_errors=True)
+        began, process = time.perf_counter(), fork(quiet, output)
+        process.join()
+        lasts = time.perf_counter() - began
+        if process.exitcode:
+            raise RuntimeError(f"the run that is left alone has failed: {output.read_text()}")
+    whole, kills, failed, runs, others, most = outcome(quiet), 0, [], 0, 0, 0
     while kills < rounds or not runs:
-        config = tiny(folder, data, "killed", **keys)
-        process = start(config)
-        try:
-            # the first third is Python's start, when there is nothing to lose
-            limit = rng.uniform(lasts / 3, lasts) if kills < rounds else None
-            _, errors = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
+        process = fork(config, output)
+        process.join(rng.uniform(0, lasts) if kills < rounds else None)
+        if process.exitcode is None:
             process.kill()
-            process.communicate()
-            kills += 1
+            process.join()
+            kills, most = kills + 1, max(most, again(config))
             continue
-        if process.returncode:
-            failed.append(errors)
-            shutil.rmtree(config.out_dir)
-            continue
-        runs += 1
-        others += rows_of(config) != rows
+        if process.exitcode:
+            failed.append(output.read_text())
+        else:
+            runs, others = runs + 1, others + (outcome(config) != whole)
         shutil.rmtree(config.out_dir)
-    return Killed(kills, failed, runs, others)
+    return Killed(kills, failed, runs, others, most)
 
 
 FAULTS = ("flip", "flip", "flip", "flip", "truncate", "empty", "delete", "swap")

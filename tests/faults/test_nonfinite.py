@@ -14,12 +14,12 @@ from jaxgpt import run_dir, sharding, train_step
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.data.tokenizer import load
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
-from .harness import TEXT, make_data, state_of, tiny
+from .harness import TEXT, state_of, tiny
 
-POISON = 3  # a token
 cross_entropy = train_step.cross_entropy
 
 
@@ -34,63 +34,69 @@ spoil.defvjp(
 )
 
 
-def poisoned(kind: str):
-    """The loss, but not finite where the targets hold that token."""
+def poisoned(tokens: dict[str, int]):
+    """The loss; it, or its gradient alone, is not finite where the targets hold a kind's token."""
 
     def loss(logits, targets):
         total, count = cross_entropy(logits, targets)
-        is_bad = (targets == POISON).any()
-        if kind == "gradient":
-            return spoil(total, is_bad), count
-        return total + jnp.where(is_bad, {"nan": jnp.nan, "inf": jnp.inf}[kind], 0.0), count
+        for kind, token in tokens.items():
+            is_bad = (targets == token).any()
+            if kind == "gradient":
+                total = spoil(total, is_bad)
+            else:
+                total += jnp.where(is_bad, float(kind), 0.0)
+        return total, count
 
     return loss
 
 
-@pytest.mark.parametrize("mesh", ["data:2", "fsdp:2"])
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("K", [1, 3])
-def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, kind, K):
-    monkeypatch.setattr(train_step, "cross_entropy", poisoned(kind))
-    config = tiny(tmp_path, tmp_path, mesh=mesh, vocab_size=20)
+SMALL = {"n_layer": 0, "dropout": 0.0, "batch_size": 8, "gradient_accumulation_steps": 1}
+CASES = [
+    ("data:2", 3, SMALL),
+    ("fsdp:2", 1, SMALL),
+    pytest.param("data:2", 1, {}, marks=pytest.mark.slow),
+    pytest.param("fsdp:2", 3, {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("mesh", "K", "keys"), CASES)
+def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, K, keys):
+    kinds = {"nan": 1, "inf": 2, "gradient": 3}
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned(kinds))
+    config = tiny(tmp_path, tmp_path, vocab_size=20, mesh=mesh, **keys)
     devices = sharding.make_mesh(config)
     step = make_train_step(config, devices)
     good = np.random.default_rng(0).integers(4, 20, (K, 2, 4, 9), np.int32)
     state, _ = step(init_state(config, devices), {"windows": good}, np.int32(K))
-    before = jax.device_get(state)
-    bad = good.copy()
-    bad[:, 1, 2, 5] = POISON
-    state, metrics = step(state, {"windows": bad}, np.int32(K))
-    after = jax.device_get(state)
-    assert after["step"] == before["step"] + K
-    for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
-        assert (np.isfinite(metrics[name]) == (not is_bad)).all(), name
     floats = lambda tree: [a for a in jax.tree.leaves(tree) if a.dtype.kind == "f"]
-    assert len(floats(after)) > 10
-    for ours, theirs in zip(floats(after), floats(before), strict=True):
-        assert ours.tobytes() == theirs.tobytes()
-    state, metrics = step(state, {"windows": good}, np.int32(K))
-    assert np.isfinite(metrics["loss"]).all()
-    moved = floats(jax.device_get(state)["params"])
-    assert any((a != b).any() for a, b in zip(moved, floats(after["params"]), strict=True))
+    for kind, token in kinds.items():
+        before = jax.device_get(state)
+        bad = good.copy()
+        bad[:, 1, 2, 5] = token
+        state, metrics = step(state, {"windows": bad}, np.int32(K))
+        after = jax.device_get(state)
+        assert after["step"] == before["step"] + K
+        for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
+            assert (np.isfinite(metrics[name]) == (not is_bad)).all(), (kind, name)
+        assert len(floats(after)) >= 6
+        for ours, theirs in zip(floats(after), floats(before), strict=True):
+            assert ours.tobytes() == theirs.tobytes(), kind
+        state, metrics = step(state, {"windows": good}, np.int32(K))
+        assert np.isfinite(metrics["loss"]).all()
+        moved = floats(jax.device_get(state)["params"])
+        assert any((a != b).any() for a, b in zip(moved, floats(after["params"]), strict=True))
 
 
 @pytest.fixture
 def rare(tmp_path, monkeypatch):
     """A run whose text has the poisoned letter in one place."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "tale.txt").write_text(TEXT[:600] + "!" + TEXT[600:])
-    prepare(str(data / "tale.txt"), str(data))
-    config = tiny(tmp_path, data, max_iters=60, eval_interval=30, eval_iters=1)
-    ids = json.loads((data / "tale" / "tokenizer.json").read_text())
-    assert "!" in json.dumps(ids)
-    from jaxgpt.data.tokenizer import load
-
-    poison = int(load(data / "tale" / "tokenizer.json").encode("!")[0])
-    monkeypatch.setattr(f"{__name__}.POISON", poison)
-    monkeypatch.setattr(train_step, "cross_entropy", poisoned("nan"))
-    return config
+    (tmp_path / "tale.txt").write_text(TEXT[:600] + "!" + TEXT[600:])
+    folder = prepare(str(tmp_path / "tale.txt"), str(tmp_path))
+    token = int(load(folder / "tokenizer.json").encode("!")[0])
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned({"nan": token}))
+    return tiny(
+        tmp_path, tmp_path, max_iters=60, eval_interval=30, eval_iters=1, mesh="data:1", **SMALL
+    )
 
 
 def finite(config) -> bool:
@@ -133,11 +139,9 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
     assert math.isfinite(rows[-1]["lr"])
 
 
-def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(tmp_path, monkeypatch):
-    data = make_data(tmp_path)
-    monkeypatch.setattr(train_step, "cross_entropy", poisoned("inf"))
-    monkeypatch.setattr(f"{__name__}.POISON", 1)  # the space: in every batch
-    config = tiny(tmp_path, data, skip_nonfinite=3)
+def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
+    config = tiny(tmp_path, data, skip_nonfinite=3, mesh="data:1", **SMALL)
     with pytest.raises(UserError, match=r"step 4: the loss is inf"):
         train(config, {})
     assert Path(config.out_dir, "log.txt").read_text().count(": skipped") == 3
@@ -145,24 +149,23 @@ def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(tmp_path, monke
     assert [row["loss"] for row in strict_rows(config) if "loss" in row] == [None] * 3
 
 
-def test_weights_that_overflow_in_an_update_are_not_saved(tmp_path):
+def test_weights_that_overflow_in_an_update_are_not_saved(data, tmp_path):
     """Loss and gradient of the step are finite; the update is not."""
-    config = tiny(
-        tmp_path, make_data(tmp_path), learning_rate=3e38, warmup_iters=0, save_interval=1
-    )
+    keys = {"learning_rate": 3e38, "warmup_iters": 0, "save_interval": 1}
+    config = tiny(tmp_path, data, mesh="data:1", **keys | SMALL)
     with pytest.raises(UserError, match=r"step \d+: (a weight or moment|the loss) is"):
         train(config, {})
     steps = run_dir.open_checkpoints(config).steps()
     assert not steps or finite(config)
 
 
-def test_a_val_loss_that_is_no_number_is_null_and_not_the_best(tmp_path, monkeypatch):
+def test_a_val_loss_that_is_no_number_is_null_and_not_the_best(data, tmp_path, monkeypatch):
     losses = iter([2.0, math.nan, 1.0, math.nan])
     monkeypatch.setattr(
         "jaxgpt.train.Trainer._loss",
         lambda self, stream, *, whole: 9.0 if stream == 1 or whole else next(losses),
     )
-    config = tiny(tmp_path, make_data(tmp_path))
+    config = tiny(tmp_path, data, mesh="data:1", **SMALL)
     assert train(config, {}) == 0
     rows = [row["val_loss"] for row in strict_rows(config) if "val_loss" in row]
     assert rows == [2.0, None, 1.0, None]

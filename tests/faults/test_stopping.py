@@ -1,5 +1,6 @@
 """Runs that are killed, or told to stop, at whatever moment: nothing is lost, no digit differs."""
 
+import os
 import random
 import signal
 import threading
@@ -13,12 +14,10 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.data.prepare import prepare
 from jaxgpt.train import Trainer, train
 
-from .harness import TEXT, kill_at_random, make_data, rows_of, start, tiny
+from .harness import FORKS, TEXT, kill_at_random, outcome, rows_of, tiny
+from .soak import soak
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.slow
@@ -27,6 +26,11 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone(tmp_path):
     assert killed.failed == []
     assert killed.runs > 0
     assert killed.others == 0
+
+
+@pytest.mark.slow
+def test_a_long_run_under_faults_ends_as_if_left_alone(tmp_path, capsys):
+    assert soak(tmp_path, 0.5, random.Random(0)), capsys.readouterr().out
 
 
 PHASES = {
@@ -39,18 +43,27 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_in_any_phase_saves_the_last_step(data, tmp_path, monkeypatch, phase, number):
-    keys = {"sample_every": 1, "max_iters": 16}
-    quiet, stopped = (tiny(tmp_path, data, name, **keys) for name in ("quiet", "stopped"))
-    assert train(quiet, {}) == 0
+NUMBERS = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [(phase, NUMBERS[i % 2]) for i, phase in enumerate(PHASES)]
+    + [
+        pytest.param(phase, NUMBERS[(i + 1) % 2], marks=pytest.mark.slow)
+        for i, phase in enumerate(PHASES)
+    ],
+)
+def test_a_signal_in_any_phase_saves_the_last_step(
+    quiet, data, tmp_path, monkeypatch, phase, number
+):
+    stopped = tiny(tmp_path, data, sample_every=int(phase == "sampling"))
     owner, name = PHASES[phase]
     function, calls = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(name)
-        if len(calls) == (1 if phase == "compile" else 4 if phase == "evaluation" else 2):
+        if len(calls) == {"compile": 1, "sampling": 1, "evaluation": 4}.get(phase, 2):
             signal.pthread_kill(threading.main_thread().ident, number)
         return function(*args, **kwargs)
 
@@ -59,34 +72,52 @@ def test_a_signal_in_any_phase_saves_the_last_step(data, tmp_path, monkeypatch, 
         code = train(stopped, {})
     last = max(row["step"] for row in rows_of(stopped))
     assert code == 128 + number
+    assert last < stopped.max_iters
     assert run_dir.open_checkpoints(stopped).latest() == last
-    assert train(stopped, {}) == 0
-    assert rows_of(stopped) == rows_of(quiet)
+    assert train(stopped.replace(sample_every=0), {}) == 0
+    assert outcome(stopped) == outcome(quiet)
 
 
-PREPARE = """
-import json, os, signal, sys
-from pathlib import Path
-from jaxgpt.data.prepare import prepare
-replace, left = Path.replace, [{kill_at}]
-def killing(self, target):
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGTERM)
-    left[0] -= 1
-    return replace(self, target)
-Path.replace = killing
-data_dir = json.loads(sys.argv[1])["data_dir"]
-prepare(data_dir + "/tale.txt", data_dir)
-"""
+def test_a_signal_in_a_dispatch_of_many_steps_saves_its_last(data, tmp_path, monkeypatch):
+    """The signal comes while the third step of ten is logged, and ten more are on their way."""
+    monkeypatch.setattr(Trainer, "_log_step", _then_stop(Trainer._log_step, at=3))
+    config = tiny(tmp_path, data, save_interval=0, eval_interval=24)
+    assert train(config, {}) == 128 + signal.SIGTERM
+    assert rows_of(config)[-1]["step"] == 20
+    assert run_dir.open_checkpoints(config).steps() == [20]
+
+
+def _then_stop(function, at: int):
+    def stop(self, step, numbers):
+        function(self, step, numbers)
+        if step == at:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    return stop
+
+
+def _prepare(data_dir: Path, kill_at: int) -> None:
+    """Prepares the text, and gets SIGTERM before it gives a file its name, the n-th time."""
+    replace, left = Path.replace, [kill_at]
+
+    def killing(self, target):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        left[0] -= 1
+        return replace(self, target)
+
+    Path.replace = killing
+    prepare(str(data_dir / "tale.txt"), str(data_dir))
 
 
 @pytest.mark.parametrize("kill_at", range(4))
 def test_a_signal_while_data_is_prepared_leaves_nothing_half_written(data, tmp_path, kill_at):
     """Killed before each of the renames; made again, the files are those of a quiet run."""
     (tmp_path / "tale.txt").write_text(TEXT)
-    process = start(tiny(tmp_path, tmp_path), PREPARE.format(kill_at=kill_at))
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGTERM, errors
+    process = FORKS.Process(target=_prepare, args=(tmp_path, kill_at))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
     folder, whole = tmp_path / "tale", data / "tale"
     names = {p.name for p in folder.iterdir() if not p.name.endswith(".partial")}
     assert len(names) == kill_at

@@ -1,0 +1,57 @@
+"""What the tests here share: a text, the run that is left alone, and steps that are traced once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxgpt import metrics, run_dir
+from jaxgpt import train as loop
+from jaxgpt.train import train
+
+from .harness import make_data, tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metrics, "draw_losses", lambda folder: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Runs that take the same steps trace them once."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in "make_train_step", "make_eval_step":
+            patched.setattr(loop, name, _once(getattr(loop, name)))
+        yield
+
+
+ELSEWHERE = ("out_dir", "data_dir", "max_iters", "eval_interval", "save_interval", "sample_every")
+MADE = {}
+
+
+def _once(make):
+    def once(config, mesh):
+        keys = {k: v for k, v in config.to_dict().items() if k not in ELSEWHERE}
+        key = make, json.dumps(keys), mesh
+        if key not in MADE:
+            MADE[key] = make(config, mesh)
+        return MADE[key]
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def quiet(quick, data, tmp_path_factory):
+    """A run of 24 steps that was left alone; it holds steps 21 and 24, and the best."""
+    config = tiny(tmp_path_factory.mktemp("quiet"), data)
+    assert train(config, {}) == 0
+    assert run_dir.open_checkpoints(config).steps()[-2:] == [21, 24]
+    return config
