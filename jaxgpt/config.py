@@ -58,6 +58,7 @@ Share = Annotated[float, Number(0, 1, below_high=True)]
 Seed = Annotated[int, Number(0, 2**32 - 1)]  # JAX would take it modulo 2**32
 Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
 Source = Annotated[str, Text(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
+Pattern = Annotated[str, Text(r"[^\0]*", "a regular expression")]
 Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
 
@@ -69,7 +70,7 @@ class Run:
     """The run directory: config, metrics, picture, log and checkpoints."""
     init_from: Source = "scratch"
     """`resume` goes on from the newest checkpoint; `auto` does if there is one. Else the weights
-    to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2."""
+    to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2 or of a run."""
     overwrite: bool = False
     """Let `scratch` delete the run that `out_dir` holds."""
     max_iters: CountOrOff = 600_000
@@ -86,6 +87,8 @@ class Run:
     """Evaluations between short samples in the log; 0 is none."""
     always_save_checkpoint: bool = True
     """Save at every evaluation; False saves only where the validation loss improves."""
+    early_stop: CountOrOff = 0
+    """Evaluations in a row without a lower validation loss that end the run; 0 is none."""
     save_interval: CountOrOff = 0
     """Steps between further saves, apart from evaluations; 0 is none."""
     keep_checkpoints: Count = 2
@@ -205,6 +208,9 @@ class Optimizer:
     """Memory of the gradient's square."""
     grad_clip: Size = 1.0
     """Largest gradient norm; 0 is no bound."""
+    freeze: Pattern = ""
+    """Hold parameters whose path this pattern is found in, as in embed|blocks/[0-3]/; empty is
+    none. Paths are like blocks/0/attn/qkv/kernel."""
     skip_nonfinite: CountOrOff = 0
     """Steps in a row that may be skipped since their loss or gradient is not finite; one more, or
     with 0 the first, ends the run."""
@@ -315,6 +321,10 @@ def _check_together(c: Config) -> None:
         c.position != "rope" or c.head_width % 2 == 0,
         f"position='rope': needs an even head width, and n_embd / n_head is {c.head_width}",
     )
+    try:
+        re.compile(c.freeze)
+    except re.error as error:
+        raise UserError(f"freeze={c.freeze!r}: not a regular expression ({error})") from error
     need(
         c.causal or not c.attention_window,
         f"attention_window={c.attention_window}: needs causal=True",
