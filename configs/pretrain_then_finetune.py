@@ -29,7 +29,7 @@ config = Config(
     n_embd=128,
     bias=False,
     learning_rate=4e-3,
-    max_iters=2000,
+    max_iters=1500,
     min_lr=1e-4,
     beta2=0.99,
     warmup_iters=100,
@@ -37,9 +37,10 @@ config = Config(
 alone = config.replace(
     dataset="shakespeare_sonnets",  # 86 thousand characters
     eval_interval=50,
-    early_stop=5,  # it overfits
+    max_iters=1000,  # sees all of it nine times
+    early_stop=5,  # by then it overfits
 )
-finetune = alone.replace(learning_rate=5e-4, max_iters=500, warmup_iters=0)
+finetune = alone.replace(learning_rate=5e-4, max_iters=500)
 
 
 def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:

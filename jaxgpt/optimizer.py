@@ -46,7 +46,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def frozen(config: Config, params: dict) -> dict:
     """Which parameters `freeze` names, by their paths: a tree of bools.
 
-    Raises `UserError` unless it leaves some to train, and names any.
+    Raises `UserError` unless it is a regular expression that names some and leaves some to train.
     """
 
     def path(keys: tuple) -> str:
@@ -54,7 +54,10 @@ def frozen(config: Config, params: dict) -> dict:
 
     if not config.freeze:
         return jax.tree.map(lambda _: False, params)
-    pattern = re.compile(config.freeze)
+    try:
+        pattern = re.compile(config.freeze)
+    except re.error as error:
+        raise UserError(f"freeze={config.freeze!r}: not a regular expression ({error})") from error
     found = jax.tree.map_with_path(lambda keys, _: bool(pattern.search(path(keys))), params)
     if len(set(jax.tree.leaves(found))) == 1:
         paths = (path(keys) for keys, _ in jax.tree.leaves_with_path(params))

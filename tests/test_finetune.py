@@ -234,7 +234,7 @@ def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
 
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(UserError, match=re.escape("freeze='(': not a regular expression (")):
-        Config(freeze="(")
+        frozen(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
 
 
 # ---- early stop ------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def make_config(sums, tmp_path, **keys) -> Config:
         "out_dir": str(tmp_path / "run"), "data_dir": str(sums), "dataset": "sums", "n_layer": 1,
         "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "learning_rate": 1e-2,
         "gradient_accumulation_steps": 2, "warmup_iters": 0, "max_iters": 6, "eval_interval": 3,
-        "eval_iters": 0, "mesh": "data:2",
+        "eval_iters": 0, "mesh": "data:1",
     }  # fmt: skip
     return Config(**tiny | keys)
 

