@@ -185,9 +185,11 @@ class PrepareArgs:
     """Turns a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
 
     dataset: tyro.conf.Positional[Folder]
-    """A corpus that jaxgpt knows (shakespeare_char, shakespeare), or a UTF-8 text file."""
+    """A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
+    shakespeare_sonnets), a UTF-8 text file, or a .jsonl of prompts and completions."""
     tokenizer: str = ""
-    """char, byte, gpt2, or a tokenizer.json. Default: the corpus's own; char for a file."""
+    """char, byte, gpt2, a tokenizer.json, or a corpus for its own. Default: the corpus's own; char
+    for a file."""
     data_dir: Folder = "data"
     """Where datasets live."""
 

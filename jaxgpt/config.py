@@ -69,7 +69,7 @@ class Run:
     """The run directory: config, metrics, picture, log and checkpoints."""
     init_from: Source = "scratch"
     """`resume` goes on from the newest checkpoint; `auto` does if there is one. Else the weights
-    to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2."""
+    to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2 or of a run."""
     overwrite: bool = False
     """Let `scratch` delete the run that `out_dir` holds."""
     max_iters: CountOrOff = 600_000
@@ -86,6 +86,8 @@ class Run:
     """Evaluations between short samples in the log; 0 is none."""
     always_save_checkpoint: bool = True
     """Save at every evaluation; False saves only where the validation loss improves."""
+    early_stop: CountOrOff = 0
+    """Evaluations in a row without a lower validation loss that end the run; 0 is none."""
     save_interval: CountOrOff = 0
     """Steps between further saves, apart from evaluations; 0 is none."""
     keep_checkpoints: Count = 2
@@ -205,6 +207,9 @@ class Optimizer:
     """Memory of the gradient's square."""
     grad_clip: Size = 1.0
     """Largest gradient norm; 0 is no bound."""
+    freeze: str = ""
+    """Hold parameters in whose path this regular expression is found, as embed|blocks/[0-3]/ is;
+    empty is none. A path is like blocks/0/attn/qkv/kernel."""
     skip_nonfinite: CountOrOff = 0
     """Steps in a row that may be skipped since their loss or gradient is not finite; one more, or
     with 0 the first, ends the run."""

@@ -106,8 +106,8 @@ def evaluate(
     found = _whose(init_from, step) | {"val_tokens": len(data.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
     if data.tokenizer:
-        bits = loss / math.log(2) * (len(data.val) - 1)
-        found["bits_per_byte"] = bits / count_bytes(data.val, data.tokenizer)
+        targets, size = count_bytes(data.val, data.tokenizer)
+        found["bits_per_byte"] = loss / math.log(2) * targets / size
     return found
 
 
@@ -123,13 +123,17 @@ def _whose(init_from: str, step: int | None) -> dict[str, Any]:
     return {"weights": init_from} if step is None else {"step": step}
 
 
-def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that the targets of a split, all tokens but the first, stand for."""
-    pieces = range(1, len(tokens), PIECE)
-    return sum(
-        len(tokenizer.decode(tokens.read(at, min(PIECE, len(tokens) - at))).encode())
-        for at in pieces
-    )
+def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Targets of a split, and the bytes of UTF-8 that they stand for.
+
+    Every token but the first is one, unless it is masked.
+    """
+    targets = size = 0
+    for at in range(1, len(tokens), PIECE):
+        ids = tokens.read(at, min(PIECE, len(tokens) - at))
+        ids = ids[ids >= 0]
+        targets, size = targets + len(ids), size + len(tokenizer.decode(ids).encode())
+    return targets, size
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------

@@ -149,7 +149,7 @@ def _sizes(c: Model) -> dict[str, int]:
 
 def begin_with(
     config: Config, checkpoints: Checkpoints, given: frozenset[str]
-) -> tuple[Weights | None, Config, list[str]]:
+) -> tuple[Weights | run_dir.RunWeights | None, Config, list[str]]:
     """What a run begins with: its weights if `init_from` names any, its config, lines about it.
 
     The model's keys follow the weights, or the run that goes on, wherever the user did not ask
@@ -160,7 +160,10 @@ def begin_with(
         adopted = run_dir.adopt(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
         return None, adopted, [f"the run's model: {', '.join(changed)}"] if changed else []
-    weights = open_weights(config.init_from)
+    if run_dir.is_run(Path(config.init_from)):
+        weights = run_dir.open_weights(config.init_from, config.out_dir)
+    else:
+        weights = open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
     config = run_dir.adopt(config, theirs, config.init_from, given)

@@ -1,10 +1,12 @@
-"""AdamW with its decay mask, and the learning rate's schedule: all optax."""
+"""AdamW with its decay mask, and the learning rate's schedule: all optax. What is frozen."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -28,12 +30,44 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone."""
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone.
+
+    Frozen parameters have no moments.
+    """
     c = config
+    adamw = optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels)
+    learns = lambda params: jax.tree.map(lambda still: not still, frozen(c, params))
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
-        optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels),
+        optax.masked(adamw, learns) if c.freeze else adamw,
     )
+
+
+def frozen(config: Config, params: dict) -> dict:
+    """Which parameters `freeze` names, by their paths: a tree of bools.
+
+    Raises `UserError` unless it is a regular expression that names some and leaves some to train.
+    """
+
+    def path(keys: tuple) -> str:
+        return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+    if not config.freeze:
+        return jax.tree.map(lambda _: False, params)
+    try:
+        pattern = re.compile(config.freeze)
+    except re.error as error:
+        raise UserError(f"freeze={config.freeze!r}: not a regular expression ({error})") from error
+    found = jax.tree.map_with_path(lambda keys, _: bool(pattern.search(path(keys))), params)
+    if len(set(jax.tree.leaves(found))) == 1:
+        paths = (path(keys) for keys, _ in jax.tree.leaves_with_path(params))
+        kinds = dict.fromkeys(re.sub(r"/\d+/", "/0/", path) for path in paths)
+        which = "all" if jax.tree.leaves(found)[0] else "none"
+        raise UserError(
+            f"freeze={config.freeze!r}: is found in {which} of the parameters' paths, which are "
+            f"{', '.join(kinds)}"
+        )
+    return found
 
 
 def kernels(params: dict) -> dict:

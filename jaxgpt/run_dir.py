@@ -9,9 +9,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxgpt import processes
@@ -97,9 +100,9 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
         if config.init_from == "resume":
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
-    saved = checkpoints.meta(latest)["config"]
-    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers"):
-        ours, theirs = getattr(config, key), saved.get(key)
+    saved = DEFAULTS | checkpoints.meta(latest)["config"]
+    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers", "freeze"):
+        ours, theirs = getattr(config, key), saved[key]
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
@@ -110,7 +113,10 @@ def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
     latest = checkpoints.latest()
     if config.init_from not in ("resume", "auto") or latest is None:
         return {}
-    saved = checkpoints.meta(latest)["config"]
+    return _model_keys(checkpoints.meta(latest)["config"])
+
+
+def _model_keys(saved: dict[str, Any]) -> dict[str, Any]:
     names = (field.name for field in dataclasses.fields(Model))
     return {name: saved[name] for name in names if name != "dropout" and name in saved}
 
@@ -135,7 +141,7 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     """
     folder = Path(config.out_dir)
     there = [path for path in (folder / name for name in (*OURS, "checkpoints")) if path.exists()]
-    if fresh and there and not _is_run(folder):
+    if fresh and there and not is_run(folder):
         raise UserError(f"out_dir={config.out_dir!r}: {there[0].name} in it is not of a run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +156,7 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
         write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     try:
         return "max_iters" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -193,3 +199,47 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
                 raise
             step = others.pop()
             print(f"warning: {error}; taking step {step} instead", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """The best weights of a run, to begin another one with."""
+
+    config: Config
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The model's keys, and how its blocks are kept."""
+        return _model_keys(self.config.to_dict()) | {"scan_layers": self.config.scan_layers}
+
+    def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
+        """The parameters on the mesh, without positions past the `block_size` of `config`."""
+        params, _ = load_params(self.config, "best", mesh)
+        shapes = abstract_params(config, mesh)
+        places = jax.tree.map(lambda p: p.sharding, shapes)
+        cut = partial(jax.tree.map, lambda p, shape: p[: shape.shape[0]])
+        return jax.jit(lambda params: cut(params, shapes), out_shardings=places)(params)
+
+    def check_tokenizer(self, dataset: Dataset) -> None:
+        """Raises `UserError` if the ids of a dataset are not those that the run was trained on."""
+        file = Path(self.config.out_dir, tokenizers.FILE)
+        if not (dataset.tokenizer and file.is_file()):
+            return
+        if tokenizers.load(file).to_json() != dataset.tokenizer.to_json():
+            raise UserError(
+                f"init_from={self.config.out_dir!r}: the dataset has another tokenizer; prepare "
+                f"it with --tokenizer={file}"
+            )
+
+
+def open_weights(init_from: str, out_dir: str) -> RunWeights:
+    """The run that `init_from` names. Raises `UserError` if it is the one to be written."""
+    if Path(init_from).resolve() == Path(out_dir).resolve():
+        raise UserError(
+            f"init_from={init_from!r}: is out_dir too; --init_from=resume goes on with the run, "
+            "another --out_dir begins a new one with its weights"
+        )
+    config = load_config(init_from)
+    if open_checkpoints(config).latest() is None:
+        raise UserError(f"init_from={init_from!r}: there is no checkpoint in it yet")
+    return RunWeights(config)

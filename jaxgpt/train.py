@@ -18,6 +18,7 @@ from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import DISPATCH, mean_loss, random_batches, whole_split
 from jaxgpt.metrics import Log, Row, Silence, Stopwatch
+from jaxgpt.optimizer import frozen
 from jaxgpt.sample import Sampler, sample_text
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -40,6 +41,10 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
         weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
         dataset = find_dataset(config, config.block_size)
         config = config.replace(vocab_size=_vocab_size(config, dataset))
+        if isinstance(weights, run_dir.RunWeights):
+            weights.check_tokenizer(dataset)
+        if config.freeze:
+            frozen(config, model.split(config)[1])  # or it raises, while nothing is written
         first_step = processes.by_first(lambda: run_dir.first_step(config, checkpoints))
         mesh = sharding.make_mesh(config)
         resolved, notes = device.resolve(config)
@@ -86,7 +91,7 @@ class Trainer:
         self.steps = self._steps_per_dispatch() if self.on_device else 1
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
-        self.best_val_loss, self.step = math.inf, 0
+        self.best_val_loss, self.best_step, self.step = math.inf, 0, 0
         self.skipped_in_row, self.skipped = 0, 0
         self.agreed_signal = 0
         self.stopwatch, self.sampler = Stopwatch(), None
@@ -139,10 +144,16 @@ class Trainer:
             f"step: {self.sequences * c.block_size:,} tokens = {self.sequences} x {c.block_size} "
             f"in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         )
+        if c.freeze:
+            _, shapes, _ = model.split(c)
+            sizes = jax.tree.map(lambda still, p: p.size * still, frozen(c, shapes), shapes)
+            self.log.say(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
         for note in notes:
             self.log.say(note)
 
-    def start(self, first_step: int, weights: huggingface.Weights | None) -> None:
+    def start(
+        self, first_step: int, weights: huggingface.Weights | run_dir.RunWeights | None
+    ) -> None:
         """The state to begin with: fresh, with these weights if any, or that step's checkpoint."""
         self.step = first_step
         if not first_step:
@@ -154,8 +165,12 @@ class Trainer:
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:
             raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
         best = self.checkpoints.best()  # it may be damaged, and then there is none to beat
-        best_val_loss = self.checkpoints.meta(best)["best_val_loss"] if best else None
-        self.best_val_loss = math.inf if best_val_loss is None else best_val_loss
+        if best or meta.get("best_step") == 0:  # 0: nothing has beaten the initial weights
+            meta = self.checkpoints.meta(best) if best else meta
+            self.best_val_loss = (
+                math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
+            )
+            self.best_step = best or 0
         abstract = abstract_state(self.config, self.mesh)
         del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)
@@ -176,7 +191,7 @@ class Trainer:
         processes.by_first(partial(self.checkpoints.need_space, self.state))
         train_step, pending = self._compile(), None
         self.stopwatch.resume()
-        while self.step < c.max_iters and not self.stopped_by:
+        while self.step < c.max_iters and not self.stopped_by and not self.stopped_early:
             count = min(self.steps, self._until_pause())
             batch = self.batches[TRAIN].take(self.step)
             self.state, metrics = train_step(self.state, batch, self._scalar(count))
@@ -191,6 +206,11 @@ class Trainer:
         if self.checkpoints.newest != self.step:
             self._save(best=False)
         self.checkpoints.wait()
+        if self.stopped_early:
+            self.log.say(
+                f"early stop: {c.early_stop} evaluations since the lowest validation loss, "
+                f"{self.best_val_loss:.4f} at step {self.best_step}"
+            )
         self.log.say(f"{c.out_dir} holds the run up to step {self.step}")
 
     def _compile(self):
@@ -209,6 +229,12 @@ class Trainer:
     def stopped_by(self) -> int:
         """The signal that ends the run, or 0. Of several processes all stop at the same step."""
         return self.agreed_signal if jax.process_count() > 1 else self.stop.signal
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `early_stop` evaluations in a row were no better than the best one."""
+        waits = self.config.early_stop * self.config.eval_interval
+        return 0 < waits <= self.step - self.best_step
 
     def _poll_signals(self) -> jax.Array:
         """The highest signal that a process was sent; all read it a dispatch later."""
@@ -289,11 +315,11 @@ class Trainer:
         row: Row = {"step": self.step}
         for name, stream in ("train", EVAL_TRAIN), ("val", EVAL_VAL):
             row[f"{name}_loss"] = self._loss(stream, whole=not self.config.eval_iters)
-        if whole and self.config.eval_iters:
+        if improved := row["val_loss"] < self.best_val_loss:
+            self.best_val_loss, self.best_step = row["val_loss"], self.step
+        if (whole or self.stopped_early) and self.config.eval_iters:
             row["whole_val_loss"] = self._loss(EVAL_VAL, whole=True)
         self.log.eval(row | {"time": time.time()})
-        improved = row["val_loss"] < self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, row["val_loss"])
         return improved
 
     def _loss(self, stream: int, *, whole: bool) -> float:
@@ -315,6 +341,7 @@ class Trainer:
             "step": self.step,
             "config": self.config.to_dict(),
             "best_val_loss": best_val_loss,
+            "best_step": self.best_step,
             "dataset": self.config.dataset,
             "data": self.dataset.fingerprint,
         }

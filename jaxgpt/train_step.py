@@ -19,7 +19,7 @@ from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
 from jaxgpt.loss import cross_entropy
-from jaxgpt.optimizer import kernels, make_optimizer, schedule
+from jaxgpt.optimizer import frozen, kernels, make_optimizer, schedule
 from jaxgpt.sharding import BATCH, layout, on_mesh, shares_a_cpu
 
 State = dict[str, Any]
@@ -82,11 +82,12 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     the step's targets, in nats), `grad_norm` (before clipping) and `lr`. A step whose loss or
     norm is not finite leaves weights and moments as they are; its number and batch are used up.
     """
-    graphdef, _, _ = model.split(config)
+    graphdef, shapes, _ = model.split(config)
     optimizer, learning_rate = make_optimizer(config), schedule(config)
+    still = frozen(config, shapes)
 
     def loss(weights: tuple[dict, dict], windows_BT: jax.Array, keys_B: jax.Array):
-        params, tied = weights
+        params, tied = (_hold(tree, still) for tree in weights)
         inputs_BT, targets_BT = inputs_and_targets(windows_BT)
         drop = model.Dropout(config.dropout, keys_B)
         features, _ = nnx.merge(graphdef, params).features(inputs_BT, drop)
@@ -108,6 +109,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         }
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = optax.apply_updates(state["params"], updates)
+        keep = lambda is_frozen, new, old: old if is_frozen else new
+        params = jax.tree.map(keep, still, params, state["params"])
         new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return jax.tree.map(partial(_choose, is_finite), new, state), metrics
 
@@ -194,6 +197,12 @@ def _choose(is_finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     XLA fuses the choice into the update; on a CPU its cost was within the noise.
     """
     return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+
+def _hold(params: dict, still: dict) -> dict:
+    """The parameters, of which those that are frozen have no gradient; nor is it computed."""
+    still = {name: still[name] for name in params}
+    return jax.tree.map(lambda s, p: jax.lax.stop_gradient(p) if s else p, still, params)
 
 
 def _wide(x: jax.Array) -> jax.Array:

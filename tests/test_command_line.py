@@ -349,7 +349,7 @@ FREE = {  # says nothing of the result: where it lives, what it tells, what runs
     *("out_dir", "data_dir", "overwrite", "save_interval", "keep_checkpoints", "sample_every"),
     *("tensorboard", "wandb_run_name", "tokens_on_device", "device", "on_cpu", "dtype", "mesh"),
     *("attention", "remat", "scan_layers", "steps_per_dispatch"),
-    *("coordinator", "num_processes", "process_id", "skip_nonfinite"),
+    *("coordinator", "num_processes", "process_id", "skip_nonfinite", "early_stop", "freeze"),
 }
 
 

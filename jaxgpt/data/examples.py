@@ -1,0 +1,63 @@
+"""Prompts and completions, a JSON object a line -> ids of which only completions are targets."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from jaxgpt.config import UserError
+from jaxgpt.data.tokenizer import Tokenizer
+
+
+def survey(pieces: Iterable[str]) -> tuple[set[str], int]:
+    """Which characters there are, with the line break that ends, and how many examples."""
+    chars, count = {"\n"}, 0
+    for prompt, completion in read_examples(pieces):
+        chars.update(prompt, completion)
+        count += 1
+    return chars, count
+
+
+def encode(
+    pieces: Iterable[str], encoder: Tokenizer, train_examples: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Ids by split, int32: `~id` for the prompt, then the completion and its end.
+
+    The end is GPT-2's <|endoftext|> where the tokenizer is a BPE, else a line break. The first
+    `train_examples` are train, the rest val.
+    """
+    is_bpe = encoder.kind not in ("char", "byte")
+    end = encoder.encode("<|endoftext|>" if is_bpe else "\n")
+    for number, (prompt, completion) in enumerate(read_examples(pieces)):
+        ids = ~encoder.encode(prompt).astype(np.int32), encoder.encode(completion), end
+        split = "train" if number < train_examples else "val"
+        yield split, np.concatenate(ids, dtype=np.int32, casting="unsafe")
+
+
+def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The prompt and the completion of every line of a text that comes in pieces.
+
+    Blank lines are passed over. Raises `UserError` that names the first line that is neither.
+    """
+    for number, line in enumerate(_lines(pieces), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            prompt, completion = example["prompt"], example["completion"]
+        except (ValueError, KeyError, TypeError):
+            prompt = completion = None
+        if not (isinstance(prompt, str) and isinstance(completion, str)):
+            raise UserError(
+                f"line {number}: {line.strip()[:60]!r}: must be an object with two texts, as in "
+                '{"prompt": "2+2=", "completion": "4"}'
+            )
+        yield prompt, completion
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines
+    yield rest

@@ -1,0 +1,157 @@
+"""Prompts and completions: which ids are targets, and that the loss is of these alone."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import numpy_gpt as ref
+
+from jaxgpt import evaluate, run_dir, sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.data import examples
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.prepare import prepare
+from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxgpt.data.tokens import Tokens, open_dataset
+from jaxgpt.train import train
+
+SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(8) for b in range(8)]
+BYTES = ByteTokenizer()
+
+
+def lines(pairs) -> str:
+    return "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """A folder of datasets, with one of sums, and the file that it is made from."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "sums.jsonl").write_text(lines(SUMS))
+    prepare(str(folder / "sums.jsonl"), str(folder))
+    return folder
+
+
+TEXTS = st.text(max_size=9)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), max_size=5), st.integers(1, 30))
+def test_examples_in_pieces_are_those_of_json_line_by_line(pairs, size):
+    text = "\n" + lines(pairs).replace("\n", " \n\n")
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    assert list(examples.read_examples(pieces)) == pairs
+    chars, count = examples.survey(pieces)
+    assert (chars, count) == ({"\n"}.union(*"".join(map("".join, pairs))), len(pairs))
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5), st.integers(0, 5))
+def test_prompts_are_masked_and_completions_with_their_end_are_not(pairs, train_examples):
+    found = list(examples.encode([lines(pairs)], BYTES, train_examples))
+    assert [split for split, _ in found] == [
+        "train" if i < train_examples else "val" for i in range(len(pairs))
+    ]
+    for (prompt, completion), (_, ids) in zip(pairs, found, strict=True):
+        assert ids.dtype == np.int32
+        assert bytes((~ids[ids < 0]).tolist()).decode() == prompt
+        assert bytes(ids[ids >= 0].tolist()).decode() == completion + "\n"
+        assert (np.diff(ids >= 0) >= 0).all()  # the prompt comes first
+
+
+def test_after_a_completion_of_a_bpe_comes_its_end_of_text():
+    bpe = tokenizers.tokenizers.Tokenizer(
+        tokenizers.tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    )
+    bpe.add_special_tokens(["<|endoftext|>"])
+    ((_, ids),) = examples.encode([lines([("a", "b")])], tokenizers.BpeTokenizer(bpe), 1)
+    assert ids.tolist() == [~0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"prompt": "a"}', '{"prompt": 1, "completion": "a"}']
+)
+def test_a_line_that_is_no_example_is_named(tmp_path, line):
+    file = tmp_path / "some.jsonl"
+    file.write_text(lines(SUMS) + line + "\n")
+    with pytest.raises(UserError, match=r"line 65: .+: must be an object with two texts"):
+        prepare(str(file), str(tmp_path))
+    file.write_text(lines(SUMS[:1]))
+    with pytest.raises(UserError, match="1 examples are too few"):
+        prepare(str(file), str(tmp_path))
+    assert not (tmp_path / "some").exists()
+
+
+def test_token_files_hold_what_was_encoded(sums):
+    data = open_dataset(sums / "sums", sums, 8)
+    assert isinstance(data.tokenizer, CharTokenizer)
+    assert data.tokenizer.chars == "\n+0123456789="
+    all_ids = [ids for _, ids in examples.encode([lines(SUMS)], data.tokenizer, 0)]
+    train, val = (t.read(0, len(t)) for t in (data.train, data.val))
+    np.testing.assert_array_equal(train, np.concatenate(all_ids[:57]))
+    np.testing.assert_array_equal(val, np.concatenate(all_ids[57:]))
+
+
+@pytest.mark.parametrize("bad", [5, ~5, 2**31 - 1, -(2**31)])
+def test_an_id_out_of_range_is_named_masked_or_not(tmp_path, bad):
+    file = tmp_path / "some.bin"
+    np.array([4, ~4, 0, ~0, bad], "<i4").tofile(file)
+    tokens = Tokens([file], "int32", 5)
+    np.testing.assert_array_equal(tokens.read(0, 4), [4, ~4, 0, ~0])
+    with pytest.raises(UserError, match=f"id {bad} at token 4 is not below vocab_size=5"):
+        tokens.read(1, 4)
+
+
+def make_config(sums, tmp_path, **keys) -> Config:
+    tiny = {
+        "out_dir": str(tmp_path / "run"), "data_dir": str(sums), "dataset": "sums", "n_layer": 1,
+        "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "learning_rate": 1e-2,
+        "gradient_accumulation_steps": 2, "warmup_iters": 0, "max_iters": 6, "eval_interval": 3,
+        "eval_iters": 0, "mesh": "data:1",
+    }  # fmt: skip
+    return Config(**tiny | keys)
+
+
+@pytest.mark.parametrize("where", ["always", "never"])
+def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where):
+    """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
+    config = make_config(sums, tmp_path, tokens_on_device=where)
+    assert train(config, {}) == 0
+    found = evaluate.evaluate(config.out_dir, "latest")
+    config = run_dir.load_config(config.out_dir)
+    params = jax.device_get(run_dir.load_params(config, "latest", sharding.one_device())[0])
+    data = open_dataset(sums / "sums", sums, 8)
+    ids = data.val.read(0, len(data.val))
+    total = targets = 0
+    for start in range(0, len(ids) - 1, 8):
+        window = ids[start : start + 9]
+        tokens = np.where(window < 0, ~window, window)
+        logits, _, _ = ref.forward(params, tokens[None, :-1], config)
+        for t, target in enumerate(window[1:]):
+            if target >= 0:
+                p_V = np.exp(logits[0, t]) / np.exp(logits[0, t]).sum()
+                total, targets = total - np.log(p_V[target]), targets + 1
+    assert targets == sum(len(c) + 1 for _, c in SUMS[57:])  # the first token is of a prompt
+    assert found["val_loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(total / targets / math.log(2), rel=1e-5)
+
+
+def test_another_prompt_target_is_the_same_loss_but_another_completion_is_not(sums, tmp_path):
+    """The last token of the split is read by nothing, so there only the target changes."""
+    config = make_config(sums, tmp_path)
+    train(config.replace(max_iters=2), {})
+
+    def loss(last: int) -> float:
+        folder = tmp_path / "sums"
+        folder.mkdir(exist_ok=True)
+        for path in (sums / "sums").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        ids = np.fromfile(folder / "val.bin", "<i4")
+        ids[-1] = last
+        ids.tofile(folder / "val.bin")
+        return evaluate.evaluate(config.out_dir, "latest", str(tmp_path))["val_loss"]
+
+    assert loss(~3) == loss(~7)
+    assert loss(3) != loss(7)

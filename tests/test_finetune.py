@@ -1,0 +1,338 @@
+"""Finetuning: from a run's weights, with frozen parameters, until the loss stops falling."""
+
+import json
+import re
+import runpy
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from reference import numpy_gpt as ref
+from test_train import rows_of, stop_at
+from test_train_step import make_batch, make_config
+from test_train_step import train as take_steps
+
+from jaxgpt import model, run_dir, sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.prepare import prepare
+from jaxgpt.metrics import read_metrics
+from jaxgpt.optimizer import frozen
+from jaxgpt.train import train
+from jaxgpt.train_step import init_state, make_train_step
+
+TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
+SONG = "full of fury, it is nothing.\n" * 40
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, text in {"tale": TEXT, "song": SONG}.items():
+        (folder / f"{name}.txt").write_text(text)
+    prepare(str(folder / "tale.txt"), str(folder))
+    prepare(str(folder / "song.txt"), str(folder), str(folder / "tale" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def make_run(data_dir, tmp_path):
+    def make(name: str, **options) -> Config:
+        keys = {
+            "out_dir": str(tmp_path / name), "data_dir": str(data_dir), "dataset": "tale",
+            "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4,
+            "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_iters": 0,
+            "max_iters": 8, "eval_interval": 4, "eval_iters": 3, "mesh": "data:2",
+        }  # fmt: skip
+        return Config(**keys | options)
+
+    return make
+
+
+def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarray]:
+    params, _ = run_dir.load_params(
+        run_dir.load_config(config.out_dir), checkpoint, sharding.one_device()
+    )
+    return ref.flatten(jax.device_get(params))
+
+
+def refusal(*args) -> str:
+    with pytest.raises(UserError) as raised:
+        train(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- from a run's weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "mesh": "fsdp:2,tensor:2"}], ids=str)
+def test_a_run_begins_with_the_best_weights_of_another_and_with_nothing_else_of_it(
+    make_run, options
+):
+    """The model's keys are theirs; weights to the bit; moments, steps and rates are fresh."""
+    first = make_run("first", max_iters=12, **options)
+    train(first, {})
+    link = Path(first.out_dir, "checkpoints", "best")
+    link.unlink()
+    link.symlink_to("8")  # not the newest one
+    model_keys = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 6}  # defaults, but one
+    second = make_run("second", init_from=first.out_dir, dataset="song", learning_rate=0.0,
+                      min_lr=0.0, weight_decay=0.0, dropout=0.1, **model_keys)  # fmt: skip
+    assert train(second.replace(max_iters=1), {}) == 0
+    config = run_dir.load_config(second.out_dir)
+    assert (config.n_layer, config.n_embd, config.block_size) == (2, 16, 6)
+    assert config.scan_layers == first.scan_layers
+    theirs, ours = params_of(first, "8"), params_of(second)
+    theirs["pos_embed.kernel"] = theirs["pos_embed.kernel"][:6]
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+    assert any(
+        (params_of(first)[path] != value).any()
+        for path, value in theirs.items()
+        if "pos" not in path
+    )
+    steps = [row for row in rows_of(second) if "loss" in row]
+    assert [row["step"] for row in steps] == [1]
+    assert f"weights of {first.out_dir}: " in Path(second.out_dir, "log.txt").read_text()
+
+
+def test_it_is_stopped_and_resumed_as_any_other(make_run, monkeypatch):
+    first = make_run("first")
+    train(first, {})
+    quiet, stopped = (
+        make_run(name, init_from=first.out_dir, dataset="song", freeze="embed|blocks/0/")
+        for name in ("quiet", "stopped")
+    )
+    train(quiet, {})
+    stop_at(monkeypatch, 3)
+    assert train(stopped, {}) == 128 + signal.SIGTERM
+    assert train(stopped.replace(init_from="resume"), {}) == 0
+    assert rows_of(stopped) == rows_of(quiet)
+    for path, value in params_of(stopped).items():
+        np.testing.assert_array_equal(value, params_of(quiet)[path], err_msg=path)
+    message = refusal(stopped.replace(init_from="resume", freeze="embed", max_iters=9), {})
+    assert message.startswith("freeze='embed': the run in ")
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(make_run, data_dir):
+    first = make_run("first", max_iters=1)
+    train(first, {})
+    begin = lambda **keys: make_run("second", init_from=first.out_dir, **keys)
+    said = refusal(begin(n_embd=32), {})
+    assert said == f"n_embd=32: {first.out_dir} has 16"
+    said = refusal(begin(out_dir=first.out_dir, overwrite=True), {})
+    assert said.startswith(f"init_from={first.out_dir!r}: is out_dir too")
+    (data_dir / "other.txt").write_text(SONG)  # with fewer characters
+    prepare(str(data_dir / "other.txt"), str(data_dir))
+    said = refusal(begin(dataset="other"), {})
+    assert "the dataset has another tokenizer; prepare it with --tokenizer=" in said
+    assert str(Path(first.out_dir, "tokenizer.json")) in said
+    assert not Path(first.out_dir).with_name("second").joinpath("config.json").exists()
+    Path(first.out_dir, "checkpoints").rename(first.out_dir + "-gone")
+    assert refusal(begin(), {}).endswith("there is no checkpoint in it yet")
+
+
+# ---- frozen parameters -----------------------------------------------------------------------
+
+PATTERNS = {
+    "embed|blocks/0/": lambda path: "embed" in path or ".0." in path,
+    "^embed": lambda path: path.startswith("embed"),
+    "bias$|scale$": lambda path: path.endswith(("bias", "scale")),
+    "blocks/[01]/attn": lambda path: "attn" in path,
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tie", [True, False])
+def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pattern, tie):
+    """Two steps of the reference's AdamW, on the gradients of what learns and no other.
+
+    Clipping bites, and decay is large: either would show.
+    """
+    keys = {"dtype": "float64", "weight_decay": 0.5, "grad_clip": 0.1, "freeze": pattern}
+    with jax.enable_x64(True):
+        config = make_config(**keys, tie_embeddings=tie)
+        mesh = sharding.make_mesh(config)
+        params = jax.device_get(init_state(config, mesh)["params"])
+        batches = [make_batch(config, seed=i) for i in range(2)]
+        state, rows = take_steps(config, batches)
+    is_frozen = PATTERNS[pattern]
+    initial, final = ref.flatten(params), ref.flatten(state["params"])
+    assert {path for path in final if (final[path] == initial[path]).all()} == {
+        path for path in final if is_frozen(path)
+    }
+    like = {path: value for path, value in initial.items() if not is_frozen(path)}
+    theirs, adamw = dict(initial), ref.adamw_init(like)
+    for batch, row in zip(batches, rows, strict=True):
+        windows = np.asarray(batch["windows"]).reshape(8, -1)
+        tree = ref.unflatten(theirs, params)
+        loss, grads = ref.loss_and_grads(tree, windows[:, :-1], windows[:, 1:], config)
+        grads = {p: g for p, g in ref.flatten(grads).items() if not is_frozen(p)}
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        assert row["loss"] == pytest.approx(loss, rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        learned, adamw, _ = ref.adamw_step(
+            {p: theirs[p] for p in grads}, grads, adamw, lr=float(row["lr"]), betas=(0.9, 0.95),
+            weight_decay=0.5, grad_clip=0.1, clip_eps=0,
+        )  # fmt: skip
+        theirs |= learned
+    for path, value in final.items():
+        np.testing.assert_allclose(value, theirs[path], rtol=0, atol=1e-9, err_msg=path)
+
+
+def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed():
+    """Where all but the last block is frozen, so is most of the backward pass."""
+
+    def compiled(freeze: str) -> tuple[int, float]:
+        config = make_config(freeze=freeze, tie_embeddings=False, n_layer=4)
+        mesh = sharding.make_mesh(config)
+        state = init_state(config, mesh)
+        step = make_train_step(config, mesh).lower(state, make_batch(config), 1).compile()
+        return len(jax.tree.leaves(state["opt_state"])), step.cost_analysis()["flops"]
+
+    (all_arrays, all_flops), (arrays, flops) = compiled(""), compiled("embed|blocks/[0-2]/|ln_f")
+    assert all_arrays - arrays == 2 * (2 + 3 * 12 + 2)  # embeddings, blocks, ln_f
+    assert flops < 0.6 * all_flops
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh"),
+    [({}, "fsdp:2,tensor:2"), ({"scan_layers": True}, "data:2,fsdp:2"), ({}, "data:4")],
+    ids=str,
+)
+def test_freezing_goes_with_every_mesh(make_run, options, mesh):
+    config = make_run("run", mesh=mesh, freeze="embed|attn", weight_decay=0.5, **options)
+    train(config, {})
+    mesh = sharding.one_device()
+    initial = ref.flatten(
+        jax.device_get(init_state(run_dir.load_config(config.out_dir), mesh)["params"])
+    )
+    final = params_of(config)
+    same = {path for path, value in final.items() if (value == initial[path]).all()}
+    assert same == {path for path in final if "embed" in path or "attn" in path}
+    log = Path(config.out_dir, "log.txt").read_text()
+    size = sum(final[path].size for path in same)
+    assert f"frozen: {size / 1e6:.2f}M parameters" in log
+
+
+@pytest.mark.parametrize(("pattern", "which"), [("wte", "none"), ("", None), (".", "all")])
+def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
+    config = make_run("run", freeze=pattern, vocab_size=30)
+    if which is None:
+        assert not any(jax.tree.leaves(frozen(config, model.split(config)[1])))
+        return
+    said = refusal(config, {})
+    start = f"freeze={pattern!r}: is found in {which} of the parameters' paths, which are blocks/0/"
+    assert said.startswith(start)
+    assert "embed/kernel" in said
+    assert not Path(config.out_dir, "config.json").exists()
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(UserError, match=re.escape("freeze='(': not a regular expression (")):
+        frozen(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
+
+
+# ---- early stop ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def val_losses(monkeypatch):
+    """Makes the validation loss a function of the step."""
+
+    def put(by_step: dict[int, float]) -> None:
+        monkeypatch.setattr(
+            "jaxgpt.train.Trainer._loss",
+            lambda self, stream, *, whole: 9.0 if stream == 1 or whole else by_step[self.step],
+        )
+
+    return put
+
+
+# losses by step, where the run ends, which step is best
+CURVES = [
+    ({0: 5.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 2.1, 12: 1.0}, 10, 4),
+    ({0: 5.0, 2: 6.0, 4: 5.0, 6: 7.0, 8: 1.0, 10: 1.0, 12: 1.0}, 6, None),
+    ({0: 5.0, 2: 3.0, 4: 3.5, 6: 3.1, 8: 2.9, 10: 3.0, 12: 3.0}, 12, 8),
+]
+
+
+@pytest.mark.parametrize(("losses", "end", "best"), CURVES)
+@pytest.mark.parametrize("every", [True, False])
+def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
+    make_run, val_losses, monkeypatch, losses, end, best, every
+):
+    """Also when it is stopped at every place, and goes on: the count is not lost."""
+    val_losses(losses)
+    keys = {"eval_interval": 2, "max_iters": 12, "early_stop": 3, "always_save_checkpoint": every}
+    quiet, stopped = make_run("quiet", **keys), make_run("stopped", **keys, init_from="auto")
+    assert train(quiet, {}) == 0
+    stop_at(monkeypatch, 1, 3, 5)
+    codes = [train(stopped, {}) for _ in range(4)]
+    assert codes == [128 + signal.SIGTERM] * 3 + [0]
+    for config in quiet, stopped:
+        checkpoints = run_dir.open_checkpoints(config)
+        assert (checkpoints.latest(), checkpoints.best()) == (end, best)
+        log = Path(config.out_dir, "log.txt").read_text()
+        said = f"the lowest validation loss, {losses[best or 0]:.4f} at step {best or 0}\n"
+        assert log.count(f"early stop: 3 evaluations since {said}") == (end < 12)
+        last = read_metrics(Path(config.out_dir, "metrics.jsonl"))[-1]
+        assert (last["step"], last["whole_val_loss"]) == (end, 9.0)
+    assert rows_of(stopped) == rows_of(quiet)
+    rows = rows_of(quiet)
+    train(quiet.replace(init_from="resume"), {})  # it has ended, and stays so
+    assert rows_of(quiet) == rows
+
+
+def test_without_early_stop_a_run_goes_on(make_run, val_losses):
+    val_losses({step: 1.0 + step for step in range(0, 10, 2)})
+    config = make_run("run", eval_interval=2)
+    train(config, {})
+    assert run_dir.open_checkpoints(config).latest() == 8
+
+
+# ---- the comparison --------------------------------------------------------------------------
+
+
+def test_the_comparison_runs_once_and_says_what_the_runs_did(
+    make_run, data_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(ROOT / "configs" / "pretrain_then_finetune.py"))
+    names = script["compare"].__globals__
+    small = {
+        "data_dir": str(data_dir),
+        "max_iters": 4,
+        "eval_interval": 2,
+        "n_layer": 1,
+        "n_embd": 16,
+    }
+    small |= {"n_head": 2, "block_size": 8, "mesh": "data:2", "early_stop": 0}
+    for name, dataset in {"config": "tale", "alone": "song", "finetune": "song"}.items():
+        monkeypatch.setitem(names, name, names[name].replace(dataset=dataset, **small))
+    names["compare"]([])
+    table = capsys.readouterr().out.split("\nvalidation loss")[1].splitlines()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("checkpoints/*/digest.json")}
+    assert len({path.parts[-4] for path in kept}) == 9
+    for row, name in zip(table[1:], ("pretrain", "finetune", "alone"), strict=True):
+        *losses, mean, _, spread = re.split(r"\s\s+| (?=\+-)|(?<=\+-) ", row)[1:]
+        assert len(losses) == 3
+        for seed in 1, 2, 3:
+            out_dir = f"out/pretrain_then_finetune/{name}-{seed}"
+            found = json.loads(Path(out_dir, "config.json").read_text())
+            assert found["seed"] == seed
+            assert found["init_from"] == (
+                f"out/pretrain_then_finetune/pretrain-{seed}" if name == "finetune" else "scratch"
+            )
+        values = np.array(losses, float)
+        assert float(mean) == pytest.approx(values.mean(), abs=1e-4)
+        assert float(spread) == pytest.approx(values.std(ddof=1), abs=1e-4)
+    names["compare"]([])
+    assert capsys.readouterr().out.split("\nvalidation loss")[1].splitlines() == table
+    assert kept == {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("checkpoints/*/digest.json")
+    }
