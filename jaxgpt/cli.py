@@ -184,11 +184,19 @@ class PrepareArgs:
     """Turns a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
 
     dataset: tyro.conf.Positional[Folder]
-    """A corpus that jaxgpt knows (shakespeare_char, shakespeare), or a UTF-8 text file."""
+    """A corpus that jaxgpt knows (shakespeare_char, shakespeare, openwebtext, fineweb_edu), a
+    UTF-8 text file, or documents: a parquet file, or a folder of .parquet or .txt files."""
     tokenizer: str = ""
-    """char, byte, gpt2, or a tokenizer.json. Default: the corpus's own; char for a file."""
+    """char, byte, gpt2, or a tokenizer.json. Default: the corpus's own; char for a text file,
+    gpt2 for documents."""
     data_dir: Folder = "data"
     """Where datasets live."""
+    val_share: Share = 0.0
+    """Of documents: how many are for validation. 0 is 0.0005 of a corpus, 0.01 of your own."""
+    shard: str = ""
+    """Of documents: make every n-th piece, from the i-th on (i/n), so that machines share them."""
+    processes: CountOrOff = 0
+    """Of documents: how many tokenize side by side; 0 is one a core."""
 
 
 def prepare(argv: list[str]) -> None:
@@ -196,8 +204,9 @@ def prepare(argv: list[str]) -> None:
     args = _parse(PrepareArgs, argv, "jaxgpt prepare")
     from jaxgpt.data.prepare import prepare
 
-    folder = prepare(args.dataset, args.data_dir, args.tokenizer)
-    print((folder / "meta.json").read_text())
+    folder = prepare(**vars(args))
+    if (meta := folder / "meta.json").exists():
+        print(meta.read_text())
     print(folder)
 
 
