@@ -99,7 +99,7 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
         return 0
     saved = checkpoints.meta(latest)["config"]
     for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers"):
-        ours, theirs = getattr(config, key), saved.get(key)
+        ours, theirs = getattr(config, key), saved.get(key, DEFAULTS[key])
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
