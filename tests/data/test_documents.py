@@ -38,7 +38,7 @@ def write_texts(folder: Path, texts: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def bpe_file(tmp_path_factory) -> str:
-    """A byte-level BPE of 300 ids, the last of them an end-of-text."""
+    """A byte-level BPE that knows these words; its last id is an end-of-text."""
     bpe = library.Tokenizer(library.models.BPE())
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
@@ -98,13 +98,13 @@ def test_ids_are_those_of_each_document_by_itself(tmp_path, bpe_file):
 
 
 def test_gpt2_is_the_default(tmp_path, gpt2_data, gpt2):
-    source = write_texts(tmp_path / "plays", ["O Romeo, Romeo!", "Ay me!"])
-    folder = prepare(source, str(gpt2_data), val_share=0.5)
-    texts = {is_val(text, 0.5): text for text in ("O Romeo, Romeo!", "Ay me!")}
-    assert len(texts) == 2
+    texts = make_texts(9)
+    folder = prepare(write_texts(tmp_path / "plays", texts), str(gpt2_data), val_share=0.5)
     dataset = open_dataset(folder, gpt2_data, 0)
     for tokens, val in ((dataset.train, False), (dataset.val, True)):
-        assert tokens.read(0, len(tokens)).tolist() == [*gpt2.encode(texts[val]), 50256]
+        kept = [text for text in texts if is_val(text, 0.5) == val]
+        expected = [id for text in kept for id in [*gpt2.encode(text), 50256]]
+        np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
 
 
 def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, capsys):
@@ -134,8 +134,10 @@ def test_copies_of_a_document_are_on_one_side(tmp_path, bpe_file):
 # --- Interruptions ------------------------------------------------------------------------------
 
 PREPARE = """
-import sys
+import sys, time
 from jaxgpt.data import documents
+split = documents._split
+documents._split = lambda *args: time.sleep(0.1) or split(*args)  # in workers too
 if __name__ == "__main__":
     documents.PIECE_BYTES = 1500
     documents.prepare(*sys.argv[1:], val_share=0.2, processes=2)
@@ -143,7 +145,7 @@ if __name__ == "__main__":
 
 
 def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, bpe_file):
-    """Each time as soon as one more piece is there; no worker outlives its parent for long."""
+    """Each time as soon as one more piece is there; no worker goes on without its parent."""
     texts = make_texts(150)
     source = write_texts(tmp_path / "plays", texts)
     whole = prepare(source, str(tmp_path / "whole"), bpe_file, val_share=0.2)
@@ -161,6 +163,10 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, bpe_file):
             if process.poll() is None:
                 process.kill()
         kills += 1
+        time.sleep(0.2)
+        left = sorted(folder.iterdir())
+        time.sleep(0.5)
+        assert sorted(folder.iterdir()) == left
         assert not (folder / "meta.json").exists(), "too quick to be killed"
         with pytest.raises(UserError, match="interrupted"):
             open_dataset(folder, tmp_path, 0)
@@ -194,8 +200,14 @@ def test_a_damaged_piece_is_made_again(tmp_path, bpe_file, harm):
 # --- Parquet, by the library datasets -----------------------------------------------------------
 
 
+@pytest.fixture
+def parquet(monkeypatch):
+    """The library, which would tell its makers' server of each set that it loads."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+
+
 def write_parquet(folder: Path, texts: list[str | None]) -> str:
-    pytest.importorskip("datasets")
     import pyarrow
     import pyarrow.parquet
 
@@ -207,7 +219,7 @@ def write_parquet(folder: Path, texts: list[str | None]) -> str:
     return str(folder)
 
 
-def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file):
+def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file, parquet):
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", [*texts[:30], None, "", *texts[30:]])
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
@@ -218,7 +230,7 @@ def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file):
     assert_holds(one, texts[27:52], bpe_file, 0.2)
 
 
-def test_a_row_of_the_table_is_all_that_a_corpus_needs(tmp_path, bpe_file, monkeypatch):
+def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, monkeypatch):
     """A folder with the hub's layout stands for the hub, which the tests cannot reach."""
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", list(texts))
@@ -231,8 +243,7 @@ def test_a_row_of_the_table_is_all_that_a_corpus_needs(tmp_path, bpe_file, monke
     assert (meta["pieces"], meta["source"]) == (4, f"{source}, default, revision abc")
 
 
-def test_parquet_without_texts_is_named(tmp_path, bpe_file):
-    pytest.importorskip("datasets")
+def test_parquet_without_texts_is_named(tmp_path, bpe_file, parquet):
     import pyarrow
     import pyarrow.parquet
 
@@ -303,9 +314,9 @@ def test_a_text_that_is_not_utf8_is_named_from_another_process(tmp_path, bpe_fil
 
 def test_long_documents_are_cut_where_words_end(bpe_file):
     encoder = BpeTokenizer(library.Tokenizer.from_file(bpe_file))
-    texts = [" ".join(WORDS * 6000), "", "a"]
+    texts = [" ".join(WORDS * 8000), "", "a"]
     assert len(texts[0]) > 5 * 65_536
     ids = encoder.encode_documents(texts).tolist()
     one = library.Tokenizer.from_file(bpe_file).encode(texts[0]).ids
-    assert ids == [*one, 299, 299, *encoder.encode("a").tolist(), 299]
-    assert encoder.encode(END_OF_TEXT).tolist() == [299], "elsewhere it is the mark"
+    assert ids == [*one, encoder.eot, encoder.eot, *encoder.encode("a").tolist(), encoder.eot]
+    assert encoder.encode(END_OF_TEXT).tolist() == [encoder.eot], "elsewhere it is the mark"
