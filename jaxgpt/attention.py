@@ -54,6 +54,7 @@ class Attention(nnx.Module):
         drop: Dropout,
         cache: Cache | None,
         start_B: jax.Array | None,
+        documents_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
         """-> the branch [B, T, D], the first layer's values, and the cache with these T in it."""
         c = self.config
@@ -80,6 +81,7 @@ class Attention(nnx.Module):
             causal=c.causal,
             window=c.attention_window,
             mask_BTS=mask_BTS,
+            documents_BT=documents_BT,
             dropout=partial(drop, site=WEIGHTS) if drop.rate else None,
             backend=c.attention,
         )
@@ -122,6 +124,7 @@ def attend(
     causal: bool,
     window: int = 0,
     mask_BTS: jax.Array | None = None,
+    documents_BT: jax.Array | None = None,
     dropout: Callable | None = None,
     backend: str = "reference",
 ) -> jax.Array:
@@ -130,23 +133,30 @@ def attend(
     Query head n looks at KV head n // (N // K). `causal` hides keys after the query, `window`
     keys further back than that many (the query's own included; 0 is no bound). A cache knows
     better which of its keys are there: it passes `mask_BTS` (True may look) instead of the two.
+    A query sees only keys with its own number in `documents_BT`, if that is given; not for cudnn.
     `dropout` acts on the attention weights. Scores and softmax are float32 at least.
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
     plain = mask_BTS is None and dropout is None
+    same_BTS = None
+    if documents_BT is not None:
+        same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
     if backend in ("xla", "cudnn") and plain:
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
             v_BSKH,
+            mask=None if same_BTS is None else same_BTS[:, None],
             is_causal=causal,
             local_window_size=(window - 1, 0) if window else None,
             implementation=backend,
         )
     if backend == "splash" and plain:
-        return _splash(q_BTNH, k_BSKH, v_BSKH, causal=causal, window=window)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, causal=causal, window=window)
     if mask_BTS is None:
         mask_BTS = attention_mask(q_BTNH.shape[1], causal, window)[None]
+    if same_BTS is not None:
+        mask_BTS &= same_BTS
     return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout)
 
 
@@ -178,11 +188,13 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> ja
     return (o_BTKGH / sum_BTKG1).astype(v_BSKH.dtype).reshape(B, T, N, H)
 
 
-def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: bool = False):
+def _splash(
+    q_BTNH, k_BSKH, v_BSKH, documents_BT=None, *, causal: bool, window: int, interpret: bool = False
+):
     """JAX's Pallas flash kernel for TPUs, on each device's own sequences and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def local(q_BTNH, k_BSKH, v_BSKH):
+    def local(q_BTNH, k_BSKH, v_BSKH, documents_BT):
         (_, T, N, H) = q_BTNH.shape
         heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
         mask = splash.FullMask((T, T))
@@ -206,15 +218,17 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int, interpret: boo
             interpret=interpret,
         )
         q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)  # the kernel does not scale
+        segments = None if documents_BT is None else splash.SegmentIds(documents_BT, documents_BT)
         run = cast(Callable, jax.vmap(kernel))
-        return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH))))
+        return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), segments))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q_BTNH, k_BSKH, v_BSKH)
+        return local(q_BTNH, k_BSKH, v_BSKH, documents_BT)
     spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
-    mapped = jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)
-    return mapped(q_BTNH, k_BSKH, v_BSKH)
+    specs = {"in_specs": (spec, spec, spec, PartitionSpec(spec[0])), "out_specs": spec}
+    mapped = jax.shard_map(local, check_vma=False, **specs)
+    return mapped(q_BTNH, k_BSKH, v_BSKH, documents_BT)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:

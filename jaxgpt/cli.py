@@ -186,12 +186,19 @@ class PrepareArgs:
 
     dataset: tyro.conf.Positional[Folder]
     """A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
-    shakespeare_sonnets), a UTF-8 text file, or a .jsonl of prompts and completions."""
+    shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
+    completions, or documents: a parquet file, or a folder of .parquet or .txt files."""
     tokenizer: str = ""
     """char, byte, gpt2, a tokenizer.json, or a corpus for its own. Default: the corpus's own; char
-    for a file."""
+    for a file, gpt2 for documents."""
     data_dir: Folder = "data"
     """Where datasets live."""
+    val_share: Share = 0.0
+    """Of documents: how many are for validation. 0 is 0.0005 of a corpus, 0.01 of your own."""
+    shard: str = ""
+    """Of documents: make every n-th piece, from the i-th on (i/n), so that machines share them."""
+    processes: CountOrOff = 0
+    """Of documents: how many tokenize side by side; 0 is one a core."""
 
 
 def prepare(argv: list[str]) -> None:
@@ -199,8 +206,9 @@ def prepare(argv: list[str]) -> None:
     args = _parse(PrepareArgs, argv, "jaxgpt prepare")
     from jaxgpt.data.prepare import prepare
 
-    folder = prepare(args.dataset, args.data_dir, args.tokenizer)
-    print((folder / "meta.json").read_text())
+    folder = prepare(**vars(args))
+    if (meta := folder / "meta.json").exists():
+        print(meta.read_text())
     print(folder)
 
 

@@ -164,6 +164,10 @@ class Model:
     """Hide the future. False is an encoder, which cannot be sampled."""
     value_residual: bool = False
     """Mix the first layer's values into every layer's by a learned share."""
+    document_mask: bool = False
+    """In training and evaluation, hide from each document those before it in its window."""
+    eot_id: Annotated[int, Number(-1)] = -1
+    """Where document_mask lets a document begin; -1 is the end-of-text of the dataset."""
 
     @property
     def head_width(self) -> int:

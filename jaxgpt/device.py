@@ -142,6 +142,8 @@ def _why_not_cudnn(c: Config, platform: str) -> str:
         return f"needs dtype=bfloat16, not {c.dtype}"
     if c.dropout:
         return f"has no dropout of attention weights, and dropout={c.dropout}"
+    if c.document_mask:
+        return "cannot keep documents apart, and document_mask=True"
     if c.head_width % 8 or c.head_width > 128:
         return f"needs a head width that is a multiple of 8 up to 128, not {c.head_width}"
     return ""
@@ -162,9 +164,12 @@ def _trial(c: Config) -> str:
     shape = (1, min(c.block_size, 256), c.n_head, c.head_width)
     q = jax.random.normal(jax.random.key(0), shape, c.dtype)
     k = q[:, :, : c.kv_heads]
+    halves_BT = (jnp.arange(shape[1])[None] >= shape[1] // 2).astype(jnp.int32)
+    options = {"causal": c.causal, "window": c.attention_window}
+    options |= {"documents_BT": halves_BT} if c.document_mask else {}
 
     def loss(backend: str, q, k) -> jax.Array:
-        out = attend(q, k, k, causal=c.causal, window=c.attention_window, backend=backend)
+        out = attend(q, k, k, backend=backend, **options)
         return jnp.square(out.astype(jnp.float32)).sum()
 
     try:

@@ -14,7 +14,7 @@ import tokenizers as bpe_library
 from jaxgpt import model, run_dir
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import BpeTokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.huggingface import (
     ACTIVATIONS,
     CONFIG,
@@ -39,7 +39,6 @@ EXPRESSIBLE = {
     "causal": True,
     "value_residual": False,
 }
-END_OF_TEXT = "<|endoftext|>"
 
 
 def export(out_dir: str, checkpoint: str, to: str) -> int:

@@ -66,12 +66,20 @@ class Block(nnx.Module):
         self.mlp = Mlp(c, rngs=rngs)
         self.norm_position = c.norm_position
 
-    def __call__(self, x_BTD, v_first=None, layer=0, drop=Dropout(), cache=None, start_B=None):
+    def __call__(
+        self,
+        x_BTD,
+        v_first=None,
+        layer=0,
+        drop=Dropout(),
+        cache=None,
+        start_B=None,
+        documents_BT=None,
+    ):
         """-> x [B, T, D], the first layer's values, the cache."""
         drop = drop.layer(layer)
-        attn = partial(
-            self.attn, v_first=v_first, layer=layer, drop=drop, cache=cache, start_B=start_B
-        )
+        where = {"cache": cache, "start_B": start_B, "documents_BT": documents_BT}
+        attn = partial(self.attn, v_first=v_first, layer=layer, drop=drop, **where)
         if self.norm_position == "pre":
             h_BTD, v_first, cache = attn(self.ln_1(x_BTD))
             x_BTD = x_BTD + h_BTD
@@ -123,17 +131,21 @@ class GPT(nnx.Module):
         """What the output map sees, [B, T, D], and the caches with these tokens in them.
 
         With `caches` alone the tokens are the first of their sequences; with `start_B` too,
-        they are one token each, at position `start_B`, after that many cached ones.
+        they are one token each, at position `start_B`, after that many cached ones. Of several
+        documents, which `document_mask` keeps apart, there are none in a cache.
         """
+        documents_BT = None
+        if self.config.document_mask and caches is None:
+            documents_BT = jnp.cumsum(tokens_BT == self.config.eot_id, axis=1)
         x_BTD = split_batch(self._embed(tokens_BT, start_B))
         x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
         if self.config.scan_layers:
-            x_BTD = self._scan_blocks(x_BTD, drop)
+            x_BTD = self._scan_blocks(x_BTD, drop, documents_BT)
         else:
             v_first, old, new = None, caches or [None] * self.config.n_layer, []
             for i, block in enumerate(self.blocks):
                 call = self._remat(block)
-                x_BTD, v_first, cache = call(x_BTD, v_first, i, drop, old[i], start_B)
+                x_BTD, v_first, cache = call(x_BTD, v_first, i, drop, old[i], start_B, documents_BT)
                 new.append(cache)
             caches = new if caches else None
         return self.ln_f(x_BTD) if self.config.norm_position == "pre" else x_BTD, caches
@@ -157,7 +169,7 @@ class GPT(nnx.Module):
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)
         return x_BTD
 
-    def _scan_blocks(self, x_BTD: jax.Array, drop: Dropout) -> jax.Array:
+    def _scan_blocks(self, x_BTD: jax.Array, drop: Dropout, documents_BT) -> jax.Array:
         c = self.config
         graphdef, stacked = nnx.split(self.blocks)
         B, T, _ = x_BTD.shape
@@ -166,7 +178,7 @@ class GPT(nnx.Module):
         def step(carry, layer_params):
             layer, params = layer_params
             block = self._remat(nnx.merge(graphdef, params))
-            return block(*carry, layer, drop)[:2], None
+            return block(*carry, layer, drop, documents_BT=documents_BT)[:2], None
 
         (x_BTD, _), _ = jax.lax.scan(step, (x_BTD, v_first), (jnp.arange(c.n_layer), stacked))
         return x_BTD

@@ -40,7 +40,9 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
             checkpoints.set_aside_damaged()
         weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
         dataset = find_dataset(config, config.block_size)
-        config = config.replace(vocab_size=_vocab_size(config, dataset))
+        config = config.replace(
+            vocab_size=_vocab_size(config, dataset), eot_id=_eot_id(config, dataset)
+        )
         if isinstance(weights, run_dir.RunWeights):
             weights.check_tokenizer(dataset)
         if config.freeze:
@@ -64,6 +66,19 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
             f"vocab_size={config.vocab_size}: must be at least the dataset's {dataset.vocab_size}"
         )
     return config.vocab_size or dataset.vocab_size
+
+
+def _eot_id(config: Config, dataset: Dataset) -> int:
+    """Where documents begin, if the model is to know."""
+    if not config.document_mask or config.eot_id >= 0:
+        return config.eot_id
+    eot = dataset.tokenizer.eot if dataset.tokenizer else None
+    if eot is None:
+        raise UserError(
+            f"document_mask=True: the tokenizer of {config.dataset!r} has no end-of-text, or is "
+            "not known; --eot_id says which id begins a document"
+        )
+    return eot
 
 
 def _all_finite(state: dict[str, Any]) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 ORDER = [
     *("config", "command_line"),
-    *("data.text", "data.tokenizer", "data.tokens", "data.prepare"),
+    *("data.text", "data.tokenizer", "data.tokens", "data.documents", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "processes", "checkpoint", "run_dir"),
     *("huggingface", "export", "device", "evaluate", "sample", "hlo", "plan", "metrics", "train"),

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from jaxgpt.config import Data, UserError
-from jaxgpt.data import examples
+from jaxgpt.data import documents, examples
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
@@ -21,14 +22,20 @@ from jaxgpt.data.tokens import META, PARTIAL, SPLITS, Dataset, is_prepared, open
 TRAIN_SHARE = 0.9  # of the characters (of a .jsonl: lines); the rest is for validation: nanoGPT's
 
 
-def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
+def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **how: Any) -> Path:
     """Writes `data_dir`/<name>/ for a known corpus or a file, and returns that folder.
 
-    The file is a text, or lines of prompts and completions if its name ends in .jsonl.
+    The file is a text, or lines of prompts and completions if its name ends in .jsonl. Sets of
+    documents are `documents.prepare`'s, and so is `how`.
+
     `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus that has one; empty is
     the corpus's own, and char for a file. The file is read as a stream, twice, and may be larger
     than memory. Files take their names only when all of them are whole. Raises `UserError`.
     """
+    if documents.knows(dataset):
+        return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **how)
+    for key in filter(how.get, how):
+        raise UserError(f"{key}={how[key]!r}: is for documents, and {dataset} is a text")
     if dataset in CORPORA:
         folder = Path(data_dir, dataset)
         text, source = get_corpus(dataset, folder)
@@ -38,7 +45,8 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "") -> Path:
         folder = Path(data_dir, text.stem)
     else:
         raise UserError(
-            f"{dataset}: neither a text file nor a corpus jaxgpt knows ({', '.join(CORPORA)})"
+            f"{dataset}: neither a text file, a folder nor a corpus jaxgpt knows "
+            f"({', '.join([*CORPORA, *documents.HUB])})"
         )
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import tokenizers
@@ -12,6 +12,7 @@ from jaxgpt.config import UserError
 from jaxgpt.data.text import Download, fetch
 
 FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -19,6 +20,8 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
+    eot: int | None
+    """The id that ends a document, if there is one."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, one dimension, unsigned. Raises `UserError` where it has none."""
@@ -35,6 +38,7 @@ class CharTokenizer:
     """One id a character, in order of code point: what nanoGPT's shakespeare_char does."""
 
     kind = "char"
+    eot: int | None = None
 
     def __init__(self, chars: str):
         self.chars = "".join(sorted(set(chars)))
@@ -71,6 +75,7 @@ class ByteTokenizer:
 
     kind = "byte"
     vocab_size = 256
+    eot: int | None = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
@@ -88,18 +93,29 @@ class BpeTokenizer:
     def __init__(self, bpe: tokenizers.Tokenizer, kind: str = "bpe"):
         self.kind = kind
         self.vocab_size = bpe.get_vocab_size()
+        self.eot = bpe.token_to_id(END_OF_TEXT)
         self._bpe = bpe
 
     def encode(self, text: str) -> np.ndarray:
-        pieces, start = [], 0
-        while start < len(text):  # in parallel, at places where words end in any case
-            stop = start + PIECE_CHARS
-            stop = (last_break(text, start, stop) if stop < len(text) else 0) or len(text)
-            pieces.append(text[start:stop])
-            start = stop
-        encodings = self._bpe.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = [np.array(e.ids, np.uint32) for e in encodings]
+        return self._join(self._encode_pieces(_cut(text)))
+
+    def encode_documents(self, documents: list[str]) -> np.ndarray:
+        """Ids of the documents, each with an end-of-text after it; in them its name is text."""
+        cuts = [_cut(text) for text in documents]
+        self._bpe.encode_special_tokens = True
+        encoded = iter(self._encode_pieces([piece for pieces in cuts for piece in pieces]))
+        self._bpe.encode_special_tokens = False
+        ids: list[list[int]] = []
+        for pieces in cuts:
+            ids += *(next(encoded) for _ in pieces), [cast(int, self.eot)]
+        return self._join(ids)
+
+    def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._bpe.encode_batch_fast(pieces, add_special_tokens=False)]
+
+    def _join(self, pieces: list[list[int]]) -> np.ndarray:
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        ids = [np.array(piece, np.uint32) for piece in pieces]
         return np.concatenate(ids, dtype=dtype, casting="unsafe") if ids else np.empty(0, dtype)
 
     def decode(self, ids) -> str:
@@ -110,6 +126,17 @@ class BpeTokenizer:
 
 
 PIECE_CHARS = 1 << 16
+
+
+def _cut(text: str) -> list[str]:
+    """The text in pieces to be encoded in parallel, cut where words end in any case."""
+    pieces, start = [], 0
+    while start < len(text):
+        stop = start + PIECE_CHARS
+        stop = (last_break(text, start, stop) if stop < len(text) else 0) or len(text)
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces
 
 
 def last_break(text: str, start: int, stop: int) -> int:
@@ -145,7 +172,7 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.add_special_tokens([END_OF_TEXT])
     return BpeTokenizer(bpe, "gpt2")
 
 

@@ -1,7 +1,8 @@
 """Token ids on disk: raw little-endian files, with `meta.json` beside them.
 
-Read as they are, too: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards
-(a header of 256 int32, then uint16), many files in order.
+A set of documents has many files a split, in the order of meta.json. Read as they are, too:
+nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of 256 int32, then
+uint16), many files in order.
 """
 
 import json
@@ -128,12 +129,15 @@ def _open_prepared(folder: Path) -> Dataset:
         raise UserError(f"{file}: not the meta of a dataset ({error!r})") from error
     if dtype not in ("uint16", "uint32", "int32"):
         raise UserError(f"{file}: dtype={dtype!r}: must be uint16, uint32 or int32")
-    splits = {s: Tokens([folder / f"{s}.bin"], dtype, vocab_size) for s in SPLITS}
+    sums = meta.get("sha256") or {}
+    names = {s: [*sums[s]] if isinstance(sums.get(s), dict) else [f"{s}.bin"] for s in SPLITS}
+    splits = {s: Tokens([folder / n for n in names[s]], dtype, vocab_size) for s in SPLITS}
     for split, tokens in splits.items():
         if len(tokens) != counts[split]:
+            of = f"one of {folder / split}_*.bin" if len(tokens.files) > 1 else "the file"
             raise UserError(
                 f"{tokens.files[0]}: {len(tokens)} tokens, but {META} says {counts[split]}; "
-                "the file is cut short or was replaced"
+                f"{of} is cut short or was replaced"
             )
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}

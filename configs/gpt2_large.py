@@ -1,0 +1,22 @@
+"""A GPT of GPT-2 Large's size, 774M parameters, on OpenWebText.
+
+Data, schedule and tokens a step are those of gpt2.py; the peak learning rate is lower, as GPT-3's
+table has it for a model of this size (Brown et al. 2020, table 2.1).
+"""
+
+from pathlib import Path
+
+from jaxgpt.command_line import load
+
+config = load(str(Path(__file__).with_name("gpt2.py")))["config"]
+config = config.replace(
+    out_dir="out/gpt2_large",
+    n_layer=36,
+    n_head=20,
+    n_embd=1280,
+    batch_size=8,
+    gradient_accumulation_steps=60,  # 480 sequences, as in gpt2.py
+    learning_rate=2.5e-4,
+    min_lr=2.5e-5,
+    wandb_run_name="gpt2-774M",
+)

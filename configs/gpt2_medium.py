@@ -1,0 +1,22 @@
+"""A GPT of GPT-2 Medium's size, 350M parameters, on OpenWebText.
+
+Data, schedule and tokens a step are those of gpt2.py; the peak learning rate is lower, as GPT-3's
+table has it for a model of this size (Brown et al. 2020, table 2.1).
+"""
+
+from pathlib import Path
+
+from jaxgpt.command_line import load
+
+config = load(str(Path(__file__).with_name("gpt2.py")))["config"]
+config = config.replace(
+    out_dir="out/gpt2_medium",
+    n_layer=24,
+    n_head=16,
+    n_embd=1024,
+    batch_size=8,
+    gradient_accumulation_steps=60,  # 480 sequences, as in gpt2.py
+    learning_rate=3e-4,
+    min_lr=3e-5,
+    wandb_run_name="gpt2-350M",
+)

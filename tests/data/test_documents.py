@@ -1,0 +1,322 @@
+"""Sets of documents against one document after another; kills, machines, damage, mistakes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as library
+
+import jaxgpt
+from jaxgpt.config import UserError
+from jaxgpt.data import documents
+from jaxgpt.data.documents import HubSet
+from jaxgpt.data.prepare import prepare
+from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
+from jaxgpt.data.tokens import open_dataset
+
+WORDS = ["When", "shall", "we", "three", "meet", "again", "in", "thunder", "or", "rain"]
+
+
+def make_texts(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, count)
+    return [" ".join(rng.choice(WORDS, n)) + f"\n{i}.\n" for i, n in enumerate(lengths)]
+
+
+def write_texts(folder: Path, texts: list[str]) -> str:
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i:04d}.txt").write_bytes(text.encode())
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bpe_file(tmp_path_factory) -> str:
+    """A byte-level BPE that knows these words; its last id is an end-of-text."""
+    bpe = library.Tokenizer(library.models.BPE())
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=299, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(WORDS, trainer)
+    bpe.add_special_tokens([END_OF_TEXT])
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    bpe.save(str(file))
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1500)
+
+
+def is_val(text: str, share: float) -> bool:
+    head = hashlib.sha256(text.encode()).digest()[:8]
+    return int.from_bytes(head, "little") / 2**64 < share
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_holds(folder: Path, texts: list[str], bpe_file: str, share: float) -> None:
+    """The ids are those of each document by itself, in order, an end-of-text after each."""
+    plain = library.Tokenizer.from_file(bpe_file)
+    plain.encode_special_tokens = True
+    end = plain.token_to_id(END_OF_TEXT)
+    dataset = open_dataset(folder, folder, 0)
+    for tokens, val in ((dataset.train, False), (dataset.val, True)):
+        kept = [text for text in texts if is_val(text, share) == val]
+        expected = [id for text in kept for id in [*plain.encode(text).ids, end]]
+        np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
+    assert dataset.tokenizer is not None
+    assert dataset.tokenizer.eot == end
+
+
+# --- The files ----------------------------------------------------------------------------------
+
+
+def test_ids_are_those_of_each_document_by_itself(tmp_path, bpe_file):
+    texts = [*make_texts(80), f"not {END_OF_TEXT} a mark", "\u20ac\U0001f600"]
+    source = write_texts(tmp_path / "plays", texts)
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2, processes=2)
+    assert folder == tmp_path / "data" / "plays"
+    assert_holds(folder, texts, bpe_file, 0.2)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["pieces"] > 5
+    for split, sums in meta["sha256"].items():
+        files = {name: (folder / name).read_bytes() for name in sums}
+        assert {n: hashlib.sha256(b).hexdigest() for n, b in files.items()} == sums
+        assert sum(map(len, files.values())) == 2 * meta["counts"][split]
+
+
+def test_gpt2_is_the_default(tmp_path, gpt2_data, gpt2):
+    texts = make_texts(9)
+    folder = prepare(write_texts(tmp_path / "plays", texts), str(gpt2_data), val_share=0.5)
+    dataset = open_dataset(folder, gpt2_data, 0)
+    for tokens, val in ((dataset.train, False), (dataset.val, True)):
+        kept = [text for text in texts if is_val(text, 0.5) == val]
+        expected = [id for text in kept for id in [*gpt2.encode(text), 50256]]
+        np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
+
+
+def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, capsys):
+    source = write_texts(tmp_path / "plays", make_texts(80))
+    alone = prepare(source, str(tmp_path / "alone"), bpe_file, val_share=0.2)
+    shared = tmp_path / "shared"
+    for shard in ("2/3", "0/3"):
+        prepare(source, str(shared), bpe_file, val_share=0.2, shard=shard)
+        assert "still to come" in capsys.readouterr().out
+        with pytest.raises(UserError, match="interrupted"):
+            open_dataset(shared / "plays", tmp_path, 0)
+    prepare(source, str(shared), bpe_file, val_share=0.2, shard="1/3")
+    assert read_files(shared / "plays") == read_files(alone)
+
+
+def test_copies_of_a_document_are_on_one_side(tmp_path, bpe_file):
+    texts = make_texts(40) * 2
+    folder = prepare(
+        write_texts(tmp_path / "plays", texts), str(tmp_path / "d"), bpe_file, val_share=0.3
+    )
+    assert_holds(folder, texts, bpe_file, 0.3)
+    dataset = open_dataset(folder, folder, 0)
+    val = dataset.val.read(0, len(dataset.val))
+    assert len(val) % 2 == 0
+
+
+# --- Interruptions ------------------------------------------------------------------------------
+
+PREPARE = """
+import sys, time
+from jaxgpt.data import documents
+split = documents._split
+documents._split = lambda *args: time.sleep(0.1) or split(*args)  # in workers too
+if __name__ == "__main__":
+    documents.PIECE_BYTES = 1500
+    documents.prepare(*sys.argv[1:], val_share=0.2, processes=2)
+"""
+
+
+def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, bpe_file):
+    """Each time as soon as one more piece is there; no worker goes on without its parent."""
+    texts = make_texts(150)
+    source = write_texts(tmp_path / "plays", texts)
+    whole = prepare(source, str(tmp_path / "whole"), bpe_file, val_share=0.2)
+    paths = str(Path(jaxgpt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    script = tmp_path / "run.py"
+    script.write_text(PREPARE)
+    command = [sys.executable, script, source, tmp_path / "killed", bpe_file]
+    folder, kills = tmp_path / "killed" / "plays", 0
+    while kills < 2:
+        before = len(list(folder.glob("0*.json")))
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(folder.glob("0*.json"))) == before:
+                time.sleep(0.001)
+            if process.poll() is None:
+                process.kill()
+        kills += 1
+        time.sleep(0.2)
+        left = sorted(folder.iterdir())
+        time.sleep(0.5)
+        assert sorted(folder.iterdir()) == left
+        assert not (folder / "meta.json").exists(), "too quick to be killed"
+        with pytest.raises(UserError, match="interrupted"):
+            open_dataset(folder, tmp_path, 0)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert read_files(folder) == read_files(whole)
+    assert_holds(folder, texts, bpe_file, 0.2)
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone", "no note"])
+def test_a_damaged_piece_is_made_again(tmp_path, bpe_file, harm):
+    source = write_texts(tmp_path / "plays", make_texts(40))
+    make = lambda: prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    folder = make()
+    files = read_files(folder)
+    victim = folder / "train_00001.bin"
+    ids = victim.read_bytes()
+    if harm == "cut":
+        victim.write_bytes(ids[:-2])
+        with pytest.raises(UserError, match=r"one of .*train_\*\.bin is cut short"):
+            open_dataset(folder, folder, 0)
+    elif harm == "changed":
+        victim.write_bytes(b"\1\0" + ids[2:])
+    else:
+        (victim if harm == "gone" else folder / "00001.json").unlink()
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("train_*")}
+    assert read_files(make()) == files
+    anew = {path for path in made if path.stat().st_mtime_ns != made[path]}
+    assert anew <= {victim}, "whole pieces are left alone"
+
+
+# --- Parquet, by the library datasets -----------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(monkeypatch):
+    """The library, which would tell its makers' server of each set that it loads."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+
+
+def write_parquet(folder: Path, texts: list[str | None]) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    for i in range(3):
+        part = texts[i * len(texts) // 3 : (i + 1) * len(texts) // 3]
+        table = pyarrow.table({"id": list(range(len(part))), "text": part})
+        pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=10)
+    return str(folder)
+
+
+def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file, parquet):
+    texts = make_texts(80)
+    source = write_parquet(tmp_path / "plays", [*texts[:30], None, "", *texts[30:]])
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    assert_holds(folder, texts, bpe_file, 0.2)
+    assert json.loads((folder / "meta.json").read_text())["pieces"] > 5
+    one = prepare(f"{source}/1.parquet", str(tmp_path / "one"), bpe_file, val_share=0.2)
+    assert one == tmp_path / "one" / "1"
+    assert_holds(one, texts[27:52], bpe_file, 0.2)
+
+
+def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, monkeypatch):
+    """A folder with the hub's layout stands for the hub, which the tests cannot reach."""
+    texts = make_texts(80)
+    source = write_parquet(tmp_path / "plays", list(texts))
+    monkeypatch.setitem(documents.HUB, "bard", HubSet(source, "default", "abc", 4))
+    monkeypatch.setitem(documents.VAL_SHARE, True, 0.2)
+    folder = prepare("bard", str(tmp_path / "data"), bpe_file)
+    assert folder == tmp_path / "data" / "bard"
+    assert_holds(folder, texts, bpe_file, 0.2)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["pieces"], meta["source"]) == (4, f"{source}, default, revision abc")
+
+
+def test_parquet_without_texts_is_named(tmp_path, bpe_file, parquet):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="text"):
+        prepare(str(tmp_path / "a.parquet"), str(tmp_path / "data"), bpe_file)
+    (tmp_path / "a.parquet").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"parquet: \w+: "):
+        prepare(str(tmp_path / "a.parquet"), str(tmp_path / "data"), bpe_file)
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_the_library_its_extra_is_named(tmp_path, bpe_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxgpt\[data\]'"):
+        prepare("openwebtext", str(tmp_path / "data"), bpe_file)
+
+
+# --- Mistakes -----------------------------------------------------------------------------------
+
+
+def test_pieces_of_something_else_are_left_alone(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", make_texts(40))
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    files = read_files(folder)
+    with pytest.raises(UserError, match=r"begun with val_share=0\.2, and this is 0\.3; delete"):
+        prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.3)
+    (tmp_path / "plays" / "z.txt").write_text("one more")
+    with pytest.raises(UserError, match=r"begun with source='.* 40 files"):
+        prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    assert read_files(folder) == files
+
+
+@pytest.mark.parametrize("shard", ["1", "3/3", "-1/3", "0/0", "a/b"])
+def test_a_shard_that_cannot_be_is_named(tmp_path, bpe_file, shard):
+    source = write_texts(tmp_path / "plays", ["a"])
+    with pytest.raises(UserError, match=rf"shard='{shard}': must be i/n"):
+        prepare(source, str(tmp_path / "data"), bpe_file, shard=shard)
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "none.json"])
+def test_a_tokenizer_without_an_end_of_text_is_named(tmp_path, name):
+    source = write_texts(tmp_path / "plays", ["a"])
+    with pytest.raises(UserError, match=rf"tokenizer='{name}': documents need gpt2"):
+        prepare(source, str(tmp_path / "data"), name)
+
+
+def test_a_split_without_documents_is_named(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", ["a"])
+    with pytest.raises(UserError, match=r"val_share=0\.01: leaves no document for val"):
+        prepare(source, str(tmp_path / "data"), bpe_file)
+    with pytest.raises(UserError, match="interrupted"):
+        open_dataset(tmp_path / "data" / "plays", tmp_path, 0)
+
+
+def test_options_for_documents_are_refused_for_a_text(tmp_path):
+    (tmp_path / "some.txt").write_text("abc" * 9)
+    with pytest.raises(UserError, match=r"shard='0/2': is for documents"):
+        prepare(str(tmp_path / "some.txt"), str(tmp_path / "data"), shard="0/2", processes=0)
+
+
+def test_a_text_that_is_not_utf8_is_named_from_another_process(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", ["a"])
+    (tmp_path / "plays" / "b.txt").write_bytes(b"a\xff")
+    with pytest.raises(UserError, match=r"b\.txt: byte 1 \(0xff\) is not UTF-8"):
+        prepare(source, str(tmp_path / "data"), bpe_file)
+
+
+def test_long_documents_are_cut_where_words_end(bpe_file):
+    encoder = BpeTokenizer(library.Tokenizer.from_file(bpe_file))
+    texts = [" ".join(WORDS * 8000), "", "a"]
+    assert len(texts[0]) > 5 * 65_536
+    ids = encoder.encode_documents(texts).tolist()
+    one = library.Tokenizer.from_file(bpe_file).encode(texts[0]).ids
+    assert ids == [*one, encoder.eot, encoder.eot, *encoder.encode("a").tolist(), encoder.eot]
+    assert encoder.encode(END_OF_TEXT).tolist() == [encoder.eot], "elsewhere it is the mark"
