@@ -19,7 +19,7 @@ REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
 NANOGPT_HAS = {
     "norm": "layernorm", "norm_position": "pre", "position": "learned", "mlp": "gelu",
     "tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0, "attention_window": 0,
-    "causal": True, "value_residual": False,
+    "causal": True, "value_residual": False, "optimizer": "adamw",
 }  # fmt: skip
 
 

@@ -98,8 +98,8 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
     saved = checkpoints.meta(latest)["config"]
-    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers"):
-        ours, theirs = getattr(config, key), saved.get(key)
+    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers", "optimizer"):
+        ours, theirs = getattr(config, key), saved.get(key, DEFAULTS[key])
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
