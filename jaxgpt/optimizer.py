@@ -96,8 +96,8 @@ def _is_leaf(axes: object) -> bool:
 def _match_rms(axes: dict) -> optax.GradientTransformation:
     """Scales orthogonal updates to elements like AdamW's, so that one learning rate serves both."""
 
-    def scale(update: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
-        longer = max(math.prod(update.shape[i] for i in side) for side in axes)
+    def scale(update: jax.Array, sides: tuple[tuple[int, ...], ...]) -> jax.Array:
+        longer = max(math.prod(update.shape[i] for i in side) for side in sides)
         return MUON_RMS * math.sqrt(longer) * update
 
     return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))

@@ -110,7 +110,7 @@ def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
     """`orthogonal` of each of the matrices, input by output, that a block's kernel holds."""
     if path.endswith("attn.out.kernel"):
         return orthogonal(kernel.reshape(-1, width)).reshape(kernel.shape)
-    if path.endswith(("qkv.kernel", "kv.kernel")) or kernel.ndim == 3 and ".up." in path:
+    if path.endswith(("qkv.kernel", "kv.kernel")) or (kernel.ndim == 3 and ".up." in path):
         parts = [by_matrix("", kernel[:, i], width) for i in range(kernel.shape[1])]
         return np.stack(parts, 1)
     return orthogonal(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
@@ -125,7 +125,7 @@ def test_muon_steps_are_the_references(options, scan):
     config = Config(**{
         "vocab_size": 5, "block_size": 3, "n_layer": 2, "n_head": 2, "n_embd": 4, "n_inner": 6,
         "optimizer": "muon", "learning_rate": 0.1, "decay_lr": False, "grad_clip": 0.0,
-        "weight_decay": 0.2, "scan_layers": scan and not options.get("n_layer") == 0,
+        "weight_decay": 0.2, "scan_layers": scan and options.get("n_layer") != 0,
     } | options)  # fmt: skip
     plain = config.replace(scan_layers=False)
     rng = np.random.default_rng(0)
