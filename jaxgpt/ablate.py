@@ -142,7 +142,8 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
             known = keys_of(config, one).replace(vocab_size=dataset.vocab_size)
             sides.append(JaxGPT(resolve(known)[0], dataset))
         baseline, feature = (lambda side=side: side.train(ROUND)[0] for side in sides)
-        baseline(), feature()  # the first steps are slower
+        for turn in (baseline, feature):
+            turn()  # the first steps are slower
         file.write_text(json.dumps(in_turn(baseline, feature, PAIRS)), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
