@@ -107,6 +107,7 @@ def check_comparable(c: Config) -> None:
     """Raises `UserError` for a model that nanoGPT does not have."""
     has = EXPRESSIBLE | {
         "mlp": "gelu",
+        "optimizer": "adamw",
         "n_kv_head": c.n_kv_head and c.n_head,
         "n_inner": c.n_inner and 4 * c.n_embd,
     }

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt.command_line import from_command_line, keys_given
+from jaxgpt.command_line import from_command_line, keys_given, load
 from jaxgpt.config import (
     Count,
     CountOrOff,
@@ -286,6 +286,32 @@ def bench(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class AblateArgs:
+    """Trains a baseline and each feature of the menu, some seeds each, and compares them."""
+
+    config: Folder = "configs/ablate.py"
+    """The baseline."""
+    features: tuple[str, ...] = ()
+    """Which of the menu; all of them if none is named."""
+    seeds: Count = 5
+    """Runs of each, with seeds 1, 2, ..."""
+    out_dir: Folder = "out/ablate"
+    """Where runs are kept, and where menu.md, menu.png and menu.json go."""
+
+
+def ablate(argv: list[str]) -> int:
+    """[--config FILE] [--features NAME ...] [--seeds=N]: what each feature of the menu gains."""
+    args = _parse(AblateArgs, argv, "jaxgpt ablate")
+    variants = load(args.config)
+    from jaxgpt import device
+    from jaxgpt.ablate import ablate
+
+    device.start(variants["config"].device)
+    config = variants.get("on_cpu" if device.on_cpu() else "config", variants["config"])
+    return ablate(config, list(args.features), args.seeds, args.out_dir)
+
+
+@dataclass(frozen=True)
 class ExportArgs:
     """Writes a run as a folder that transformers loads as a GPT2LMHeadModel."""
 
@@ -355,5 +381,6 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "bench": bench,
+    "ablate": ablate,
     "plan": plan,
 }

@@ -168,6 +168,8 @@ class Model:
     """In training and evaluation, hide from each document those before it in its window."""
     eot_id: Annotated[int, Number(-1)] = -1
     """Where document_mask lets a document begin; -1 is the end-of-text of the dataset."""
+    zero_init_projections: bool = False
+    """Begin with each branch's last map at zero, so that a block first passes on what it gets."""
 
     @property
     def head_width(self) -> int:
@@ -191,12 +193,19 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the blocks' matrices; AdamW keeps all else. Both share
+    the learning rate and the decay; Muon's momentum is 0.95."""
     learning_rate: Size = 6e-4
     """Peak learning rate."""
     decay_lr: bool = True
-    """Cosine decay to `min_lr` after a linear warm-up; False holds `learning_rate`."""
+    """Linear warm-up, then decay to `min_lr`; False holds `learning_rate` from the first step."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """How it decays: along a cosine, or not until the last steps and then along a line (wsd)."""
+    decay_share: Annotated[float, Number(0, 1)] = 0.2
+    """Share of all steps over which wsd decays."""
     warmup_iters: CountOrOff = 2000
     """Steps of warm-up."""
     lr_decay_iters: CountOrOff = 0

@@ -139,8 +139,11 @@ class Norm(nnx.Module):
 
 
 def residual_std(c: Model) -> float:
-    """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's."""
-    return INIT_STD / math.sqrt(2 * c.n_layer)
+    """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's.
+
+    Or zero: Zhang et al. 2019, "Fixup", for residual branches in general.
+    """
+    return 0.0 if c.zero_init_projections else INIT_STD / math.sqrt(2 * c.n_layer)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -1,30 +1,47 @@
-"""AdamW with its decay mask, and the learning rate's schedule: all optax. What is frozen."""
+"""AdamW with its decay mask, Muon, and the learning rate's schedules: all optax. What is frozen.
 
+A parameter's letters (see model.py) say which of its axes Muon takes for a matrix's input and
+output.
+"""
+
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from jaxgpt import model
 from jaxgpt.config import Config, UserError
+
+MUON_RMS = 0.2  # of an update's elements, about AdamW's; Liu et al. 2025, "Muon is Scalable"
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate by step, from 0: linear warm-up, cosine to `min_lr`, then flat; nanoGPT's.
+    """Learning rate by step, from 0: linear warm-up, decay to `min_lr`, then flat.
 
+    The cosine is nanoGPT's. `wsd` (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") holds
+    `learning_rate` until the last `decay_share` of the steps, and decays there along a line.
     The warm-up's first step is already above zero: learning_rate / (warmup_iters + 1).
     """
     c = config
     if not c.decay_lr:
         return optax.constant_schedule(c.learning_rate)
     end = c.lr_decay_iters or c.max_iters
+    after_warmup = max(1, end - c.warmup_iters)
 
     def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step)
         warm = c.learning_rate * (step + 1) / (c.warmup_iters + 1)
-        progress = jnp.clip((step - c.warmup_iters) / max(1, end - c.warmup_iters), 0, 1)
-        cosine = c.min_lr + 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (c.learning_rate - c.min_lr)
-        return jnp.where(step < c.warmup_iters, warm, cosine)
+        if c.lr_schedule == "wsd":
+            length = max(1, min(c.decay_share * end, after_warmup))
+            left = jnp.clip((end - step) / length, 0, 1)
+        else:
+            progress = jnp.clip((step - c.warmup_iters) / after_warmup, 0, 1)
+            left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        decayed = c.min_lr + left * (c.learning_rate - c.min_lr)
+        return jnp.where(step < c.warmup_iters, warm, decayed)
 
     return learning_rate
 
@@ -32,14 +49,23 @@ def schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone.
 
-    Frozen parameters have no moments.
+    Or, for the blocks' matrices, Muon (Jordan et al. 2024), with the same decay. Frozen
+    parameters have no moments.
     """
     c = config
-    adamw = optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels)
-    learns = lambda params: jax.tree.map(lambda still: not still, frozen(c, params))
+    direction = optax.scale_by_adam(c.beta1, c.beta2)
+    if c.optimizer == "muon" or c.freeze:
+        axes, still = matrix_axes(c), frozen(c, model.split(c)[1])
+        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
+        kinds = {"adamw": direction, "muon": muon, "frozen": optax.set_to_zero()}
+        direction = optax.partition(kinds, jax.tree.map(_kind, still, axes))
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
-        optax.masked(adamw, learns) if c.freeze else adamw,
+        optax.chain(
+            direction,
+            optax.add_decayed_weights(c.weight_decay, kernels),
+            optax.scale_by_learning_rate(schedule(c)),
+        ),
     )
 
 
@@ -73,3 +99,38 @@ def frozen(config: Config, params: dict) -> dict:
 def kernels(params: dict) -> dict:
     """Which parameters are matrices or embeddings, and not biases or gains: a tree of bools."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def matrix_axes(config: Config) -> dict:
+    """For every kernel that Muon is to move its input and output axes; for others a blank.
+
+    D is one side, and heads or hidden units the other. Layers (L) and the parts of a fused map
+    (C: query, key, value) are matrices of their own, so fusing does not change what Muon does.
+    """
+    _, shapes, letters = model.split(config)
+
+    def of(path: tuple, letters: str, still: bool) -> MuonDimensionNumbers | optax.MaskedNode:
+        in_blocks = path[0].key == "blocks" and path[-1].key == "kernel"
+        if config.optimizer != "muon" or still or not in_blocks:
+            return optax.MaskedNode()
+        width = (letters.index("D"),)
+        other = tuple(i for i, letter in enumerate(letters) if letter not in "LCD")
+        return MuonDimensionNumbers(*sorted((width, other)))
+
+    return jax.tree.map_with_path(of, letters, frozen(config, shapes))
+
+
+def _kind(is_frozen: bool, axes: MuonDimensionNumbers | optax.MaskedNode) -> str:
+    if is_frozen:
+        return "frozen"
+    return "muon" if isinstance(axes, MuonDimensionNumbers) else "adamw"
+
+
+def _match_rms(axes: dict) -> optax.GradientTransformation:
+    """Scales orthogonal updates to elements like AdamW's, so that one learning rate serves both."""
+
+    def scale(update: jax.Array, sides: tuple[tuple[int, ...], ...]) -> jax.Array:
+        longer = max(math.prod(update.shape[i] for i in side) for side in sides)
+        return MUON_RMS * math.sqrt(longer) * update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))

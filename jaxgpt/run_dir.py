@@ -101,7 +101,8 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
     saved = DEFAULTS | checkpoints.meta(latest)["config"]
-    for key in (*(field.name for field in dataclasses.fields(Model)), "scan_layers", "freeze"):
+    names = (field.name for field in dataclasses.fields(Model))
+    for key in (*names, "scan_layers", "optimizer", "freeze"):
         ours, theirs = getattr(config, key), saved[key]
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")

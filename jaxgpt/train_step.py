@@ -94,7 +94,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         return cross_entropy(nnx.merge(graphdef, params | tied).logits(features), targets_BT)
 
     def one_step(state: State, windows_MBT: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        keys_MB = _dropout_keys(config.seed, state["step"], windows_MBT.shape[:2])
+        seed = config.seed if config.dropout else 0  # so without it all seeds share a program
+        keys_MB = _dropout_keys(seed, state["step"], windows_MBT.shape[:2])
         weights = _by_use(state["params"], config)
         gradient = jax.value_and_grad(loss, has_aux=True)
         accumulate = _accumulate_apart(mesh) if shares_a_cpu(mesh) else _accumulate

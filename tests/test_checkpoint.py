@@ -456,12 +456,14 @@ OTHER = {
     "attention_window": 4,
     "causal": False,
     "value_residual": True,
+    "zero_init_projections": True,
     "scan_layers": True,
+    "optimizer": "muon",
 }
 
 
 def test_every_key_of_the_model_has_another_value_to_try():
-    assert OTHER.keys() == (set(vars(Model())) | {"scan_layers"}) - {"dropout"}
+    assert OTHER.keys() == (set(vars(Model())) | {"scan_layers", "optimizer"}) - {"dropout"}
 
 
 @pytest.mark.parametrize("key", OTHER)

@@ -12,7 +12,7 @@ ORDER = [
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "processes", "checkpoint", "run_dir"),
     *("huggingface", "export", "device", "evaluate", "sample", "hlo", "plan", "metrics", "train"),
-    *("bench_torch", "bench_vs", "bench_train", "bench", "cli"),
+    *("bench_torch", "bench_vs", "bench_train", "bench", "ablate", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

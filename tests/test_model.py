@@ -144,6 +144,22 @@ def test_initial_weights_have_gpt2s_deviations():
         assert abs(np.mean(value)) < 0.05 * std, path
 
 
+def test_blocks_with_zero_projections_first_pass_on_what_they_get():
+    config = make_config(zero_init_projections=True, vocab_size=65)
+    params = model.init(config, jax.random.key(0))
+    tokens = np.arange(7)[None]
+    blocks = nnx.merge(model.split(config)[0], params)(tokens)
+    none = nnx.merge(model.split(config.replace(n_layer=0))[0], params | {"blocks": {}})(tokens)
+    np.testing.assert_array_equal(blocks, none)
+    plain = model.init(config.replace(zero_init_projections=False), jax.random.key(0))
+    differing = {
+        path
+        for path, value in ref.flatten(plain).items()
+        if np.any(value != ref.flatten(params)[path])
+    }
+    assert {path.split(".", 2)[2] for path in differing} == {"attn.out.kernel", "mlp.down.kernel"}
+
+
 def test_initial_loss_is_that_of_a_uniform_guess():
     config = make_config(vocab_size=65, n_embd=64, n_layer=2, block_size=32)
     params = model.init(config, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The schedule and AdamW against NumPy."""
+"""The schedules, AdamW and Muon against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import optax
 import pytest
 from reference import numpy_gpt as ref
 
+from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.optimizer import kernels, make_optimizer, schedule
 
@@ -35,6 +36,23 @@ def test_without_an_end_of_its_own_the_decay_ends_with_the_run():
 def test_without_decay_the_rate_is_constant():
     config = Config(learning_rate=0.25, decay_lr=False, max_iters=10)
     assert {float(schedule(config)(step)) for step in range(20)} == {0.25}
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_warmup_stable_decay_is_three_straight_lines(warmup, share):
+    config = Config(
+        learning_rate=2.0, min_lr=0.5, warmup_iters=warmup, max_iters=50,
+        lr_schedule="wsd", decay_share=share,
+    )  # fmt: skip
+    ours = jax.vmap(schedule(config))(jnp.arange(60))
+    begin = max(50 * (1 - share), warmup)
+    corners = [(-1, 0.0), (warmup, 2.0)] if warmup else [(0, 2.0)]
+    corners += [(begin, 2.0), (50, 0.5)] if share else [(49, 2.0), (50, 0.5)]
+    theirs = np.interp(np.arange(60), *zip(*corners, strict=True))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    held = schedule(config.replace(decay_lr=False))
+    assert {float(held(step)) for step in range(60)} == {2.0}
 
 
 def test_only_kernels_decay():
@@ -77,3 +95,67 @@ def test_ten_steps_are_the_references(clip):
             )
     for path, value in ref.flatten(ours).items():
         np.testing.assert_allclose(value, ref.flatten(theirs)[path], rtol=1e-6, err_msg=path)
+
+
+def orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """Jordan et al. 2024: five Newton-Schulz iterations, times 0.2 sqrt(longer side)."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return 0.2 * np.sqrt(max(x.shape)) * x
+
+
+def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
+    """`orthogonal` of each of the matrices, input by output, that a block's kernel holds."""
+    if path.endswith("attn.out.kernel"):
+        return orthogonal(kernel.reshape(-1, width)).reshape(kernel.shape)
+    if path.endswith(("qkv.kernel", "kv.kernel")) or (kernel.ndim == 3 and ".up." in path):
+        parts = [by_matrix("", kernel[:, i], width) for i in range(kernel.shape[1])]
+        return np.stack(parts, 1)
+    return orthogonal(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_kv_head": 1, "mlp": "swiglu"}, {"n_layer": 0}], ids=str
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_muon_steps_are_the_references(options, scan):
+    """The blocks' matrices by Newton-Schulz, each by itself; all else by AdamW; all decay alike."""
+    config = Config(**{
+        "vocab_size": 5, "block_size": 3, "n_layer": 2, "n_head": 2, "n_embd": 4, "n_inner": 6,
+        "optimizer": "muon", "learning_rate": 0.1, "decay_lr": False, "grad_clip": 0.0,
+        "weight_decay": 0.2, "scan_layers": scan and options.get("n_layer") != 0,
+    } | options)  # fmt: skip
+    plain = config.replace(scan_layers=False)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        shapes = model.split(plain)[1]
+        draw = lambda: jax.tree.map(lambda p: rng.standard_normal(p.shape), shapes)
+        start, grads = draw(), [draw(), draw()]
+        optimizer = make_optimizer(config)
+        lay = model.stack if config.scan_layers else lambda tree: tree
+        ours = lay(start)
+        state, update = optimizer.init(ours), jax.jit(optimizer.update)
+        for grad in grads:
+            updates, state = update(lay(grad), state, ours)
+            ours = optax.apply_updates(ours, updates)
+    theirs, adam = start, ref.adamw_init(start)
+    for grad in grads:
+        theirs, adam, _ = ref.adamw_step(
+            theirs, grad, adam, lr=0.1, betas=(0.9, 0.95), weight_decay=0.2, grad_clip=0
+        )
+    wanted = ref.flatten(theirs)
+    first, second = map(ref.flatten, grads)
+    for path, kernel in ref.flatten(start).items():
+        if not (path.startswith("blocks") and path.endswith("kernel")):
+            continue
+        mean = 0.05 * (0.95 * first[path] + second[path])  # momentum's two steps
+        ahead = 0.95 * mean / (1 - 0.95**3) + 0.05 * second[path] / (1 - 0.95**2)  # Nesterov's
+        for step in first[path], ahead:
+            kernel = (1 - 0.1 * 0.2) * kernel - 0.1 * by_matrix(path, step, 4)
+        wanted[path] = kernel
+    ours = ref.flatten(model.unstack(ours) if config.scan_layers else ours)
+    assert ours.keys() == wanted.keys()
+    for path, value in ours.items():
+        np.testing.assert_allclose(value, wanted[path], rtol=1e-6, atol=1e-7, err_msg=path)

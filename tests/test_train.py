@@ -130,11 +130,14 @@ def test_a_run_leaves_what_the_contract_says(make_config):
     )
 
 
-def test_a_run_stopped_three_times_is_the_uninterrupted_run_bit_for_bit(make_config, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_stopped_three_times_is_the_uninterrupted_run_bit_for_bit(
+    make_config, monkeypatch, optimizer
+):
     """With dropout and accumulation: every loss, every digit, and the final weights."""
-    quiet = make_config("quiet")
+    quiet = make_config("quiet", optimizer=optimizer)
     assert train(quiet, {}) == 0
-    stopped = make_config("stopped", init_from="auto")
+    stopped = make_config("stopped", init_from="auto", optimizer=optimizer)
     stop_at(monkeypatch, 3, 10, 17)
     codes = [train(stopped, {}) for _ in range(4)]
     assert codes == [128 + signal.SIGTERM] * 3 + [0]

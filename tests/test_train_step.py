@@ -193,15 +193,19 @@ def test_the_state_is_donated_and_nothing_compiles_again_or_leaves_the_device():
     assert step._cache_size() == 1
 
 
-def test_the_state_is_born_as_it_is_promised():
-    config = make_config(mesh="fsdp:2,tensor:2")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_is_born_as_it_is_promised(optimizer):
+    config = make_config(mesh="fsdp:2,tensor:2", optimizer=optimizer)
     mesh = sharding.make_mesh(config)
     promised, born = abstract_state(config, mesh), init_state(config, mesh)
     assert jax.tree.structure(promised) == jax.tree.structure(born)
     for want, got in zip(jax.tree.leaves(promised), jax.tree.leaves(born), strict=True):
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
         assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
-    moments = born["opt_state"][1][0].mu["blocks"][0]["attn"]["qkv"]["kernel"]
+    state = born["opt_state"][1][0]
+    if optimizer == "muon":
+        state = state.inner_states["muon"].inner_state[0]
+    moments = state.mu["blocks"][0]["attn"]["qkv"]["kernel"]
     assert moments.sharding.spec == PartitionSpec("fsdp", None, "tensor", None)
 
 

@@ -1,0 +1,22 @@
+"""The baseline of docs/menu.md: a GPT-2 so small that `jaxgpt ablate` trains dozens of it."""
+
+from jaxgpt.config import Config
+
+config = Config(
+    out_dir="out/ablate",
+    dataset="shakespeare_char",
+    gradient_accumulation_steps=1,
+    batch_size=8,
+    block_size=64,
+    n_layer=3,
+    n_head=4,
+    n_embd=64,
+    learning_rate=8e-3,
+    min_lr=1e-4,
+    beta2=0.99,
+    warmup_iters=50,
+    max_iters=500,
+    eval_interval=100_000,  # only at the end, where the whole validation split is read
+    eval_iters=1,
+    log_interval=50,
+)

@@ -1,0 +1,22 @@
+"""The quick start's network and data with what docs/menu.md found to help, in fewer steps.
+
+`learning_rate` and the schedule are the quick start's; only its length is cut.
+"""
+
+from pathlib import Path
+
+from jaxgpt.command_line import load
+
+quick_start = load(str(Path(__file__).with_name("shakespeare.py")))
+winners = {
+    "position": "rope",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "value_residual": True,
+    "optimizer": "muon",
+    "zero_init_projections": True,
+    "out_dir": "out/speedrun",
+}
+
+config = quick_start["config"].replace(**winners, max_iters=2500, lr_decay_iters=2500)
+on_cpu = quick_start["on_cpu"].replace(**winners, max_iters=1000, lr_decay_iters=1000)
