@@ -6,6 +6,7 @@ output.
 
 import math
 import re
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if c.optimizer == "muon" or c.freeze:
         axes, still = matrix_axes(c), frozen(c, model.split(c)[1])
         muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
-        kinds = {"adamw": direction, "muon": muon, "frozen": optax.set_to_zero()}
+        kinds: dict[Hashable, optax.GradientTransformation] = {
+            "adamw": direction,
+            "muon": muon,
+            "frozen": optax.set_to_zero(),
+        }
         direction = optax.partition(kinds, jax.tree.map(_kind, still, axes))
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
