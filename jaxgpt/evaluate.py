@@ -18,15 +18,18 @@ from jaxgpt import device, huggingface, model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.tasks import Arithmetic, HeldOut, Problems
 from jaxgpt.data.text import Download
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import Tokens
 from jaxgpt.loss import cross_entropy
+from jaxgpt.sample import NOTHING, Knobs, Sampler
 from jaxgpt.sharding import BATCH
 from jaxgpt.train_step import cast, inputs_and_targets, make_eval_step
 
 DISPATCH = 20  # batches handed to the device in one call
 PIECE = 1 << 20  # tokens decoded in one piece
+PROBLEMS, ERRORS_SHOWN = 2000, 10  # answered in one batch; in full
 WEIGHTS_BATCH = 8  # sequences a device, for weights that have no run to say it
 ROW_WIDTH, BATCH_TOKENS = 32, 4096  # of HellaSwag: rows are padded to a multiple; rows x width
 
@@ -85,7 +88,8 @@ def evaluate(
     """The loss of a model on a whole validation split, also as perplexity and bits a byte.
 
     The model is that of a run, or for another `init_from` those weights; the split is the run's
-    own, or that of `dataset`. Raises `UserError` if one of them is not there.
+    own, or that of `dataset`. For a task it is the problems that were held out, and there is the
+    share of exact answers. Raises `UserError` if one of them is not there.
     """
     if init_from != "resume" and not dataset:
         raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
@@ -105,6 +109,8 @@ def evaluate(
     loss = mean_loss(make_eval_step(resolved, devices), params, batches)
     found = _whose(init_from, step) | {"val_tokens": len(data.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
+    if isinstance(data.val, HeldOut):
+        return found | exactness(Sampler(resolved).load(params), data.val.task)
     if data.tokenizer:
         bits = loss / math.log(2) * (len(data.val) - 1)
         found["bits_per_byte"] = bits / count_bytes(data.val, data.tokenizer)
@@ -130,6 +136,51 @@ def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
         len(tokenizer.decode(tokens.read(at, min(PIECE, len(tokens) - at))).encode())
         for at in pieces
     )
+
+
+# ---- Arithmetic ------------------------------------------------------------------------------
+
+
+def exactness(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
+    """The share of the held-out problems whose greedy answer is right to the last digit, in all,
+    and by operation and length of the longer number; and some of the wrong answers.
+    """
+    p, read = task.held_out, task.tokenizer.decode
+    said = np.concatenate(
+        [
+            answer(sampler, task, Problems(*(x[i : i + PROBLEMS] for x in p)))
+            for i in range(0, len(p.a), PROBLEMS)
+        ]
+    )
+    rows = task.windows(p, task.longest)
+    right = np.array(
+        [
+            (line[: (row >= 0).sum()] == row[row >= 0]).all()
+            for line, row in zip(said, rows, strict=True)
+        ]
+    )
+    found: dict[str, Any] = {"problems": len(right), "exact": right.mean()}
+    lengths = np.char.str_len(np.maximum(p.a, p.b).astype(str))
+    for kind, name in enumerate(task.operations):
+        for length in range(1, task.digits + 1):
+            some = right[(p.kind == kind) & (lengths == length)]
+            found[f"exact {name} of {length} digits"] = f"{some.mean():.2%} of {len(some):,}"
+    answers = p.answers()
+    for n in np.flatnonzero(~right)[:ERRORS_SHOWN]:
+        problem = f"{p.a[n]}{task.operations[p.kind[n]]}{p.b[n]}"
+        found[problem] = f"{read(said[n]).split()[0]}, but it is {answers[n]}"
+    return found
+
+
+def answer(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
+    """The likeliest tokens after each problem, one after the other, [n, `longest_answer`]."""
+    rows = task.windows(problems, task.longest)
+    prompts = [~row[: (row >= 0).argmax()] for row in rows]
+    chunks = sampler.generate(
+        prompts, max_new_tokens=task.longest_answer, knobs=Knobs(temperature=0)
+    )
+    said = np.concatenate(list(chunks), axis=1)[:, : task.longest_answer]
+    return np.where(said == NOTHING, 0, said)
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------
