@@ -82,7 +82,7 @@ class Arithmetic:
         keys = keys.astype(np.uint64)
         problems = self._draw(keys)
         while (held := self._is_held_out(problems)).any():
-            keys = np.where(held, mix(keys), keys)
+            keys = np.where(held, mix(~keys), keys)
             problems = self._draw(keys)
         return problems
 
