@@ -146,29 +146,20 @@ def exactness(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     and by operation and length of the longer number; and some of the wrong answers.
     """
     p, read = task.held_out, task.tokenizer.decode
-    said = np.concatenate(
-        [
-            answer(sampler, task, Problems(*(x[i : i + PROBLEMS] for x in p)))
-            for i in range(0, len(p.a), PROBLEMS)
-        ]
-    )
-    rows = task.windows(p, task.longest)
-    right = np.array(
-        [
-            (line[: (row >= 0).sum()] == row[row >= 0]).all()
-            for line, row in zip(said, rows, strict=True)
-        ]
-    )
-    found: dict[str, Any] = {"problems": len(right), "exact": right.mean()}
+    some = (Problems(*(x[i : i + PROBLEMS] for x in p)) for i in range(0, len(p.a), PROBLEMS))
+    said = [ids for problems in some for ids in answer(sampler, task, problems)]
+    wanted = [row[row >= 0] for row in task.windows(p, task.longest)]
+    right = np.array([(s[: len(w)] == w).all() for s, w in zip(said, wanted, strict=True)])
+    found: dict[str, Any] = {"problems": len(right), "exact": float(right.mean())}
     lengths = np.char.str_len(np.maximum(p.a, p.b).astype(str))
     for kind, name in enumerate(task.operations):
         for length in range(1, task.digits + 1):
-            some = right[(p.kind == kind) & (lengths == length)]
-            found[f"exact {name} of {length} digits"] = f"{some.mean():.2%} of {len(some):,}"
+            these = right[(p.kind == kind) & (lengths == length)]
+            found[f"exact {name} of {length} digits"] = f"{these.mean():.2%} of {len(these):,}"
     answers = p.answers()
     for n in np.flatnonzero(~right)[:ERRORS_SHOWN]:
         problem = f"{p.a[n]}{task.operations[p.kind[n]]}{p.b[n]}"
-        found[problem] = f"{read(said[n]).split()[0]}, but it is {answers[n]}"
+        found[problem] = read(said[n]).partition("\n")[0] + f", but it is {answers[n]}"
     return found
 
 

@@ -77,7 +77,8 @@ class Arithmetic:
     def draw(self, keys: np.ndarray) -> Problems:
         """A problem for each key, none of them held out: a pure function of the key.
 
-        Each length of numbers is as likely as the others; shorter ones are among the pairs.
+        Their length is the longer of two even draws, as long numbers take more learning; the
+        numbers of a length may be shorter, too.
         """
         keys = keys.astype(np.uint64)
         problems = self._draw(keys)
@@ -87,10 +88,11 @@ class Arithmetic:
         return problems
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        dice = [keys := mix(keys) for _ in range(4)]
-        top = np.uint64(10) ** (dice[0] % np.uint64(self.digits) + np.uint64(1))
-        kind = dice[3] % np.uint64(len(self.operations))
-        kind, a, b = (x.astype(np.int64) for x in (kind, dice[1] % top, dice[2] % top))
+        dice = [keys := mix(keys) for _ in range(5)]
+        length = np.maximum(*(die % np.uint64(self.digits) for die in dice[:2])) + np.uint64(1)
+        top = np.uint64(10) ** length
+        kind = dice[2] % np.uint64(len(self.operations))
+        kind, a, b = (x.astype(np.int64) for x in (kind, dice[3] % top, dice[4] % top))
         return Problems(kind, a, _divisors(kind, b))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:

@@ -83,16 +83,15 @@ def test_the_longest_problem_just_fits(name, digits):
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_operations_and_lengths_are_drawn_evenly(name, digits):
+def test_operations_are_drawn_evenly_and_long_numbers_more_often(name, digits):
     task = task_of(name, digits)
     kind, a, b = task.draw(np.arange(20_000, dtype=np.uint64))
     operations = len(task.operations)
     np.testing.assert_allclose(np.bincount(kind) / len(kind), 1 / operations, atol=0.03)
     below = [(np.maximum(a, b) < 10**n).mean() for n in range(1, digits + 1)]
-    expected = [
-        np.mean([min(1, 100.0 ** (n - m)) for m in range(1, digits + 1)])
-        for n in range(1, digits + 1)
-    ]
+    odds = np.diff((np.arange(digits + 1) / digits) ** 2)  # of the larger of two even draws
+    lengths = np.arange(1, digits + 1)
+    expected = [(odds * np.minimum(1, 100.0 ** (n - lengths))).sum() for n in lengths]
     np.testing.assert_allclose(below, expected, atol=0.05)  # fewer of the short, held out
 
 
@@ -191,7 +190,7 @@ def test_problems_are_the_same_on_every_machine():
     assert held == HELD
 
 
-DRAWN = ["1+0=", "68/50=", "76/30=", "6*7="]
+DRAWN = ["68+23=", "47*6=", "71*97=", "37/4="]
 HELD = ["87+15=", "7/84=", "13*49=", "96-88="]
 
 
