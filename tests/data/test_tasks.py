@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import evaluate
+from jaxgpt import cli, evaluate
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.batches import Batches
@@ -278,7 +278,7 @@ def test_exactness_counts_the_answers_that_are_right(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path):
+def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
     config = make_config(
         out_dir=str(tmp_path / "run"),
         n_layer=2,
@@ -299,3 +299,6 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path):
     found = evaluate.evaluate(config.out_dir, "latest")
     assert found["problems"] == 504
     assert found["exact"] == 1
+    capsys.readouterr()
+    cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
+    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.RULE}\n"
