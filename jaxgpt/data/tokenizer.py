@@ -74,7 +74,7 @@ class ArithmeticTokenizer(CharTokenizer):
     """
 
     kind = "arithmetic"
-    stop = ("\n",)
+    stop: tuple[str, ...] = ("\n",)
 
     def __init__(self, operations: str, digits: int):
         minus = "-" if "-" in operations else ""

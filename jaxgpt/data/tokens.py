@@ -149,7 +149,8 @@ def _open_prepared(folder: Path) -> Dataset:
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
     return Dataset(
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         source=source,
