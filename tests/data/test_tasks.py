@@ -285,14 +285,15 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
         n_head=4,
         n_embd=64,
         bias=False,
+        position="rope",
         batch_size=128,
         gradient_accumulation_steps=1,
         steps_per_dispatch=10,
         learning_rate=5e-3,
         min_lr=1e-5,
         warmup_iters=50,
-        max_iters=1000,
-        eval_interval=1000,
+        max_iters=2500,
+        eval_interval=2500,
         eval_iters=2,
     )
     assert train(config, {}) == 0
