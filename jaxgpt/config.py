@@ -109,9 +109,12 @@ class Data:
     """Which tokens, and how many of them a step sees."""
 
     dataset: Name = "openwebtext"
-    """Folder in `data_dir` with token files; a known corpus is prepared on first use."""
+    """Folder in `data_dir` with token files; a known corpus is prepared on first use. `adder` and
+    `calculator` are problems of arithmetic, made as they are needed."""
     data_dir: Folder = "data"
     """Where datasets live. nanoGPT's own `data` folder can be named here."""
+    digits: Annotated[int, Number(1, 9)] = 3
+    """Digits of the numbers that `dataset=adder` and `dataset=calculator` reckon with, at most."""
     batch_size: Count = 12
     """Sequences in a micro-batch."""
     gradient_accumulation_steps: Count = 40
@@ -253,7 +256,8 @@ class Parallel:
     process_id: Annotated[int, Number(-1)] = -1
     """Which of them this one is, from 0, where `coordinator` is given."""
     steps_per_dispatch: CountOrOff = 0
-    """Steps handed to the device in one call; 0 is 10 for tokens on the device, else 1."""
+    """Steps handed to the device in one call; 0 is 10 where that is quick and its tokens are on the
+    device, else 1."""
 
 
 GROUPS = (Run, Data, Model, Optimizer, Parallel)

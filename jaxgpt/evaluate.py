@@ -18,15 +18,18 @@ from jaxgpt import device, huggingface, model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.tasks import Arithmetic, HeldOut, Problems
 from jaxgpt.data.text import Download
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import Tokens
 from jaxgpt.loss import cross_entropy
+from jaxgpt.sample import NOTHING, Knobs, Sampler
 from jaxgpt.sharding import BATCH
 from jaxgpt.train_step import cast, inputs_and_targets, make_eval_step
 
 DISPATCH = 20  # batches handed to the device in one call
 PIECE = 1 << 20  # tokens decoded in one piece
+PROBLEMS, ERRORS_SHOWN = 2000, 10  # answered in one batch; in full
 WEIGHTS_BATCH = 8  # sequences a device, for weights that have no run to say it
 ROW_WIDTH, BATCH_TOKENS = 32, 4096  # of HellaSwag: rows are padded to a multiple; rows x width
 
@@ -85,7 +88,8 @@ def evaluate(
     """The loss of a model on a whole validation split, also as perplexity and bits a byte.
 
     The model is that of a run, or for another `init_from` those weights; the split is the run's
-    own, or that of `dataset`. Raises `UserError` if one of them is not there.
+    own, or that of `dataset`. For a task it is the problems that were held out, and there is the
+    share of exact answers. Raises `UserError` if one of them is not there.
     """
     if init_from != "resume" and not dataset:
         raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
@@ -105,6 +109,8 @@ def evaluate(
     loss = mean_loss(make_eval_step(resolved, devices), params, batches)
     found = _whose(init_from, step) | {"val_tokens": len(data.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
+    if isinstance(data.val, HeldOut):
+        return found | exactness(Sampler(resolved).load(params), data.val.task)
     if data.tokenizer:
         targets, size = count_bytes(data.val, data.tokenizer)
         found["bits_per_byte"] = loss / math.log(2) * targets / size
@@ -134,6 +140,42 @@ def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
         ids = ids[ids >= 0]
         targets, size = targets + len(ids), size + len(tokenizer.decode(ids).encode())
     return targets, size
+
+
+# ---- Arithmetic ------------------------------------------------------------------------------
+
+
+def exactness(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
+    """The share of the held-out problems whose greedy answer is right to the last digit, in all,
+    and by operation and length of the longer number; and some of the wrong answers.
+    """
+    p, read = task.held_out, task.tokenizer.decode
+    some = (Problems(*(x[i : i + PROBLEMS] for x in p)) for i in range(0, len(p.a), PROBLEMS))
+    said = [ids for problems in some for ids in answer(sampler, task, problems)]
+    wanted = [row[row >= 0] for row in task.windows(p, task.longest)]
+    right = np.array([(s[: len(w)] == w).all() for s, w in zip(said, wanted, strict=True)])
+    found: dict[str, Any] = {"problems": len(right), "exact": float(right.mean())}
+    lengths = np.char.str_len(np.maximum(p.a, p.b).astype(str))
+    for kind, name in enumerate(task.operations):
+        for length in range(1, task.digits + 1):
+            these = right[(p.kind == kind) & (lengths == length)]
+            found[f"exact {name} of {length} digits"] = f"{these.mean():.2%} of {len(these):,}"
+    answers = p.answers()
+    for n in np.flatnonzero(~right)[:ERRORS_SHOWN]:
+        problem = f"{p.a[n]}{task.operations[p.kind[n]]}{p.b[n]}"
+        found[problem] = read(said[n]).partition("\n")[0] + f", but it is {answers[n]}"
+    return found
+
+
+def answer(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
+    """The likeliest tokens after each problem, one after the other, [n, `longest_answer`]."""
+    rows = task.windows(problems, task.longest)
+    prompts = [~row[: (row >= 0).argmax()] for row in rows]
+    chunks = sampler.generate(
+        prompts, max_new_tokens=task.longest_answer, knobs=Knobs(temperature=0)
+    )
+    said = np.concatenate(list(chunks), axis=1)[:, : task.longest_answer]
+    return np.where(said == NOTHING, 0, said)
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------

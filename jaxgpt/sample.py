@@ -293,7 +293,7 @@ def sample_text(
         raise UserError("start='': a prompt needs at least one character; a line break will do")
     if "" in stop:
         raise UserError("stop='': needs at least one character")
-    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
     pieces = [""] * len(prompts)
 
     def is_done(row: int, new: list[int]) -> bool:

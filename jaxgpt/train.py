@@ -1,6 +1,7 @@
 """The training run: data -> step -> log -> eval -> save, until the end or a signal."""
 
 import math
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -103,7 +104,7 @@ class Trainer:
         self.micro_batches = sharding.micro_batches(config, mesh)
         tokens = len(dataset.train) + len(dataset.val)
         self.on_device = device.holds_tokens(config, tokens, tokens * dataset.train.dtype.itemsize)
-        self.steps = self._steps_per_dispatch() if self.on_device else 1
+        self.steps = self._steps_per_dispatch()
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
         self.best_val_loss, self.best_step, self.step = math.inf, 0, 0
@@ -122,7 +123,7 @@ class Trainer:
         c = self.config
         flops = model.flops_per_token(c) * self.sequences * c.block_size
         is_slow = device.on_cpu() and flops > SLOW_FLOPS
-        return c.steps_per_dispatch or (1 if is_slow else 10)
+        return c.steps_per_dispatch or (10 if self.on_device and not is_slow else 1)
 
     def _make_batches(self) -> dict[int, Batches]:
         c, train, val = self.config, self.dataset.train, self.dataset.val
@@ -150,8 +151,9 @@ class Trainer:
             changed = ", ".join(f"{key}={value}" for key, value in on_cpu.items())
             self.log.say(f"no accelerator, so the config's on_cpu holds: {changed}")
         self.log.say(f"device: {devices} x {kind}, {c.dtype}, {c.attention} attention")
+        train = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
         self.log.say(
-            f"data: {data.source}; {len(data.train):,} train and {len(data.val):,} val tokens, "
+            f"data: {data.source}; {train} train and {len(data.val):,} val tokens, "
             f"vocabulary {data.vocab_size}" + (", held on the device" if self.on_device else "")
         )
         self.log.say(
@@ -373,6 +375,6 @@ class Trainer:
             return
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(self._gather(self.state["params"]))
-        start = tokenizer.decode([0])  # a line break, where the tokenizer is of characters
+        start = self.dataset.example or tokenizer.decode([0])  # of characters: a line break
         text = sample_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
         self.log.say("".join(new for (new,) in text))

@@ -82,6 +82,7 @@ BAD = {
     "attention": ("flash", "one of auto, reference, xla, cudnn, splash"),
     "remat": (False, "one of none, dots, full"),
     "scan_layers": (0, "True or False"),
+    "digits": (0, "a whole number from 1 to 9"),
     "skip_nonfinite": (-1, "a whole number at least 0"),
     "coordinator": ("localhost", "host:port"),
     "num_processes": (-1, "a whole number at least 0"),

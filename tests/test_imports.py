@@ -8,10 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 ORDER = [
     *("config", "command_line"),
-    *("data.text", "data.tokenizer", "data.tokens", "data.documents", "data.prepare"),
+    *("data.text", "data.tokenizer", "data.order", "data.tokens", "data.examples"),
+    *("data.documents", "data.tasks", "data.prepare"),
     *("layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "processes", "checkpoint", "run_dir"),
-    *("huggingface", "export", "device", "evaluate", "sample", "hlo", "plan", "metrics", "train"),
+    *("huggingface", "export", "device", "sample", "evaluate", "hlo", "plan", "metrics", "train"),
     *("bench_torch", "bench_vs", "bench_train", "bench", "ablate", "cli"),
 ]
 MODULES = {

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from jaxgpt.config import Data, UserError
 from jaxgpt.data import documents, examples
 from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import META, PARTIAL, SPLITS, Dataset, is_prepared, open_dataset
@@ -32,6 +33,11 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **how: An
     the corpus's own, and char for a file. The file is read as a stream, twice, and may be larger
     than memory. Files take their names only when all of them are whole. Raises `UserError`.
     """
+    if (task := Path(dataset).stem) in TASKS:
+        raise UserError(
+            f"{dataset}: {task} is a task whose problems are made as they are needed, so there is "
+            "nothing to prepare; a text needs another name"
+        )
     if documents.knows(dataset):
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **how)
     for key in filter(how.get, how):
@@ -79,6 +85,8 @@ def prepare_if_missing(config: Data) -> None:
 
 def find_dataset(config: Data, block_size: int) -> Dataset:
     """The dataset of a run, prepared first if it is a known corpus and not there yet."""
+    if config.dataset in TASKS:
+        return open_task(config, block_size)
     folder = Path(config.data_dir, config.dataset)
     prepare_if_missing(config)
     if not folder.is_dir():

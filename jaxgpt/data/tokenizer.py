@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -22,6 +23,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     eot: int | None
     """The id that ends a document, if there is one."""
+    stop: tuple[str, ...]
+    """Before what a sample ends unless it is told otherwise; mostly nothing."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, one dimension, unsigned. Raises `UserError` where it has none."""
@@ -39,6 +42,7 @@ class CharTokenizer:
 
     kind = "char"
     eot: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __init__(self, chars: str):
         self.chars = "".join(sorted(set(chars)))
@@ -66,6 +70,40 @@ class CharTokenizer:
         return json.dumps({"type": "char", "chars": self.chars})
 
 
+class ArithmeticTokenizer(CharTokenizer):
+    """Characters of problems such as 123+456=, and of answers, each with a line break after it.
+
+    In ids an answer's digits stand units first; in text they stand as usual. Until its line break
+    has come an answer has no text, and is shown as half a character would be.
+    """
+
+    kind = "arithmetic"
+    stop: tuple[str, ...] = ("\n",)
+
+    def __init__(self, operations: str, digits: int):
+        minus = "-" if "-" in operations else ""
+        super().__init__(f"\n0123456789={operations}{minus}")
+        self.operations, self.digits = operations, digits
+        number = rf"(0|[1-9]\d{{0,{digits - 1}}})"
+        self._problem = re.compile(f"{number}[{re.escape(operations)}]{number}=")
+
+    def encode(self, text: str) -> np.ndarray:
+        if not self._problem.fullmatch(text):
+            raise UserError(
+                f"{text!r}: must be a problem as 12{self.operations[0]}34= is, of two numbers of "
+                f"at most {self.digits} digits and one of {' '.join(self.operations)}"
+            )
+        return super().encode(text)
+
+    def decode(self, ids) -> str:
+        text = re.sub(r"\d+\n", lambda answer: answer[0][-2::-1] + "\n", super().decode(ids))
+        return re.sub(r"\d+\Z", "\ufffd", text)
+
+    def to_json(self) -> str:
+        fields = {"operations": self.operations, "digits": self.digits}
+        return json.dumps({"type": self.kind} | fields)
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
@@ -76,6 +114,7 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 256
     eot: int | None = None
+    stop: tuple[str, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
@@ -89,6 +128,8 @@ class ByteTokenizer:
 
 class BpeTokenizer:
     """Any tokenizer of the Hugging Face `tokenizers` library; GPT-2's is one."""
+
+    stop: tuple[str, ...] = ()
 
     def __init__(self, bpe: tokenizers.Tokenizer, kind: str = "bpe"):
         self.kind = kind
@@ -185,6 +226,8 @@ def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
             return CharTokenizer(fields["chars"])
         if fields.get("type") == "byte":
             return ByteTokenizer()
+        if fields.get("type") == "arithmetic":
+            return ArithmeticTokenizer(fields["operations"], fields["digits"])
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
         raise UserError(f"{os.fspath(file)}: not a tokenizer ({error})") from error

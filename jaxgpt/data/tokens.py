@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.order import window_starts
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import Tokenizer
 
@@ -58,6 +59,16 @@ class Tokens:
             done, part = done + len(piece), part + 1
         return ids
 
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` ids from each of these places on, [n, `length`]."""
+        return np.stack([self.read(int(start), length) for start in starts])
+
+    def starts(self, samples: np.ndarray, *, block_size: int, seed: int, stream: int) -> np.ndarray:
+        """Where the windows of the samples with these running numbers start, int64."""
+        return window_starts(
+            samples, num_tokens=len(self), block_size=block_size, seed=seed, stream=stream
+        )
+
 
 def _open(file: Path, dtype: str) -> np.ndarray:
     """A memory map of the ids in one file. Raises `UserError` if it cannot hold whole ids."""
@@ -90,6 +101,8 @@ class Dataset:
     """Where the ids came from, for people."""
     fingerprint: dict[str, Any]
     """What tells it from another, for checkpoints."""
+    example: str = ""
+    """A prompt for the samples in a run's log; empty is the tokenizer's first id."""
 
 
 def is_prepared(folder: Path) -> bool:
@@ -142,7 +155,8 @@ def _open_prepared(folder: Path) -> Dataset:
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
     return Dataset(
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         source=source,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jaxgpt import evaluate
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.batches import Batches, gather, make_resident, permute, window_starts
+from jaxgpt.data.batches import Batches, gather, make_resident
+from jaxgpt.data.order import permute, window_starts
 from jaxgpt.data.tokens import Tokens
 from jaxgpt.sharding import make_mesh
 

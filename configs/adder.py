@@ -1,0 +1,29 @@
+"""A GPT that adds, exercise 2 of nanoGPT's lecture: "123+456=" and the sum, units first.
+
+`jaxgpt eval --out_dir=out/adder` counts the exact sums among those held out; docs/exercises.md.
+"""
+
+from jaxgpt.config import Config
+
+config = Config(
+    out_dir="out/adder",
+    dataset="adder",
+    digits=3,
+    eval_interval=500,
+    eval_iters=4,
+    log_interval=100,
+    batch_size=128,
+    gradient_accumulation_steps=1,
+    steps_per_dispatch=10,
+    block_size=12,
+    n_layer=2,
+    n_head=4,
+    n_embd=64,
+    bias=False,
+    position="rope",
+    learning_rate=5e-3,
+    min_lr=1e-5,
+    warmup_iters=100,
+    max_iters=4000,
+    beta2=0.98,
+)

@@ -1,0 +1,305 @@
+"""Problems of arithmetic against Python's own, what is held out, and a model that learns them.
+
+K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+"""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import cli, evaluate
+from jaxgpt.config import Config, UserError
+from jaxgpt.data import tokenizer as tokenizers
+from jaxgpt.data.batches import Batches
+from jaxgpt.data.prepare import find_dataset, prepare
+from jaxgpt.data.tasks import TASKS, Arithmetic, Endless, HeldOut, Problems
+from jaxgpt.data.tokenizer import ArithmeticTokenizer
+from jaxgpt.sample import TextStream
+from jaxgpt.sharding import make_mesh
+from jaxgpt.train import train
+
+PYTHON = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b,
+}
+ALL = [("adder", 1), ("adder", 3), ("calculator", 1), ("calculator", 2), ("calculator", 9)]
+
+
+def task_of(name: str, digits: int) -> Arithmetic:
+    return Arithmetic(TASKS[name], digits)
+
+
+def spelled(task: Arithmetic, problems: Problems, length: int) -> list[tuple[str, str]]:
+    """What each window asks and answers, without its padding: letter by letter, as trained."""
+    alphabet, pairs = task.tokenizer.chars, []
+    for row in task.windows(problems, length):
+        targets = np.flatnonzero(row >= 0)
+        assert (np.diff(targets) == 1).all()
+        assert {alphabet[~id] for id in row[targets[-1] + 1 :]} <= {"\n"}
+        read = "".join(alphabet[id if id >= 0 else ~id] for id in row)
+        pairs.append((read[: targets[0]], read[targets[0] : targets[-1] + 1]))
+    return pairs
+
+
+def triples(problems: Problems) -> set[tuple[int, int, int]]:
+    return set(zip(*(x.tolist() for x in problems), strict=True))
+
+
+def make_config(**keys) -> Config:
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 9, "batch_size": 8}
+    return Config(**{"dataset": "adder", "digits": 2, "mesh": "data:1"} | model | keys)
+
+
+# --- Problems and answers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "digits"), ALL)
+def test_windows_hold_problems_and_their_answers_units_first(name, digits):
+    task = task_of(name, digits)
+    problems = task.draw(np.arange(3000, dtype=np.uint64))
+    for ask, said in spelled(task, problems, task.longest + 2):
+        a, sign, b = re.fullmatch(r"(\d+)(\D)(\d+)=", ask).groups()
+        assert (str(int(a)), str(int(b))) == (a, b)
+        assert max(len(a), len(b)) <= digits
+        answer = str(PYTHON[sign](int(a), int(b)))
+        minus = "-" if answer.startswith("-") else ""
+        assert said == minus + answer.removeprefix("-")[::-1] + "\n"
+
+
+@pytest.mark.parametrize(("name", "digits"), ALL)
+def test_the_longest_problem_just_fits(name, digits):
+    task, top = task_of(name, digits), 10**digits - 1
+    kinds = np.arange(len(task.operations))
+    largest = Problems(kinds, np.full(len(kinds), top), np.full(len(kinds), top))
+    smallest = largest._replace(a=np.zeros(len(kinds), int))
+    pairs = spelled(task, largest, task.longest) + spelled(task, smallest, task.longest)
+    assert max(len(ask + said) for ask, said in pairs) == task.longest
+    assert max(len(said) for _, said in pairs) == task.longest_answer
+
+
+@pytest.mark.parametrize(("name", "digits"), ALL)
+def test_operations_are_drawn_evenly_and_long_numbers_more_often(name, digits):
+    task = task_of(name, digits)
+    kind, a, b = task.draw(np.arange(20_000, dtype=np.uint64))
+    operations = len(task.operations)
+    np.testing.assert_allclose(np.bincount(kind) / len(kind), 1 / operations, atol=0.03)
+    below = [(np.maximum(a, b) < 10**n).mean() for n in range(1, digits + 1)]
+    odds = np.diff((np.arange(digits + 1) / digits) ** 2)  # of the larger of two even draws
+    lengths = np.arange(1, digits + 1)
+    expected = [(odds * np.minimum(1, 100.0 ** (n - lengths))).sum() for n in lengths]
+    np.testing.assert_allclose(below, expected, atol=0.05)  # fewer of the short, held out
+
+
+# --- What is held out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "digits"), ALL)
+def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
+    task = task_of(name, digits)
+    held = triples(task.held_out)
+    mirrored = {(kind, b, a) for kind, a, b in held}
+    for seed in (0, 1):
+        endless = Endless(task)
+        samples = np.arange(100_000, dtype=np.uint64)
+        keys = endless.starts(samples, block_size=9, seed=seed, stream=seed)
+        drawn = triples(task.draw(keys.view(np.uint64)))
+        assert not drawn & held
+        assert not drawn & mirrored
+    if digits == 1:  # all others are
+        numbers = [(a, b) for a in range(10) for b in range(10)]
+        every = {(k, a, b) for k in range(len(task.operations)) for a, b in numbers}
+        every -= {(kind, a, b) for kind, a, b in every if kind == 3 and b == 0}
+        assert drawn == every - held - mirrored
+
+
+@pytest.mark.parametrize(
+    ("name", "digits", "counts"),
+    [
+        ("adder", 1, {1: 5}),
+        ("adder", 3, {1: 5, 2: 500, 3: 10_000}),
+        ("calculator", 2, {1: 5, 2: 500}),
+    ],
+)
+def test_a_fixed_number_of_every_operation_and_length_is_held_out(name, digits, counts):
+    task = task_of(name, digits)
+    kind, a, b = task.held_out
+    assert len(triples(task.held_out)) == len(kind)
+    for n, count in counts.items():
+        for operation in range(len(task.operations)):
+            below = ((kind == operation) & (np.maximum(a, b) < 10**n)).sum()
+            assert 0.9 * count < below <= sum(counts.values())
+    lengths = np.array([len(str(max(pair))) for pair in zip(a, b, strict=True)])
+    first, second = np.array_split(lengths == digits, 2)  # well mixed
+    assert abs(first.mean() - second.mean()) < 0.1 or len(lengths) < 100
+
+
+@given(st.integers(0, 200), st.integers(1, 30))
+def test_the_held_out_split_is_walked_problem_by_problem(first, count):
+    task = task_of("adder", 2)
+    split, samples = HeldOut(task, 9), np.arange(first, first + count, dtype=np.uint64)
+    rows = task.windows(task.held_out, 10)
+    windows = split.windows(split.starts(samples, block_size=9, seed=3, stream=2), 10)
+    np.testing.assert_array_equal(windows, rows[samples.astype(int) % len(rows)])
+
+
+def test_the_whole_split_has_every_held_out_answer_once():
+    task, mesh = task_of("calculator", 1), make_mesh(make_config())
+    windows = []
+    for batch, count in evaluate.whole_split(HeldOut(task, 9), mesh, 4, 9):
+        windows.append(np.asarray(batch["windows"])[:count].reshape(-1, 10))
+    windows = np.concatenate(windows)
+    expected = task.windows(task.held_out, 10)
+    np.testing.assert_array_equal(windows[: len(expected)], expected)
+    assert (windows[len(expected) :] < 0).all()
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def test_batches_are_pure_functions_of_seed_and_step():
+    dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
+
+    def take(
+        step: int, shape_KMB: tuple[int, int, int], *, seed: int = 5, on=mesh, stream: int = 0
+    ):
+        batches = Batches(dataset.train, on, shape_KMB, block_size=9, seed=seed, stream=stream)
+        return np.asarray(batches.take(step)["windows"])
+
+    several = take(6, (4, 1, 8))
+    for step in range(4):  # a dispatch is its steps; micro-batches and meshes only cut a step
+        np.testing.assert_array_equal(take(6 + step, (1, 1, 8))[0], several[step])
+    np.testing.assert_array_equal(take(6, (4, 2, 4)).reshape(4, 1, 8, 10), several)
+    eight = make_mesh(make_config(mesh="data:4,fsdp:2"))
+    np.testing.assert_array_equal(take(6, (4, 1, 8), on=eight), several)
+    for other in (take(7, (4, 1, 8)), take(6, (4, 1, 8), seed=6), take(6, (4, 1, 8), stream=1)):
+        assert (other != several).any()
+
+
+def test_problems_are_the_same_on_every_machine():
+    """Else a resumed run would go on with others, and would have trained on those held out."""
+    task = task_of("calculator", 2)
+    keys = Endless(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
+    drawn = [ask for ask, _ in spelled(task, task.draw(keys.view(np.uint64)), 11)]
+    held = [ask for ask, _ in spelled(task, task.held_out, 11)[:4]]
+    assert drawn == DRAWN
+    assert held == HELD
+
+
+DRAWN = ["68+23=", "47*6=", "71*97=", "37/4="]
+HELD = ["87+15=", "7/84=", "13*49=", "96-88="]
+
+
+# --- Text ---------------------------------------------------------------------------------------
+
+
+def test_text_shows_answers_as_usual(tmp_path):
+    (tmp_path / "t.json").write_text(ArithmeticTokenizer("+-", 2).to_json())
+    tokenizer = tokenizers.load(tmp_path / "t.json")
+    ids = {char: id for id, char in enumerate("\n+-0123456789=")}
+    assert [ids[char] for char in "7-35="] == tokenizer.encode("7-35=").tolist()
+    stream, shown = TextStream(tokenizer, tokenizer.stop), []
+    answer = [ids[char] for char in "-82\n0"]
+    for n in range(1, 6):
+        shown.append(stream.push(answer[:n]))
+    assert shown == ["-", "", "", "28", ""]
+    assert stream.stopped
+    assert tokenizer.decode(answer[:3]) == "-\ufffd"  # 8 is not a number of tens yet
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "12", "12+34", "012+3=", "123+4=", "1*2=", "1+2=3", "+1=", "a"]
+)
+def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
+    with pytest.raises(UserError) as raised:
+        ArithmeticTokenizer("+-", 2).encode(text)
+    assert str(raised.value) == (
+        f"{text!r}: must be a problem as 12+34= is, of two numbers of at most 2 digits "
+        "and one of + -"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"block_size": 8}, "block_size=8: must be at least 9 for the adder with digits=2"),
+        ({"dataset": "calculator"}, "block_size=9: must be at least 10 for the calculator with"),
+        ({"tokens_on_device": "always"}, "tokens_on_device='always'"),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(make_config(out_dir=str(tmp_path / "run"), max_iters=1, **keys), {})
+
+
+def test_endless_problems_cannot_be_evaluated_whole():
+    dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
+    with pytest.raises(UserError, match="eval_iters=0: must be at least 1"):
+        next(evaluate.whole_split(dataset.train, mesh, 4, 9))
+
+
+@pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
+def test_there_is_nothing_to_prepare(tmp_path, name):
+    with pytest.raises(UserError, match="made as they are needed, so there is nothing to prepare"):
+        prepare(name, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# --- Exactness ----------------------------------------------------------------------------------
+
+
+def test_exactness_counts_the_answers_that_are_right(monkeypatch):
+    task = task_of("calculator", 2)
+    kind, a, b = task.held_out
+    rows = task.windows(task.held_out, task.longest)
+    answers = iter(np.stack([np.resize(row[row >= 0], task.longest_answer) for row in rows]))
+
+    def answer(_, task, problems):
+        said = np.stack([next(answers) for _ in problems.a])
+        wrong = (problems.kind == 1) & (problems.a == 90 + problems.a % 10)
+        said[wrong, 0] = 0
+        return said
+
+    wrong = (kind == 1) & (a >= 90)
+    monkeypatch.setattr(evaluate, "answer", answer)
+    found = evaluate.exactness(None, task)
+    assert found["problems"] == len(a)
+    assert found["exact"] == pytest.approx(1 - wrong.mean())
+    two = (kind == 1) & (np.maximum(a, b) >= 10)
+    assert found["exact - of 2 digits"] == f"{1 - wrong.sum() / two.sum():.2%} of {two.sum():,}"
+    assert found["exact * of 1 digits"].startswith("100.00% of ")
+    listed = {f"{a[n]}-{b[n]}" for n in np.flatnonzero(wrong)[: evaluate.ERRORS_SHOWN]}
+    assert listed == {name for name in found if re.fullmatch(r"\d+\D\d+", name)}
+
+
+@pytest.mark.slow
+def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
+    config = make_config(
+        out_dir=str(tmp_path / "run"),
+        n_layer=2,
+        n_head=4,
+        n_embd=64,
+        bias=False,
+        position="rope",
+        batch_size=128,
+        gradient_accumulation_steps=1,
+        steps_per_dispatch=10,
+        learning_rate=5e-3,
+        min_lr=1e-5,
+        warmup_iters=50,
+        max_iters=2500,
+        eval_interval=2500,
+        eval_iters=2,
+    )
+    assert train(config, {}) == 0
+    found = evaluate.evaluate(config.out_dir, "latest")
+    assert found["problems"] == 504
+    assert found["exact"] == 1
+    capsys.readouterr()
+    cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
+    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.RULE}\n"
