@@ -19,7 +19,9 @@ REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
 NANOGPT_HAS = {
     "norm": "layernorm", "norm_position": "pre", "position": "learned", "mlp": "gelu",
     "tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0, "attention_window": 0,
-    "causal": True, "value_residual": False,
+    "causal": True, "value_residual": False, "residual": True, "out_projection": True,
+    "score_scale": "head", "head_bias": False, "qkv_bias": True, "embed_dropout": True,
+    "decay_all": False,
 }  # fmt: skip
 
 

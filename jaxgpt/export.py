@@ -14,7 +14,7 @@ import tokenizers as bpe_library
 from jaxgpt import model, run_dir
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import BpeTokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.huggingface import (
     ACTIVATIONS,
     CONFIG,
@@ -38,6 +38,10 @@ EXPRESSIBLE = {
     "attention_window": 0,
     "causal": True,
     "value_residual": False,
+    "residual": True,
+    "out_projection": True,
+    "score_scale": "head",
+    "head_bias": False,
 }
 END_OF_TEXT = "<|endoftext|>"
 
@@ -109,7 +113,7 @@ def to_fields(c: Config) -> dict[str, Any]:
         "n_head": c.n_head,
         "n_inner": c.n_inner or None,
         "activation_function": activation,
-        "embd_pdrop": c.dropout,
+        "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
         "attn_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
         "dtype": "float32",

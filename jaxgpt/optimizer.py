@@ -28,11 +28,12 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone."""
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone or all."""
     c = config
+    mask = None if c.decay_all else kernels
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
-        optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=kernels),
+        optax.adamw(schedule(c), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=mask),
     )
 
 
