@@ -100,7 +100,7 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: jax.Array, source_BSD: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x, and what keys and values are of if not of x -> q [B, T, N, H], k and v [B, S, K, H]."""
+        """x, and the other sequence if there is one -> q [B, T, N, H], k and v [B, S, K, H]."""
         if self.is_fused:
             q, k, v = jnp.split(self.qkv(x_BTD), 3, axis=2)  # one concatenation in the gradient
             return q.squeeze(2), k.squeeze(2), v.squeeze(2)

@@ -14,7 +14,7 @@ import tokenizers as bpe_library
 from jaxgpt import model, run_dir
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
+from jaxgpt.data.tokenizer import BpeTokenizer
 from jaxgpt.huggingface import (
     ACTIVATIONS,
     CONFIG,

@@ -28,7 +28,7 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone or all."""
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices or all."""
     c = config
     mask = None if c.decay_all else kernels
     return optax.chain(

@@ -521,6 +521,10 @@ INEXPRESSIBLE = {
     "value_residual": True,
     "n_kv_head": 1,
     "mlp": "swiglu",
+    "residual": False,
+    "out_projection": False,
+    "score_scale": "embedding",
+    "head_bias": True,
 }
 
 

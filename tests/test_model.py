@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import numpy_gpt as ref
-from reference.options import DEFAULTS, MODEL_CASES
+from reference.options import DEFAULTS, LECTURE, MODEL_CASES
 
 from jaxgpt import model
 from jaxgpt.config import Config
@@ -73,6 +73,7 @@ def stacked(params: dict) -> dict:
 
 
 SCANNABLE = [{}, {"value_residual": True, "n_layer": 3, "position": "rope", "n_kv_head": 2}]
+SCANNABLE += [LECTURE | {"norm": "none", "mlp": "none", "residual": False}]
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

@@ -19,7 +19,14 @@ DEFAULTS = {
     "attention_window": 0,
     "causal": True,
     "value_residual": False,
+    "residual": True,
+    "out_projection": True,
+    "score_scale": "head",
+    "qkv_bias": True,
+    "head_bias": False,
 }
+# what the lecture's script has and what it has not
+LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, "head_bias": True}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "relu2", "bias": False, "qk_norm": True}
 MODEL_CASES = [
     {},
@@ -38,4 +45,11 @@ MODEL_CASES = [
     MODERN | {"n_kv_head": 2, "value_residual": True, "attention_window": 4, "logit_softcap": 2.0},
     {"n_layer": 0},
     {"n_layer": 0, "tie_embeddings": False, "norm": "rmsnorm", "position": "none"},
+    LECTURE | {"mlp": "relu", "score_scale": "embedding"},
+    LECTURE | {"norm": "none", "mlp": "none", "residual": False},
+    LECTURE | {"norm": "none", "mlp": "relu", "residual": False, "n_kv_head": 2},
+    {"norm": "none", "norm_position": "post", "head_bias": True, "n_kv_head": 1, "qkv_bias": False},
+    {"residual": False, "norm_position": "post", "mlp": "swiglu", "score_scale": "embedding"},
+    {"residual": False, "out_projection": False, "mlp": "none", "value_residual": True},
+    LECTURE | {"n_layer": 0, "norm": "none"},
 ]
