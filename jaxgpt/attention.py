@@ -150,7 +150,7 @@ def attend(
     """
     plain = mask_BTS is None and dropout is None
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
-    scale = H**-0.5 if scale is None else scale
+    scale = float(H**-0.5) if scale is None else scale
     if backend in ("xla", "cudnn") and plain:
         return jax.nn.dot_product_attention(
             q_BTNH,

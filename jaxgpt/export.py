@@ -18,6 +18,7 @@ from jaxgpt.data.tokenizer import BpeTokenizer
 from jaxgpt.huggingface import (
     ACTIVATIONS,
     CONFIG,
+    EXPRESSIBLE,
     FIXED,
     OUR_TOKENIZER,
     WEIGHTS,
@@ -27,22 +28,6 @@ from jaxgpt.huggingface import (
 )
 from jaxgpt.sharding import one_device
 
-# What GPT-2's format can say of a model of ours; biases of zero can stand for none.
-EXPRESSIBLE = {
-    "norm": "layernorm",
-    "norm_position": "pre",
-    "position": "learned",
-    "tie_embeddings": True,
-    "qk_norm": False,
-    "logit_softcap": 0.0,
-    "attention_window": 0,
-    "causal": True,
-    "value_residual": False,
-    "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
-    "head_bias": False,
-}
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -131,7 +131,7 @@ class Sites(Dropout):
     ids=["full_script", "with a projection", "with GPT-2's"],
 )
 def test_dropout_acts_where_the_script_has_it(config, sites):
-    config = config.replace(n_embd=16, block_size=8, vocab_size=11, **EXACT)
+    config = config.replace(n_embd=16, block_size=8, vocab_size=11, dtype="float32")
     drop = Sites()
     model.GPT(config, rngs=nnx.Rngs(0)).features(jnp.zeros((1, 8), jnp.int32), drop)
     assert drop.seen == sites
