@@ -27,6 +27,7 @@ DEFAULTS = {
 }
 # what the lecture's script has and what it has not
 LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, "head_bias": True}
+NO_QKV_BIAS = {"qkv_bias": False}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "relu2", "bias": False, "qk_norm": True}
 MODEL_CASES = [
     {},
@@ -47,9 +48,12 @@ MODEL_CASES = [
     {"n_layer": 0, "tie_embeddings": False, "norm": "rmsnorm", "position": "none"},
     LECTURE | {"mlp": "relu", "score_scale": "embedding"},
     LECTURE | {"norm": "none", "mlp": "none", "residual": False},
-    LECTURE | {"norm": "none", "mlp": "relu", "residual": False, "n_kv_head": 2},
-    {"norm": "none", "norm_position": "post", "head_bias": True, "n_kv_head": 1, "qkv_bias": False},
-    {"residual": False, "norm_position": "post", "mlp": "swiglu", "score_scale": "embedding"},
-    {"residual": False, "out_projection": False, "mlp": "none", "value_residual": True},
-    LECTURE | {"n_layer": 0, "norm": "none"},
+    {
+        "residual": False,
+        "norm_position": "post",
+        "mlp": "swiglu",
+        "n_kv_head": 2,
+        "qkv_bias": False,
+    },
+    {"norm": "none", "norm_position": "post", "head_bias": True, "n_layer": 1},
 ]
