@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
 from jaxgpt import model
-from jaxgpt.attention import attend, attention_mask
+from jaxgpt.attention import attention_mask
 from jaxgpt.huggingface import Trained, find
 from jaxgpt.metrics import read_metrics
 from jaxgpt.sample import Sampler, sample_text
@@ -32,11 +33,11 @@ STAGES = {
     "7_layer_norm_post": "layer norm, post",
     "8_dropout_and_scale": "scale",
 }
-TEXT = "ROMEO:\nWhat light is this? O, what a light is"
+TEXT = "ROMEO:\nWhat light is this?"
 
 
 def save(figure: Figure, file: Path) -> None:
-    figure.savefig(file, dpi=80, metadata={"Software": None})
+    figure.savefig(file, dpi=72, metadata={"Software": None})
     print(f"drew {file}")
 
 
@@ -45,7 +46,7 @@ def save(figure: Figure, file: Path) -> None:
 
 def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """The validation loss of every stage by step."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     for i, (stage, rows) in enumerate(runs.items()):
         some = [row for row in rows if "val_loss" in row]
@@ -54,7 +55,7 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
         axes.plot(steps, losses, ".-", color=f"C{i}", label=label)
     axes.set(xlabel="step", ylabel="validation loss (nats a character)", ylim=(1.5, 3.3))
     axes.grid(alpha=0.3)
-    axes.legend(title="last value")
+    axes.legend(title="last value", loc="upper left", bbox_to_anchor=(1.01, 1))
     save(figure, file)
 
 
@@ -110,30 +111,24 @@ def attention_weights(found: Trained, layer: int, text: str) -> np.ndarray:
     block = network.blocks[layer]
     q, k, _ = block.attn.project(block.ln_1(x) if block.is_pre else x)
     width = c.n_embd if c.score_scale == "embedding" else c.head_width
-    identity = jnp.broadcast_to(jnp.eye(len(text))[:, None], (len(text), c.n_head, len(text)))
-    # values that are the unit vectors make the weights themselves what attention returns
-    return np.asarray(attend(q, k, identity[None], causal=True, scale=width**-0.5))[0].transpose(
-        1, 0, 2
-    )
+    scores_NTS = jnp.einsum("TNH,SNH->NTS", q[0], k[0]) * width**-0.5
+    may_look = attention_mask(len(text), len(text), causal=True, window=0)
+    return np.asarray(jax.nn.softmax(jnp.where(may_look, scores_NTS, -jnp.inf)))
 
 
 def draw_attention(found: dict[str, Trained], file: Path) -> None:
-    """The lecture's one head on eight characters, and a row of heads of the last model."""
+    """The lecture's one head on eight characters, and heads of the last model."""
     deep = found["8_dropout_and_scale"]
     panels = [("the head of stage 3", attention_weights(found["3_one_head"], 0, TEXT[:8])[0], 8)]
-    for layer in 0, deep.config.n_layer - 1:
-        for n, weights in enumerate(attention_weights(deep, layer, TEXT)[:3]):
+    for layer, heads in (0, 3), (deep.config.n_layer - 1, 4):
+        for n, weights in enumerate(attention_weights(deep, layer, TEXT)[:heads]):
             panels.append((f"stage 8, block {layer + 1}, head {n + 1}", weights, len(TEXT)))
-    panels.insert(4, ("", None, 0))
     figure = Figure(figsize=(15, 8), layout="constrained")
     for axes, (name, weights, length) in zip(figure.subplots(2, 4).flat, panels, strict=True):
-        if weights is None:
-            axes.axis("off")
-            continue
         axes.imshow(np.sqrt(weights), cmap="magma_r", vmin=0, vmax=1)
         letters = [{"\n": "↵", " ": "·"}.get(letter, letter) for letter in TEXT[:length]]
-        axes.set_xticks(range(length), letters, fontsize=6 if length > 8 else 10)
-        axes.set_yticks(range(length), letters, fontsize=6 if length > 8 else 10)
+        axes.set_xticks(range(length), letters, fontsize=8 if length > 8 else 12)
+        axes.set_yticks(range(length), letters, fontsize=8 if length > 8 else 12)
         axes.set_title(name)
     save(figure, file)
 
@@ -144,18 +139,26 @@ def draw_attention(found: dict[str, Trained], file: Path) -> None:
 def draw_positions(found: Trained, file: Path) -> None:
     """Position vectors, learned and sinusoidal, and how alike two places are by each (cosine)."""
     learned_TD = np.asarray(found.load(one_device())[0]["pos_embed"]["kernel"])
+    key = jax.random.fold_in(jax.random.key(found.config.seed), 0)
+    start_TD = np.asarray(model.init(found.config, key)["pos_embed"]["kernel"])
     T, D = learned_TD.shape
     sines_TD = np.asarray(model.sinusoids(jnp.arange(T)[None], D))[0]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for row, name, table_TD in zip(
-        figure.subplots(2, 2), ("learned", "sinusoidal"), (learned_TD, sines_TD), strict=True
-    ):
+    tables = {
+        "learned": learned_TD,
+        "what training added": learned_TD - start_TD,
+        "sinusoidal": sines_TD,
+    }
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    for row, (name, table_TD) in zip(figure.subplots(3, 2), tables.items(), strict=True):
         unit_TD = table_TD / np.linalg.norm(table_TD, axis=1, keepdims=True)
         limit = 2 * table_TD.std()
-        image = row[0].imshow(table_TD, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        row[0].set(title=f"{name}: the vectors", xlabel="component", ylabel="position")
+        some = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "aspect": "auto"}
+        image = row[0].imshow(table_TD[:, :20], interpolation="nearest", **some)
+        row[0].set(title=f"{name}: the first 20 components", xlabel="component", ylabel="position")
         figure.colorbar(image, ax=row[0])
-        image = row[1].imshow(unit_TD @ unit_TD.T, cmap="RdBu", vmin=-1, vmax=1)
+        image = row[1].imshow(
+            unit_TD @ unit_TD.T, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest"
+        )
         row[1].set(title=f"{name}: cosine of two positions", xlabel="position", ylabel="position")
         figure.colorbar(image, ax=row[1])
     save(figure, file)

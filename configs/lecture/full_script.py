@@ -39,10 +39,11 @@ config = Config(
 
 on_cpu = config.replace(
     eval_iters=20,
+    eval_interval=250,
     batch_size=16,
     block_size=64,
     n_embd=64,
     dropout=0.0,  # so small a network, trained so briefly, does not overfit
     learning_rate=1e-3,
-    max_iters=2000,
+    max_iters=1000,
 )
