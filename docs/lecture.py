@@ -154,12 +154,12 @@ def draw_positions(found: Trained, file: Path) -> None:
         limit = 2 * table_TD.std()
         some = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "aspect": "auto"}
         image = row[0].imshow(table_TD[:, :20], interpolation="nearest", **some)
-        row[0].set(title=f"{name}: the first 20 components", xlabel="component", ylabel="position")
+        row[0].set(title=name, xlabel="component, the first 20", ylabel="position")
         figure.colorbar(image, ax=row[0])
         image = row[1].imshow(
             unit_TD @ unit_TD.T, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest"
         )
-        row[1].set(title=f"{name}: cosine of two positions", xlabel="position", ylabel="position")
+        row[1].set(title=f"{name}: cosines", xlabel="position", ylabel="position")
         figure.colorbar(image, ax=row[1])
     save(figure, file)
 
