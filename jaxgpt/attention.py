@@ -29,17 +29,21 @@ class Attention(nnx.Module):
 
     The fused kernel [D, 3, N, H] holds the maps of N separate heads side by side, and the output
     kernel [N, H, D] sums over heads what separate heads would concatenate and then map.
+    With `cross`, keys and values are those of another sequence, and so have a map of their own.
     """
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, *, cross: bool = False, rngs: nnx.Rngs):
         D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_width
-        linear = partial(Linear, bias=c.bias, rngs=rngs)
-        if K == N:
-            self.qkv = linear("BTD,DCNH->BTCNH", D, 3, N, H)
+        linear = partial(Linear, init=c.init, rngs=rngs)
+        qkv_linear = partial(linear, bias=c.bias and c.qkv_bias)
+        self.is_fused = K == N and not cross
+        if self.is_fused:
+            self.qkv = qkv_linear("BTD,DCNH->BTCNH", D, 3, N, H)
         else:
-            self.q = linear("BTD,DNH->BTNH", D, N, H)
-            self.kv = linear("BTD,DCKH->BTCKH", D, 2, K, H)
-        self.out = linear("BTNH,NHD->BTD", N, H, D, std=residual_std(c))
+            self.q = qkv_linear("BTD,DNH->BTNH", D, N, H)
+            self.kv = qkv_linear("BTD,DCKH->BTCKH", D, 2, K, H)
+        if c.out_projection:
+            self.out = linear("BTNH,NHD->BTD", N, H, D, bias=c.bias, std=residual_std(c))
         if c.qk_norm:
             self.q_norm, self.k_norm = (Norm(c, H, "H", kind="rmsnorm") for _ in range(2))
         if c.value_residual:
@@ -55,13 +59,18 @@ class Attention(nnx.Module):
         cache: Cache | None,
         start_B: jax.Array | None,
         documents_BT: jax.Array | None = None,
+        source_BSD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """-> the branch [B, T, D], the first layer's values, and the cache with these T in it."""
-        c = self.config
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        """-> the branch [B, T, D], the first layer's values, and the cache with these T in it.
+
+        `source_BSD` is the other sequence of a `cross` module: every query sees all of it, at no
+        position, so neither `causal`, `attention_window` nor rotation applies.
+        """
+        c, is_cross = self.config, source_BSD is not None
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, source_BSD)
         if c.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if c.position == "rope":
+        if c.position == "rope" and not is_cross:
             positions_BT = positions(x_BTD.shape[1], start_B)
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT), rotate(k_BTKH, positions_BT)
         if c.value_residual:  # Zhou et al. 2024, "Value Residual Learning"
@@ -78,21 +87,26 @@ class Attention(nnx.Module):
             q_BTNH,
             keys,
             values,
-            causal=c.causal,
-            window=c.attention_window,
+            causal=c.causal and not is_cross,
+            window=0 if is_cross else c.attention_window,
             mask_BTS=mask_BTS,
             documents_BT=documents_BT,
             dropout=partial(drop, site=WEIGHTS) if drop.rate else None,
             backend=c.attention,
+            scale=c.n_embd**-0.5 if c.score_scale == "embedding" else None,
         )
+        if not c.out_projection:
+            return o_BTNH.reshape(x_BTD.shape), v_first, cache
         return drop(self.out(o_BTNH), ATTENTION), v_first, cache
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x -> q [B, T, N, H], k and v [B, T, K, H]."""
-        if self.config.kv_heads == self.config.n_head:
+    def project(
+        self, x_BTD: jax.Array, source_BSD: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x, and the other sequence if there is one -> q [B, T, N, H], k and v [B, S, K, H]."""
+        if self.is_fused:
             q, k, v = jnp.split(self.qkv(x_BTD), 3, axis=2)  # one concatenation in the gradient
             return q.squeeze(2), k.squeeze(2), v.squeeze(2)
-        k, v = jnp.split(self.kv(x_BTD), 2, axis=2)
+        k, v = jnp.split(self.kv(x_BTD if source_BSD is None else source_BSD), 2, axis=2)
         return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
 
 
@@ -127,8 +141,9 @@ def attend(
     documents_BT: jax.Array | None = None,
     dropout: Callable | None = None,
     backend: str = "reference",
+    scale: float | None = None,
 ) -> jax.Array:
-    """Softmax attention, scaled by 1/sqrt(H) -> [B, T, N, H] in q's type.
+    """Softmax attention, scaled by 1/sqrt(H) or `scale` -> [B, T, N, H] in q's type.
 
     Query head n looks at KV head n // (N // K). `causal` hides keys after the query, `window`
     keys further back than that many (the query's own included; 0 is no bound). A cache knows
@@ -138,6 +153,8 @@ def attend(
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
     plain = mask_BTS is None and dropout is None
+    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    scale = float(H**-0.5) if scale is None else scale
     same_BTS = None
     if documents_BT is not None:
         same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
@@ -150,24 +167,26 @@ def attend(
             is_causal=causal,
             local_window_size=(window - 1, 0) if window else None,
             implementation=backend,
+            scale=scale,
         )
-    if backend == "splash" and plain:
-        return _splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, causal=causal, window=window)
+    if backend == "splash" and plain and T == S:
+        how = {"causal": causal, "window": window, "scale": scale}
+        return _splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, **how)
     if mask_BTS is None:
-        mask_BTS = attention_mask(q_BTNH.shape[1], causal, window)[None]
+        mask_BTS = attention_mask(T, S, causal, window)[None]
     if same_BTS is not None:
         mask_BTS &= same_BTS
-    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout)
+    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout, scale)
 
 
-def attention_mask(length: int, causal: bool, window: int) -> jax.Array:
-    """Which key a query may look at, [T, T], True where it may."""
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)
-    allowed = (key <= query) if causal else jnp.ones((length, length), bool)
+def attention_mask(queries: int, keys: int, causal: bool, window: int) -> jax.Array:
+    """Which key a query may look at, [T, S], True where it may."""
+    query, key = jnp.arange(queries)[:, None], jnp.arange(keys)
+    allowed = (key <= query) if causal else jnp.ones((queries, keys), bool)
     return allowed & (key > query - window) if window else allowed
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> jax.Array:
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None, scale: float):
     """The equations as they stand; every option; the [T, S] weights are held in memory.
 
     Weights are divided by their sum after they have met the values: [T, H] numbers, not [T, S],
@@ -175,7 +194,7 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> ja
     """
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * scale
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
     largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
@@ -188,14 +207,12 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None) -> ja
     return (o_BTKGH / sum_BTKG1).astype(v_BSKH.dtype).reshape(B, T, N, H)
 
 
-def _splash(
-    q_BTNH, k_BSKH, v_BSKH, documents_BT=None, *, causal: bool, window: int, interpret: bool = False
-):
+def _splash(q, k, v, documents=None, *, causal: bool, window: int, scale: float, interpret=False):
     """JAX's Pallas flash kernel for TPUs, on each device's own sequences and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def local(q_BTNH, k_BSKH, v_BSKH, documents_BT):
-        (_, T, N, H) = q_BTNH.shape
+        (_, T, N, _) = q_BTNH.shape
         heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
         mask = splash.FullMask((T, T))
         if causal:
@@ -217,18 +234,18 @@ def _splash(
             ),
             interpret=interpret,
         )
-        q_BTNH = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)  # the kernel does not scale
+        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)  # the kernel does not scale
         segments = None if documents_BT is None else splash.SegmentIds(documents_BT, documents_BT)
         run = cast(Callable, jax.vmap(kernel))
         return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), segments))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(q_BTNH, k_BSKH, v_BSKH, documents_BT)
+        return local(q, k, v, documents)
     spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
     specs = {"in_specs": (spec, spec, spec, PartitionSpec(spec[0])), "out_specs": spec}
     mapped = jax.shard_map(local, check_vma=False, **specs)
-    return mapped(q_BTNH, k_BSKH, v_BSKH, documents_BT)
+    return mapped(q, k, v, documents)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:

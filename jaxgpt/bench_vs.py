@@ -108,6 +108,10 @@ def check_comparable(c: Config) -> None:
     has = EXPRESSIBLE | {
         "mlp": "gelu",
         "optimizer": "adamw",
+        "qkv_bias": True,
+        "embed_dropout": True,
+        "decay_all": False,
+        "document_mask": False,
         "n_kv_head": c.n_kv_head and c.n_head,
         "n_inner": c.n_inner and 4 * c.n_embd,
     }

@@ -144,17 +144,32 @@ class Model:
     n_inner: CountOrOff = 0
     """Width inside the MLP; 0 is 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)."""
     dropout: Share = 0.0
-    """Share of activations zeroed: embeddings, attention weights and both residual branches."""
+    """Share of activations zeroed: embeddings, attention weights, and what a branch's last map
+    gives."""
+    embed_dropout: bool = True
+    """Dropout of embeddings too, as in GPT-2; the lecture has none there."""
     bias: bool = True
     """Biases in linear maps and layer norms. GPT-2 has them; nanoGPT's default is False."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qkv_bias: bool = True
+    """With `bias`: biases of query, key and value too. The lecture's heads have none."""
+    head_bias: bool = False
+    """A bias of the output map, one number a token; GPT-2 has none."""
+    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """Normalisation."""
     norm_position: Literal["pre", "post"] = "pre"
     """Normalise what enters a branch (GPT-2) or what leaves the addition (the 2017 paper)."""
     position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
     """How the model knows where a token stands."""
-    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu_tanh"
-    """Non-linearity. GPT-2's is gelu_tanh, nanoGPT's is gelu."""
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "none"] = "gelu_tanh"
+    """Non-linearity; `none` leaves the MLP out. GPT-2's is gelu_tanh, nanoGPT's is gelu."""
+    residual: bool = True
+    """Add a branch to what entered it; False, as in the lecture's first stages, replaces that."""
+    out_projection: bool = True
+    """Mix attention's heads by an output map; False only concatenates them."""
+    score_scale: Literal["head", "embedding"] = "head"
+    """Whose width's square root divides attention scores; `embedding` is a slip of the lecture."""
+    init: Literal["gpt2", "torch"] = "gpt2"
+    """Initial weights: GPT-2's, or what PyTorch's Linear and Embedding start with."""
     tie_embeddings: bool = True
     """Use the token embedding as the output map too."""
     qk_norm: bool = False
@@ -216,7 +231,9 @@ class Optimizer:
     min_lr: Size = 6e-5
     """Learning rate at the end of the decay."""
     weight_decay: Size = 0.1
-    """Decoupled decay of matrices and embeddings; never of biases and norms."""
+    """Decoupled decay of matrices and embeddings."""
+    decay_all: bool = False
+    """Decay biases and norms too, as PyTorch's AdamW does unless told which."""
     beta1: Share = 0.9
     """Memory of the gradient's mean."""
     beta2: Share = 0.95
@@ -340,6 +357,10 @@ def _check_together(c: Config) -> None:
     need(
         c.causal or not c.attention_window,
         f"attention_window={c.attention_window}: needs causal=True",
+    )
+    need(
+        c.init == "gpt2" or not c.zero_init_projections,
+        f"init={c.init!r}: must be gpt2 with zero_init_projections=True",
     )
     need(
         c.min_lr <= c.learning_rate or not c.decay_lr,

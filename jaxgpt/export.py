@@ -18,6 +18,7 @@ from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.huggingface import (
     ACTIVATIONS,
     CONFIG,
+    EXPRESSIBLE,
     FIXED,
     OUR_TOKENIZER,
     WEIGHTS,
@@ -26,19 +27,6 @@ from jaxgpt.huggingface import (
     shape_there,
 )
 from jaxgpt.sharding import one_device
-
-# What GPT-2's format can say of a model of ours; biases of zero can stand for none.
-EXPRESSIBLE = {
-    "norm": "layernorm",
-    "norm_position": "pre",
-    "position": "learned",
-    "tie_embeddings": True,
-    "qk_norm": False,
-    "logit_softcap": 0.0,
-    "attention_window": 0,
-    "causal": True,
-    "value_residual": False,
-}
 
 
 def export(out_dir: str, checkpoint: str, to: str) -> int:
@@ -108,7 +96,7 @@ def to_fields(c: Config) -> dict[str, Any]:
         "n_head": c.n_head,
         "n_inner": c.n_inner or None,
         "activation_function": activation,
-        "embd_pdrop": c.dropout,
+        "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
         "attn_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
         "dtype": "float32",

@@ -64,6 +64,22 @@ FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+# What GPT-2's format can say of a model of ours; biases of zero can stand for none.
+EXPRESSIBLE = {
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "position": "learned",
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "attention_window": 0,
+    "causal": True,
+    "value_residual": False,
+    "residual": True,
+    "out_projection": True,
+    "score_scale": "head",
+    "head_bias": False,
+}
 HUB = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 CONFIG, WEIGHTS, CKPT = "config.json", "model.safetensors", "ckpt.pt"
 OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # one that transformers could not read
@@ -166,7 +182,8 @@ def begin_with(
         weights = open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
-    config = run_dir.adopt(config, theirs, config.init_from, given)
+    fixed = EXPRESSIBLE | {"qkv_bias": True}
+    config = run_dir.adopt(config, fixed | theirs, config.init_from, given)
     model_keys = ", ".join(f"{key}={value}" for key, value in theirs.items())
     lines = [f"weights of {config.init_from}: {model_keys}"]
     if config.block_size < positions:

@@ -5,6 +5,7 @@ of its axes as `axes`: `sharding.py` maps them to the mesh.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,29 +97,52 @@ class Linear(nnx.Module):
     """An affine map written as an einsum: `BTD,DNH->BTNH` maps the embedding to heads."""
 
     def __init__(
-        self, equation: str, *shape: int, bias: bool, rngs: nnx.Rngs, std: float = INIT_STD
+        self,
+        equation: str,
+        *shape: int,
+        bias: bool,
+        rngs: nnx.Rngs,
+        std: float = INIT_STD,
+        init: str = "gpt2",
     ):
         self.equation = equation
         axes, out_axes = equation.split(",")[1].split("->")
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
         kept = [(n, a) for n, a in zip(shape, axes, strict=True) if a in out_axes]
         bias_shape, bias_axes = [n for n, _ in kept], "".join(a for _, a in kept)
-        self.bias = nnx.Param(jnp.zeros(bias_shape), axes=bias_axes) if bias else None
+        if init == "torch":
+            uniform = partial(torch_uniform, math.prod(shape) // math.prod(bias_shape), rngs)
+            kernel = uniform(shape)
+            start = uniform(bias_shape) if bias else None
+        else:
+            kernel = std * jax.random.normal(rngs.params(), shape)
+            start = jnp.zeros(bias_shape) if bias else None
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = None if start is None else nnx.Param(start, axes=bias_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = linear_map(self.equation, x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class Table(nnx.Module):
-    """One row of width D for each token or position."""
+def torch_uniform(fan_in: int, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
+    """What PyTorch's Linear starts with, kernel and bias: uniform up to 1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
-    def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
+
+class Table(nnx.Module):
+    """One row of width D for each token or position; with `fan_in` it starts as a Linear does."""
+
+    def __init__(
+        self, axes: str, *shape: int, rngs: nnx.Rngs, std: float = INIT_STD, fan_in: int = 0
+    ):
+        normal = lambda: std * jax.random.normal(rngs.params(), shape)
+        kernel = torch_uniform(fan_in, rngs, shape) if fan_in else normal()
+        self.kernel = nnx.Param(kernel, axes=axes)
 
 
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the last axis.
+    """LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019) of the last axis, or nothing.
 
     Statistics are float32 at least, whatever the type of the input.
     """
@@ -126,10 +150,14 @@ class Norm(nnx.Module):
     def __init__(self, c: Model, width: int, axes: str = "D", *, kind: str = ""):
         self.kind = kind or c.norm
         has_bias = c.bias and self.kind == "layernorm"
+        if self.kind == "none":
+            return
         self.scale = nnx.Param(jnp.ones(width), axes=axes)
         self.bias = nnx.Param(jnp.zeros(width), axes=axes) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "none":
+            return x
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layernorm":
             wide -= wide.mean(-1, keepdims=True)

@@ -19,6 +19,7 @@ from jaxgpt.attention import Attention, Cache, positions
 from jaxgpt.config import Config, Model
 from jaxgpt.layers import (
     EMBEDDING,
+    INIT_STD,
     MLP,
     Dropout,
     Linear,
@@ -27,6 +28,7 @@ from jaxgpt.layers import (
     look_up,
     residual_std,
     split_batch,
+    torch_uniform,
 )
 
 ACTIVATIONS = {
@@ -42,7 +44,7 @@ class Mlp(nnx.Module):
     """Up, non-linearity, down; swiglu gates instead (Shazeer 2020)."""
 
     def __init__(self, c: Model, *, rngs: nnx.Rngs):
-        linear, D, F = partial(Linear, bias=c.bias, rngs=rngs), c.n_embd, c.inner_width
+        linear, D, F = partial(Linear, bias=c.bias, init=c.init, rngs=rngs), c.n_embd, c.inner_width
         self.kind = c.mlp
         if c.mlp == "swiglu":
             self.up = linear("BTD,DCF->BTCF", D, 2, F)
@@ -59,12 +61,14 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Attention, then the MLP: each a branch that is added to what entered it."""
+
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.ln_1 = Norm(c, c.n_embd)
         self.attn = Attention(c, rngs=rngs)
-        self.ln_2 = Norm(c, c.n_embd)
-        self.mlp = Mlp(c, rngs=rngs)
-        self.norm_position = c.norm_position
+        self.mlp = Mlp(c, rngs=rngs) if c.mlp != "none" else None
+        self.ln_2 = Norm(c, c.n_embd) if c.mlp != "none" else None
+        self.is_pre, self.residual = c.norm_position == "pre", c.residual
 
     def __call__(
         self,
@@ -78,17 +82,19 @@ class Block(nnx.Module):
     ):
         """-> x [B, T, D], the first layer's values, the cache."""
         drop = drop.layer(layer)
+        h_BTD = self.ln_1(x_BTD) if self.is_pre else x_BTD
         where = {"cache": cache, "start_B": start_B, "documents_BT": documents_BT}
-        attn = partial(self.attn, v_first=v_first, layer=layer, drop=drop, **where)
-        if self.norm_position == "pre":
-            h_BTD, v_first, cache = attn(self.ln_1(x_BTD))
-            x_BTD = x_BTD + h_BTD
-            x_BTD = x_BTD + drop(self.mlp(self.ln_2(x_BTD)), MLP)
-        else:
-            h_BTD, v_first, cache = attn(x_BTD)
-            x_BTD = self.ln_1(x_BTD + h_BTD)
-            x_BTD = self.ln_2(x_BTD + drop(self.mlp(x_BTD), MLP))
+        h_BTD, v_first, cache = self.attn(h_BTD, v_first, layer, drop, **where)
+        x_BTD = self._join(x_BTD, h_BTD, self.ln_1)
+        if self.mlp and self.ln_2:
+            h_BTD = self.mlp(self.ln_2(x_BTD) if self.is_pre else x_BTD)
+            x_BTD = self._join(x_BTD, drop(h_BTD, MLP), self.ln_2)
         return split_batch(x_BTD), v_first, cache
+
+    def _join(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm) -> jax.Array:
+        """The stream `x` after a branch gave `h`."""
+        x_BTD = x_BTD + h_BTD if self.residual else h_BTD
+        return x_BTD if self.is_pre else norm(x_BTD)
 
 
 REMAT = {
@@ -107,16 +113,20 @@ class GPT(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
         V, D = c.padded_vocab, c.n_embd
-        self.embed = Table("VD", V, D, rngs=rngs)
+        std = 1.0 if c.init == "torch" else INIT_STD
+        self.embed = Table("VD", V, D, rngs=rngs, std=std)
         if c.position == "learned":
-            self.pos_embed = Table("TD", c.block_size, D, rngs=rngs)
+            self.pos_embed = Table("TD", c.block_size, D, rngs=rngs, std=std)
         keys = jax.random.split(rngs.params(), c.n_layer)
         make = lambda key: Block(c, rngs=nnx.Rngs(params=key))
         self.blocks: Any = _stack(make, keys) if c.scan_layers else nnx.List(map(make, keys))
         if c.norm_position == "pre":
             self.ln_f = Norm(c, D)
         if not c.tie_embeddings:
-            self.lm_head = Table("VD", V, D, rngs=rngs)
+            self.lm_head = Table("VD", V, D, rngs=rngs, fan_in=D if c.init == "torch" else 0)
+        if c.head_bias:
+            bias = torch_uniform(D, rngs, (V,)) if c.init == "torch" else jnp.zeros(V)
+            self.head_bias = nnx.Param(bias, axes="V")
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return self.logits(self.features(tokens_BT)[0])
@@ -138,7 +148,8 @@ class GPT(nnx.Module):
         if self.config.document_mask and caches is None:
             documents_BT = jnp.cumsum(tokens_BT == self.config.eot_id, axis=1)
         x_BTD = split_batch(self._embed(tokens_BT, start_B))
-        x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
+        if self.config.embed_dropout:
+            x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
         if self.config.scan_layers:
             x_BTD = self._scan_blocks(x_BTD, drop, documents_BT)
         else:
@@ -154,6 +165,8 @@ class GPT(nnx.Module):
         """Logits [B, T, V]; those of padded ids are -inf."""
         head_VD = (self.embed if self.config.tie_embeddings else self.lm_head).kernel[...]
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype))
+        if self.config.head_bias:
+            logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         if cap := self.config.logit_softcap:  # Gemma team 2024
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return jnp.where(jnp.arange(len(head_VD)) < self.config.vocab_size, logits_BTV, -jnp.inf)
@@ -245,9 +258,10 @@ def count_params(config: Config) -> int:
     """Parameters as nanoGPT counts them: without position embeddings, and without padding."""
     _, shapes, _ = split(config.replace(scan_layers=False))
     total = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes))
-    padding = (config.padded_vocab - config.vocab_size) * config.n_embd
+    rows = (1 if config.tie_embeddings else 2) * config.n_embd + config.head_bias
+    padding = (config.padded_vocab - config.vocab_size) * rows
     positions = math.prod(shapes["pos_embed"]["kernel"].shape) if "pos_embed" in shapes else 0
-    return total - positions - padding * (1 if config.tie_embeddings else 2)
+    return total - positions - padding
 
 
 def flops_per_token(config: Config) -> int:

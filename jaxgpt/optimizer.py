@@ -48,7 +48,7 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices alone.
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices or all.
 
     Or, for the blocks' matrices, Muon (Jordan et al. 2024), with the same decay. Frozen
     parameters have no moments.
@@ -57,10 +57,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     direction = optax.scale_by_adam(c.beta1, c.beta2)
     if c.optimizer == "muon" or c.freeze:
         axes, still = matrix_axes(c), frozen(c, model.split(c)[1])
-        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
         kinds: dict[Hashable, optax.GradientTransformation] = {
             "adamw": direction,
-            "muon": muon,
+            "muon": optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes)),
             "frozen": optax.set_to_zero(),
         }
         direction = optax.partition(kinds, jax.tree.map(_kind, still, axes))
@@ -68,7 +67,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
         optax.chain(
             direction,
-            optax.add_decayed_weights(c.weight_decay, kernels),
+            optax.add_decayed_weights(c.weight_decay, None if c.decay_all else kernels),
             optax.scale_by_learning_rate(schedule(c)),
         ),
     )

@@ -106,7 +106,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         metrics = {
             "loss": total / count,
             "grad_norm": optax.tree.norm(grads),
-            "lr": learning_rate(state["step"]),
+            "lr": jnp.asarray(learning_rate(state["step"])),  # a constant one is a Python number
         }
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = optax.apply_updates(state["params"], updates)

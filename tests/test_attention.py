@@ -63,7 +63,7 @@ def test_attention_and_its_gradients_are_the_references(case, backend, dtype):
 def test_the_tpu_kernel_interpreted_is_the_reference(options):
     options = {"causal": True, "window": 0} | options
     q, k, v, weights = inputs("float32", kv_heads=2, length=256, width=64)
-    run = lambda *x: attention._splash(*x, interpret=True, **options)
+    run = lambda *x: attention._splash(*x, interpret=True, scale=64**-0.5, **options)
     got = value_and_grads(run, q, k, v, weights)
     for ours, theirs in zip(got, expected(q, k, v, weights, **options), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
@@ -160,3 +160,64 @@ def test_grouped_heads_share_keys_and_values():
     np.testing.assert_array_equal(out[:, :, 2], out[:, :, 3])
     assert not np.allclose(out[:, :, 0], out[:, :, 2])
     assert k.shape == v.shape == (1, 8, config.kv_heads, 8)
+
+
+# ---- keys and values from another sequence ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "xla"},
+        {"n_kv_head": 2, "position": "rope"},
+        {"attention_window": 3, "score_scale": "embedding", "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_cross_attention_and_its_gradients_are_the_references(options):
+    """Queries of x [B, T, D], keys and values of a source [B, S, D], S > T; nothing is hidden."""
+    config = make_module(**options)[0]
+    module = attention.Attention(config, cross=True, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(module)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), jnp.float32),
+        nnx.to_pure_dict(state),
+    )
+    x, source, weights = (
+        rng.standard_normal((2, length, 32)).astype(np.float32) for length in (5, 8, 5)
+    )
+
+    def run(params, x, source):
+        out, _, _ = nnx.merge(graphdef, params)(x, None, 0, Dropout(), None, None, source)
+        return (out * weights).sum(), out
+
+    gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+    (_, out), grads = gradient(params, x, source)
+    want, want_grads = cross_by_reference(jax.device_get(params), x, source, weights, config)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    want_grads = ref.flatten(want_grads)
+    for path, grad in ref.flatten(list(grads)).items():
+        np.testing.assert_allclose(grad, want_grads.pop(path), atol=1e-4, err_msg=path)
+    assert not want_grads
+
+
+def cross_by_reference(p: dict, x, source, weights, c: Config):
+    """-> the output, and the gradients of its weighted sum: [of p, of x, of the source]."""
+    kv = ref.linear(source, p["kv"])
+    q_raw, k_raw, v = ref.linear(x, p["q"]), kv[:, :, 0], kv[:, :, 1]
+    q, k = q_raw, k_raw
+    if c.qk_norm:
+        q, k = ref.norm(q, p["q_norm"], "rmsnorm"), ref.norm(k, p["k_norm"], "rmsnorm")
+    width = c.n_embd if c.score_scale == "embedding" else c.head_width
+    options = {"scale": width**-0.5, "causal": False}
+    heads = ref.attention(q, k, v, **options)
+    grads = {}
+    dheads, grads["out"] = ref.linear_backward(weights, heads, p["out"], n_in=2)
+    dq, dk, dv = ref.attention_backward(dheads, q, k, v, **options)
+    if c.qk_norm:
+        dq, grads["q_norm"] = ref.norm_backward(dq, q_raw, p["q_norm"], "rmsnorm")
+        dk, grads["k_norm"] = ref.norm_backward(dk, k_raw, p["k_norm"], "rmsnorm")
+    dx, grads["q"] = ref.linear_backward(dq, x, p["q"])
+    dsource, grads["kv"] = ref.linear_backward(np.stack([dk, dv], axis=2), source, p["kv"])
+    return ref.linear(heads, p["out"], n_in=2), [grads, dx, dsource]

@@ -92,7 +92,8 @@ def test_the_tpu_kernel_interpreted_does_so_too(causal, window):
     *arrays, documents = attention_case(256, 64, 2)
     assert documents.max() > 1
     options = {"causal": causal, "window": window}
-    run = lambda *x: attention._splash(*x, jnp.array(documents), **options, interpret=True)
+    how = options | {"scale": 64**-0.5, "interpret": True}
+    run = lambda *x: attention._splash(*x, jnp.array(documents), **how)
     assert_is_masked_attention(run, *arrays, documents, **options, atol=1e-4)
 
 
@@ -101,7 +102,8 @@ def test_the_kernel_maps_over_a_mesh_with_documents_and_without():
     *arrays, documents = attention_case(128, 64, 4)
     q, k, v, _ = arrays
     mesh = make_mesh(make_config(), jax.devices()[:2])
-    run = lambda *x: attention._splash(*x, causal=True, window=0, interpret=True)
+    how = {"causal": True, "window": 0, "scale": 64**-0.5, "interpret": True}
+    run = lambda *x: attention._splash(*x, **how)
     for extra in ((), (jnp.array(documents),)):
         placed = jax.device_put((q, k, v, *extra), NamedSharding(mesh, PartitionSpec(BATCH)))
         shared = jax.jit(on_mesh(mesh, run))(*placed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import numpy_gpt as ref
-from reference.options import DEFAULTS, MODEL_CASES
+from reference.options import DEFAULTS, LECTURE, MODEL_CASES
 
 from jaxgpt import model
 from jaxgpt.config import Config
@@ -73,10 +73,11 @@ def stacked(params: dict) -> dict:
 
 
 SCANNABLE = [{}, {"value_residual": True, "n_layer": 3, "position": "rope", "n_kv_head": 2}]
+SCANNED = [(options, remat) for options in SCANNABLE for remat in ("none", "dots", "full")]
+SCANNED += [(LECTURE | {"norm": "none", "mlp": "none", "residual": False}, "full")]
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("options", SCANNABLE, ids=str)
+@pytest.mark.parametrize(("options", "remat"), SCANNED, ids=str)
 def test_scanned_layers_and_recomputation_change_nothing(options, remat):
     config = make_config(**options)
     params, tokens, targets = random_case(config)

@@ -70,10 +70,13 @@ def test_only_kernels_decay():
     }
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
-def test_ten_steps_are_the_references(clip):
+@pytest.mark.parametrize(
+    ("clip", "decay_all"), [(0.0, False), (0.5, False), (100.0, False), (0.0, True)]
+)
+def test_ten_steps_are_the_references(clip, decay_all):
     keys = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 3, "lr_decay_iters": 10}
     config = Config(**keys, beta1=0.8, beta2=0.9, weight_decay=0.2, grad_clip=clip)
+    config = config.replace(decay_all=decay_all)
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         optimizer = make_optimizer(config)
@@ -92,6 +95,7 @@ def test_ten_steps_are_the_references(clip):
                 weight_decay=0.2,
                 grad_clip=clip,
                 clip_eps=0,
+                decay_all=decay_all,
             )
     for path, value in ref.flatten(ours).items():
         np.testing.assert_allclose(value, ref.flatten(theirs)[path], rtol=1e-6, err_msg=path)

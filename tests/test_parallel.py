@@ -29,6 +29,9 @@ TINY = Config(
 )  # fmt: skip
 LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "n_kv_head": 2, "bias": False}
 LLAMA |= {"tie_embeddings": False, "scan_layers": True, "remat": "full"}
+LECTURE = {"norm": "none", "residual": False, "out_projection": False, "qkv_bias": False}
+LECTURE |= {"head_bias": True, "tie_embeddings": False, "init": "torch", "embed_dropout": False}
+LECTURE |= {"score_scale": "embedding", "decay_all": True}
 ALL_AXES = "data:2,fsdp:2,tensor:2"
 SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp:8", "tensor:4")]
 
@@ -91,9 +94,14 @@ def test_so_it_is_in_float32_up_to_its_rounding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data:4,fsdp:2", "data:2,fsdp:2,tensor:2"])
-def test_so_is_one_of_another_architecture_with_scanned_and_recomputed_layers(mesh):
-    config = TINY.replace(**LLAMA, n_layer=2)
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [("data:4,fsdp:2", LLAMA), (ALL_AXES, LLAMA), (ALL_AXES, LECTURE)],
+    ids=["LLAMA", "LLAMA, all axes", "LECTURE"],
+)
+def test_so_is_one_of_another_architecture(mesh, options):
+    """Also with scanned and recomputed layers."""
+    config = TINY.replace(**options, n_layer=2)
     assert_same(run(config.replace(mesh=mesh)), run(config), 1e-9)
 
 

@@ -22,8 +22,11 @@ Parameters are nested dicts (`blocks` is a list, or a dict keyed by the layer nu
         mlp.down.kernel [F, D]
     ln_f.scale [D], ln_f.bias [D]         (norm_position = pre)
     lm_head.kernel [V, D]                 (untied)
-A projection's bias has its kernel's output axes. Biases exist only if `config.bias`, and never in
-an RMSNorm, the embeddings or the head.
+    head_bias [V]                         (head_bias)
+A projection's bias has its kernel's output axes. Biases exist only if `config.bias`, those of
+query, key and value only if `config.qkv_bias` too, and never in an RMSNorm or the embeddings.
+There are no norms with norm = none, no MLP and ln_2 with mlp = none, no attn.out without
+out_projection.
 """
 
 import math
@@ -82,9 +85,9 @@ class _Draw:
     def normal(self, *shape: int, std: float, mean: float = 0.0) -> Array:
         return np.asarray(mean + std * self.rng.standard_normal(shape), self.dtype)
 
-    def linear(self, fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> Tree:
+    def linear(self, fan_in: tuple[int, ...], fan_out: tuple[int, ...], bias: bool = True) -> Tree:
         p = {"kernel": self.normal(*fan_in, *fan_out, std=math.prod(fan_in) ** -0.5)}
-        return p | ({"bias": self.normal(*fan_out, std=0.1)} if self.bias else {})
+        return p | ({"bias": self.normal(*fan_out, std=0.1)} if self.bias and bias else {})
 
     def norm(self, width: int, kind: str) -> Tree:
         p = {"scale": self.normal(width, std=0.1, mean=1.0)}
@@ -95,11 +98,10 @@ class _Draw:
 def _draw_attention(draw: _Draw, config: Config) -> Tree:
     D, N = config.n_embd, config.n_head
     K, H = config.n_kv_head or N, D // N
-    if K == N:
-        p = {"qkv": draw.linear((D,), (3, N, H))}
-    else:
-        p = {"q": draw.linear((D,), (N, H)), "kv": draw.linear((D,), (2, K, H))}
-    p["out"] = draw.linear((N, H), (D,))
+    linear = partial(draw.linear, (D,), bias=config.qkv_bias)
+    p = {"qkv": linear((3, N, H))} if K == N else {"q": linear((N, H)), "kv": linear((2, K, H))}
+    if config.out_projection:
+        p["out"] = draw.linear((N, H), (D,))
     if config.qk_norm:
         p |= {name: draw.norm(H, "rmsnorm") for name in ("q_norm", "k_norm")}
     if config.value_residual:
@@ -109,15 +111,13 @@ def _draw_attention(draw: _Draw, config: Config) -> Tree:
 
 def _draw_block(draw: _Draw, config: Config) -> Tree:
     D, F = config.n_embd, config.n_inner
-    return {
-        "ln_1": draw.norm(D, config.norm),
-        "attn": _draw_attention(draw, config),
-        "ln_2": draw.norm(D, config.norm),
-        "mlp": {
-            "up": draw.linear((D,), (2, F) if config.mlp == "swiglu" else (F,)),
-            "down": draw.linear((F,), (D,)),
-        },
-    }
+    p = {"attn": _draw_attention(draw, config)}
+    if config.mlp != "none":
+        up = draw.linear((D,), (2, F) if config.mlp == "swiglu" else (F,))
+        p["mlp"] = {"up": up, "down": draw.linear((F,), (D,))}
+    if config.norm != "none":
+        p |= {{"attn": "ln_1", "mlp": "ln_2"}[layer]: draw.norm(D, config.norm) for layer in p}
+    return p
 
 
 def init_params(config: Config, rng: np.random.Generator, dtype: Any = np.float64) -> Tree:
@@ -132,10 +132,12 @@ def init_params(config: Config, rng: np.random.Generator, dtype: Any = np.float6
     if config.position == "learned":
         params["pos_embed"] = {"kernel": draw.normal(config.block_size, D, std=D**-0.5)}
     params["blocks"] = [_draw_block(draw, config) for _ in range(config.n_layer)]
-    if config.norm_position == "pre":
+    if config.norm_position == "pre" and config.norm != "none":
         params["ln_f"] = draw.norm(D, config.norm)
     if not config.tie_embeddings:
         params["lm_head"] = {"kernel": draw.normal(V, D, std=D**-0.5)}
+    if config.head_bias:
+        params["head_bias"] = draw.normal(V, std=0.1)
     return params
 
 
@@ -171,12 +173,16 @@ def _normalise(x: Array, kind: str) -> tuple[Array, Array]:
 
 
 def norm(x: Array, p: Tree, kind: str) -> Array:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) of x [..., D]."""
+    """LayerNorm (Ba et al. 2016), RMSNorm (Zhang and Sennrich 2019) of x [..., D], or x itself."""
+    if kind == "none":
+        return x
     return _normalise(x, kind)[0] * p["scale"] + p.get("bias", 0)
 
 
 def norm_backward(dy: Array, x: Array, p: Tree, kind: str) -> tuple[Array, Tree]:
     """dy [..., D] -> (dx [..., D], gradients of scale and bias [D])."""
+    if kind == "none":
+        return dy, {}
     x_hat, inverse_rms = _normalise(x, kind)
     batch = tuple(range(x.ndim - 1))
     grads = {"scale": (dy * x_hat).sum(axis=batch)}
@@ -313,7 +319,8 @@ def _project_qkv_backward(
 
 
 def _attention_options(config: Config, H: int) -> dict[str, Any]:
-    return {"scale": H**-0.5, "causal": config.causal, "window": config.attention_window}
+    width = config.n_embd if config.score_scale == "embedding" else H
+    return {"scale": width**-0.5, "causal": config.causal, "window": config.attention_window}
 
 
 def self_attention(
@@ -335,6 +342,8 @@ def self_attention(
     if config.value_residual:
         c.v = (1 - p["value_mix"]) * c.v_raw + p["value_mix"] * c.v_first
     c.out_BTNH = attention(c.q, c.k, c.v, **_attention_options(config, c.q.shape[-1]))
+    if not config.out_projection:
+        return c.out_BTNH.reshape(x_BTD.shape), c
     return linear(c.out_BTNH, p["out"], n_in=2), c
 
 
@@ -345,10 +354,11 @@ def self_attention_backward(
 
     `dv_first` [B, T, K, H] collects in place what the layers, last to first, ask of layer 0's v.
     """
-    dout, g_out = linear_backward(dy_BTD, c.out_BTNH, p["out"], n_in=2)
+    dout, grads = dy_BTD.reshape(c.out_BTNH.shape), {}
+    if config.out_projection:
+        dout, grads["out"] = linear_backward(dy_BTD, c.out_BTNH, p["out"], n_in=2)
     options = _attention_options(config, c.q.shape[-1])
     dq, dk, dv = attention_backward(dout, c.q, c.k, c.v, **options)
-    grads = {"out": g_out}
     if config.value_residual:
         mix = p["value_mix"]
         grads["value_mix"] = np.asarray((dv * (c.v_first - c.v_raw)).sum())
@@ -439,13 +449,14 @@ def residual(
 ) -> tuple[Array, tuple[Array, Any]]:
     """pre: x + layer(norm(x)); post: norm(x + layer(x)) (Xiong et al. 2020 compare the two).
 
-    Returns (out [B, T, D], cache).
+    Without `config.residual` there is no `x +`. Returns (out [B, T, D], cache).
     """
+    stream_BTD = x_BTD * config.residual
     if config.norm_position == "pre":
         y_BTD, cache = layer(norm(x_BTD, p_norm, config.norm))
-        return x_BTD + y_BTD, (x_BTD, cache)
+        return stream_BTD + y_BTD, (x_BTD, cache)
     y_BTD, cache = layer(x_BTD)
-    total_BTD = x_BTD + y_BTD
+    total_BTD = stream_BTD + y_BTD
     return norm(total_BTD, p_norm, config.norm), (total_BTD, cache)
 
 
@@ -461,10 +472,10 @@ def residual_backward(
     if config.norm_position == "pre":
         dy, g_layer = layer_backward(dout_BTD, layer_cache)
         dy, g_norm = norm_backward(dy, norm_input, p_norm, config.norm)
-        return dout_BTD + dy, g_norm, g_layer
+        return dout_BTD * config.residual + dy, g_norm, g_layer
     dtotal, g_norm = norm_backward(dout_BTD, norm_input, p_norm, config.norm)
     dx, g_layer = layer_backward(dtotal, layer_cache)
-    return dtotal + dx, g_norm, g_layer
+    return dtotal * config.residual + dx, g_norm, g_layer
 
 
 def block(
@@ -472,9 +483,12 @@ def block(
 ) -> tuple[Array, SimpleNamespace]:
     """Attention, then MLP: x [B, T, D] -> (out [B, T, D], cache)."""
     attend = partial(self_attention, p=p["attn"], config=config, v_first=v_first)
-    x_BTD, attn_cache = residual(x_BTD, attend, p["ln_1"], config)
-    x_BTD, mlp_cache = residual(x_BTD, partial(mlp, p=p["mlp"], config=config), p["ln_2"], config)
-    return x_BTD, SimpleNamespace(attn=attn_cache, mlp=mlp_cache, v_first=attn_cache[1].v_first)
+    x_BTD, attn_cache = residual(x_BTD, attend, p.get("ln_1", {}), config)
+    c = SimpleNamespace(attn=attn_cache, v_first=attn_cache[1].v_first)
+    if config.mlp != "none":
+        think = partial(mlp, p=p["mlp"], config=config)
+        x_BTD, c.mlp = residual(x_BTD, think, p.get("ln_2", {}), config)
+    return x_BTD, c
 
 
 def block_backward(
@@ -482,10 +496,12 @@ def block_backward(
 ) -> tuple[Array, Tree]:
     """Gradient at the block's output [B, T, D] -> (that at its input, gradients of p)."""
     g: Tree = {}
-    back = partial(mlp_backward, p=p["mlp"], config=config)
-    dx_BTD, g["ln_2"], g["mlp"] = residual_backward(dx_BTD, back, c.mlp, p["ln_2"], config)
+    if config.mlp != "none":
+        back, p_norm = partial(mlp_backward, p=p["mlp"], config=config), p.get("ln_2", {})
+        dx_BTD, g["ln_2"], g["mlp"] = residual_backward(dx_BTD, back, c.mlp, p_norm, config)
     back = partial(self_attention_backward, p=p["attn"], config=config, dv_first=dv_first)
-    dx_BTD, g["ln_1"], g["attn"] = residual_backward(dx_BTD, back, c.attn, p["ln_1"], config)
+    p_norm = p.get("ln_1", {})
+    dx_BTD, g["ln_1"], g["attn"] = residual_backward(dx_BTD, back, c.attn, p_norm, config)
     return dx_BTD, g
 
 
@@ -535,7 +551,8 @@ def embed_backward(dx_BTD: Array, params: Tree, tokens_BT: Array, config: Config
 
 def _head(params: Tree, config: Config) -> Tree:
     """The output projection [D, V], from the embedding's own rows if tied (Press and Wolf 2017)."""
-    return {"kernel": params["embed" if config.tie_embeddings else "lm_head"]["kernel"].T}
+    p = {"kernel": params["embed" if config.tie_embeddings else "lm_head"]["kernel"].T}
+    return p | ({"bias": params["head_bias"]} if config.head_bias else {})
 
 
 def forward(
@@ -554,7 +571,7 @@ def forward(
         c.blocks.append(cache)
     c.final = x_BTD
     pre = config.norm_position == "pre"
-    c.head_input = norm(x_BTD, params["ln_f"], config.norm) if pre else x_BTD
+    c.head_input = norm(x_BTD, params.get("ln_f", {}), config.norm) if pre else x_BTD
     c.capped = linear(c.head_input, _head(params, config))
     if config.logit_softcap:
         c.capped = config.logit_softcap * np.tanh(c.capped / config.logit_softcap)
@@ -573,7 +590,8 @@ def backward(params: Tree, config: Config, cache: SimpleNamespace) -> Tree:
     dx_BTD, g_head = linear_backward(dlogits, c.head_input, _head(params, config))
     grads: Tree = {}
     if config.norm_position == "pre":
-        dx_BTD, grads["ln_f"] = norm_backward(dx_BTD, c.final, params["ln_f"], config.norm)
+        p_norm = params.get("ln_f", {})
+        dx_BTD, grads["ln_f"] = norm_backward(dx_BTD, c.final, p_norm, config.norm)
     dv_first = np.zeros_like(c.blocks[0].v_first) if c.blocks else None
     blocks: dict[int, Tree] = {}
     for layer in reversed(range(config.n_layer)):
@@ -586,6 +604,8 @@ def backward(params: Tree, config: Config, cache: SimpleNamespace) -> Tree:
         grads["embed"]["kernel"] += g_head["kernel"].T
     else:
         grads["lm_head"] = {"kernel": g_head["kernel"].T}
+    if config.head_bias:
+        grads["head_bias"] = g_head["bias"]
     return grads
 
 
@@ -644,11 +664,12 @@ def adamw_step(
     weight_decay: float = 0.1,
     grad_clip: float = 1.0,
     clip_eps: float = 1e-6,
+    decay_all: bool = False,
 ) -> tuple[Tree, SimpleNamespace, float]:
     """Clip, then AdamW (Loshchilov and Hutter 2019) -> (params, state, norm before clipping).
 
     Nothing is changed in place. Kernels decay, embeddings' included; biases, norm scales and
-    value_mix do not.
+    value_mix do not, unless `decay_all`.
     """
     grads, grad_norm = clip_by_global_norm(grads, grad_clip, clip_eps)
     (beta1, beta2), step = betas, state.step + 1
@@ -657,7 +678,7 @@ def adamw_step(
         m = flat_m[path] = beta1 * flat_m[path] + (1 - beta1) * g
         v = flat_v[path] = beta2 * flat_v[path] + (1 - beta2) * g * g
         m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)  # both started at zero
-        decay = weight_decay if path.endswith(".kernel") else 0.0
+        decay = weight_decay if decay_all or path.endswith(".kernel") else 0.0
         flat_p[path] = (1 - lr * decay) * flat_p[path] - lr * m_hat / (np.sqrt(v_hat) + eps)
     new_params, new_m, new_v = (unflatten(f, params) for f in (flat_p, flat_m, flat_v))
     return new_params, SimpleNamespace(step=step, m=new_m, v=new_v), grad_norm

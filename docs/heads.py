@@ -1,0 +1,64 @@
+"""Heads one by one and then concatenated, or all at once: the same numbers, at what speed?
+
+    python docs/heads.py
+
+B batch, T length, D embedding, N heads, H head width.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+B, T, D, N = 16, 64, 128, 8
+H = D // N
+
+
+def one_head(x_BTD, wq_DH, wk_DH, wv_DH):
+    """What a head of its own does: three matrices, a mask, a softmax."""
+    q_BTH, k_BTH, v_BTH = x_BTD @ wq_DH, x_BTD @ wk_DH, x_BTD @ wv_DH
+    scores_BTT = q_BTH @ k_BTH.swapaxes(1, 2) / H**0.5
+    scores_BTT = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BTT, -jnp.inf)
+    return jax.nn.softmax(scores_BTT) @ v_BTH
+
+
+def separate(x_BTD, w_D3NH):
+    heads = [one_head(x_BTD, *w_D3NH[:, :, n].swapaxes(0, 1)) for n in range(N)]
+    return jnp.concatenate(heads, axis=-1)
+
+
+def together(x_BTD, w_D3NH):
+    """The same with the heads as one more axis, beside the batch."""
+    q_BTNH, k_BTNH, v_BTNH = jnp.moveaxis(jnp.einsum("BTD,DCNH->BTCNH", x_BTD, w_D3NH), 2, 0)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / H**0.5
+    scores_BNTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BNTS, -jnp.inf)
+    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores_BNTS), v_BTNH)
+    return out_BTNH.reshape(B, T, D)
+
+
+def main() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_BTD = jax.random.normal(keys[0], (B, T, D))
+    w_D3NH = jax.random.normal(keys[1], (D, 3, N, H)) / D**0.5
+    weights_BTD = jax.random.normal(keys[2], (B, T, D))
+    both, seconds = {"separate": separate, "together": together}, {}
+    difference = jnp.abs(separate(x_BTD, w_D3NH) - together(x_BTD, w_D3NH)).max()
+    print(f"largest difference of the outputs: {difference:.1e}")
+    loss = lambda w, heads: (heads(x_BTD, w) * weights_BTD).sum()
+    grads = {name: jax.jit(jax.grad(lambda w, f=f: loss(w, f))) for name, f in both.items()}
+    for name, grad in grads.items():
+        began = time.perf_counter()
+        jax.block_until_ready(grad(w_D3NH))
+        print(f"{name}: compiled in {time.perf_counter() - began:.2f} s")
+        seconds[name] = []
+    for _ in range(200):  # in turn, so that both have the same neighbours
+        for name, grad in grads.items():
+            began = time.perf_counter()
+            jax.block_until_ready(grad(w_D3NH))
+            seconds[name].append(time.perf_counter() - began)
+    for name, times in seconds.items():
+        print(f"{name}: {1000 * sorted(times)[len(times) // 2]:.2f} ms, forward and backward")
+
+
+if __name__ == "__main__":
+    main()
