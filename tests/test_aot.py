@@ -80,6 +80,23 @@ def test_attention_is_a_flash_kernel_in_both_directions(topology, layers):
 
 
 @aot
+@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("topology", ["h100:8", "v5e:2x4"])
+def test_a_flash_kernel_works_on_a_devices_own_sequences_and_heads(topology, mesh):
+    step = compiled(topology, 1, mesh)
+    flash = [
+        (op, times)
+        for op, times in step.program.executed()
+        if "fmha" in op.target or op.target == "tpu_custom_call"
+    ]
+    assert sum(times for _, times in flash) == (2 if topology == "h100:8" else 3) * MICRO
+    heads = N // 2 if "tensor:2" in mesh else N
+    for op, _ in flash:
+        wide = [dims for kind, dims in op.shapes if kind == "bf16"]
+        assert {math.prod(dims) for dims in wide} == {B * T * heads * 64}
+
+
+@aot
 @on_all
 def test_no_array_is_as_large_as_wide_logits_or_attention_weights(topology, layers):
     arrays = compiled(topology, layers).program.arrays()
