@@ -94,13 +94,14 @@ def start(config: Config, script: str = TRAIN, prefix: tuple[str, ...] = (), **e
 
 def fork(config: Config, output: Path):
     """The run in a process that need not import anything; what it prints goes to a file."""
+    output.write_text("")  # what the run before it said is not this one's
     process = FORKS.Process(target=_forked, args=(config, output))
     process.start()
     return process
 
 
 def _forked(config: Config, output: Path) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     jax.config.update("jax_num_cpu_devices", 2)

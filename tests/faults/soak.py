@@ -92,7 +92,8 @@ class Soak:
         process.join(3 * SECONDS)
         if process.exitcode is not None:
             self.faults["full"] += 1
-            if process.exitcode != 2 or self.said().count("rror") != 1:
+            told = [line for line in self.said().splitlines() if line.startswith("error: ")]
+            if process.exitcode != 2 or self.said().splitlines()[-1:] != told:
                 self.note("full disk", process)
         process.kill()
         process.join()
