@@ -298,7 +298,7 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
     )
     assert train(config, {}) == 0
     found = evaluate.evaluate(config.out_dir, "latest")
-    assert found["problems"] == 504
+    assert found["problems"] == 505
     assert found["exact"] == 1
     capsys.readouterr()
     cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
