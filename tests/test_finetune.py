@@ -294,6 +294,16 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
     assert rows_of(quiet) == rows
 
 
+def test_without_the_best_checkpoint_the_count_begins_anew(make_run, val_losses):
+    val_losses({step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
+    config = make_run("run", eval_interval=2, max_iters=6, early_stop=3, keep_checkpoints=1)
+    train(config, {})
+    digest = Path(config.out_dir, "checkpoints/2/digest.json")
+    digest.write_text("{}")  # damaged
+    train(config.replace(init_from="resume", max_iters=18), {})
+    assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
+
+
 def test_without_early_stop_a_run_goes_on(make_run, val_losses):
     val_losses({step: 1.0 + step for step in range(0, 10, 2)})
     config = make_run("run", eval_interval=2)
