@@ -182,12 +182,12 @@ class Trainer:
         if meta["dataset"] == self.config.dataset and meta["data"] != self.dataset.fingerprint:
             raise UserError(f"dataset={self.config.dataset!r}: has changed since the checkpoint")
         best = self.checkpoints.best()  # it may be damaged, and then there is none to beat
-        if best or meta.get("best_step") == 0:  # 0: nothing has beaten the initial weights
-            meta = self.checkpoints.meta(best) if best else meta
-            self.best_val_loss = (
-                math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
-            )
-            self.best_step = best or 0
+        known = best or meta.get("best_step") == 0  # 0: nothing has beaten the initial weights
+        best_meta = self.checkpoints.meta(best) if best else meta
+        if known and best_meta["best_val_loss"] is not None:
+            self.best_val_loss, self.best_step = best_meta["best_val_loss"], best or 0
+        else:
+            self.best_step = first_step
         abstract = abstract_state(self.config, self.mesh)
         del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)

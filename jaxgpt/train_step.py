@@ -100,6 +100,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         gradient = jax.value_and_grad(loss, has_aux=True)
         accumulate = _accumulate_apart(mesh) if shares_a_cpu(mesh) else _accumulate
         total, count, (grads, tied) = accumulate(gradient, weights, windows_MBT, keys_MB)
+        count = jnp.maximum(count, 1)  # a step of nothing but prompts has a loss of 0
         grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])

@@ -237,6 +237,12 @@ def test_a_pattern_that_is_none_is_refused():
         frozen(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
 
 
+def test_a_step_of_nothing_but_prompts_has_no_loss_and_no_gradient():
+    config = make_config(weight_decay=0.0)
+    _, rows = take_steps(config, [{"windows": ~make_batch(config)["windows"]}])
+    assert (rows[0]["loss"], rows[0]["grad_norm"]) == (0, 0)
+
+
 # ---- early stop ------------------------------------------------------------------------------
 
 
@@ -279,13 +285,23 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
         assert (checkpoints.latest(), checkpoints.best()) == (end, best)
         log = Path(config.out_dir, "log.txt").read_text()
         said = f"the lowest validation loss, {losses[best or 0]:.4f} at step {best or 0}\n"
-        assert log.count(f"early stop: 3 evaluations since {said}") == (end < 12)
+        assert (f"early stop: 3 evaluations since {said}" in log) == (end < 12)
         last = read_metrics(Path(config.out_dir, "metrics.jsonl"))[-1]
         assert (last["step"], last["whole_val_loss"]) == (end, 9.0)
     assert rows_of(stopped) == rows_of(quiet)
     rows = rows_of(quiet)
     train(quiet.replace(init_from="resume"), {})  # it has ended, and stays so
     assert rows_of(quiet) == rows
+
+
+def test_without_the_best_checkpoint_the_count_begins_anew(make_run, val_losses):
+    val_losses({step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
+    config = make_run("run", eval_interval=2, max_iters=6, early_stop=3, keep_checkpoints=1)
+    train(config, {})
+    digest = Path(config.out_dir, "checkpoints/2/digest.json")
+    digest.write_text("{}")  # damaged
+    train(config.replace(init_from="resume", max_iters=18), {})
+    assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
 
 
 def test_without_early_stop_a_run_goes_on(make_run, val_losses):
