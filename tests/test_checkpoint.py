@@ -456,6 +456,8 @@ OTHER = {
     "attention_window": 4,
     "causal": False,
     "value_residual": True,
+    "document_mask": True,
+    "eot_id": 5,
     "scan_layers": True,
 }
 

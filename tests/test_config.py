@@ -62,6 +62,8 @@ BAD = {
     "attention_window": (-1, "a whole number at least 0"),
     "causal": ([], "True or False"),
     "value_residual": ("", "True or False"),
+    "document_mask": (1, "True or False"),
+    "eot_id": (-2, "a whole number at least -1"),
     "learning_rate": (-6e-4, "a number at least 0"),
     "decay_lr": (2, "True or False"),
     "warmup_iters": (-1, "a whole number at least 0"),
