@@ -82,12 +82,12 @@ def prepare(
     its text says so, a share of `val_share` (0: VAL_SHARE). `shard` i/n makes every n-th piece;
     meta.json comes when all are there. `processes` use a core each; 0 is all. Raises `UserError`.
     """
-    encoder = _encoder(tokenizer, data_dir)
     first, step = _parse_shard(shard)
+    pieces, source = _open(dataset)
+    encoder = _encoder(tokenizer, data_dir)
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
-    pieces, source = _open(dataset)
     plan = {
         "source": source,
         "pieces": len(pieces),
