@@ -197,6 +197,8 @@ def _begin(folder: Path, plan: dict[str, Any], encoder: BpeTokenizer) -> None:
             if begun.get(key) != plan[key]:
                 said = f"was begun with {key}={begun.get(key)!r}, and this is {plan[key]!r}"
                 raise UserError(f"{folder}: {said}; delete it to begin anew")
+    if (meta := folder / META).exists() and "pieces" not in json.loads(meta.read_text()):
+        raise UserError(f"{folder}: holds another dataset; delete it or take another --data_dir")
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / tokenizers.FILE, encoder.to_json())
     (folder / (META + PARTIAL)).write_text(json.dumps(plan, indent=1), encoding="utf-8")
