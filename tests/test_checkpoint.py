@@ -457,6 +457,8 @@ OTHER = {
     "causal": False,
     "value_residual": True,
     "zero_init_projections": True,
+    "document_mask": True,
+    "eot_id": 5,
     "scan_layers": True,
     "optimizer": "muon",
 }

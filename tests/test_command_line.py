@@ -343,6 +343,8 @@ BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for 
     "attention_window": 0,
     "causal": True,
     "value_residual": False,
+    "document_mask": False,
+    "eot_id": -1,
     "batch_tokens": 0,
 }
 FREE = {  # says nothing of the result: where it lives, what it tells, what runs it

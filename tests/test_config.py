@@ -71,6 +71,8 @@ BAD = {
     "value_residual": ("", "True or False"),
     "zero_init_projections": (0, "True or False"),
     "optimizer": ("adam", "one of adamw, muon"),
+    "document_mask": (1, "True or False"),
+    "eot_id": (-2, "a whole number at least -1"),
     "learning_rate": (-6e-4, "a number at least 0"),
     "decay_lr": (2, "True or False"),
     "lr_schedule": ("linear", "one of cosine, wsd"),

@@ -194,7 +194,7 @@ def test_a_cache_holds_one_text_however_many_documents_it_has():
 # ---- a run -----------------------------------------------------------------------------------
 
 SMALL = {
-    "n_layer": 1,
+    "n_layer": 0,
     "n_head": 2,
     "n_embd": 8,
     "block_size": 8,

@@ -82,12 +82,12 @@ def prepare(
     its text says so, a share of `val_share` (0: VAL_SHARE). `shard` i/n makes every n-th piece;
     meta.json comes when all are there. `processes` use a core each; 0 is all. Raises `UserError`.
     """
-    encoder = _encoder(tokenizer, data_dir)
     first, step = _parse_shard(shard)
+    pieces, source = _open(dataset)
+    encoder = _encoder(tokenizer, data_dir)
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
-    pieces, source = _open(dataset)
     plan = {
         "source": source,
         "pieces": len(pieces),
@@ -197,6 +197,8 @@ def _begin(folder: Path, plan: dict[str, Any], encoder: BpeTokenizer) -> None:
             if begun.get(key) != plan[key]:
                 said = f"was begun with {key}={begun.get(key)!r}, and this is {plan[key]!r}"
                 raise UserError(f"{folder}: {said}; delete it to begin anew")
+    if (meta := folder / META).exists() and "pieces" not in json.loads(meta.read_text()):
+        raise UserError(f"{folder}: holds another dataset; delete it or take another --data_dir")
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / tokenizers.FILE, encoder.to_json())
     (folder / (META + PARTIAL)).write_text(json.dumps(plan, indent=1), encoding="utf-8")

@@ -277,6 +277,16 @@ def test_pieces_of_something_else_are_left_alone(tmp_path, bpe_file):
     assert read_files(folder) == files
 
 
+def test_a_prepared_text_is_left_alone(tmp_path, bpe_file):
+    (tmp_path / "some.txt").write_text("to be or not to be\n" * 9)
+    folder = prepare(str(tmp_path / "some.txt"), str(tmp_path))
+    (folder / "input.txt").write_text("to be")
+    files = read_files(folder)
+    with pytest.raises(UserError, match="some: holds another dataset"):
+        prepare(str(folder), str(tmp_path), bpe_file)
+    assert read_files(folder) == files
+
+
 @pytest.mark.parametrize("shard", ["1", "3/3", "-1/3", "0/0", "a/b"])
 def test_a_shard_that_cannot_be_is_named(tmp_path, bpe_file, shard):
     source = write_texts(tmp_path / "plays", ["a"])

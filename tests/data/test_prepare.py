@@ -288,7 +288,6 @@ def test_text_that_is_not_utf8_is_named(tmp_path, content):
 
 def test_text_that_is_missing_is_named(tmp_path):
     for name, said in (("none.txt", "neither .*shakespeare_char"), (".", "holds no .parquet")):
-        (tmp_path / "gpt2").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=said):
             prepare(str(tmp_path / name), str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
