@@ -70,7 +70,8 @@ def print_table(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 def print_sample(stage: str, found: Trained) -> None:
     params, step = found.load(one_device())
-    sampler, tokenizer = Sampler(found.config).load(params), found.tokenizer()
+    config = found.config.replace(dtype="float32", attention="reference")
+    sampler, tokenizer = Sampler(config).load(params), found.tokenizer()
     text = "".join(new for (new,) in sample_text(sampler, tokenizer, ["\n"], 160, seed=1))
     print(f"\n{stage}, step {step}:\n{text}")
 
@@ -148,7 +149,7 @@ def draw_positions(found: Trained, file: Path) -> None:
         "what training added": learned_TD - start_TD,
         "sinusoidal": sines_TD,
     }
-    figure = Figure(figsize=(7, 8), layout="constrained")
+    figure = Figure(figsize=(6.6, 7.6), layout="constrained")
     for row, (name, table_TD) in zip(figure.subplots(3, 2), tables.items(), strict=True):
         unit_TD = table_TD / np.linalg.norm(table_TD, axis=1, keepdims=True)
         limit = 2 * table_TD.std()
