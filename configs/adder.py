@@ -20,7 +20,6 @@ config = Config(
     n_head=4,
     n_embd=64,
     bias=False,
-    position="rope",
     learning_rate=5e-3,
     min_lr=1e-5,
     warmup_iters=100,

@@ -21,7 +21,6 @@ config = Config(
     n_head=4,
     n_embd=96,
     bias=False,
-    position="rope",
     learning_rate=3e-3,
     min_lr=1e-5,
     warmup_iters=100,

@@ -1,7 +1,7 @@
 """Problems of arithmetic, made as they are needed: "123+456=" and its answer, units first.
 
-The digits of an answer are in reverse, since a carry goes from the units up; the tokenizer turns
-them about, so that texts always read as usual. n problems, T length.
+The digits of an answer are in reverse, since a carry goes from the units up, and the numbers of a
+problem have leading zeros; the tokenizer sees to it that texts read as usual. n problems, T length.
 """
 
 import sys
@@ -102,9 +102,10 @@ class Arithmetic:
         kind, a, b = problems
         answers = problems.answers()
         text = np.full((len(a), length), ord("\n"), np.uint8)
-        at = _write(text, np.zeros(len(a), int), a)
+        at = _write(text, np.zeros(len(a), int), a, width=self.digits)
         at = _write_signs(text, at, np.frombuffer(self.operations.encode(), np.uint8)[kind])
-        at = _write_signs(text, _write(text, at, b), np.full(len(a), ord("="), np.uint8))
+        at = _write(text, at, b, width=self.digits)
+        at = _write_signs(text, at, np.full(len(a), ord("="), np.uint8))
         signs = np.where(answers < 0, ord("-"), 0).astype(np.uint8)
         end = _write(text, _write_signs(text, at, signs), np.abs(answers), units_first=True)
         column = np.arange(length)
@@ -120,12 +121,15 @@ def _divisors(kind: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _write(
-    text: np.ndarray, at: np.ndarray, numbers: np.ndarray, *, units_first: bool = False
+    text: np.ndarray, at: np.ndarray, numbers: np.ndarray, *, width: int = 1, units_first=False
 ) -> np.ndarray:
-    """Writes a number into each row of `text` from column `at` on -> the columns after them."""
-    powers = 10 ** np.arange(len(str(numbers.max(initial=0))))
+    """Writes a number into each row of `text` from column `at` on -> the columns after them.
+
+    Numbers have at least `width` digits, by zeros in front.
+    """
+    powers = 10 ** np.arange(max(width, len(str(numbers.max(initial=0)))))
     digits = numbers[:, None] // powers % 10
-    lengths = 1 + (numbers[:, None] >= powers[1:]).sum(1)
+    lengths = np.maximum(width, 1 + (numbers[:, None] >= powers[1:]).sum(1))
     place = np.arange(len(powers))
     columns = at[:, None] + (place if units_first else lengths[:, None] - 1 - place)
     row, digit = np.nonzero(place < lengths[:, None])

@@ -73,8 +73,9 @@ class CharTokenizer:
 class ArithmeticTokenizer(CharTokenizer):
     """Characters of problems such as 123+456=, and of answers, each with a line break after it.
 
-    In ids an answer's digits stand units first; in text they stand as usual. Until its line break
-    has come an answer has no text, and is shown as half a character would be.
+    In ids the numbers of a problem have leading zeros, so that units stand under units, and an
+    answer's digits stand units first; in text all stands as usual. Until its line break has come
+    an answer has no text, and is shown as half a character would be.
     """
 
     kind = "arithmetic"
@@ -93,10 +94,11 @@ class ArithmeticTokenizer(CharTokenizer):
                 f"{text!r}: must be a problem as 12{self.operations[0]}34= is, of two numbers of "
                 f"at most {self.digits} digits and one of {' '.join(self.operations)}"
             )
-        return super().encode(text)
+        return super().encode(re.sub(r"\d+", lambda n: n[0].zfill(self.digits), text))
 
     def decode(self, ids) -> str:
         text = re.sub(r"\d+\n", lambda answer: answer[0][-2::-1] + "\n", super().decode(ids))
+        text = re.sub(r"(?<!\d)0+(?=\d+[-+*/=])", "", text)
         return re.sub(r"\d+\Z", "\ufffd", text)
 
     def to_json(self) -> str:
