@@ -23,6 +23,6 @@ config = Config(
     learning_rate=5e-3,
     min_lr=1e-5,
     warmup_iters=100,
-    max_iters=4000,
+    max_iters=2000,
     beta2=0.98,
 )

@@ -64,8 +64,7 @@ def test_windows_hold_problems_and_their_answers_units_first(name, digits):
     problems = task.draw(np.arange(3000, dtype=np.uint64))
     for ask, said in spelled(task, problems, task.longest + 2):
         a, sign, b = re.fullmatch(r"(\d+)(\D)(\d+)=", ask).groups()
-        assert (str(int(a)), str(int(b))) == (a, b)
-        assert max(len(a), len(b)) <= digits
+        assert len(a) == len(b) == digits
         answer = str(PYTHON[sign](int(a), int(b)))
         minus = "-" if answer.startswith("-") else ""
         assert said == minus + answer.removeprefix("-")[::-1] + "\n"
@@ -190,8 +189,8 @@ def test_problems_are_the_same_on_every_machine():
     assert held == HELD
 
 
-DRAWN = ["68+23=", "47*6=", "71*97=", "37/4="]
-HELD = ["87+15=", "7/84=", "13*49=", "96-88="]
+DRAWN = ["68+23=", "47*06=", "71*97=", "37/04="]
+HELD = ["87+15=", "07/84=", "13*49=", "96-88="]
 
 
 # --- Text ---------------------------------------------------------------------------------------
@@ -201,7 +200,8 @@ def test_text_shows_answers_as_usual(tmp_path):
     (tmp_path / "t.json").write_text(ArithmeticTokenizer("+-", 2).to_json())
     tokenizer = tokenizers.load(tmp_path / "t.json")
     ids = {char: id for id, char in enumerate("\n+-0123456789=")}
-    assert [ids[char] for char in "7-35="] == tokenizer.encode("7-35=").tolist()
+    assert [ids[char] for char in "07-35="] == tokenizer.encode("7-35=").tolist()
+    assert tokenizer.decode([ids[char] for char in "07-35=-82\n00+00=0\n"]) == "7-35=-28\n0+0=0\n"
     stream, shown = TextStream(tokenizer, tokenizer.stop), []
     answer = [ids[char] for char in "-82\n0"]
     for n in range(1, 6):
@@ -285,15 +285,14 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
         n_head=4,
         n_embd=64,
         bias=False,
-        position="rope",
         batch_size=128,
         gradient_accumulation_steps=1,
         steps_per_dispatch=10,
         learning_rate=5e-3,
         min_lr=1e-5,
         warmup_iters=50,
-        max_iters=2500,
-        eval_interval=2500,
+        max_iters=1500,
+        eval_interval=1500,
         eval_iters=2,
     )
     assert train(config, {}) == 0
