@@ -189,7 +189,9 @@ def test_cross_attention_and_its_gradients_are_the_references(options):
     )
 
     def run(params, x, source):
-        out, _, _ = nnx.merge(graphdef, params)(x, None, 0, Dropout(), None, None, source)
+        out, _, _ = nnx.merge(graphdef, params)(
+            x, None, 0, Dropout(), None, None, source_BSD=source
+        )
         return (out * weights).sum(), out
 
     gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))

@@ -345,6 +345,17 @@ BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for 
     "value_residual": False,
     "document_mask": False,
     "eot_id": -1,
+    "embed_dropout": True,
+    "qkv_bias": True,
+    "head_bias": False,
+    "residual": True,
+    "out_projection": True,
+    "score_scale": "head",
+    "init": "gpt2",
+    "zero_init_projections": False,
+    "optimizer": "adamw",
+    "lr_schedule": "cosine",
+    "decay_all": False,
     "batch_tokens": 0,
 }
 FREE = {  # says nothing of the result: where it lives, what it tells, what runs it
@@ -352,6 +363,7 @@ FREE = {  # says nothing of the result: where it lives, what it tells, what runs
     *("tensorboard", "wandb_run_name", "tokens_on_device", "device", "on_cpu", "dtype", "mesh"),
     *("attention", "remat", "scan_layers", "steps_per_dispatch"),
     *("coordinator", "num_processes", "process_id", "skip_nonfinite", "early_stop", "freeze"),
+    *("decay_share", "digits"),
 }
 
 
@@ -515,7 +527,7 @@ def test_mistakes_are_told_without_a_traceback_and_before_jax_is_there(write, tm
         (b"to be or not to be\n" * 9, 0, ""),
         (b"", 2, "error: {file}: 0 characters are too few"),
         (b"abc\xff", 2, "error: {file}: byte 3 (0xff) is not UTF-8"),
-        (None, 2, "error: {file}: neither a text file nor a corpus"),
+        (None, 2, "error: {file}: neither a text file, a folder nor a corpus"),
     ],
     ids=["text", "empty", "not-utf-8", "missing"],
 )

@@ -93,6 +93,8 @@ BAD = {
     "remat": (False, "one of none, dots, full"),
     "scan_layers": (0, "True or False"),
     "digits": (0, "a whole number from 1 to 9"),
+    "early_stop": (-1, "a whole number at least 0"),
+    "freeze": (3, "text"),
     "skip_nonfinite": (-1, "a whole number at least 0"),
     "coordinator": ("localhost", "host:port"),
     "num_processes": (-1, "a whole number at least 0"),
@@ -252,6 +254,7 @@ def configs(draw) -> Config:
     keys["n_kv_head"] = draw(st.sampled_from([0, kv_heads]))
     keys["n_embd"] = kv_heads * group * width * (1 + (keys["position"] == "rope"))
     keys["attention_window"] *= keys["causal"]
+    keys["zero_init_projections"] &= keys["init"] == "gpt2"
     keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
     keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
     return Config(**keys)
