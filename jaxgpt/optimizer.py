@@ -57,11 +57,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     direction = optax.scale_by_adam(c.beta1, c.beta2)
     if c.optimizer == "muon" or c.freeze:
         axes, still = matrix_axes(c), frozen(c, model.split(c)[1])
-        kinds: dict[Hashable, optax.GradientTransformation] = {
-            "adamw": direction,
-            "muon": optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes)),
-            "frozen": optax.set_to_zero(),
-        }
+        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
+        kinds: dict[Hashable, optax.GradientTransformation] = {"adamw": direction}
+        kinds |= {"muon": muon} if c.optimizer == "muon" else {}
+        kinds |= {"frozen": optax.set_to_zero()} if c.freeze else {}
         direction = optax.partition(kinds, jax.tree.map(_kind, still, axes))
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
