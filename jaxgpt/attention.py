@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxgpt.config import Config
-from jaxgpt.layers import ATTENTION, WEIGHTS, Dropout, Linear, Norm, residual_std
+from jaxgpt.layers import ATTENTION, WEIGHTS, Dropout, Linear, Norm, residual_std, split_batch
 
 
 class Cache(NamedTuple):
@@ -95,8 +95,9 @@ class Attention(nnx.Module):
             backend=c.attention,
             scale=c.n_embd**-0.5 if c.score_scale == "embedding" else None,
         )
-        if not c.out_projection:
-            return o_BTNH.reshape(x_BTD.shape), v_first, cache
+        if not c.out_projection:  # heads split over `tensor` meet first: on a mesh of three axes
+            # the XLA of jax 0.10.2 gets the gradient of a reshape that splits them wrong
+            return split_batch(o_BTNH).reshape(x_BTD.shape), v_first, cache
         return drop(self.out(o_BTNH), ATTENTION), v_first, cache
 
     def project(
