@@ -26,7 +26,7 @@ def config(tmp_path_factory) -> Config:
     return Config(
         data_dir=str(folder), dataset="tale", n_layer=1, n_head=2, n_embd=16, block_size=8,
         batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=2,
-        max_iters=12, eval_interval=1000, eval_iters=1, mesh="data:1",
+        max_iters=12, eval_interval=1000, eval_iters=1, mesh="data:1", steps_per_dispatch=2,
     )  # fmt: skip
 
 
