@@ -44,6 +44,7 @@ def runs(monkeypatch) -> list[str]:
     return trained
 
 
+@pytest.mark.slow
 def test_each_cell_is_run_once_and_one_that_was_stopped_goes_on(
     config, runs, tmp_path, monkeypatch
 ):

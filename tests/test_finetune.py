@@ -68,7 +68,10 @@ def refusal(*args) -> str:
 # ---- from a run's weights --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "mesh": "fsdp:2,tensor:2"}], ids=str)
+SCANNED = pytest.param({"scan_layers": True, "mesh": "fsdp:2,tensor:2"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{}, SCANNED], ids=str)
 def test_a_run_begins_with_the_best_weights_of_another_and_with_nothing_else_of_it(
     make_run, options
 ):
@@ -268,7 +271,7 @@ CURVES = [
 
 
 @pytest.mark.parametrize(("losses", "end", "best"), CURVES)
-@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
     make_run, val_losses, monkeypatch, losses, end, best, every
 ):
@@ -314,6 +317,7 @@ def test_without_early_stop_a_run_goes_on(make_run, val_losses):
 # ---- the comparison --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_once_and_says_what_the_runs_did(
     make_run, data_dir, tmp_path, monkeypatch, capsys
 ):

@@ -12,7 +12,7 @@ from jaxgpt.train import train
 from .harness import make_data, tiny
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_pictures():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(metrics, "draw_losses", lambda folder: None)

@@ -28,7 +28,8 @@ def world(quiet, tmp_path, monkeypatch):
     shutil.copytree(Path(quiet.data_dir, "tale"), "data/tale")
     shutil.copytree(quiet.out_dir, "run", symlinks=True)
     keys = {**quiet.to_dict(), "data_dir": "data", "out_dir": "run"}
-    Path("run/config.json").write_text(json.dumps(keys))
+    saved = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(json.dumps(saved | {"data_dir": "data", "out_dir": "run"}))
     Path("c.py").write_text(f"from jaxgpt.config import build\nconfig = build({keys})\n")
     Path("weights").mkdir()
     fields = {"vocab_size": 21, "n_positions": 8, "n_ctx": 8, "n_layer": 1, "n_head": 2}
