@@ -11,10 +11,8 @@ from jaxgpt.command_line import load
 quick_start = load(str(Path(__file__).with_name("shakespeare.py")))
 winners = {
     "position": "rope",
-    "mlp": "swiglu",
-    "qk_norm": True,
-    "value_residual": True,
     "optimizer": "muon",
+    "lr_schedule": "wsd",
     "zero_init_projections": True,
     "out_dir": "out/speedrun",
 }

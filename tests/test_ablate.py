@@ -135,7 +135,7 @@ def test_bold_is_what_three_standard_errors_do_not_explain(config, monkeypatch):
 def test_the_head_start_is_where_the_curve_meets_the_baselines_end(config, monkeypatch):
     law = lambda share: 2.0 - math.log(share)
     losses = {("baseline", s): [law(s)] * 2 for s in (0.75, 1.0, 1.5)}
-    losses |= {("together", s): [law(2 * s)] * 2 for s in (0.4, 0.7, 1.0)}
+    losses |= {("together", s): [law(2 * s)] * 2 for s in (0.2, 0.4, 1.0)}
     fake(losses, monkeypatch)
     found = ablate.compare(config, {"baseline": 1.0, "together": 1.4}, 2, "out")
     text = ablate.head_start(config, found, 2, "out")
