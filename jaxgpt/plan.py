@@ -338,7 +338,11 @@ def _size(count: float) -> str:
 
 
 def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
-    """Prints the plan of a config on a topology; False if it does not fit."""
+    """Prints the plan of a config on a topology; False if it does not fit.
+
+    A config that names no mesh is planned with its state split over all devices, and with what
+    `fit` finds, if whole copies of the state do not fit.
+    """
     topology = find_topology(topology_name)
     config, notes = resolve(config, topology.chip)
     for note in notes:
@@ -346,16 +350,19 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
     try:
         plan = fit(config, topology, say) if search else make_plan(config, topology)
     except DoesNotFitError as error:
-        mesh = sharding.make_mesh(config, topology.devices)
-        params, opt_state = state_bytes(config, mesh)
+        params, opt_state = state_bytes(config, sharding.make_mesh(config, topology.devices))
         say(
             f"does not fit: {error}; parameters {params / GIB:.2f} GiB and optimizer state "
             f"{opt_state / GIB:.2f} GiB a device. --fit looks for what would"
         )
-        return False
+        if config.mesh:
+            return False
+        config, search = config.replace(mesh=f"fsdp:{len(topology.devices)}"), True
+        say(f"so with --mesh={config.mesh} --fit:")
+        plan = fit(config, topology, say)
     say(describe(plan))
     if search:
-        keys = ("remat", "batch_size", "gradient_accumulation_steps")
+        keys = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
         values = dataclasses.asdict(plan.config)
-        say("use: " + " ".join(f"--{key}={values[key]}" for key in keys))
+        say("use: " + " ".join(f"--{key}={values[key]}" for key in keys if values[key]))
     return plan.fits

@@ -123,3 +123,23 @@ def test_what_is_printed_names_every_part(found):
     text = plan.describe(found)
     for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
         assert word in text
+
+
+@pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
+def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, monkeypatch):
+    """But not on a mesh that the user asked for."""
+
+    def make_plan(config, topology):
+        if config.mesh != "fsdp:8":
+            raise DoesNotFitError("too much")
+        return types.SimpleNamespace(peak_memory=1, fits=True, config=config)
+
+    said = []
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    monkeypatch.setattr(plan, "find_topology", lambda name: HERE)
+    monkeypatch.setattr(plan, "resolve", lambda config, chip: (config, []))
+    monkeypatch.setattr(plan, "describe", lambda plan: "a table")
+    assert plan.run(TINY.replace(mesh=mesh), "here", False, said.append) == fits
+    assert said[0].startswith("does not fit: too much")
+    assert ("a table" in said) == fits
+    assert any("use: --mesh=fsdp:8" in line for line in said) == fits
