@@ -170,7 +170,10 @@ def test_tokens_read_from_disk_give_the_run_of_tokens_on_the_device(make_config)
     resident, read = (make_config(k, tokens_on_device=k) for k in ("always", "never"))
     train(resident, {})
     train(read, {})
-    assert rows_of(read) == rows_of(resident)
+    for ours, theirs in zip(rows_of(read), rows_of(resident), strict=True):
+        assert ours == pytest.approx(
+            theirs, rel=1e-4
+        )  # other programs: the newest jax rounds apart
 
 
 @pytest.mark.parametrize("options", [{"steps_per_dispatch": 5}, {"mesh": "data:4"}], ids=str)
