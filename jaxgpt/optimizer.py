@@ -56,7 +56,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     c = config
     direction = optax.scale_by_adam(c.beta1, c.beta2)
     if c.optimizer == "muon" or c.freeze:
-        axes, still = matrix_axes(c), frozen(c, model.split(c)[1])
+        _, shapes, letters = model.split(c)
+        still = frozen(c, shapes)
+        axes = matrix_axes(c, letters, still)
         muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
         kinds: dict[Hashable, optax.GradientTransformation] = {"adamw": direction}
         kinds |= {"muon": muon} if c.optimizer == "muon" else {}
@@ -104,23 +106,22 @@ def kernels(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def matrix_axes(config: Config) -> dict:
+def matrix_axes(config: Config, letters: dict, still: dict) -> dict:
     """For every kernel that Muon is to move its input and output axes; for others a blank.
 
     D is one side, and heads or hidden units the other. Layers (L) and the parts of a fused map
     (C: query, key, value) are matrices of their own, so fusing does not change what Muon does.
     """
-    _, shapes, letters = model.split(config)
 
-    def of(path: tuple, letters: str, still: bool) -> MuonDimensionNumbers | optax.MaskedNode:
+    def of(path: tuple, letters: str, is_frozen: bool) -> MuonDimensionNumbers | optax.MaskedNode:
         in_blocks = path[0].key == "blocks" and path[-1].key == "kernel"
-        if config.optimizer != "muon" or still or not in_blocks:
+        if config.optimizer != "muon" or is_frozen or not in_blocks:
             return optax.MaskedNode()
         width = (letters.index("D"),)
         other = tuple(i for i, letter in enumerate(letters) if letter not in "LCD")
         return MuonDimensionNumbers(*sorted((width, other)))
 
-    return jax.tree.map_with_path(of, letters, frozen(config, shapes))
+    return jax.tree.map_with_path(of, letters, still)
 
 
 def _kind(is_frozen: bool, axes: MuonDimensionNumbers | optax.MaskedNode) -> str:

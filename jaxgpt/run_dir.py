@@ -148,9 +148,8 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
-    write(
-        folder / CONFIG, json.dumps(config.to_dict(), indent=1)
-    )  # killed now, it is a run's still
+    # first, so that a run killed in the midst of this leaves what is still a run's
+    write(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
     for path in (path for path in there if fresh and path.name != CONFIG):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if dataset.tokenizer:

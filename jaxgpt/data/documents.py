@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice, pairwise
@@ -29,9 +28,9 @@ from rich.progress import Progress
 
 from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.text import read_text
+from jaxgpt.data.text import read_text, sha256_of
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, write_partial
 
 COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
@@ -244,22 +243,19 @@ def _make_piece(folder: Path, plan: dict[str, Any], number: int, piece: Piece) -
     if _is_whole(folder, number):
         return 0
     encoder: Any = _load(folder / tokenizers.FILE)
-    dtype = np.dtype(plan["dtype"]).newbyteorder("<")
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    counts = dict.fromkeys(SPLITS, 0)
-    names = {split: folder / _name(split, number) for split in SPLITS}
-    with ExitStack() as stack:
-        files = {s: stack.enter_context(open(f"{names[s]}{PARTIAL}", "wb")) for s in SPLITS}
-        texts = iter(piece())
-        while batch := list(islice(texts, BATCH)):
-            for split, documents in _split(batch, plan["val_share"]).items():
-                ids = encoder.encode_documents(documents).astype(dtype).tobytes()
-                files[split].write(ids)
-                digests[split].update(ids)
-                counts[split] += len(ids) // dtype.itemsize
-    for name in names.values():
-        Path(f"{name}{PARTIAL}").replace(name)
-    note = {s: {"tokens": counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS}
+    files = {split: folder / _name(split, number) for split in SPLITS}
+    texts = iter(piece())
+    counts, sums, _ = write_partial(
+        files,
+        (
+            (split, encoder.encode_documents(documents))
+            for batch in iter(lambda: list(islice(texts, BATCH)), [])
+            for split, documents in _split(batch, plan["val_share"]).items()
+        ),
+    )
+    for file in files.values():
+        Path(f"{file}{PARTIAL}").replace(file)
+    note = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS}
     _replace(_note(folder, number), json.dumps(note | {"plan": plan}, indent=1))
     return sum(counts.values())
 
@@ -281,7 +277,7 @@ def _is_whole(folder: Path, number: int) -> bool:
     note = json.loads(_note(folder, number).read_text(encoding="utf-8"))
     for split in SPLITS:
         file = folder / _name(split, number)
-        if not file.is_file() or _sha256(file) != note[split]["sha256"]:
+        if not file.is_file() or sha256_of(file) != note[split]["sha256"]:
             return False
     return True
 
@@ -292,11 +288,6 @@ def _name(split: str, number: int) -> str:
 
 def _note(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.json"
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _replace(file: Path, text: str) -> None:

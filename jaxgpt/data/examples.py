@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jaxgpt.config import UserError
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 
 
 def survey(pieces: Iterable[str]) -> tuple[set[str], int]:
@@ -27,7 +27,7 @@ def encode(
     `train_examples` are train, the rest val.
     """
     is_bpe = encoder.kind not in ("char", "byte")
-    end = encoder.encode("<|endoftext|>" if is_bpe else "\n")
+    end = encoder.encode(END_OF_TEXT if is_bpe else "\n")
     for number, (prompt, completion) in enumerate(read_examples(pieces)):
         ids = ~encoder.encode(prompt).astype(np.int32), encoder.encode(completion), end
         split = "train" if number < train_examples else "val"

@@ -1,9 +1,7 @@
 """`jaxgpt prepare`: a text becomes train.bin, val.bin, tokenizer.json and meta.json."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,15 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, Dataset, is_prepared, open_dataset
+from jaxgpt.data.tokens import (
+    META,
+    PARTIAL,
+    SPLITS,
+    Dataset,
+    is_prepared,
+    open_dataset,
+    write_partial,
+)
 
 TRAIN_SHARE = 0.9  # of the characters (of a .jsonl: lines); the rest is for validation: nanoGPT's
 
@@ -154,23 +160,14 @@ def _encode(
 
 def _write_ids(folder: Path, encoder: Tokenizer, pieces: Iterable[tuple[str, np.ndarray]]) -> dict:
     """Writes ids by split into partial files -> the fields of meta.json that tell of them."""
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    counts, dtype = dict.fromkeys(SPLITS, 0), np.dtype("uint16")
-    with ExitStack() as stack:
-        names = {split: folder / f"{split}.bin{PARTIAL}" for split in SPLITS}
-        files = {split: stack.enter_context(open(names[split], "wb")) for split in SPLITS}
-        for split, piece in pieces:
-            dtype = piece.dtype  # the same for all of them
-            ids = piece.astype(dtype.newbyteorder("<")).tobytes()
-            files[split].write(ids)
-            digests[split].update(ids)
-            counts[split] += len(piece)
+    files = {split: folder / f"{split}.bin" for split in SPLITS}
+    counts, sums, dtype = write_partial(files, pieces)
     return {
         "dtype": dtype.name,
         "vocab_size": encoder.vocab_size,
         "tokenizer": encoder.kind,
         "counts": counts,
-        "sha256": {split: digest.hexdigest() for split, digest in digests.items()},
+        "sha256": sums,
     }
 
 

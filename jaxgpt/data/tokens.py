@@ -5,7 +5,10 @@ nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header 
 uint16), many files in order.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,26 @@ class Dataset:
     """What tells it from another, for checkpoints."""
     example: str = ""
     """A prompt for the samples in a run's log; empty is the tokenizer's first id."""
+
+
+def write_partial(
+    files: dict[str, Path], pieces: Iterable[tuple[str, np.ndarray]]
+) -> tuple[dict[str, int], dict[str, str], np.dtype]:
+    """Writes ids by split, little-endian, to each split's file with PARTIAL after its name.
+
+    `pieces` are splits and ids, all of one type -> how many ids and the SHA-256 by split, the type.
+    """
+    digests = {split: hashlib.sha256() for split in files}
+    counts, dtype = dict.fromkeys(files, 0), np.dtype("uint16")
+    with ExitStack() as stack:
+        opened = {s: stack.enter_context(open(f"{files[s]}{PARTIAL}", "wb")) for s in files}
+        for split, piece in pieces:
+            dtype = piece.dtype
+            ids = piece.astype(dtype.newbyteorder("<")).tobytes()
+            opened[split].write(ids)
+            digests[split].update(ids)
+            counts[split] += len(piece)
+    return counts, {split: digest.hexdigest() for split, digest in digests.items()}, dtype
 
 
 def is_prepared(folder: Path) -> bool:
