@@ -30,7 +30,17 @@ META, DIGEST, BEST = "meta.json", "digest.json", "best"
 READ_BYTES = 1 << 22
 SPARE = 1.1  # disk space to ask for, in sizes of the state
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what it raises too
+for logger in ("absl", "asyncio"):  # Orbax logs tracebacks of what it raises too
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+
+def _tell_no_closed_loop(unraisable: Any, tell: Callable = sys.unraisablehook) -> None:
+    """Orbax closes its event loop at the first write that fails; TensorStore reports the others."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        tell(unraisable)
+
+
+sys.unraisablehook = _tell_no_closed_loop
 
 
 class Damaged(UserError):
