@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 
 from jaxgpt.config import Config
 from jaxgpt.layers import ATTENTION, WEIGHTS, Dropout, Linear, Norm, residual_std, split_batch
@@ -91,7 +92,7 @@ class Attention(nnx.Module):
             window=0 if is_cross else c.attention_window,
             mask_BTS=mask_BTS,
             documents_BT=documents_BT,
-            dropout=partial(drop, site=WEIGHTS) if drop.rate else None,
+            dropout=Partial(Dropout.__call__, drop, site=WEIGHTS) if drop.rate else None,
             backend=c.attention,
             scale=c.n_embd**-0.5 if c.score_scale == "embedding" else None,
         )
@@ -150,11 +151,12 @@ def attend(
     keys further back than that many (the query's own included; 0 is no bound). A cache knows
     better which of its keys are there: it passes `mask_BTS` (True may look) instead of the two.
     A query sees only keys with its own number in `documents_BT`, if that is given; not for cudnn.
-    `dropout` acts on the attention weights. Scores and softmax are float32 at least.
+    `dropout` acts on the attention weights; for `cpu` it is a pytree, as `jax.tree_util.Partial`
+    makes one, and linear. Scores and softmax are float32 at least.
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
     plain = mask_BTS is None and dropout is None
-    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    (_, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
     scale = float(H**-0.5) if scale is None else scale
     same_BTS = None
     if documents_BT is not None:
@@ -177,6 +179,9 @@ def attend(
         mask_BTS = attention_mask(T, S, causal, window)[None]
     if same_BTS is not None:
         mask_BTS &= same_BTS
+    if backend == "cpu" and T == S:
+        k_BSNH, v_BSNH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+        return _by_hand(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)
     return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout, scale)
 
 
@@ -206,6 +211,50 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None, scale
         weights_BKGTS = dropout(weights_BKGTS)
     o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=wide)
     return (o_BTKGH / sum_BTKG1).astype(v_BSKH.dtype).reshape(B, T, N, H)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _by_hand(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    """`_reference` with a gradient that XLA:CPU runs fast: it lays every operand out once.
+
+    Its library takes products of [.., T, S] by [.., S, H] or by [.., H, S] only, and sums over
+    the last axis slowly. The gradient is FlashAttention's (Dao et al. 2022, appendix B.4).
+    """
+    return _by_hand_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+
+
+def _by_hand_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    q_BNTH = jnp.einsum("BTNH->BNTH", q_BTNH.astype(wide) * scale)
+    k_BNSH = jnp.einsum("BSNH->BNSH", k_BSNH.astype(wide))
+    v_BNHS = jnp.einsum("BSNH->BNHS", v_BSNH.astype(wide))
+    scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jnp.exp(scores_BNTS - scores_BNTS.max(-1, keepdims=True))
+    sum_BNT = weights_BNTS.sum(-1)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    o_BNHT = jnp.einsum("BNHS,BNTS->BNHT", v_BNHS, dropped_BNTS) / sum_BNT[:, :, None]
+    saved = q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout
+    return jnp.einsum("BNHT->BTNH", o_BNHT).astype(q_BTNH.dtype), saved
+
+
+def _by_hand_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
+    q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout = saved
+    do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
+    do_BNTH, q_BNHT = (jnp.swapaxes(x, 2, 3) for x in (do_BNHT, q_BNTH))
+    do_BNTH, do_BNHT, q_BNHT = jax.lax.optimization_barrier((do_BNTH, do_BNHT, q_BNHT))
+    d_weights_BNTS = jnp.einsum("BNTH,BNHS->BNTS", do_BNTH, v_BNHS)
+    d_weights_BNTS = dropout(d_weights_BNTS) if dropout else d_weights_BNTS
+    d_sum_BNT1 = (do_BNHT * o_BNHT).sum(2)[..., None]
+    d_scores_BNTS = weights_BNTS * (d_weights_BNTS - d_sum_BNT1)
+    dq_BTNH = jnp.einsum("BNTS,BNSH->BNTH", d_scores_BNTS, k_BNSH).swapaxes(1, 2) * scale
+    dk_BSNH = jnp.einsum("BNHT,BNTS->BNHS", q_BNHT, d_scores_BNTS).transpose(0, 3, 1, 2)
+    dv_BSNH = jnp.einsum("BNHT,BNTS->BNHS", do_BNHT, dropped_BNTS).transpose(0, 3, 1, 2)
+    grads = (x.astype(do_BTNH.dtype) for x in (dq_BTNH, dk_BSNH, dv_BSNH))
+    return *grads, None, None
+
+
+_by_hand.defvjp(_by_hand_fwd, _by_hand_bwd)
 
 
 def _splash(q, k, v, documents=None, *, causal: bool, window: int, scale: float, interpret=False):

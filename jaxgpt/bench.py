@@ -162,7 +162,7 @@ def data(b: Bench) -> Report:
 def attention(b: Bench) -> Report:
     """Every back end that this device can run, forward and backward, tokens a batch held fixed."""
     tokens, rows, notes, results = b.config.batch_size * b.config.block_size, [], [], {}
-    for backend in ("reference", "xla", "cudnn", "splash"):
+    for backend in ("reference", "cpu", "xla", "cudnn", "splash"):
         for T in (n * b.config.block_size for n in (1, 2, 4)):
             c = b.config.replace(attention=backend, block_size=T, dropout=0.0, batch_tokens=0)
             B = max(1, tokens // T)

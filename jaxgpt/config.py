@@ -260,7 +260,7 @@ class Parallel:
     """Compute type; weights and statistics stay float32. `auto`: bfloat16, but float32 on a CPU."""
     mesh: Annotated[str, Text(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
     """Devices by axis (data, fsdp, tensor), as in data:2,fsdp:4; empty is all of them on data."""
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest one that the device and the model allow."""
     remat: Literal["none", "dots", "full"] = "none"
     """What to recompute in the backward pass to save memory: nothing, all but matmuls, all."""

@@ -118,6 +118,7 @@ def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
     why_not = {
         "cudnn": _why_not_cudnn(c, platform),
         "splash": _why_not_splash(c, platform),
+        "cpu": "" if platform == "cpu" else "is laid out for CPUs",
         "xla": "",
         "reference": "",
     }
@@ -125,9 +126,9 @@ def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
         if why_not[c.attention]:
             raise UserError(f"attention={c.attention!r}: {why_not[c.attention]}")
         return c.attention, []
-    best = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
+    best = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
     if not why_not[best]:
-        failure = "" if absent else _trial(c.replace(attention=best))
+        failure = "" if absent or platform == "cpu" else _trial(c.replace(attention=best))
         if not failure:
             return best, []
         why_not[best] = f"its trial failed: {failure}"

@@ -73,24 +73,35 @@ def linear_map(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA:CPU would fuse all that leads up to `x`, and to its gradient, into the copies that lay
     them out for the kernel's gradient, element by element. A barrier there keeps them apart.
     """
-    return jnp.einsum(equation, x, kernel)
+    return _contract(equation, x, kernel)
 
 
 def _linear_map_fwd(equation: str, x: jax.Array, kernel: jax.Array):
-    return jnp.einsum(equation, x, kernel), (x, kernel)
+    return _contract(equation, x, kernel), (x, kernel)
 
 
 def _linear_map_bwd(equation: str, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     x_axes, kernel_axes, y_axes = equation.replace("->", ",").split(",")
-    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
+    dx = _contract(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
     x, dy = jax.lax.platform_dependent(
         x, dy, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both
     )
-    return dx, jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
+    return dx, _contract(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
 
 
 linear_map.defvjp(_linear_map_fwd, _linear_map_bwd)
+
+
+def _contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum`, which takes summed axes in the alphabet's order, in the order they lie in.
+
+    Otherwise XLA:CPU copies both operands into that order.
+    """
+    x_axes, y_axes, out = equation.replace("->", ",").split(",")
+    summed = [axis for axis in x_axes if axis not in out]
+    dims = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
+    return jax.lax.dot_general(x, y, (dims, ((), ())))
 
 
 class Linear(nnx.Module):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 from reference import numpy_gpt as ref
 
 from jaxgpt import attention
@@ -44,7 +45,14 @@ def expected(q, k, v, weights, **options):
 
 # JAX's own softmax is float32 whatever it is given, so it cannot meet the float64 tolerance
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("reference", "float32"), ("reference", "float64"), ("xla", "float32")]
+    ("backend", "dtype"),
+    [
+        ("reference", "float32"),
+        ("reference", "float64"),
+        ("cpu", "float32"),
+        ("cpu", "float64"),
+        ("xla", "float32"),
+    ],
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_and_its_gradients_are_the_references(case, backend, dtype):
@@ -69,9 +77,10 @@ def test_the_tpu_kernel_interpreted_is_the_reference(options):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_half_width_inputs_keep_their_type_and_are_close_to_the_reference():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_half_width_inputs_keep_their_type_and_are_close_to_the_reference(backend):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs("float32"))
-    got = attend(q, k, v, causal=True)
+    got = attend(q, k, v, causal=True, backend=backend)
     assert got.dtype == jnp.bfloat16
     wide = [np.asarray(x, np.float64) for x in (q, k, v)]
     want = ref.attention(*wide, scale=8**-0.5)
@@ -87,6 +96,19 @@ def test_dropout_acts_on_the_weights_alone():
     sums = attend(q, k, ones, causal=False, dropout=drop)[..., 0]
     assert np.asarray(sums).std() > 0.01
     assert np.asarray(sums).mean() == pytest.approx(1, abs=0.02)
+
+
+def test_a_gradient_by_hand_drops_what_the_equations_drop():
+    q, k, v, weights = inputs("float32", kv_heads=2)
+    drop = Partial(Dropout.__call__, Dropout(0.25, jax.random.split(jax.random.key(0), 2)), site=1)
+    hand, equations = (
+        value_and_grads(
+            lambda *x, b=backend: attend(*x, causal=True, dropout=drop, backend=b), q, k, v, weights
+        )
+        for backend in ("cpu", "reference")
+    )
+    for ours, theirs in zip(hand, equations, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

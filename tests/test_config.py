@@ -89,7 +89,7 @@ BAD = {
     "on_cpu": ("auto", "True or False"),
     "dtype": ("float16", "one of auto, float32, bfloat16, float64"),
     "mesh": ("data=2", "axis:size[,axis:size]"),
-    "attention": ("flash", "one of auto, reference, xla, cudnn, splash"),
+    "attention": ("flash", "one of auto, reference, cpu, xla, cudnn, splash"),
     "remat": (False, "one of none, dots, full"),
     "scan_layers": (0, "True or False"),
     "digits": (0, "a whole number from 1 to 9"),
