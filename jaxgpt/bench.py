@@ -33,7 +33,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, gather, make_resident
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, Tokens, is_prepared
-from jaxgpt.sample import Knobs, Sampler
+from jaxgpt.sample import CHUNK, Knobs, Sampler
 from jaxgpt.train import TRAIN
 
 NEW_TOKENS = 500
@@ -86,7 +86,7 @@ def sample(b: Bench) -> Report:
         results[f"batch_{batch}"] |= {"first_s": first, "bandwidth_share": share}
         rows.append([str(batch), f"{1000 * first:.1f}", f"{tokens_per_s:,.0f}", f"{share:.1%}"])
     notes = [
-        f"{NEW_TOKENS} new tokens a sequence; the first ones come as a chunk of 20",
+        f"{NEW_TOKENS} new tokens a sequence; the first ones come as a chunk of {CHUNK}",
         f"of the bandwidth: weights and KV cache read a token, against {bandwidth / 1e9:.1f} GB/s "
         f"of a large copy" + (" by NumPy, on one core" if device.on_cpu() else ""),
     ]

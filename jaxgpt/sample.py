@@ -19,7 +19,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.train_step import cast
 
-CHUNK = 20  # tokens between two looks of the host
+CHUNK = 16  # tokens between two looks of the host; a power of two, as block sizes mostly are
 NOTHING = -1  # in place of a token, where a sequence drew none
 
 
@@ -39,8 +39,10 @@ class Knobs:
     """Divide the odds of tokens that were there before (Keskar et al. 2019)."""
 
 
-def draw(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, seen_BV: jax.Array | None):
-    """One token id a sequence, int32 [B]. Padded ids have logits of -inf and are never drawn."""
+def draw(logits_BV: jax.Array, chance_B: jax.Array, knobs: Knobs, seen_BV: jax.Array | None):
+    """One token id a sequence, int32 [B], by a number in (0, 1]: where the sum of probabilities
+    reaches it. Padded ids have logits of -inf and are never drawn.
+    """
     logits_BV = logits_BV.astype(jnp.float32)
     if seen_BV is not None:
         penalty = min(knobs.repetition_penalty, 1e30)  # more is beyond float32
@@ -52,16 +54,25 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, seen_BV: jax.Arr
     logits_BV /= min(max(knobs.temperature, 1e-30), 1e30)  # the rest is beyond float32
     if knobs.min_p:
         logits_BV = jnp.where(logits_BV >= math.log(knobs.min_p), logits_BV, -jnp.inf)
-    categorical = jax.vmap(jax.random.categorical)
-    if not knobs.top_k and knobs.top_p == 1:
-        return categorical(keys_B, logits_BV)
     V = logits_BV.shape[-1]
-    values_Bk, ids_Bk = jax.lax.top_k(logits_BV, min(knobs.top_k or V, V))
+    k = min(knobs.top_k or V, V)
+    if k == V and knobs.top_p == 1:  # nothing to sort for
+        return _reached(jnp.exp(logits_BV), chance_B)
+    values_Bk, ids_Bk = jax.lax.top_k(logits_BV, k)
     probs_Bk = jax.nn.softmax(values_Bk)
     likelier_Bk = probs_Bk.cumsum(-1) - probs_Bk  # the probability of those before it
-    values_Bk = jnp.where(likelier_Bk < knobs.top_p, values_Bk, -jnp.inf)
-    choice_B1 = categorical(keys_B, values_Bk)[:, None]
-    return jnp.take_along_axis(ids_Bk, choice_B1, axis=1)[:, 0]
+    is_kept_Bk = (likelier_Bk < knobs.top_p).at[:, 0].set(True)
+    choice_B = _reached(jnp.where(is_kept_Bk, probs_Bk, 0), chance_B)
+    return jnp.take_along_axis(ids_Bk, choice_B[:, None], axis=1)[:, 0]
+
+
+def _reached(weights_Bk: jax.Array, chance_B: jax.Array) -> jax.Array:
+    """The first place where the sum of weights is a share `chance` of all, and its weight not 0.
+
+    Sums that are taken in parallel need not grow: where nothing is added, they do not count.
+    """
+    sums_Bk = jnp.where(weights_Bk > 0, weights_Bk.cumsum(-1), 0)
+    return (sums_Bk >= chance_B[:, None] * sums_Bk.max(-1, keepdims=True)).argmax(-1)
 
 
 class Sampler:
@@ -104,20 +115,22 @@ class Sampler:
 
         What a sequence draws depends on its prompt, the seed and its place among the prompts
         alone. `context` says what one goes on from that has outgrown `block_size`: `halve` cuts
-        it to its last half block and fills the cache anew, so that the cost of a token stays
-        bounded; `exact` shows every token the whole last block, as nanoGPT does, and has to run
-        all of it each time. `is_done(row, new tokens)` ends a sequence early.
+        it to its last half block and a token and fills the cache anew, so that the cost of a token
+        stays bounded and whole chunks fill the rest; `exact` shows every token the whole last
+        block, as nanoGPT does, and has to run all of it each time. `is_done(row, new tokens)` ends
+        a sequence early.
         """
         self.drawn, texts = 0, [[int(token) for token in prompt] for prompt in prompts]
         new: list[list[int]] = [[] for _ in prompts]
-        alive = [max_new_tokens > 0] * len(prompts)
+        alive, known = [max_new_tokens > 0] * len(prompts), None
         carry, step = self._begin(texts, knobs, seed), self._decode
         if context == "halve":
             texts = [self._halve(text) for text in texts]
         carry = self._fill(texts, carry)
         while any(alive):
-            carry["ready_B"] = carry["ready_B"] & np.array(alive)
-            carry = jax.device_put(carry, self._device)  # all of it, or some would compile anew
+            if known != alive:  # to the device
+                carry["ready_B"], known = carry["ready_B"] & np.array(alive), list(alive)
+                carry = jax.device_put(carry, self._device)  # all of it, or some would compile anew
             carry, drawn = step(self.params, carry, knobs)
             chunk = np.array(drawn)
             for row in (row for row, is_alive in enumerate(alive) if is_alive):
@@ -132,9 +145,9 @@ class Sampler:
             full = np.array(alive) & ~np.asarray(carry["ready_B"])
             if full.any() and context == "halve":
                 texts = [self._halve(text) for text in texts]
-                carry = self._fill(texts, carry)
+                carry, known = self._fill(texts, carry), None
             elif full.any():
-                carry, step = self._window(texts, carry), self._slide
+                carry, step, known = self._window(texts, carry), self._slide, None
 
     def _begin(self, texts: list[list[int]], knobs: Knobs, seed: int) -> dict:
         """What lasts as long as a sequence: its key, how often it drew, which tokens it has."""
@@ -148,7 +161,7 @@ class Sampler:
 
     def _halve(self, text: list[int]) -> list[int]:
         size = self.config.block_size
-        return text if len(text) <= size else text[-max(1, size // 2) :]
+        return text if len(text) <= size else text[-min(size, size // 2 + 1) :]
 
     def _fill(self, texts: list[list[int]], old: dict) -> dict:
         """Caches that hold the ends of these texts, and the logits of what follows."""
@@ -191,8 +204,8 @@ class Sampler:
     def _decode_fn(self, params: dict, carry: dict, knobs: Knobs):
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
 
-        def step(carry: dict, _) -> tuple[dict, jax.Array]:
-            carry, token_B = _draw_next(carry, carry["logits_BV"], knobs)
+        def step(carry: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
+            carry, token_B = _draw_next(carry, carry["logits_BV"], chance_B, knobs)
             length_B = carry["lengths_B"]
             fits_B = carry["ready_B"] & (length_B < size)
             inputs_B1 = jnp.maximum(token_B, 0)[:, None]
@@ -203,17 +216,17 @@ class Sampler:
             carry |= {"caches": caches, "logits_BV": network.logits(features_BTD)[:, 0]}
             return carry | {"lengths_B": length_B + fits_B, "ready_B": fits_B}, token_B
 
-        carry, tokens_nB = jax.lax.scan(step, carry, length=CHUNK)
+        carry, tokens_nB = jax.lax.scan(step, carry, _chances(carry))
         return carry, tokens_nB.T
 
     def _slide_fn(self, params: dict, carry: dict, knobs: Knobs):
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
 
-        def step(carry: dict, _) -> tuple[dict, jax.Array]:
+        def step(carry: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
             window_BT, length_B = carry["window_BT"], carry["lengths_B"]
             features_BTD, _ = network.features(window_BT)
             logits_BV = _logits_at(network, features_BTD, length_B - 1)
-            carry, token_B = _draw_next(carry, logits_BV, knobs)
+            carry, token_B = _draw_next(carry, logits_BV, chance_B, knobs)
             is_full_B1 = (length_B == size)[:, None]
             window_BT = jnp.where(is_full_B1, jnp.roll(window_BT, -1, axis=1), window_BT)
             place_B = jnp.minimum(length_B, size - 1)
@@ -221,7 +234,7 @@ class Sampler:
             lengths_B = jnp.minimum(length_B + 1, size)
             return carry | {"window_BT": window_BT, "lengths_B": lengths_B}, token_B
 
-        carry, tokens_nB = jax.lax.scan(step, carry, length=CHUNK)
+        carry, tokens_nB = jax.lax.scan(step, carry, _chances(carry))
         return carry, tokens_nB.T
 
 
@@ -230,10 +243,22 @@ def _logits_at(network: model.GPT, features_BTD: jax.Array, place_B: jax.Array) 
     return network.logits(features_B1D)[:, 0]
 
 
-def _draw_next(carry: dict, logits_BV: jax.Array, knobs: Knobs) -> tuple[dict, jax.Array]:
-    """Draws for the sequences that are ready; the n-th draw of one always uses its n-th key."""
-    keys_B = jax.vmap(jax.random.fold_in)(carry["keys_B"], carry["drawn_B"])
-    token_B = jnp.where(carry["ready_B"], draw(logits_BV, keys_B, knobs, carry["seen_BV"]), NOTHING)
+def _chances(carry: dict) -> jax.Array:
+    """A chunk's random numbers in (0, 1], [n, B]; the n-th draw of a sequence has its n-th key.
+
+    All at once: on a CPU, keys are made in a loop, and one in each token's step took a third of it.
+    """
+    draws_nB = carry["drawn_B"] + jnp.arange(CHUNK)[:, None]
+    keys_nB = jax.vmap(jax.vmap(jax.random.fold_in), (None, 0))(carry["keys_B"], draws_nB)
+    return 1 - jax.vmap(jax.vmap(jax.random.uniform))(keys_nB)
+
+
+def _draw_next(
+    carry: dict, logits_BV: jax.Array, chance_B: jax.Array, knobs: Knobs
+) -> tuple[dict, jax.Array]:
+    """Draws for the sequences that are ready; one that is not stays so until the chunk's end."""
+    drawn_B = draw(logits_BV, chance_B, knobs, carry["seen_BV"])
+    token_B = jnp.where(carry["ready_B"], drawn_B, NOTHING)
     carry = carry | {"drawn_B": carry["drawn_B"] + carry["ready_B"]}
     if carry["seen_BV"] is not None:
         rows = jnp.arange(len(token_B))

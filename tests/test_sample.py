@@ -75,7 +75,7 @@ def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, conte
     size, text, seen = config.block_size, list(prompt), set(prompt)
     for _ in range(new):
         if context == "halve" and len(text) > size:
-            text = text[-max(1, size // 2) :]
+            text = text[-min(size, size // 2 + 1) :]
         logits = next_logits(config, params, text[-size:])
         for token in seen:
             logits[token] *= 1 / penalty if logits[token] > 0 else penalty
@@ -250,8 +250,8 @@ def draw_often(logits, knobs: Knobs, seen=None, draws: int = DRAWS) -> np.ndarra
     pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
     logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (draws, 1))
     seen_BV = None if seen is None else jnp.tile(pad(seen), (draws, 1))
-    keys_B = jax.random.split(jax.random.key(0), draws)
-    return np.bincount(draw(logits_BV, keys_B, knobs, seen_BV), minlength=128)
+    chance_B = 1 - jax.random.uniform(jax.random.key(0), (draws,))
+    return np.bincount(draw(logits_BV, chance_B, knobs, seen_BV), minlength=128)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -313,6 +313,14 @@ def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
     np.testing.assert_array_equal(got > 0, want > 0)
     chi_square = ((got - want) ** 2 / np.maximum(want, 1)).sum()
     assert chi_square < left + 5 * np.sqrt(2 * left)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=str)
+def test_the_least_and_the_greatest_chance_draw_what_may_be_drawn(filters):
+    logits_V = jnp.pad(LOGITS, (60, 56), constant_values=-jnp.inf)
+    chance_B = jnp.array([2.0**-24, 1 - 2.0**-24, 1])
+    drawn = draw(jnp.tile(logits_V, (3, 1)), chance_B, Knobs(**filters), None)
+    assert np.isfinite(logits_V[drawn]).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-38, 1e-300])
