@@ -17,6 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 # here, and vectors of width D, are whole on every device.
 RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 BATCH = ("data", "fsdp")
+CPU_TOKENS = 2048  # in a core's share of a micro-batch
 
 
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:
@@ -76,10 +77,14 @@ def sequences(config: Config) -> int:
 def micro_batches(config: Config, mesh: Mesh) -> int:
     """Micro-batches a step: as few as keep a device's share of one within `batch_size`.
 
+    On the cores of a CPU also within `CPU_TOKENS`: what they work on is given back to the system
+    after a dispatch, and gigabytes of it take longer to get again than to compute.
     Every count gives the same step, up to rounding.
     """
     total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.batch_size * devices
+    if shares_a_cpu(mesh):
+        most = min(most, max(1, CPU_TOKENS // config.block_size) * devices)
     return next(n for n in range(-(-total // most), total + 1) if total % (n * devices) == 0)
 
 

@@ -1,8 +1,10 @@
 """The mesh and the micro-batches: what divides what, and what is said where it does not."""
 
+import math
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,7 +128,10 @@ def batches(draw) -> tuple[Config, SimpleNamespace]:
     devices = draw(st.sampled_from(divisors))
     fsdp = draw(st.sampled_from([n for n in divisors if devices % n == 0]))
     shape = {"data": devices // fsdp, "fsdp": fsdp, "tensor": draw(SIZES)}
-    return config, SimpleNamespace(shape=shape)
+    gpu = SimpleNamespace(platform="gpu")
+    return config, SimpleNamespace(
+        shape=shape, size=math.prod(shape.values()), devices=np.array([gpu])
+    )
 
 
 @given(batches())
@@ -140,6 +145,12 @@ def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
     assert 1 <= share <= config.batch_size
     for fewer in range(1, count):  # would be better, were they possible
         assert total % (fewer * devices) or total // (fewer * devices) > config.batch_size
+
+
+@pytest.mark.parametrize(("length", "count"), [(8, 1), (64, 1), (256, 4), (1024, 16), (4096, 32)])
+def test_a_core_of_a_cpu_has_no_more_tokens_at_a_time_than_pays(length, count):
+    config = make_config(batch_size=64, block_size=length, mesh="data:2")
+    assert micro_batches(config, make_mesh(config)) == count
 
 
 @given(SIZES, SIZES)
