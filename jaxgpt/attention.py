@@ -92,7 +92,7 @@ class Attention(nnx.Module):
             window=0 if is_cross else c.attention_window,
             mask_BTS=mask_BTS,
             documents_BT=documents_BT,
-            dropout=Partial(Dropout.__call__, drop, site=WEIGHTS) if drop.rate else None,
+            dropout=Partial(type(drop).__call__, drop, site=WEIGHTS) if drop.rate else None,
             backend=c.attention,
             scale=c.n_embd**-0.5 if c.score_scale == "embedding" else None,
         )
