@@ -242,6 +242,7 @@ def _by_hand_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout = saved
     do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
     do_BNTH, q_BNHT = (jnp.swapaxes(x, 2, 3) for x in (do_BNHT, q_BNTH))
+    # or XLA folds the transposes into products that its library does not take
     do_BNTH, do_BNHT, q_BNHT = jax.lax.optimization_barrier((do_BNTH, do_BNHT, q_BNHT))
     d_weights_BNTS = jnp.einsum("BNTH,BNHS->BNTS", do_BNTH, v_BNHS)
     d_weights_BNTS = dropout(d_weights_BNTS) if dropout else d_weights_BNTS

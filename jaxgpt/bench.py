@@ -254,8 +254,12 @@ def bench(
     if vs:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     name, c = choose(config, preset, single=bool(vs))
-    if device.on_cpu() and name.startswith("gpt2") and what == "train":
-        raise UserError(f"--preset={name}: needs an accelerator; for a CPU there is --preset=cpu")
+    if device.on_cpu() and preset not in ("", "cpu"):
+        if what == "train" and preset.startswith("gpt2"):
+            raise UserError(
+                f"--preset={preset}: needs an accelerator; for a CPU there is --preset=cpu"
+            )
+        print(f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr)
     if vs:
         check_comparable(c)
     image = plot or (str(Path(json_file).with_suffix(".png")) if json_file else "bench.png")
@@ -304,8 +308,6 @@ def choose(file: str, preset: str, *, single: bool) -> tuple[str, Config]:
     else:
         preset = preset or ("cpu" if device.on_cpu() else "gpt2")
         c = PRESETS[preset]
-    if device.on_cpu() and preset not in ("", "cpu"):
-        print(f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr)
     if single and not device.on_cpu():
         c = c.replace(mesh="data:1")
     return file or preset, device.resolve(c)[0]

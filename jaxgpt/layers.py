@@ -94,9 +94,10 @@ linear_map.defvjp(_linear_map_fwd, _linear_map_bwd)
 
 
 def _contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum`, which takes summed axes in the alphabet's order, in the order they lie in.
+    """`jnp.einsum` where the result's axes are what is left of x's and then of y's.
 
-    Otherwise XLA:CPU copies both operands into that order.
+    It sums over axes in the alphabet's order, for which XLA:CPU copies both operands; this sums
+    over them in the order they lie in.
     """
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
     summed = [axis for axis in x_axes if axis not in out]
