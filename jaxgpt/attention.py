@@ -18,11 +18,44 @@ from jaxgpt.config import Config
 from jaxgpt.layers import ATTENTION, WEIGHTS, Dropout, Linear, Norm, residual_std, split_batch
 
 
-class Cache(NamedTuple):
-    """Keys and values of one layer, for the positions seen so far."""
+class KeysValues(NamedTuple):
+    """What one layer holds of S positions; a row P is a sequence and one of its KV heads.
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    That is the shape of the products they are for: XLA:CPU writes arrays of another twice.
+    """
+
+    k_PSH: jax.Array
+    v_PSH: jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer: of the past, and of a chunk of tokens that goes on from it.
+
+    While the chunk is decoded, the past is only read. So nothing large is written or laid out
+    anew for a token, and its place in the chunk is the same in every sequence.
+    """
+
+    past: KeysValues
+    chunk: KeysValues
+
+    def append(self, start_B: jax.Array) -> KeysValues:
+        """The past with the chunk in it, from position `start` on."""
+
+        def put(past_PSH: jax.Array, chunk_PCH: jax.Array) -> jax.Array:
+            past_BKSH, chunk_BKCH = (
+                x.reshape(len(start_B), -1, *x.shape[1:]) for x in (past_PSH, chunk_PCH)
+            )
+            update = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+            return update(past_BKSH, chunk_BKCH, start_B).reshape(past_PSH.shape)
+
+        return KeysValues(*map(put, self.past, self.chunk))
+
+
+class Place(NamedTuple):
+    """Where the tokens being decoded are: the `step`-th of a chunk that began at `start`."""
+
+    start_B: jax.Array
+    step: jax.Array
 
 
 class Attention(nnx.Module):
@@ -58,7 +91,7 @@ class Attention(nnx.Module):
         layer: int | jax.Array,
         drop: Dropout,
         cache: Cache | None,
-        start_B: jax.Array | None,
+        place: Place | None,
         documents_BT: jax.Array | None = None,
         source_BSD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
@@ -72,30 +105,31 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if c.position == "rope" and not is_cross:
-            positions_BT = positions(x_BTD.shape[1], start_B)
+            positions_BT = positions(x_BTD.shape[1], place)
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT), rotate(k_BTKH, positions_BT)
         if c.value_residual:  # Zhou et al. 2024, "Value Residual Learning"
             v_first = v_BTKH if v_first is None else jnp.where(layer == 0, v_BTKH, v_first)
             mix = self.value_mix[...].astype(v_BTKH.dtype)
             v_BTKH = (1 - mix) * v_BTKH + mix * v_first
-        if cache is not None:
-            cache = _write(cache, k_BTKH, v_BTKH, start_B)
-        keys, values, mask_BTS = k_BTKH, v_BTKH, None
-        if cache is not None and start_B is not None:
-            keys, values = cache
-            mask_BTS = _cached(keys.shape[1], start_B, c.attention_window)
-        o_BTNH = attend(
-            q_BTNH,
-            keys,
-            values,
-            causal=c.causal and not is_cross,
-            window=0 if is_cross else c.attention_window,
-            mask_BTS=mask_BTS,
-            documents_BT=documents_BT,
-            dropout=Partial(type(drop).__call__, drop, site=WEIGHTS) if drop.rate else None,
-            backend=c.attention,
-            scale=c.n_embd**-0.5 if c.score_scale == "embedding" else None,
-        )
+        scale = c.n_embd**-0.5 if c.score_scale == "embedding" else c.head_width**-0.5
+        window = 0 if is_cross else c.attention_window
+        if cache is not None and place is not None:
+            cache = cache._replace(chunk=_write(cache.chunk, k_BTKH, v_BTKH, place.step))
+            o_BTNH = _attend_cached(q_BTNH, cache, place, window, scale)
+        else:
+            if cache is not None:
+                cache = cache._replace(past=_write(cache.past, k_BTKH, v_BTKH, 0))
+            o_BTNH = attend(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                causal=c.causal and not is_cross,
+                window=window,
+                documents_BT=documents_BT,
+                dropout=Partial(type(drop).__call__, drop, site=WEIGHTS) if drop.rate else None,
+                backend=c.attention,
+                scale=scale,
+            )
         if not c.out_projection:  # heads split over `tensor` meet first: on a mesh of three axes
             # the XLA of jax 0.10.2 gets the gradient of a reshape that splits them wrong
             return split_batch(o_BTNH).reshape(x_BTD.shape), v_first, cache
@@ -112,24 +146,44 @@ class Attention(nnx.Module):
         return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
 
 
-def positions(length: int, start_B: jax.Array | None) -> jax.Array:
-    """Positions of a sequence's next tokens, [1 or B, T]: from 0, or from what is cached."""
-    start = jnp.zeros(1, jnp.int32) if start_B is None else start_B
-    return start[:, None] + jnp.arange(length)
+def positions(length: int, place: Place | None) -> jax.Array:
+    """Positions of a sequence's tokens, [1 or B, T]: from 0, or that of the one decoded."""
+    start_B = jnp.zeros(1, jnp.int32) if place is None else place.start_B + place.step
+    return start_B[:, None] + jnp.arange(length)
 
 
-def _write(cache: Cache, k_BTKH, v_BTKH, start_B: jax.Array | None) -> Cache:
-    if start_B is None:
-        start_B = jnp.zeros(k_BTKH.shape[0], jnp.int32)
-    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    k_BTKH, v_BTKH = k_BTKH.astype(cache.k_BSKH.dtype), v_BTKH.astype(cache.v_BSKH.dtype)
-    return Cache(put(cache.k_BSKH, k_BTKH, start_B), put(cache.v_BSKH, v_BTKH, start_B))
+def _write(into: KeysValues, k_BTKH, v_BTKH, start: int | jax.Array) -> KeysValues:
+    def put(into_PSH: jax.Array, x_BTKH: jax.Array) -> jax.Array:
+        x_BKTH = x_BTKH.swapaxes(1, 2).astype(into_PSH.dtype)
+        x_PTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:])
+        return jax.lax.dynamic_update_slice_in_dim(into_PSH, x_PTH, start, axis=1)
+
+    return KeysValues(*map(put, into, (k_BTKH, v_BTKH)))
 
 
-def _cached(length: int, start_B: jax.Array, window: int) -> jax.Array:
-    """Which cached keys the query at position `start` may look at, [B, 1, S]."""
-    key, query = jnp.arange(length), start_B[:, None, None]
-    return (key <= query) & (key > query - window) if window else key <= query
+def _attend_cached(q_B1NH, cache: Cache, place: Place, window: int, scale: float) -> jax.Array:
+    """Causal attention of one query a sequence to its past and to the chunk up to itself."""
+    (B, _, N, H), (P, S, _), C = q_B1NH.shape, cache.past.k_PSH.shape, cache.chunk.k_PSH.shape[1]
+    wide = jnp.promote_types(q_B1NH.dtype, jnp.float32)
+    start_P1 = jnp.repeat(place.start_B, P // B)[:, None]
+    past_PS = jnp.broadcast_to(jnp.arange(S), (P, S))
+    # no position of the past is as late as the chunk's first
+    past_PS = jnp.where(past_PS < start_P1, past_PS, jnp.iinfo(past_PS.dtype).max)
+    key_PS = jnp.concatenate([past_PS, start_P1 + jnp.arange(C)], axis=1)
+    query_P1 = start_P1 + place.step
+    sees_PS = (key_PS <= query_P1) & ((key_PS > query_P1 - window) if window else True)
+    q_PGH = q_B1NH.reshape(P, -1, H) * scale
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    scores = [product("PGH,PSH->PGS", q_PGH, part.k_PSH) for part in cache]
+    scores_PGS = jnp.where(sees_PS[:, None], jnp.concatenate(scores, axis=2), -jnp.inf)
+    weights_PGS = jnp.exp(scores_PGS - scores_PGS.max(-1, keepdims=True))
+    weights = jnp.split(weights_PGS.astype(cache.past.v_PSH.dtype), [S], axis=2)
+    o_PGH = sum(
+        product("PGS,PSH->PGH", w_PGS, part.v_PSH)
+        for w_PGS, part in zip(weights, cache, strict=True)
+    )
+    o_PGH /= weights_PGS.sum(-1, keepdims=True)
+    return o_PGH.astype(cache.past.v_PSH.dtype).reshape(B, 1, N, H)
 
 
 def attend(
@@ -139,7 +193,6 @@ def attend(
     *,
     causal: bool,
     window: int = 0,
-    mask_BTS: jax.Array | None = None,
     documents_BT: jax.Array | None = None,
     dropout: Callable | None = None,
     backend: str = "reference",
@@ -148,20 +201,18 @@ def attend(
     """Softmax attention, scaled by 1/sqrt(H) or `scale` -> [B, T, N, H] in q's type.
 
     Query head n looks at KV head n // (N // K). `causal` hides keys after the query, `window`
-    keys further back than that many (the query's own included; 0 is no bound). A cache knows
-    better which of its keys are there: it passes `mask_BTS` (True may look) instead of the two.
-    A query sees only keys with its own number in `documents_BT`, if that is given; not for cudnn.
+    keys further back than that many (the query's own included; 0 is no bound). A query sees only
+    keys with its own number in `documents_BT`, if that is given; not for cudnn.
     `dropout` acts on the attention weights; for `cpu` it is a pytree, as `jax.tree_util.Partial`
     makes one, and linear. Scores and softmax are float32 at least.
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
-    plain = mask_BTS is None and dropout is None
     (_, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
     scale = float(H**-0.5) if scale is None else scale
     same_BTS = None
     if documents_BT is not None:
         same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-    if backend in ("xla", "cudnn") and plain:
+    if backend in ("xla", "cudnn") and dropout is None:
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
@@ -172,11 +223,10 @@ def attend(
             implementation=backend,
             scale=scale,
         )
-    if backend == "splash" and plain and T == S:
+    if backend == "splash" and dropout is None and T == S and T % 128 == 0:
         how = {"causal": causal, "window": window, "scale": scale}
         return _splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, **how)
-    if mask_BTS is None:
-        mask_BTS = attention_mask(T, S, causal, window)[None]
+    mask_BTS = attention_mask(T, S, causal, window)[None]
     if same_BTS is not None:
         mask_BTS &= same_BTS
     if backend == "cpu" and T == S:

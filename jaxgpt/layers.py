@@ -170,12 +170,49 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "none":
             return x
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.kind == "layernorm":
-            wide -= wide.mean(-1, keepdims=True)
-        variance = jnp.square(wide).mean(-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...]
+        y: Any = normalize(self.kind == "layernorm", x, self.scale[...])
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalize(is_centered: bool, x: jax.Array, scale_D: jax.Array) -> jax.Array:
+    """LayerNorm, or RMSNorm where not centered, of the last axis; float32 at least.
+
+    The gradient is by hand for the sake of `_dot`: a CPU takes a third of the time then.
+    """
+    return _normalize_fwd(is_centered, x, scale_D)[0]
+
+
+def _normalize_fwd(is_centered: bool, x: jax.Array, scale_D: jax.Array):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    share_D = jnp.full(x.shape[-1], 1 / x.shape[-1], wide.dtype)
+    mean = _dot(wide, share_D) if is_centered else jnp.zeros((), wide.dtype)
+    over_std = jax.lax.rsqrt(_dot(jnp.square(wide - mean), share_D) + NORM_EPSILON)
+    return (wide - mean) * over_std * scale_D, (x, mean, over_std, scale_D)
+
+
+def _normalize_bwd(is_centered: bool, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, mean, over_std, scale_D = saved
+    normal, share_D = (x.astype(dy.dtype) - mean) * over_std, scale_D / x.shape[-1]
+    product = dy * normal
+    removed = normal * _dot(product, share_D) + (_dot(dy, share_D) if is_centered else 0)
+    dx = over_std * (dy * scale_D - removed)
+    return dx.astype(x.dtype), product.sum(range(x.ndim - 1))
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+def _dot(x: jax.Array, y_D: jax.Array) -> jax.Array:
+    """The sums of x * y over the last axis, which stays. XLA:CPU adds up a row number by number,
+    but has fast products, which the barrier keeps it from turning into such sums.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        y_D,
+        cpu=lambda x, y_D: (x @ jax.lax.optimization_barrier(y_D))[..., None],
+        default=lambda x, y_D: (x * y_D).sum(-1, keepdims=True),
+    )
 
 
 def residual_std(c: Model) -> float:

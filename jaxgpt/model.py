@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt.attention import Attention, Cache, positions
+from jaxgpt.attention import Attention, Cache, KeysValues, Place, positions
 from jaxgpt.config import Config, Model
 from jaxgpt.layers import (
     EMBEDDING,
@@ -77,13 +77,13 @@ class Block(nnx.Module):
         layer=0,
         drop=Dropout(),
         cache=None,
-        start_B=None,
+        place=None,
         documents_BT=None,
     ):
         """-> x [B, T, D], the first layer's values, the cache."""
         drop = drop.layer(layer)
         h_BTD = self.ln_1(x_BTD) if self.is_pre else x_BTD
-        where = {"cache": cache, "start_B": start_B, "documents_BT": documents_BT}
+        where = {"cache": cache, "place": place, "documents_BT": documents_BT}
         h_BTD, v_first, cache = self.attn(h_BTD, v_first, layer, drop, **where)
         x_BTD = self._join(x_BTD, h_BTD, self.ln_1)
         if self.mlp and self.ln_2:
@@ -136,18 +136,18 @@ class GPT(nnx.Module):
         tokens_BT: jax.Array,
         drop: Dropout = Dropout(),
         caches: list[Cache] | None = None,
-        start_B: jax.Array | None = None,
+        place: Place | None = None,
     ) -> tuple[jax.Array, list[Cache] | None]:
         """What the output map sees, [B, T, D], and the caches with these tokens in them.
 
-        With `caches` alone the tokens are the first of their sequences; with `start_B` too,
-        they are one token each, at position `start_B`, after that many cached ones. Of several
-        documents, which `document_mask` keeps apart, there are none in a cache.
+        With `caches` alone the tokens are the first of their sequences, and the past is what they
+        leave; with `place` too they are one token each, of the chunk. Of several documents, which
+        `document_mask` keeps apart, there are none in a cache.
         """
         documents_BT = None
         if self.config.document_mask and caches is None:
             documents_BT = jnp.cumsum(tokens_BT == self.config.eot_id, axis=1)
-        x_BTD = split_batch(self._embed(tokens_BT, start_B))
+        x_BTD = split_batch(self._embed(tokens_BT, place))
         if self.config.embed_dropout:
             x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
         if self.config.scan_layers:
@@ -156,9 +156,9 @@ class GPT(nnx.Module):
             v_first, old, new = None, caches or [None] * self.config.n_layer, []
             for i, block in enumerate(self.blocks):
                 call = self._remat(block)
-                x_BTD, v_first, cache = call(x_BTD, v_first, i, drop, old[i], start_B, documents_BT)
+                x_BTD, v_first, cache = call(x_BTD, v_first, i, drop, old[i], place, documents_BT)
                 new.append(cache)
-            caches = new if caches else None
+            caches = new if caches is not None else None
         return self.ln_f(x_BTD) if self.config.norm_position == "pre" else x_BTD, caches
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -171,14 +171,14 @@ class GPT(nnx.Module):
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return jnp.where(jnp.arange(len(head_VD)) < self.config.vocab_size, logits_BTV, -jnp.inf)
 
-    def _embed(self, tokens_BT: jax.Array, start_B: jax.Array | None) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, place: Place | None) -> jax.Array:
         c, length = self.config, tokens_BT.shape[1]
         x_BTD = split_batch(look_up(self.embed.kernel[...], tokens_BT).astype(c.dtype))
         if c.position == "learned":
             table_TD = self.pos_embed.kernel[...].astype(c.dtype)
-            x_BTD += table_TD[:length] if start_B is None else table_TD[positions(length, start_B)]
+            x_BTD += table_TD[:length] if place is None else table_TD[positions(length, place)]
         if c.position == "sinusoidal":
-            table_BTD = sinusoids(positions(length, start_B), c.n_embd)
+            table_BTD = sinusoids(positions(length, place), c.n_embd)
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)
         return x_BTD
 
@@ -247,11 +247,18 @@ def stack(params: dict) -> dict:
     return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
-def init_caches(config: Config, batch: int) -> list[Cache]:
-    """Empty caches, one a layer, for `block_size` positions of `batch` sequences."""
-    shape = (batch, config.block_size, config.kv_heads, config.head_width)
-    empty = jnp.zeros(shape, config.dtype)
-    return [Cache(empty, empty) for _ in range(config.n_layer)]
+def init_caches(config: Config, batch: int, chunk: int) -> list[Cache]:
+    """Empty caches, one a layer, for `batch` sequences that are decoded `chunk` tokens at a time.
+
+    The past has room for `block_size` positions and a chunk that begins after the last.
+    """
+    c = config
+
+    def empty(length: int) -> KeysValues:
+        zeros_PSH = jnp.zeros((batch * c.kv_heads, length, c.head_width), c.dtype)
+        return KeysValues(zeros_PSH, zeros_PSH)
+
+    return [Cache(empty(c.block_size + chunk), empty(chunk)) for _ in range(c.n_layer)]
 
 
 def count_params(config: Config) -> int:

@@ -1,12 +1,14 @@
 """Sampling: prefill, then decode in a jitted scan with a KV cache, streamed in chunks.
 
-B sequences, T prompt length, V vocabulary (padded), n new tokens of a chunk.
+B sequences, T prompt length, V vocabulary (padded), S positions a cache has room for,
+n new tokens of a chunk.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgpt import model
+from jaxgpt.attention import Cache, Place
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.train_step import cast
@@ -79,7 +82,7 @@ class Sampler:
     """A model ready to be sampled, on one device.
 
     It compiles once for a number of sequences, a setting of the knobs, and a bucket of prompt
-    lengths (the next power of two): not for every length. Raises `UserError` for an encoder.
+    lengths (a power of two and one): not for every length. Raises `UserError` for an encoder.
     """
 
     def __init__(self, config: Config):
@@ -91,9 +94,11 @@ class Sampler:
         self.drawn = 0  # tokens, by the last call of `generate`
         self._device = jax.local_devices()[0]
         self._cast = jax.jit(partial(cast, dtype=config.dtype))
-        self._prefill = jax.jit(self._prefill_fn)
-        self._decode = jax.jit(self._decode_fn, static_argnums=2, donate_argnums=1)
-        self._slide = jax.jit(self._slide_fn, static_argnums=2, donate_argnums=1)
+        size = config.block_size
+        self._kept = min(size, size // 2 + 1)  # of a text that has outgrown the block
+        self._fill = jax.jit(self._fill_fn, static_argnums=2)
+        self._decode = jax.jit(self._decode_fn, static_argnums=3, donate_argnums=1)
+        self._slide = jax.jit(self._slide_fn, static_argnums=3, donate_argnums=1)
 
     def load(self, params: dict[str, Any]) -> "Sampler":
         """Takes these parameters, in the compute type, from now on."""
@@ -120,122 +125,161 @@ class Sampler:
         block, as nanoGPT does, and has to run all of it each time. `is_done(row, new tokens)` ends
         a sequence early.
         """
-        self.drawn, texts = 0, [[int(token) for token in prompt] for prompt in prompts]
-        new: list[list[int]] = [[] for _ in prompts]
-        alive, known = [max_new_tokens > 0] * len(prompts), None
-        carry, step = self._begin(texts, knobs, seed), self._decode
-        if context == "halve":
-            texts = [self._halve(text) for text in texts]
-        carry = self._fill(texts, carry)
-        while any(alive):
-            if known != alive:  # to the device
-                carry["ready_B"], known = carry["ready_B"] & np.array(alive), list(alive)
-                carry = jax.device_put(carry, self._device)  # all of it, or some would compile anew
-            carry, drawn = step(self.params, carry, knobs)
+        self.drawn, new = 0, [[] for _ in prompts]
+        alive = np.full(len(prompts), max_new_tokens > 0)
+        chunks = self._chunks(prompts, alive, max_new_tokens, knobs, seed, context)
+        for drawn, _ in pairwise(chain(chunks, [None])):  # the device is a chunk ahead
             chunk = np.array(drawn)
-            for row in (row for row, is_alive in enumerate(alive) if is_alive):
+            chunk[~alive] = NOTHING
+            for row in np.flatnonzero(alive):
                 chunk[row, max_new_tokens - len(new[row]) :] = NOTHING
                 kept = [int(token) for token in chunk[row] if token != NOTHING]
                 self.drawn += len(kept)
                 new[row] += kept
-                texts[row] += kept
-                stops = is_done(row, new[row])
+                stops = is_done(int(row), new[row])
                 alive[row] = len(new[row]) < max_new_tokens and not stops
             yield chunk
-            full = np.array(alive) & ~np.asarray(carry["ready_B"])
-            if full.any() and context == "halve":
-                texts = [self._halve(text) for text in texts]
-                carry, known = self._fill(texts, carry), None
-            elif full.any():
-                carry, step, known = self._window(texts, carry), self._slide, None
+            if not alive.any():
+                return
 
-    def _begin(self, texts: list[list[int]], knobs: Knobs, seed: int) -> dict:
-        """What lasts as long as a sequence: its key, how often it drew, which tokens it has."""
-        key, rows, seen = jax.random.key(seed), len(texts), None
+    def _chunks(
+        self,
+        prompts: list[np.ndarray],
+        alive: np.ndarray,
+        max_new_tokens: int,
+        knobs: Knobs,
+        seed: int,
+        context: str,
+    ) -> Iterator[jax.Array]:
+        """Chunks for as long as a sequence is alive and wants tokens, none of them waited for.
+
+        How many tokens a chunk draws follows from the lengths alone, so nobody has to look.
+        """
+        size, step = self.config.block_size, self._decode
+        longest = self._kept if context == "halve" else size
+        texts = [text if len(text) <= size else text[-longest:] for text in prompts]
+        lengths, left = np.array([len(text) for text in texts]), np.full(len(texts), max_new_tokens)
+        is_ready = np.ones(len(texts), bool)
+        carry = jax.device_put(self._begin(prompts, texts, knobs, seed), self._device)
+        carry = self._fill(self.params, carry, self._bucket(lengths))
+        while (wanted := alive & (left > 0)).any():
+            if (wanted & ~is_ready).any():  # some have outgrown their block
+                carry |= {"caches": None, "logits_BV": None}
+                if context == "exact":
+                    step = self._slide
+                else:
+                    lengths = np.where(is_ready, lengths, self._kept)
+                    carry = self._fill(self.params, carry, self._bucket(lengths[wanted]))
+            carry, drawn = step(self.params, carry, wanted, knobs)
+            yield drawn
+            if step is self._slide:
+                left, is_ready = left - CHUNK, wanted
+            else:  # the last draw of a sequence need not fit into its block any more
+                left = left - np.minimum(CHUNK, size + 1 - lengths)
+                is_ready = wanted & (lengths + CHUNK <= size)
+                lengths = np.minimum(lengths + CHUNK, size)
+
+    def _begin(self, prompts: list, texts: list, knobs: Knobs, seed: int) -> dict:
+        """What the device holds: of each sequence the key, how often it drew, which tokens it has
+        (if that matters), the end of its text, how much of that is cached, and if it is drawing.
+        """
+        key, rows, seen = jax.random.key(seed), len(prompts), None
         if knobs.repetition_penalty != 1:
             seen = np.zeros((rows, self.config.padded_vocab), bool)
-            for row, text in enumerate(texts):
-                seen[row, text] = True
-        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
-        return {"keys_B": keys_B, "drawn_B": jnp.zeros(rows, jnp.int32), "seen_BV": seen}
-
-    def _halve(self, text: list[int]) -> list[int]:
-        size = self.config.block_size
-        return text if len(text) <= size else text[-min(size, size // 2 + 1) :]
-
-    def _fill(self, texts: list[list[int]], old: dict) -> dict:
-        """Caches that hold the ends of these texts, and the logits of what follows."""
-        tokens_BT, lengths_B = self._pad(texts, bucket=True)
-        caches, logits_BV = self._prefill(self.params, tokens_BT, lengths_B)
-        return {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")} | {
-            "caches": caches,
-            "logits_BV": logits_BV,
-            "lengths_B": lengths_B,
-            "ready_B": np.ones(len(texts), bool),
+            for row, prompt in enumerate(prompts):
+                seen[row, prompt] = True
+        text_BS = np.zeros((rows, self.config.block_size + CHUNK), np.int32)
+        for row, text in enumerate(texts):
+            text_BS[row, : len(text)] = text
+        return {
+            "keys_B": jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+            "drawn_B": np.zeros(rows, np.int32),
+            "seen_BV": seen,
+            "text_BS": text_BS,
+            "lengths_B": np.array([len(text) for text in texts], np.int32),
+            "ready_B": np.ones(rows, bool),
+            "caches": None,
+            "logits_BV": None,
         }
 
-    def _window(self, texts: list[list[int]], old: dict) -> dict:
-        """The last block of every text, to run whole for every token."""
-        window_BT, lengths_B = self._pad(texts, bucket=False)
-        return {k: old[k] for k in ("keys_B", "drawn_B", "seen_BV")} | {
-            "window_BT": window_BT,
+    def _bucket(self, lengths: np.ndarray) -> int:
+        """The width to fill caches at: a power of two and one, as a text has that was cut."""
+        return min(self.config.block_size, 1 + (1 << (int(lengths.max()) - 2).bit_length()))
+
+    def _fill_fn(self, params: dict, carry: dict, width: int) -> dict:
+        """Fills caches anew, and cuts the texts that have outgrown the block.
+
+        No query sees the padding after it; decoding overwrites it before any could.
+        """
+        network, is_over_B = nnx.merge(self._graphdef, params), ~carry["ready_B"]
+        cut_BS = jnp.roll(carry["text_BS"], self._kept - self.config.block_size - 1, axis=1)
+        text_BS = jnp.where(is_over_B[:, None], cut_BS, carry["text_BS"])
+        lengths_B = jnp.where(is_over_B, self._kept, carry["lengths_B"])
+        empty = model.init_caches(self.config, len(text_BS), CHUNK)
+        features_BTD, caches = network.features(text_BS[:, :width], caches=empty)
+        return carry | {
+            "text_BS": text_BS,
             "lengths_B": lengths_B,
-            "ready_B": np.ones(len(texts), bool),
+            "ready_B": jnp.ones_like(is_over_B),
+            "caches": [cache.past for cache in caches],
+            "logits_BV": _logits_at(network, features_BTD, jnp.minimum(lengths_B, width) - 1),
         }
 
-    def _pad(self, texts: list[list[int]], *, bucket: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The last `block_size` tokens of each text, [B, T], padded at the end; their lengths."""
-        size = self.config.block_size
-        texts = [text[-size:] for text in texts]
-        lengths_B = np.array([len(text) for text in texts], np.int32)
-        width = min(size, 1 << (int(lengths_B.max()) - 1).bit_length()) if bucket else size
-        tokens_BT = np.zeros((len(texts), width), np.int32)
-        for row, text in zip(tokens_BT, texts, strict=True):
-            row[: len(text)] = text
-        return tokens_BT, lengths_B
-
-    def _prefill_fn(self, params: dict, tokens_BT: jax.Array, lengths_B: jax.Array):
-        """No query sees the padding after it; decoding overwrites it before any could."""
-        network = nnx.merge(self._graphdef, params)
-        caches = model.init_caches(self.config, len(tokens_BT))
-        features_BTD, caches = network.features(tokens_BT, caches=caches)
-        return caches, _logits_at(network, features_BTD, lengths_B - 1)
-
-    def _decode_fn(self, params: dict, carry: dict, knobs: Knobs):
+    def _decode_fn(self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs):
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
+        start_B, pasts = carry["lengths_B"], carry["caches"]
+        empty = model.init_caches(self.config, len(start_B), CHUNK)
+        state = carry | {
+            "ready_B": carry["ready_B"] & wanted_B,
+            "caches": [cache.chunk for cache in empty],
+        }
 
-        def step(carry: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
-            carry, token_B = _draw_next(carry, carry["logits_BV"], chance_B, knobs)
-            length_B = carry["lengths_B"]
-            fits_B = carry["ready_B"] & (length_B < size)
-            inputs_B1 = jnp.maximum(token_B, 0)[:, None]
-            start_B = jnp.minimum(length_B, size - 1)
+        def step(state: dict, now: tuple) -> tuple[dict, jax.Array]:
+            chance_B, number = now
+            state, token_B = _draw_next(state, state["logits_BV"], chance_B, knobs)
+            fits_B = state["ready_B"] & (state["lengths_B"] < size)
             features_BTD, caches = network.features(
-                inputs_B1, caches=carry["caches"], start_B=start_B
+                jnp.maximum(token_B, 0)[:, None],
+                caches=list(map(Cache, pasts, state["caches"])),
+                place=Place(start_B, number),
             )
-            carry |= {"caches": caches, "logits_BV": network.logits(features_BTD)[:, 0]}
-            return carry | {"lengths_B": length_B + fits_B, "ready_B": fits_B}, token_B
+            state |= {
+                "lengths_B": state["lengths_B"] + fits_B,
+                "ready_B": fits_B,
+                "caches": [cache.chunk for cache in caches],
+                "logits_BV": network.logits(features_BTD)[:, 0],
+            }
+            return state, token_B
 
-        carry, tokens_nB = jax.lax.scan(step, carry, _chances(carry))
-        return carry, tokens_nB.T
+        state, tokens_nB = jax.lax.scan(step, state, (_chances(carry), jnp.arange(CHUNK)))
+        caches = map(Cache, pasts, state["caches"])
+        put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+        state |= {
+            "text_BS": put(carry["text_BS"], jnp.maximum(tokens_nB.T, 0), start_B, 0),
+            "caches": [cache.append(start_B) for cache in caches],
+        }
+        return state, tokens_nB.T
 
-    def _slide_fn(self, params: dict, carry: dict, knobs: Knobs):
+    def _slide_fn(self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs):
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
+        is_over_B1 = ~carry["ready_B"][:, None]
+        text_BS = jnp.where(is_over_B1, jnp.roll(carry["text_BS"], -1, axis=1), carry["text_BS"])
 
-        def step(carry: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
-            window_BT, length_B = carry["window_BT"], carry["lengths_B"]
-            features_BTD, _ = network.features(window_BT)
+        def step(state: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
+            text_BS, length_B = state["text_BS"], state["lengths_B"]
+            features_BTD, _ = network.features(text_BS[:, :size])
             logits_BV = _logits_at(network, features_BTD, length_B - 1)
-            carry, token_B = _draw_next(carry, logits_BV, chance_B, knobs)
+            state, token_B = _draw_next(state, logits_BV, chance_B, knobs)
             is_full_B1 = (length_B == size)[:, None]
-            window_BT = jnp.where(is_full_B1, jnp.roll(window_BT, -1, axis=1), window_BT)
+            text_BS = jnp.where(is_full_B1, jnp.roll(text_BS, -1, axis=1), text_BS)
             place_B = jnp.minimum(length_B, size - 1)
-            window_BT = window_BT.at[jnp.arange(len(place_B)), place_B].set(jnp.maximum(token_B, 0))
+            text_BS = text_BS.at[jnp.arange(len(place_B)), place_B].set(jnp.maximum(token_B, 0))
             lengths_B = jnp.minimum(length_B + 1, size)
-            return carry | {"window_BT": window_BT, "lengths_B": lengths_B}, token_B
+            return state | {"text_BS": text_BS, "lengths_B": lengths_B}, token_B
 
-        carry, tokens_nB = jax.lax.scan(step, carry, _chances(carry))
-        return carry, tokens_nB.T
+        state = carry | {"text_BS": text_BS, "ready_B": wanted_B}
+        state, tokens_nB = jax.lax.scan(step, state, _chances(carry))
+        return state, tokens_nB.T
 
 
 def _logits_at(network: model.GPT, features_BTD: jax.Array, place_B: jax.Array) -> jax.Array:

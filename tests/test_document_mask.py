@@ -182,7 +182,7 @@ def test_what_an_earlier_document_says_changes_nothing_later(scan_layers):
 def test_a_cache_holds_one_text_however_many_documents_it_has():
     config = make_config()
     network = nnx.merge(model.split(config)[0], model.init(config, jax.random.key(0)))
-    caches = model.init_caches(config, len(TOKENS))
+    caches = model.init_caches(config, len(TOKENS), 1)
     cached, _ = network.features(TOKENS, caches=caches)
     plain = nnx.merge(
         model.split(config.replace(document_mask=False))[0], model.init(config, jax.random.key(0))

@@ -11,6 +11,7 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, LECTURE, MODEL_CASES
 
 from jaxgpt import model
+from jaxgpt.attention import Cache, KeysValues, Place
 from jaxgpt.config import Config
 from jaxgpt.layers import Dropout
 from jaxgpt.loss import cross_entropy
@@ -180,18 +181,22 @@ def test_padded_ids_have_no_probability_and_no_gradient():
     assert np.all(np.asarray(grads["embed"]["kernel"])[config.vocab_size :] == 0)
 
 
-def test_the_cache_is_invisible_beyond_what_it_holds():
-    """Garbage in places that are not filled yet changes nothing."""
+def test_a_cache_is_invisible_beyond_what_it_holds():
+    """Garbage in places that are not filled yet, or no more looked at, changes nothing."""
     config = make_config(n_layer=2)
     params, tokens, _ = random_case(config)
     network = nnx.merge(model.split(config)[0], params)
-    empty = model.init_caches(config, len(tokens))
-    _, caches = network.features(tokens[:, :3], caches=empty)
-    start = jnp.full(len(tokens), 3)
-    clean, _ = network.features(tokens[:, 3:4], caches=caches, start_B=start)
-    dirty = jax.tree.map(lambda cache: cache.at[:, 4:].set(1e3), caches)
-    again, _ = network.features(tokens[:, 3:4], caches=dirty, start_B=start)
-    np.testing.assert_array_equal(clean, again)
+    _, caches = network.features(tokens[:, :3], caches=model.init_caches(config, len(tokens), 4))
+    start_B = jnp.full(len(tokens), 3)
+    for step in range(2):  # the tokens at 3 and 4, of a chunk of 4
+        token_B1, place = tokens[:, 3 + step : 4 + step], Place(start_B, step)
+        dirty = [
+            Cache(*(KeysValues(*(x.at[:, end:].set(1e3) for x in part)) for part, end in parts))
+            for parts in (zip(cache, (3, step), strict=True) for cache in caches)
+        ]
+        clean, caches = network.features(token_B1, caches=caches, place=place)
+        again, _ = network.features(token_B1, caches=dirty, place=place)
+        np.testing.assert_array_equal(clean, again)
 
 
 # sizes that nanoGPT prints for these models, and its formula

@@ -94,9 +94,9 @@ class Spy(Sampler):
         super().__init__(config)
         self.logits, decode = [], self._decode
 
-        def spy(params, carry, knobs):
+        def spy(params, carry, wanted, knobs):
             self.logits.append(np.array(carry["logits_BV"]))
-            return decode(params, carry, knobs)
+            return decode(params, carry, wanted, knobs)
 
         self._decode = spy
 
@@ -446,9 +446,9 @@ def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
         spec = jax.sharding.PartitionSpec()
         params = jax.device_put(params, jax.sharding.NamedSharding(one_device(), spec))
     sampler = Sampler(config).load(params)
-    compiled = lambda: [f._cache_size() for f in (sampler._prefill, sampler._decode)]
+    compiled = lambda: [f._cache_size() for f in (sampler._fill, sampler._decode)]
     run = partial(generate, sampler, knobs=knobs)
-    for lengths, new in [((5, 8), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
+    for lengths, new in [((5, 9), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
         run(random_prompts(*lengths), max_new_tokens=new, seed=new)
         assert compiled() == [1, 1], (lengths, new)
     run(random_prompts(4, 3), max_new_tokens=5)
