@@ -187,8 +187,12 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     shape = (1, micro, total // micro, config.block_size + 1)
     windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(None, None, sharding.BATCH))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
-    step = make_train_step(config, mesh)
-    lowered = step.lower(abstract_state(config, mesh), {"windows": windows}, count)
+    arguments = abstract_state(config, mesh), {"windows": windows}, count
+    return compile_absent(make_train_step(config, mesh).lower(*arguments), mesh)
+
+
+def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """What was lowered for a mesh of devices that are not here. Raises `DoesNotFitError`."""
     gpu = mesh.devices.flat[0].platform == "gpu"
     seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     try:  # tuning would need the card; a kept program could not be read back without one

@@ -6,13 +6,14 @@ is the structure of the real step: no time, and nothing that the tuning of matmu
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from jaxgpt import plan, sharding
+from jaxgpt import model, plan, sample, sharding
 from jaxgpt.command_line import load
 from jaxgpt.config import Config, UserError
 from jaxgpt.hlo import Op, Program
@@ -156,6 +157,45 @@ def test_memory_and_kernels_of_gpt2_on_an_h100():
     step = compiled("h100:1", 12)
     assert step.memory.temp_size_in_bytes < 6.5e9
     assert step.program.kernels().total() < 540 * MICRO + 600
+
+
+@aot
+def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
+    layers = 2
+    chunk = decoding("h100:1", layers)
+    past = N, T + sample.CHUNK, 64
+    names = [name for name, times in chunk.runs.items() if times == sample.CHUNK]
+    loop = [op for name in names for op in chunk.computations[name].values() if op.is_kernel]
+    assert past in [dims for _, dims in chunk.arrays()]  # it looks
+    assert past not in [dims for op in loop for _, dims in op.shapes]
+    assert 10 * layers < len(loop) < 11 * layers + 25
+
+
+def decoding(topology: str, layers: int) -> Program:
+    """A chunk of one sequence, from GPT-2's shape."""
+    try:
+        there = plan.find_topology(topology)
+    except UserError as error:
+        pytest.skip(str(error))
+    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
+    config, _ = plan.resolve(config, there.chip)
+    sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
+    params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
+    carry = sampler._begin(text, text, sample.Knobs(temperature=0.8, top_k=200), 0)
+    carry = jax.eval_shape(partial(sampler._fill_fn, width=3), params, carry)
+    mesh = sharding.make_mesh(config, there.devices)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params, carry, wanted = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        (params, carry, np.ones(1, bool)),
+    )
+    knobs = sample.Knobs(temperature=0.8, top_k=200)
+    jax.config.update("jax_disable_most_optimizations", False)  # conftest.py has it on
+    try:
+        lowered = sampler._decode.lower(params, carry, wanted, knobs)
+        return Program(plan.compile_absent(lowered, mesh).as_text() or "")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def assert_donated(step: Step) -> None:
