@@ -103,21 +103,18 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         count = jnp.maximum(count, 1)  # a step of nothing but prompts has a loss of 0
         grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
         grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         metrics = {
             "loss": total / count,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(learning_rate(state["step"])),  # a constant one is a Python number
         }
-
-        def update(old: State) -> State:
-            updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"])
-            params = optax.apply_updates(old["params"], updates)
-            keep = lambda is_frozen, new, old: old if is_frozen else new
-            params = jax.tree.map(keep, still, params, old["params"])
-            return {"params": params, "opt_state": opt_state, "step": old["step"] + 1}
-
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        return _update_if(is_finite, update, state, in_place=shares_a_cpu(mesh)), metrics
+        params = optax.apply_updates(state["params"], updates)
+        keep = lambda is_frozen, new, old: old if is_frozen else new
+        params = jax.tree.map(keep, still, params, state["params"])
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return jax.tree.map(partial(_choose, is_finite), new, state), metrics
 
     def train_step(state: State, batch: dict, count: jax.Array):
         steps = batch["windows" if "windows" in batch else "starts"].shape[0]
@@ -196,19 +193,12 @@ def _accumulate_apart(mesh: Mesh) -> Callable:
     return accumulate
 
 
-def _update_if(is_finite: jax.Array, update: Callable, old: State, *, in_place: bool) -> State:
-    """`update(old)` if it can be had, else `old`. Counts of steps, which are whole, go on.
+def _choose(is_finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new weights or moments if they can be had. Counts of steps, which are whole, go on.
 
-    XLA fuses a choice into the update, which a GPU needs not wait for. Of a CPU it costs a copy of
-    all moments; a loop of one turn, or none, costs nothing there.
+    XLA fuses the choice into the update; on a CPU its cost was within the noise.
     """
-    if in_place:
-        turns = is_finite.astype(jnp.int32)
-        new = jax.lax.fori_loop(0, turns, lambda _, state: update(state), old)
-    else:
-        new = jax.tree.map(partial(jnp.where, is_finite), update(old), old)
-    is_count = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.integer)
-    return jax.tree.map(lambda new, old: old + 1 if is_count(old) else new, new, old)
+    return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _hold(params: dict, still: dict) -> dict:
