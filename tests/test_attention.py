@@ -72,6 +72,13 @@ def test_the_tpu_kernel_interpreted_is_the_reference(options):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_lengths_that_the_tpu_kernel_does_not_take_go_without_it():
+    """A prompt's, when a model is sampled."""
+    q, k, v, _ = inputs("float32")
+    got = attend(q, k, v, causal=True, backend="splash")
+    np.testing.assert_allclose(got, ref.attention(q, k, v, scale=8**-0.5), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_half_width_inputs_keep_their_type_and_are_close_to_the_reference(backend):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs("float32"))
