@@ -171,7 +171,7 @@ def _attend_cached(q_B1NH, cache: Cache, place: Place, window: int, scale: float
     past_PS = jnp.where(past_PS < start_P1, past_PS, jnp.iinfo(past_PS.dtype).max)
     key_PS = jnp.concatenate([past_PS, start_P1 + jnp.arange(C)], axis=1)
     query_P1 = start_P1 + place.step
-    sees_PS = (key_PS <= query_P1) & ((key_PS > query_P1 - window) if window else True)
+    sees_PS = attention_mask(query_P1, key_PS, True, window)
     q_PGH = q_B1NH.reshape(P, -1, H) * scale
     product = partial(jnp.einsum, preferred_element_type=wide)
     scores = [product("PGH,PSH->PGS", q_PGH, part.k_PSH) for part in cache]
@@ -226,7 +226,7 @@ def attend(
     if backend == "splash" and dropout is None and T == S and T % 128 == 0:
         how = {"causal": causal, "window": window, "scale": scale}
         return _splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, **how)
-    mask_BTS = attention_mask(T, S, causal, window)[None]
+    mask_BTS = attention_mask(jnp.arange(T)[:, None], jnp.arange(S), causal, window)[None]
     if same_BTS is not None:
         mask_BTS &= same_BTS
     if backend == "cpu" and T == S:
@@ -235,10 +235,9 @@ def attend(
     return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout, scale)
 
 
-def attention_mask(queries: int, keys: int, causal: bool, window: int) -> jax.Array:
-    """Which key a query may look at, [T, S], True where it may."""
-    query, key = jnp.arange(queries)[:, None], jnp.arange(keys)
-    allowed = (key <= query) if causal else jnp.ones((queries, keys), bool)
+def attention_mask(query: jax.Array, key: jax.Array, causal: bool, window: int) -> jax.Array:
+    """True where a query may look at a key, by their positions, which broadcast."""
+    allowed = (key <= query) | (not causal)
     return allowed & (key > query - window) if window else allowed
 
 

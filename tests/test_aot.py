@@ -5,6 +5,7 @@ is the structure of the real step: no time, and nothing that the tuning of matmu
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -45,17 +46,28 @@ def compile_for(devices: list, config: Config) -> Step:
 @cache
 def compiled(topology: str, layers: int, mesh: str = "") -> Step:
     """GPT-2's step with two micro-batches a device, or a skip where its compiler is missing."""
-    try:
-        there = plan.find_topology(topology)
-    except UserError as error:
-        pytest.skip(str(error))
+    there = find(topology)
     config = load("configs/gpt2.py")["config"].replace(n_layer=layers, mesh=mesh)
     over_batch = len(there.devices) // (2 if "tensor:2" in mesh else 1)
     config = config.replace(gradient_accumulation_steps=MICRO * over_batch)
     config, _ = plan.resolve(config, there.chip)
-    jax.config.update("jax_disable_most_optimizations", False)  # conftest.py has it on
-    try:
+    with optimized():
         return compile_for(there.devices, config)
+
+
+def find(topology: str) -> plan.Topology:
+    try:
+        return plan.find_topology(topology)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@contextmanager
+def optimized():
+    """As users have it; conftest.py does without."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -173,15 +185,12 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
 
 def decoding(topology: str, layers: int) -> Program:
     """A chunk of one sequence, from GPT-2's shape."""
-    try:
-        there = plan.find_topology(topology)
-    except UserError as error:
-        pytest.skip(str(error))
+    there, knobs = find(topology), sample.Knobs(temperature=0.8, top_k=200)
     config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
     config, _ = plan.resolve(config, there.chip)
     sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
     params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
-    carry = sampler._begin(text, text, sample.Knobs(temperature=0.8, top_k=200), 0)
+    carry = sampler._begin(text, text, knobs, 0)
     carry = jax.eval_shape(partial(sampler._fill_fn, width=3), params, carry)
     mesh = sharding.make_mesh(config, there.devices)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -189,13 +198,9 @@ def decoding(topology: str, layers: int) -> Program:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         (params, carry, np.ones(1, bool)),
     )
-    knobs = sample.Knobs(temperature=0.8, top_k=200)
-    jax.config.update("jax_disable_most_optimizations", False)  # conftest.py has it on
-    try:
+    with optimized():
         lowered = sampler._decode.lower(params, carry, wanted, knobs)
         return Program(plan.compile_absent(lowered, mesh).as_text() or "")
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def assert_donated(step: Step) -> None:

@@ -199,6 +199,24 @@ def test_a_cache_is_invisible_beyond_what_it_holds():
         np.testing.assert_array_equal(clean, again)
 
 
+@pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
+def test_tokens_of_a_chunk_and_of_one_appended_are_the_whole_forwards(options):
+    config = make_config(**options)
+    params, tokens, _ = random_case(config)
+    network = nnx.merge(model.split(config)[0], params)
+    whole, _ = network.features(tokens)
+    rows, start_B = np.arange(len(tokens)), np.array([1, 2, 1])
+    _, caches = network.features(tokens[:, :2], caches=model.init_caches(config, len(tokens), 3))
+    for steps in (3, 2):
+        for step in range(steps):
+            at_B = start_B + step
+            place = Place(jnp.array(start_B), step)
+            got, caches = network.features(tokens[rows, at_B][:, None], caches=caches, place=place)
+            np.testing.assert_allclose(got[:, 0], whole[rows, at_B], rtol=0, atol=1e-5)
+        caches = [cache._replace(past=cache.append(jnp.array(start_B))) for cache in caches]
+        start_B += steps
+
+
 # sizes that nanoGPT prints for these models, and its formula
 @pytest.mark.parametrize(
     ("options", "millions"),
