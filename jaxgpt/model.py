@@ -25,6 +25,7 @@ from jaxgpt.layers import (
     Linear,
     Norm,
     Table,
+    contract,
     look_up,
     residual_std,
     split_batch,
@@ -164,7 +165,7 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V]; those of padded ids are -inf."""
         head_VD = (self.embed if self.config.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype))
+        logits_BTV = contract("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype))
         if self.config.head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         if cap := self.config.logit_softcap:  # Gemma team 2024

@@ -81,8 +81,8 @@ def _reached(weights_Bk: jax.Array, chance_B: jax.Array) -> jax.Array:
 class Sampler:
     """A model ready to be sampled, on one device.
 
-    It compiles once for a number of sequences, a setting of the knobs, and a bucket of prompt
-    lengths (a power of two and one): not for every length. Raises `UserError` for an encoder.
+    It compiles once for a number of sequences, a setting of the knobs, and a bucket of lengths
+    (a power of two; of prompts, and one): not for every length. Raises `UserError` for an encoder.
     """
 
     def __init__(self, config: Config):
@@ -97,7 +97,7 @@ class Sampler:
         size = config.block_size
         self._kept = min(size, size // 2 + 1)  # of a text that has outgrown the block
         self._fill = jax.jit(self._fill_fn, static_argnums=2)
-        self._decode = jax.jit(self._decode_fn, static_argnums=3, donate_argnums=1)
+        self._decode = jax.jit(self._decode_fn, static_argnums=(3, 4), donate_argnums=1)
         self._slide = jax.jit(self._slide_fn, static_argnums=3, donate_argnums=1)
 
     def load(self, params: dict[str, Any]) -> "Sampler":
@@ -155,7 +155,7 @@ class Sampler:
 
         How many tokens a chunk draws follows from the lengths alone, so nobody has to look.
         """
-        size, step = self.config.block_size, self._decode
+        size, has_slid = self.config.block_size, False
         longest = self._kept if context == "halve" else size
         texts = [text if len(text) <= size else text[-longest:] for text in prompts]
         lengths, left = np.array([len(text) for text in texts]), np.full(len(texts), max_new_tokens)
@@ -166,18 +166,20 @@ class Sampler:
             if (wanted & ~is_ready).any():  # some have outgrown their block
                 carry |= {"caches": None, "logits_BV": None}
                 if context == "exact":
-                    step = self._slide
+                    has_slid = True
                 else:
                     lengths = np.where(is_ready, lengths, self._kept)
                     carry = self._fill(self.params, carry, self._bucket(lengths[wanted]))
-            carry, drawn = step(self.params, carry, wanted, knobs)
-            yield drawn
-            if step is self._slide:
+            if has_slid:
+                carry, drawn = self._slide(self.params, carry, wanted, knobs)
                 left, is_ready = left - CHUNK, wanted
             else:  # the last draw of a sequence need not fit into its block any more
+                width = self._width(lengths[wanted])
+                carry, drawn = self._decode(self.params, carry, wanted, knobs, width)
                 left = left - np.minimum(CHUNK, size + 1 - lengths)
                 is_ready = wanted & (lengths + CHUNK <= size)
                 lengths = np.minimum(lengths + CHUNK, size)
+            yield drawn
 
     def _begin(self, prompts: list, texts: list, knobs: Knobs, seed: int) -> dict:
         """What the device holds: of each sequence the key, how often it drew, which tokens it has
@@ -206,6 +208,10 @@ class Sampler:
         """The width to fill caches at: a power of two and one, as a text has that was cut."""
         return min(self.config.block_size, 1 + (1 << (int(lengths.max()) - 2).bit_length()))
 
+    def _width(self, lengths: np.ndarray) -> int:
+        """How many positions of the past to look at: a power of two, and not a narrow one."""
+        return min(self.config.block_size, max(128, 1 << (int(lengths.max()) - 1).bit_length()))
+
     def _fill_fn(self, params: dict, carry: dict, width: int) -> dict:
         """Fills caches anew, and cuts the texts that have outgrown the block.
 
@@ -225,9 +231,11 @@ class Sampler:
             "logits_BV": _logits_at(network, features_BTD, jnp.minimum(lengths_B, width) - 1),
         }
 
-    def _decode_fn(self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs):
+    def _decode_fn(
+        self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs, width: int
+    ) -> tuple[dict, jax.Array]:
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
-        start_B, pasts = carry["lengths_B"], carry["caches"]
+        start_B, pasts = carry["lengths_B"], jax.tree.map(lambda x: x[:, :width], carry["caches"])
         empty = model.init_caches(self.config, len(start_B), CHUNK)
         state = carry | {
             "ready_B": carry["ready_B"] & wanted_B,
@@ -252,7 +260,7 @@ class Sampler:
             return state, token_B
 
         state, tokens_nB = jax.lax.scan(step, state, (_chances(carry), jnp.arange(CHUNK)))
-        caches = map(Cache, pasts, state["caches"])
+        caches = map(Cache, carry["caches"], state["caches"])
         put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
         state |= {
             "text_BS": put(carry["text_BS"], jnp.maximum(tokens_nB.T, 0), start_B, 0),

@@ -199,7 +199,7 @@ def decoding(topology: str, layers: int) -> Program:
         (params, carry, np.ones(1, bool)),
     )
     with optimized():
-        lowered = sampler._decode.lower(params, carry, wanted, knobs)
+        lowered = sampler._decode.lower(params, carry, wanted, knobs, T)
         return Program(plan.compile_absent(lowered, mesh).as_text() or "")
 
 

@@ -1,13 +1,16 @@
 """Dropout, linear maps and norms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxgpt import layers
 from jaxgpt.config import Config
-from jaxgpt.layers import Dropout, Linear, Norm
+from jaxgpt.layers import Dropout, Linear, Norm, contract
 
 
 def keys(count: int) -> jax.Array:
@@ -56,6 +59,33 @@ def test_a_linear_map_is_a_matrix_product_and_a_bias(equation, shape, want_bias)
     x = rng.standard_normal((2, 3, 4)).astype(np.float32)
     want = x @ np.array(module.kernel[...]).reshape(4, -1) + np.array(module.bias[...]).ravel()
     np.testing.assert_allclose(module(x).reshape(2, 3, -1), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("BTD,DCNH->BTCNH", [(1, 1, 96), (96, 3, 20, 60)]),
+        ("BTNH,NHD->BTD", [(1, 1, 20, 60), (20, 60, 250)]),
+        ("BTD,VD->BTV", [(1, 1, 100), (2777, 100)]),
+        ("BTD,VD->BTV", [(1, 1, 100), (2776, 100)]),
+    ],
+    ids=str,
+)
+def test_one_row_by_the_parts_of_a_large_kernel_is_the_whole_product(equation, shapes):
+    """Sizes that eight parts divide and ones that they do not; both gradients too."""
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    assert kernel.nbytes > layers.CACHED
+    want = np.einsum(equation, x, kernel)
+    np.testing.assert_allclose(contract(equation, x, kernel), want, atol=1e-4)
+    _, pull = jax.vjp(partial(contract, equation), x, kernel)
+    x_axes, kernel_axes, axes = equation.replace("->", ",").split(",")
+    wants = (
+        np.einsum(f"{axes},{kernel_axes}->{x_axes}", want, kernel),
+        np.einsum(f"{axes},{x_axes}->{kernel_axes}", want, x),
+    )
+    for grad, wanted in zip(pull(jnp.array(want)), wants, strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

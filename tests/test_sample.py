@@ -94,9 +94,9 @@ class Spy(Sampler):
         super().__init__(config)
         self.logits, decode = [], self._decode
 
-        def spy(params, carry, wanted, knobs):
+        def spy(params, carry, *options):
             self.logits.append(np.array(carry["logits_BV"]))
-            return decode(params, carry, wanted, knobs)
+            return decode(params, carry, *options)
 
         self._decode = spy
 
@@ -456,6 +456,18 @@ def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
     for new in (100, 150):
         run(random_prompts(8, 5), max_new_tokens=new, context="exact")
         assert [sampler._slide._cache_size(), sampler._decode._cache_size()] == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, MODERN | {"attention_window": 150}], ids=str)
+def test_of_the_past_no_more_is_looked_at_than_its_bucket(options):
+    """A program for a power of two; texts are those of looking at the whole cache."""
+    config, params = lively_case(**options | {"block_size": 400, "n_layer": 1})
+    narrow, wide = (Sampler(config).load(params) for _ in range(2))
+    wide._width = lambda lengths: config.block_size
+    prompts = random_prompts(1, 117)
+    texts = [generate(sampler, prompts, max_new_tokens=200) for sampler in (narrow, wide)]
+    assert texts[0] == texts[1]
+    assert [narrow._decode._cache_size(), wide._decode._cache_size()] == [3, 1]
 
 
 # ---- text, as it comes -----------------------------------------------------------------------
