@@ -126,7 +126,7 @@ def _contract_row(
         return jnp.einsum("PS,PRS->PR", x_PS, y.reshape(P, -1, x.size)).reshape(out.shape)
     P = math.gcd(x.size, 8)
     summands_PR = jnp.einsum("PS,PSR->PR", x.reshape(P, -1), y.reshape(P, -1, out.size))
-    return summands_PR.sum(0).reshape(out.shape)
+    return sum(summands_PR[1:], summands_PR[0]).reshape(out.shape)
 
 
 class Linear(nnx.Module):
