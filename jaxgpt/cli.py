@@ -4,6 +4,7 @@ Imports of JAX wait until a command line has been read: help and mistakes are an
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -51,6 +52,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read along has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(141)
 
 
 def train(argv: list[str]) -> int:

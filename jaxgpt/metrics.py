@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Log:
 
     def __init__(self, config: Config, first_step: int):
         self.folder = Path(config.out_dir)
-        self._console = Console(highlight=False, emoji=False, soft_wrap=True)
+        self._console = Terminal(highlight=False, emoji=False, soft_wrap=True)
         with ExitStack() as stack:
             metrics = _forget_after(first_step, self.folder / "metrics.jsonl")
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
@@ -129,6 +129,14 @@ def read_metrics(file: Path) -> list[Row]:
         except ValueError:
             break
     return rows
+
+
+class Terminal(Console):
+    """Where whoever read along leaves, as `head` does, the run goes on; its files tell the rest."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def _live_line(config: Config, console: Console) -> Progress:

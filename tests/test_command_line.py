@@ -440,6 +440,16 @@ def test_an_interrupt_is_code_130():
     assert exit.value.code == 130
 
 
+def test_a_reader_who_leaves_is_code_141_and_no_traceback():
+    code = "from jaxgpt import cli; cli.run(lambda argv: [print(n) for n in range(10**5)])"
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as talk:
+        assert talk.stdout.readline() == b"0\n"
+        talk.stdout.close()
+        assert talk.stderr.read() == b""
+    assert talk.returncode == 141
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, AssertionError])
 def test_a_mistake_of_ours_keeps_its_traceback(error):
     def command(argv):

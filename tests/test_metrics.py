@@ -4,13 +4,13 @@ import io
 import json
 import re
 import struct
+import subprocess
 import sys
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt import metrics
@@ -47,6 +47,26 @@ def lines(folder, name: str) -> list[str]:
 
 
 # ---- metrics.jsonl and log.txt ---------------------------------------------------------------
+
+
+LOUD = """
+import sys
+from jaxgpt.config import Config
+from jaxgpt.metrics import Log
+with Log(Config(out_dir=sys.argv[1]), 0) as log:
+    for n in range(5000):
+        log.say(f"line {n}")
+"""
+
+
+def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
+    command = [sys.executable, "-c", LOUD, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talk:
+        assert talk.stdout.readline() == b"line 0\n"
+        talk.stdout.close()
+        assert talk.stderr.read() == b""
+    assert talk.returncode == 0
+    assert lines(tmp_path, "log.txt") == [f"line {n}" for n in range(5000)]
 
 
 def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
@@ -126,8 +146,8 @@ def test_what_is_said_is_printed_as_it_is(config, tmp_path, capsys):
 
 def on_a_terminal(monkeypatch, width: int = 80) -> io.StringIO:
     screen = io.StringIO()
-    forced = partial(Console, file=screen, force_terminal=True, width=width)
-    monkeypatch.setattr(metrics, "Console", forced)
+    forced = partial(metrics.Terminal, file=screen, force_terminal=True, width=width)
+    monkeypatch.setattr(metrics, "Terminal", forced)
     return screen
 
 
