@@ -156,7 +156,7 @@ class Sampler:
 
         How many tokens a chunk draws follows from the lengths alone, so nobody has to look.
         """
-        size, has_slid = self.config.block_size, False
+        size = self.config.block_size
         longest = self._kept if context == "halve" else size
         texts = [text if len(text) <= size else text[-longest:] for text in prompts]
         lengths, left = np.array([len(text) for text in texts]), np.full(len(texts), max_new_tokens)
@@ -166,12 +166,10 @@ class Sampler:
         while (wanted := alive & (left > 0)).any():
             if (wanted & ~is_ready).any():  # some have outgrown their block
                 carry |= {"caches": None, "logits_BV": None}
-                if context == "exact":
-                    has_slid = True
-                else:
+                if context == "halve":
                     lengths = np.where(is_ready, lengths, self._kept)
                     carry = self._fill(self.params, carry, self._bucket(lengths[wanted]))
-            if has_slid:
+            if carry["caches"] is None:  # there were some until `exact` outgrew the block
                 carry, drawn = self._slide(self.params, carry, wanted, knobs)
                 left, is_ready = left - CHUNK, wanted
             else:  # the last draw of a sequence need not fit into its block any more
