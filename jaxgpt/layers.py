@@ -101,14 +101,14 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     over them in the order they lie in.
     """
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
-    summed = [axis for axis in x_axes if axis not in out]
+    summed = "".join(axis for axis in x_axes if axis not in out)
     dims = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
     product = lambda x, y: jax.lax.dot_general(x, y, (dims, ((), ())))
-    if x.size > math.prod(y.shape[axis] for axis in dims[1]) or y.nbytes <= CACHED:
+    is_row = x.size == math.prod(y.shape[axis] for axis in dims[1]) and y.nbytes > CACHED
+    is_last = y_axes.endswith(summed)
+    if not is_row or not (is_last or y_axes.startswith(summed)):
         return product(x, y)
-    row = partial(
-        _contract_row, out=jax.eval_shape(product, x, y), is_last=len(y_axes) - 1 in dims[1]
-    )
+    row = partial(_contract_row, out=jax.eval_shape(product, x, y), is_last=is_last)
     return jax.lax.platform_dependent(x, y, cpu=row, default=product)
 
 
