@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from itertools import count
@@ -70,36 +70,44 @@ PRESETS = {
 
 
 def sample(b: Bench) -> Report:
-    """Sampling from fresh weights, a prompt of one token each."""
+    """Sampling from fresh weights, a prompt of one token each.
+
+    A CPU samples one sequence again with weights in bfloat16, where that differs.
+    """
     config, _ = device.resolve(b.config.replace(attention="auto", dropout=0.0))
     params = jax.jit(partial(model.init, config))(jax.random.key(config.seed))
-    sampler, bandwidth = Sampler(config).load(params), copy_bandwidth()
+    samplers, bandwidth = {"": Sampler(config).load(params)}, copy_bandwidth()
+    if device.on_cpu():
+        narrow = Sampler(config.replace(dtype="bfloat16")).load(params)
+        is_packed = any(p.dtype == jnp.uint32 for p in jax.tree.leaves(narrow.row_params))
+        samplers |= {"bfloat16": narrow} if is_packed else {}
     rows, results = [], {"copy_bytes_per_s": bandwidth, "new_tokens": NEW_TOKENS}
-    for batch in (1, 8, 64):
-        b.say(f"{batch} sequences")
-        generate(sampler, batch)  # compiles
-        times = [generate(sampler, batch) for _ in range(b.pairs)]
-        first, whole = (quartiles(list(column))["median"] for column in zip(*times, strict=True))
-        share = decode_bytes(config, sampler.params, batch) * NEW_TOKENS / whole / bandwidth
-        tokens_per_s = batch * NEW_TOKENS / whole
-        results[f"batch_{batch}"] = {"samples_s": times, "tokens_per_s": tokens_per_s}
-        results[f"batch_{batch}"] |= {"first_s": first, "bandwidth_share": share}
-        rows.append([str(batch), f"{1000 * first:.1f}", f"{tokens_per_s:,.0f}", f"{share:.1%}"])
+    for kind, sampler in samplers.items():
+        for batch in (1,) if kind else (1, 8, 64):
+            b.say(f"{batch} sequences {kind}")
+            generate(sampler, batch)  # compiles
+            times = [generate(sampler, batch) for _ in range(b.pairs)]
+            first, whole = (quartiles(list(x))["median"] for x in zip(*times, strict=True))
+            share = decode_bytes(sampler, batch) * NEW_TOKENS / whole / bandwidth
+            found = {"samples_s": times, "tokens_per_s": batch * NEW_TOKENS / whole}
+            found |= {"first_s": first, "bandwidth_share": share}
+            results["_".join(filter(None, ("batch", str(batch), kind)))] = found
+            cells = f"{1000 * first:.1f}", f"{found['tokens_per_s']:,.0f}", f"{share:.1%}"
+            rows.append([f"{batch} {kind}".strip(), *cells])
     notes = [
         f"{NEW_TOKENS} new tokens a sequence; the first ones come as a chunk of {CHUNK}",
         f"of the bandwidth: weights and KV cache read a token, against {bandwidth / 1e9:.1f} GB/s "
         f"of a large copy" + (" by NumPy, on one core" if device.on_cpu() else ""),
     ]
     headline = f"{results['batch_1']['tokens_per_s']:,.0f} tokens/s at batch 1"
-    if b.nanogpt:
-        slides = config.block_size <= NEW_TOKENS
-        for context in ("halve", "exact") if slides else ("halve",):
-            b.say(f"jaxgpt (context={context}) and nanoGPT in turn")
-            results[f"nanogpt_{context}"] = found = sample_against(b, sampler, context)
-            notes.append(say_ratios(f"batch 1, context={context}: nanoGPT", found))
-            headline += f"; {found['ratio']:.1f}x nanoGPT" + f" ({context})" * slides
-        if slides:
-            notes.append("past block_size, nanoGPT slides by a token as context=exact does")
+    for name, found in sample_against(b, samplers) if b.nanogpt else ():
+        results["_".join(("nanogpt", *name))] = found
+        notes.append(say_ratios(f"batch 1, {' '.join(name)}: nanoGPT", found))
+        headline += f"; {found['ratio']:.1f}x nanoGPT ({' '.join(name)})"
+    if b.nanogpt and config.block_size <= NEW_TOKENS:
+        notes.append("past block_size, nanoGPT slides by a token as context=exact does")
+    if len(samplers) > 1:
+        notes.append("bfloat16: jaxgpt's weights; all else is float32, as nanoGPT is on a CPU")
     columns = ["batch", "ms to the first tokens", "tokens/s", "of the bandwidth"]
     return Report(headline, columns, rows, notes, results)
 
@@ -116,25 +124,34 @@ def generate(sampler: Sampler, batch: int, context: str = "halve") -> tuple[floa
     return first, time.perf_counter() - began
 
 
-def decode_bytes(config: Config, params: dict, batch: int) -> float:
+def decode_bytes(sampler: Sampler, batch: int) -> float:
     """What decoding a token for each sequence must read: weights, and keys and values so far."""
+    c, params = sampler.config, sampler.row_params if batch == 1 else sampler.params
     weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
-    T = config.block_size
+    T = c.block_size
     lengths = [n if n <= T else T // 2 + (n - T) % -(-T // 2) for n in range(1, NEW_TOKENS + 1)]
-    width = 2 * config.n_layer * config.kv_heads * config.head_width
-    cache = width * float(np.mean(lengths)) * jnp.dtype(config.dtype).itemsize
-    return weights + batch * cache
+    width = 2 * c.n_layer * c.kv_heads * c.head_width
+    return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(c.dtype).itemsize
 
 
-def sample_against(b: Bench, sampler: Sampler, context: str) -> dict[str, Any]:
+def sample_against(
+    b: Bench, samplers: dict[str, Sampler]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Each sampler and nanoGPT in turn, the first in both ways past `block_size`: names, found."""
     nanogpt: Any = b.nanogpt
-    nanogpt.load(sampler.config, b.dataset.train, jax.device_get(sampler.params), "eager")
     options = {"prompt": [0], "tokens": NEW_TOKENS, "temperature": 0.8, "top_k": 200}
-    ours = lambda: generate(sampler, 1, context)[1]
     theirs = lambda: nanogpt.ask("sample", **options)["seconds"]
-    for warm_up in (ours, theirs):
-        warm_up()
-    return in_turn(ours, theirs, b.pairs)
+    for kind, sampler in samplers.items():
+        c = sampler.config
+        slides = c.block_size <= NEW_TOKENS and not kind
+        nanogpt.load(c, b.dataset.train, jax.device_get(sampler.params), "eager")
+        for context in ("halve", "exact") if slides else ("halve",):
+            name = tuple(filter(None, (context, kind)))
+            b.say(f"jaxgpt ({' '.join(name)}) and nanoGPT in turn")
+            ours = lambda context=context, sampler=sampler: generate(sampler, 1, context)[1]
+            for warm_up in (ours, theirs):
+                warm_up()
+            yield name, in_turn(ours, theirs, b.pairs)
 
 
 def data(b: Bench) -> Report:

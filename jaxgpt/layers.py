@@ -20,6 +20,7 @@ from jaxgpt.config import Model
 INIT_STD = 0.02  # of every matrix and embedding; Radford et al. 2019
 NORM_EPSILON = 1e-5
 CACHED = 1 << 20  # bytes: a smaller kernel may still be in a core's cache at its next use
+PACKED = 1 << 17  # bytes: a smaller kernel is read before a loop over it has begun on both cores
 
 EMBEDDING, WEIGHTS, ATTENTION, MLP = range(4)  # where dropout acts
 
@@ -102,6 +103,9 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
     summed = "".join(axis for axis in x_axes if axis not in out)
+    if y.dtype == jnp.uint32:
+        shape = *x.shape[: -len(summed)], *y.shape[1:]
+        return _contract_packed(x, y).reshape(shape)
     dims = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
     product = lambda x, y: jax.lax.dot_general(x, y, (dims, ((), ())))
     is_row = x.size == math.prod(y.shape[axis] for axis in dims[1]) and y.nbytes > CACHED
@@ -127,6 +131,49 @@ def _contract_row(
     P = math.gcd(x.size, 8)
     summands_PR = jnp.einsum("PS,PSR->PR", x.reshape(P, -1), y.reshape(P, -1, out.size))
     return sum(summands_PR[1:], summands_PR[0]).reshape(out.shape)
+
+
+def pack(equation: str, kernel: jax.Array) -> jax.Array:
+    """A kernel of float32 numbers that bfloat16 has too, two a word; as it is if it is small.
+
+    `contract` takes uint32 [S, ...] for one row on a CPU: what is summed over comes first, and its
+    second half lies in the upper bits.
+    """
+    x_axes, y_axes, out = equation.replace("->", ",").split(",")
+    summed = "".join(axis for axis in x_axes if axis not in out)
+    kept = "".join(axis for axis in y_axes if axis in out)
+    turned = jnp.einsum(f"{y_axes}->{summed}{kept}", kernel)
+    turned = turned.reshape(-1, *turned.shape[len(summed) :])
+    if kernel.nbytes <= PACKED or len(turned) % 16:
+        return kernel
+    lower, upper = jnp.split(jax.lax.bitcast_convert_type(turned, jnp.uint32), 2)
+    return lower >> 16 | upper
+
+
+def unpack(words: jax.Array) -> list[jax.Array]:
+    """The numbers in the lower and in the upper bits, float32."""
+    bits = words << 16, words & jnp.uint32(0xFFFF0000)
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in bits]
+
+
+def _contract_packed(x: jax.Array, y: jax.Array) -> jax.Array:
+    """One row, by a kernel that `pack` made: XLA:CPU widens words as it reads them, on all cores.
+
+    It makes one loop of a sum that is written out; in a product, or a sum over an axis, it would
+    widen the kernel first, and without the barrier before the loop that this may be part of.
+    S words summed over, U of them written out, R the result.
+    """
+    S = len(y)
+    U = math.gcd(S, min(16, S // 8))
+    x, y = jax.lax.optimization_barrier((x, y))
+    lower, upper = x.reshape(2, S // U, U, 1)
+    y = y.reshape(S // U, U, -1)
+    summands = []
+    for u in range(U):
+        low, up = unpack(y[:, u])
+        summands += [lower[:, u] * low, upper[:, u] * up]
+    sums = jax.lax.optimization_barrier(sum(summands[1:], summands[0]))
+    return jnp.ones(len(sums), sums.dtype) @ sums
 
 
 class Linear(nnx.Module):
@@ -156,8 +203,13 @@ class Linear(nnx.Module):
         self.bias = None if start is None else nnx.Param(start, axes=bias_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = linear_map(self.equation, x, self.kernel[...].astype(x.dtype))
+        y: Any = linear_map(self.equation, x, in_type(self.kernel[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def in_type(kernel: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The kernel to compute with; one that is packed stays so."""
+    return kernel if kernel.dtype == jnp.uint32 else kernel.astype(dtype)
 
 
 def torch_uniform(fan_in: int, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
@@ -253,6 +305,8 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     From there to `split_batch`, and back in the gradient, devices of an `fsdp` group exchange
     parts. Left to itself, XLA gathers the gradient of the whole batch on every device.
     """
+    if table_VD.dtype == jnp.uint32:  # a tied one is packed as the output map, [S, V]
+        return jnp.moveaxis(jnp.concatenate(unpack(table_VD[:, tokens_BT])), 0, -1)
     return _laid_out(table_VD[tokens_BT], PartitionSpec("data", None, "fsdp"))
 
 

@@ -26,7 +26,9 @@ from jaxgpt.layers import (
     Norm,
     Table,
     contract,
+    in_type,
     look_up,
+    pack,
     residual_std,
     split_batch,
     torch_uniform,
@@ -39,6 +41,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
 }
+OUTPUT_MAP = "BTD,VD->BTV"
 
 
 class Mlp(nnx.Module):
@@ -165,12 +168,13 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V]; those of padded ids are -inf."""
         head_VD = (self.embed if self.config.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV = contract("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype))
+        logits_BTV = contract(OUTPUT_MAP, x_BTD, in_type(head_VD, x_BTD.dtype))
         if self.config.head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         if cap := self.config.logit_softcap:  # Gemma team 2024
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        return jnp.where(jnp.arange(len(head_VD)) < self.config.vocab_size, logits_BTV, -jnp.inf)
+        is_token_V = jnp.arange(self.config.padded_vocab) < self.config.vocab_size
+        return jnp.where(is_token_V, logits_BTV, -jnp.inf)
 
     def _embed(self, tokens_BT: jax.Array, place: Place | None) -> jax.Array:
         c, length = self.config, tokens_BT.shape[1]
@@ -246,6 +250,17 @@ def stack(params: dict) -> dict:
     """Parameters of a model without `scan_layers`, in NumPy, as those of one with it."""
     blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
     return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
+
+
+def pack_kernels(config: Config, params: dict) -> dict:
+    """The parameters with large kernels packed, for a CPU to decode one sequence; see `pack`."""
+    network = nnx.merge(split(config)[0], params)
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, Linear):
+            module.kernel.set_value(pack(module.equation, module.kernel[...]))
+    head = (network.embed if config.tie_embeddings else network.lm_head).kernel
+    head.set_value(pack(OUTPUT_MAP, head[...]))
+    return nnx.to_pure_dict(nnx.split(network)[1])
 
 
 def init_caches(config: Config, batch: int, chunk: int) -> list[Cache]:

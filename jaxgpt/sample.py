@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt import model
+from jaxgpt import device, model
 from jaxgpt.attention import Cache, Place
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import Tokenizer
@@ -82,19 +82,24 @@ class Sampler:
     """A model ready to be sampled, on one device.
 
     It compiles once for a number of sequences and a setting of the knobs, and for a bucket of
-    lengths: of prompts a power of two and one, of texts one of at most four. Raises `UserError`
-    for an encoder.
+    lengths: of prompts a power of two and one, of texts one of at most four. On a CPU
+    `dtype=bfloat16` is the type of kernels alone: what is read of them for every token of a single
+    sequence is half as much. Raises `UserError` for an encoder.
     """
 
     def __init__(self, config: Config):
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled")
-        self.config = config.replace(remat="none", scan_layers=False, dropout=0.0)
+        self._is_narrow = config.dtype == "bfloat16" and device.on_cpu()
+        dtype = "float32" if self._is_narrow else config.dtype
+        self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
         self._graphdef, _, _ = model.split(self.config)
         self._is_stacked = config.scan_layers
         self.drawn = 0  # tokens, by the last call of `generate`
         self._device = jax.local_devices()[0]
         self._cast = jax.jit(partial(cast, dtype=config.dtype))
+        self._widen = jax.jit(partial(cast, dtype=dtype))
+        self._pack = jax.jit(partial(model.pack_kernels, self.config))
         size = config.block_size
         self._kept = min(size, size // 2 + 1)  # of a text that has outgrown the block
         self._fill = jax.jit(self._fill_fn, static_argnums=2)
@@ -102,9 +107,15 @@ class Sampler:
         self._slide = jax.jit(self._slide_fn, static_argnums=3, donate_argnums=1)
 
     def load(self, params: dict[str, Any]) -> "Sampler":
-        """Takes these parameters, in the compute type, from now on."""
+        """Takes these parameters, in the compute type, from now on.
+
+        `row_params` are those that a single sequence is decoded with.
+        """
         params = self._cast(model.unstack(params) if self._is_stacked else params)
-        self.params = jax.device_put(params, self._device)
+        self.params = self.row_params = jax.device_put(params, self._device)
+        if self._is_narrow:
+            self.params = self._widen(self.params)
+            self.row_params = self._pack(self.params)
         return self
 
     def generate(
@@ -174,7 +185,8 @@ class Sampler:
                 left, is_ready = left - CHUNK, wanted
             else:  # the last draw of a sequence need not fit into its block any more
                 width = self._width(lengths[wanted])
-                carry, drawn = self._decode(self.params, carry, wanted, knobs, width)
+                params = self.row_params if len(texts) == 1 else self.params
+                carry, drawn = self._decode(params, carry, wanted, knobs, width)
                 left = left - np.minimum(CHUNK, size + 1 - lengths)
                 is_ready = wanted & (lengths + CHUNK <= size)
                 lengths = np.minimum(lengths + CHUNK, size)

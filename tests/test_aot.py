@@ -188,7 +188,9 @@ def decoding(topology: str, layers: int) -> Program:
     there, knobs = find(topology), sample.Knobs(temperature=0.8, top_k=200)
     config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
     config, _ = plan.resolve(config, there.chip)
-    sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample.device, "on_cpu", lambda: False)
+        sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
     params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
     carry = sampler._begin(text, text, knobs, 0)
     carry = jax.eval_shape(partial(sampler._fill_fn, width=3), params, carry)

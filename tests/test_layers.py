@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxgpt import layers
 from jaxgpt.config import Config
-from jaxgpt.layers import Dropout, Linear, Norm, contract
+from jaxgpt.layers import Dropout, Linear, Norm, contract, pack, unpack
 
 
 def keys(count: int) -> jax.Array:
@@ -88,6 +88,40 @@ def test_one_row_by_the_parts_of_a_large_kernel_is_the_whole_product(equation, s
     )
     for grad, wanted in zip(pull(jnp.array(want)), wants, strict=True):
         np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "turned"),
+    [
+        ("BTD,DCNH->BTCNH", [(1, 1, 48), (48, 3, 2, 5)], "DCNH"),  # a sum of 24 words, 3 at a time
+        ("BTD,DF->BTF", [(1, 1, 512), (512, 9)], "DF"),  # of 256 words, 16 at a time
+        ("BTD,DF->BTF", [(1, 1, 16), (16, 9)], "DF"),
+        ("BTNH,NHD->BTD", [(1, 1, 3, 16), (3, 16, 7)], "NHD"),
+        ("BTD,VD->BTV", [(1, 1, 32), (65, 32)], "DV"),
+    ],
+    ids=str,
+)
+def test_one_row_by_a_packed_kernel_is_the_product_of_its_numbers(
+    equation, shapes, turned, monkeypatch
+):
+    monkeypatch.setattr(layers, "PACKED", 0)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    narrow = kernel.astype(jnp.bfloat16).astype(np.float32)
+    packed = pack(equation, jnp.array(narrow))
+    assert (packed.dtype, 2 * packed.nbytes) == (np.uint32, kernel.nbytes)
+    _, axes, _ = equation.replace("->", ",").split(",")
+    numbers = np.concatenate(unpack(packed)).ravel()
+    np.testing.assert_array_equal(numbers, np.einsum(f"{axes}->{turned}", narrow).ravel())
+    got = jax.jit(partial(contract, equation))(x, packed)
+    np.testing.assert_allclose(got, np.einsum(equation, x, narrow), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "least"), [(40, 0), (48, 1 << 17)])
+def test_a_kernel_that_is_small_or_uneven_stays_as_it_is(width, least, monkeypatch):
+    monkeypatch.setattr(layers, "PACKED", least)
+    kernel = jnp.ones((width, 8))
+    assert pack("BTD,DF->BTF", kernel) is kernel
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, MODEL_CASES, MODERN
 
-from jaxgpt import cli, sample
+from jaxgpt import cli, layers, sample
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
@@ -106,12 +106,14 @@ def one_token_chunks(monkeypatch):
     monkeypatch.setattr(sample, "CHUNK", 1)
 
 
-def check_logits(config: Config, params: dict, spy: Spy, knobs: Knobs, atol: float) -> None:
+def check_logits(
+    config: Config, params: dict, spy: Spy, knobs: Knobs, atol: float, lengths=(2, 4)
+) -> None:
     """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
     new = config.block_size - 3
-    prompts, spy.logits = random_prompts(2, 4, vocab_size=config.vocab_size), []
+    prompts, spy.logits = random_prompts(*lengths, vocab_size=config.vocab_size), []
     texts = generate(spy, prompts, max_new_tokens=new, knobs=knobs)
-    assert [logits.shape for logits in spy.logits] == new * [(2, config.padded_vocab)]
+    assert [logits.shape for logits in spy.logits] == new * [(len(lengths), config.padded_vocab)]
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for n in range(new):
             want = next_logits(config, params, prompt + text[:n])
@@ -132,6 +134,24 @@ def test_scanned_layers_are_unstacked_to_be_sampled(options, one_token_chunks):
     config, params = make_case(**options)
     spy = Spy(config.replace(scan_layers=True)).load(stacked(params))
     check_logits(config, params, spy, GREEDY, 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (2, 4)], ids=["packed", "wide"])
+@pytest.mark.parametrize(
+    "options", [{}, MODERN, {"tie_embeddings": False, "n_layer": 1}, {"n_layer": 0}], ids=str
+)
+def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, one_token_chunks, monkeypatch):
+    monkeypatch.setattr(layers, "PACKED", 0)
+    config, params = make_case(**{"n_embd": 32} | options)
+    spy = Spy(config.replace(dtype="bfloat16")).load(params)
+    types = {str(p.dtype) for p in jax.tree.leaves(spy.row_params)}
+    assert types == {"float32", "uint32"}
+    narrow = {
+        path: p.astype(jnp.bfloat16).astype(p.dtype) if path.endswith("kernel") else p
+        for path, p in ref.flatten(params).items()
+    }
+    rounded = ref.unflatten(narrow, params)
+    check_logits(config, rounded, spy, GREEDY, 1e-4, lengths)
 
 
 def test_float64_is_sampled_in_float64(one_token_chunks):
@@ -766,6 +786,14 @@ def test_a_float64_run_is_sampled_as_such(command):
     code, out, err = command("--out_dir=float64", *SHORT, "--start=c")
     assert (code, out) == (0, "cdefgh\n" + RULE)
     assert "step 10, float64" in err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("run", ["letters", "float64"])
+def test_a_run_is_sampled_in_any_type(command, run, dtype):
+    code, out, err = command(f"--out_dir={run}", *SHORT, "--start=c", f"--dtype={dtype}")
+    assert (code, out) == (0, "cdefgh\n" + RULE)
+    assert err.startswith(f"{run}, step 10, {dtype}\n")
 
 
 @pytest.mark.parametrize(
