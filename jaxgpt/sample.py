@@ -82,7 +82,7 @@ class Sampler:
     """A model ready to be sampled, on one device.
 
     It compiles once for a number of sequences and a setting of the knobs, and for a bucket of
-    lengths: of prompts a power of two and one, of texts one of at most four. On a CPU
+    lengths: of prompts a power of two, of texts one of at most four. On a CPU
     `dtype=bfloat16` is the type of kernels alone: what is read of them for every token of a single
     sequence is half as much. Raises `UserError` for an encoder.
     """
@@ -176,7 +176,7 @@ class Sampler:
         carry = self._fill(self.params, carry, self._bucket(lengths))
         while (wanted := alive & (left > 0)).any():
             if (wanted & ~is_ready).any():  # some have outgrown their block
-                carry |= {"caches": None, "logits_BV": None}
+                carry |= {"caches": None}
                 if context == "halve":
                     lengths = np.where(is_ready, lengths, self._kept)
                     carry = self._fill(self.params, carry, self._bucket(lengths[wanted]))
@@ -194,7 +194,9 @@ class Sampler:
 
     def _begin(self, prompts: list, texts: list, knobs: Knobs, seed: int) -> dict:
         """What the device holds: of each sequence the key, how often it drew, which tokens it has
-        (if that matters), the end of its text, how much of that is cached, and if it is drawing.
+        (if that matters), the end of its text, its length, and if it is drawing.
+
+        Of that text all but the last token is cached.
         """
         key, rows, seen = jax.random.key(seed), len(prompts), None
         if knobs.repetition_penalty != 1:
@@ -212,19 +214,19 @@ class Sampler:
             "lengths_B": np.array([len(text) for text in texts], np.int32),
             "ready_B": np.ones(rows, bool),
             "caches": None,
-            "logits_BV": None,
         }
 
     def _bucket(self, lengths: np.ndarray) -> int:
-        """The width to fill caches at: a power of two and one, as a text has that was cut."""
-        return min(self.config.block_size, 1 + (1 << (int(lengths.max()) - 2).bit_length()))
+        """The width to fill caches at: a power of two, or nothing for texts of one token."""
+        cached = int(lengths.max()) - 1
+        return min(self.config.block_size, 1 << (cached - 1).bit_length()) if cached else 0
 
     def _width(self, lengths: np.ndarray) -> int:
         """How many positions of the past to look at, of the few that decoding compiles for.
 
         Of 1,024 not a half, which XLA:CPU reads with one core, and takes longer for than for 640.
         """
-        size, least = self.config.block_size, max(128, int(lengths.max()))
+        size, least = self.config.block_size, max(128, int(lengths.max()) - 1)
         return next((n for n in (size // 8, size // 4, size * 5 // 8) if n >= least), size)
 
     def _fill_fn(self, params: dict, carry: dict, width: int) -> dict:
@@ -235,50 +237,54 @@ class Sampler:
         network, is_over_B = nnx.merge(self._graphdef, params), ~carry["ready_B"]
         cut_BS = jnp.roll(carry["text_BS"], self._kept - self.config.block_size - 1, axis=1)
         text_BS = jnp.where(is_over_B[:, None], cut_BS, carry["text_BS"])
-        lengths_B = jnp.where(is_over_B, self._kept, carry["lengths_B"])
-        empty = model.init_caches(self.config, len(text_BS), CHUNK)
-        features_BTD, caches = network.features(text_BS[:, :width], caches=empty)
+        caches = model.init_caches(self.config, len(text_BS), CHUNK)
+        if width:
+            _, caches = network.features(text_BS[:, :width], caches=caches)
         return carry | {
             "text_BS": text_BS,
-            "lengths_B": lengths_B,
+            "lengths_B": jnp.where(is_over_B, self._kept, carry["lengths_B"]),
             "ready_B": jnp.ones_like(is_over_B),
             "caches": [cache.past for cache in caches],
-            "logits_BV": _logits_at(network, features_BTD, jnp.minimum(lengths_B, width) - 1),
         }
 
     def _decode_fn(
         self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs, width: int
     ) -> tuple[dict, jax.Array]:
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
-        start_B, pasts = carry["lengths_B"], jax.tree.map(lambda x: x[:, :width], carry["caches"])
+        start_B, pasts = (
+            carry["lengths_B"] - 1,
+            jax.tree.map(lambda x: x[:, :width], carry["caches"]),
+        )
         empty = model.init_caches(self.config, len(start_B), CHUNK)
         state = carry | {
             "ready_B": carry["ready_B"] & wanted_B,
             "caches": [cache.chunk for cache in empty],
         }
+        last_B = jnp.take_along_axis(carry["text_BS"], start_B[:, None], axis=1)[:, 0]
 
-        def step(state: dict, now: tuple) -> tuple[dict, jax.Array]:
-            chance_B, number = now
-            state, token_B = _draw_next(state, state["logits_BV"], chance_B, knobs)
-            fits_B = state["ready_B"] & (state["lengths_B"] < size)
+        def step(state_and_last: tuple[dict, jax.Array], now: tuple) -> tuple[tuple, jax.Array]:
+            (state, last_B), (chance_B, number) = state_and_last, now
             features_BTD, caches = network.features(
-                jnp.maximum(token_B, 0)[:, None],
+                jnp.maximum(last_B, 0)[:, None],
                 caches=list(map(Cache, pasts, state["caches"])),
                 place=Place(start_B, number),
             )
+            logits_BV = network.logits(features_BTD)[:, 0]
+            state, token_B = _draw_next(state, logits_BV, chance_B, knobs)
+            fits_B = state["ready_B"] & (state["lengths_B"] < size)
             state |= {
                 "lengths_B": state["lengths_B"] + fits_B,
                 "ready_B": fits_B,
                 "caches": [cache.chunk for cache in caches],
-                "logits_BV": network.logits(features_BTD)[:, 0],
             }
-            return state, token_B
+            return (state, token_B), token_B
 
-        state, tokens_nB = jax.lax.scan(step, state, (_chances(carry), jnp.arange(CHUNK)))
+        nows = _chances(carry), jnp.arange(CHUNK)
+        (state, _), tokens_nB = jax.lax.scan(step, (state, last_B), nows)
         caches = map(Cache, carry["caches"], state["caches"])
         put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
         state |= {
-            "text_BS": put(carry["text_BS"], jnp.maximum(tokens_nB.T, 0), start_B, 0),
+            "text_BS": put(carry["text_BS"], jnp.maximum(tokens_nB.T, 0), start_B + 1, 0),
             "caches": [cache.append(start_B) for cache in caches],
         }
         return state, tokens_nB.T
@@ -291,7 +297,9 @@ class Sampler:
         def step(state: dict, chance_B: jax.Array) -> tuple[dict, jax.Array]:
             text_BS, length_B = state["text_BS"], state["lengths_B"]
             features_BTD, _ = network.features(text_BS[:, :size])
-            logits_BV = _logits_at(network, features_BTD, length_B - 1)
+            last_BT = (length_B - 1)[:, None]
+            features_BTD = jnp.take_along_axis(features_BTD, last_BT[..., None], axis=1)
+            logits_BV = network.logits(features_BTD)[:, 0]
             state, token_B = _draw_next(state, logits_BV, chance_B, knobs)
             is_full_B1 = (length_B == size)[:, None]
             text_BS = jnp.where(is_full_B1, jnp.roll(text_BS, -1, axis=1), text_BS)
@@ -303,11 +311,6 @@ class Sampler:
         state = carry | {"text_BS": text_BS, "ready_B": wanted_B}
         state, tokens_nB = jax.lax.scan(step, state, _chances(carry))
         return state, tokens_nB.T
-
-
-def _logits_at(network: model.GPT, features_BTD: jax.Array, place_B: jax.Array) -> jax.Array:
-    features_B1D = jnp.take_along_axis(features_BTD, place_B[:, None, None], axis=1)
-    return network.logits(features_B1D)[:, 0]
 
 
 def _chances(carry: dict) -> jax.Array:

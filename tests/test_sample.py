@@ -87,77 +87,80 @@ def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, conte
 # ---- what is drawn from ----------------------------------------------------------------------
 
 
-class Spy(Sampler):
-    """Keeps the logits that tokens are drawn from, where a chunk is one token."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.logits, decode = [], self._decode
-
-        def spy(params, carry, *options):
-            self.logits.append(np.array(carry["logits_BV"]))
-            return decode(params, carry, *options)
-
-        self._decode = spy
-
-
 @pytest.fixture
-def one_token_chunks(monkeypatch):
+def logits(monkeypatch) -> list[np.ndarray]:
+    """Those [B, V] that tokens are drawn from, with chunks of one token."""
+    kept, draw = [], sample.draw
+
+    def spy(logits_BV: jax.Array, *rest):
+        jax.debug.callback(lambda x: kept.append(np.array(x)), logits_BV, ordered=True)
+        return draw(logits_BV, *rest)
+
+    monkeypatch.setattr(sample, "draw", spy)
     monkeypatch.setattr(sample, "CHUNK", 1)
+    return kept
 
 
 def check_logits(
-    config: Config, params: dict, spy: Spy, knobs: Knobs, atol: float, lengths=(2, 4)
+    logits: list, params: dict, sampler: Sampler, knobs: Knobs, atol: float, lengths=(2, 4)
 ) -> None:
     """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
-    new = config.block_size - 3
-    prompts, spy.logits = random_prompts(*lengths, vocab_size=config.vocab_size), []
-    texts = generate(spy, prompts, max_new_tokens=new, knobs=knobs)
-    assert [logits.shape for logits in spy.logits] == new * [(len(lengths), config.padded_vocab)]
+    c = sampler.config
+    new = c.block_size + 1 - max(lengths)
+    prompts = random_prompts(*lengths, vocab_size=c.vocab_size)
+    logits.clear()
+    texts = generate(sampler, prompts, max_new_tokens=new, knobs=knobs)
+    jax.effects_barrier()
+    assert [of_all.shape for of_all in logits] == new * [(len(lengths), c.padded_vocab)]
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for n in range(new):
-            want = next_logits(config, params, prompt + text[:n])
-            np.testing.assert_allclose(spy.logits[n][row], want, rtol=0, atol=atol, err_msg=str(n))
+            want = next_logits(c, params, prompt + text[:n])
+            np.testing.assert_allclose(logits[n][row], want, rtol=0, atol=atol, err_msg=str(n))
             assert knobs.temperature or text[n] == want.argmax()
 
 
 @pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
-def test_cached_decoding_is_the_whole_forward(options, one_token_chunks):
+def test_cached_decoding_is_the_whole_forward(options, logits):
     config, params = make_case(**options)
-    spy = Spy(config).load(params)
+    sampler = Sampler(config).load(params)
     for knobs in (GREEDY, Knobs(temperature=3.0)):
-        check_logits(config, params, spy, knobs, 1e-4)
+        check_logits(logits, params, sampler, knobs, 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (1, 1), (1, 7), (5, 6)], ids=str)
+def test_so_it_is_for_prompts_of_one_token_and_of_a_whole_block(lengths, logits):
+    config, params = make_case()
+    check_logits(logits, params, Sampler(config).load(params), GREEDY, 1e-4, lengths)
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
-def test_scanned_layers_are_unstacked_to_be_sampled(options, one_token_chunks):
+def test_scanned_layers_are_unstacked_to_be_sampled(options, logits):
     config, params = make_case(**options)
-    spy = Spy(config.replace(scan_layers=True)).load(stacked(params))
-    check_logits(config, params, spy, GREEDY, 1e-4)
+    sampler = Sampler(config.replace(scan_layers=True)).load(stacked(params))
+    check_logits(logits, params, sampler, GREEDY, 1e-4)
 
 
 @pytest.mark.parametrize("lengths", [(4,), (2, 4)], ids=["packed", "wide"])
 @pytest.mark.parametrize(
     "options", [{}, MODERN, {"tie_embeddings": False, "n_layer": 1}, {"n_layer": 0}], ids=str
 )
-def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, one_token_chunks, monkeypatch):
+def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, logits, monkeypatch):
     monkeypatch.setattr(layers, "PACKED", 0)
     config, params = make_case(**{"n_embd": 32} | options)
-    spy = Spy(config.replace(dtype="bfloat16")).load(params)
-    types = {str(p.dtype) for p in jax.tree.leaves(spy.row_params)}
+    sampler = Sampler(config.replace(dtype="bfloat16")).load(params)
+    types = {str(p.dtype) for p in jax.tree.leaves(sampler.row_params)}
     assert types == {"float32", "uint32"}
     narrow = {
         path: p.astype(jnp.bfloat16).astype(p.dtype) if path.endswith("kernel") else p
         for path, p in ref.flatten(params).items()
     }
-    rounded = ref.unflatten(narrow, params)
-    check_logits(config, rounded, spy, GREEDY, 1e-4, lengths)
+    check_logits(logits, ref.unflatten(narrow, params), sampler, GREEDY, 1e-4, lengths)
 
 
-def test_float64_is_sampled_in_float64(one_token_chunks):
+def test_float64_is_sampled_in_float64(logits):
     config, params = make_case(dtype="float64")
     with jax.enable_x64(True):
-        check_logits(config, params, Spy(config).load(params), GREEDY, 1e-10)
+        check_logits(logits, params, Sampler(config).load(params), GREEDY, 1e-10)
 
 
 def test_new_parameters_count_from_then_on():
