@@ -166,12 +166,10 @@ def _contract_packed(x: jax.Array, y: jax.Array) -> jax.Array:
     S = len(y)
     U = math.gcd(S, min(16, S // 8))
     x, y = jax.lax.optimization_barrier((x, y))
-    lower, upper = x.reshape(2, S // U, U, 1)
-    y = y.reshape(S // U, U, -1)
+    x, y = x.reshape(2, S // U, U, 1), y.reshape(S // U, U, -1)
     summands = []
     for u in range(U):
-        low, up = unpack(y[:, u])
-        summands += [lower[:, u] * low, upper[:, u] * up]
+        summands += [a * b for a, b in zip(x[:, :, u], unpack(y[:, u]), strict=True)]
     sums = jax.lax.optimization_barrier(sum(summands[1:], summands[0]))
     return jnp.ones(len(sums), sums.dtype) @ sums
 
