@@ -193,7 +193,7 @@ def decoding(topology: str, layers: int) -> Program:
         sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
     params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
     carry = sampler._begin(text, text, knobs, 0)
-    carry = jax.eval_shape(partial(sampler._fill_fn, width=3), params, carry)
+    carry = jax.eval_shape(partial(sampler._fill_fn, width=2), params, carry)
     mesh = sharding.make_mesh(config, there.devices)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params, carry, wanted = jax.tree.map(
