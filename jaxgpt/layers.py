@@ -99,7 +99,7 @@ def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum` where the result's axes are what is left of x's and then of y's.
 
     It sums over axes in the alphabet's order, for which XLA:CPU copies both operands; this sums
-    over them in the order they lie in.
+    over them in the order they lie in. `y` may be what `pack` made of it.
     """
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
     summed = "".join(axis for axis in x_axes if axis not in out)

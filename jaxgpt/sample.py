@@ -251,10 +251,8 @@ class Sampler:
         self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs, width: int
     ) -> tuple[dict, jax.Array]:
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
-        start_B, pasts = (
-            carry["lengths_B"] - 1,
-            jax.tree.map(lambda x: x[:, :width], carry["caches"]),
-        )
+        start_B = carry["lengths_B"] - 1
+        pasts = jax.tree.map(lambda x: x[:, :width], carry["caches"])
         empty = model.init_caches(self.config, len(start_B), CHUNK)
         state = carry | {
             "ready_B": carry["ready_B"] & wanted_B,
@@ -262,8 +260,8 @@ class Sampler:
         }
         last_B = jnp.take_along_axis(carry["text_BS"], start_B[:, None], axis=1)[:, 0]
 
-        def step(state_and_last: tuple[dict, jax.Array], now: tuple) -> tuple[tuple, jax.Array]:
-            (state, last_B), (chance_B, number) = state_and_last, now
+        def step(so_far: tuple[dict, jax.Array], now: tuple) -> tuple[tuple, jax.Array]:
+            (state, last_B), (chance_B, number) = so_far, now
             features_BTD, caches = network.features(
                 jnp.maximum(last_B, 0)[:, None],
                 caches=list(map(Cache, pasts, state["caches"])),
