@@ -69,68 +69,77 @@ def _fold(keys_B: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_map(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays whose axes are all named, with a gradient that is fast on a CPU.
-
-    XLA:CPU would fuse all that leads up to `x`, and to its gradient, into the copies that lay
-    them out for the kernel's gradient, element by element. A barrier there keeps them apart.
-    """
-    return contract(equation, x, kernel)
-
-
-def _linear_map_fwd(equation: str, x: jax.Array, kernel: jax.Array):
-    return contract(equation, x, kernel), (x, kernel)
-
-
-def _linear_map_bwd(equation: str, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    x_axes, kernel_axes, y_axes = equation.replace("->", ",").split(",")
-    dx = contract(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
-    x, dy = jax.lax.platform_dependent(
-        x, dy, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both
-    )
-    return dx, contract(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
-
-
-linear_map.defvjp(_linear_map_fwd, _linear_map_bwd)
-
-
 def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum` where the result's axes are what is left of x's and then of y's.
 
-    It sums over axes in the alphabet's order, for which XLA:CPU copies both operands; this sums
-    over them in the order they lie in. `y` may be what `pack` made of it.
+    It sums over axes in the alphabet's order; this sums over them in the order they lie in, and
+    on a CPU by a product of two matrices, in the gradient too. `y` may be what `pack` made of it.
+    Raises `ValueError` if what is summed over neither leads nor ends an operand.
     """
+    x_axes, y_axes, summed = _axes(equation)
+    if y.dtype == jnp.uint32:
+        return _contract_packed(x, y).reshape(*x.shape[: -len(summed)], *y.shape[1:])
+    sums = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
+    product = lambda x, y: jax.lax.dot_general(x, y, (sums, ((), ())))
+    if _is_split():
+        return product(x, y)
+    matrices = partial(_multiply, sums=sums, shape=jax.eval_shape(product, x, y).shape)
+    return jax.lax.platform_dependent(x, y, cpu=matrices, default=product)
+
+
+def _contract_fwd(equation: str, x: jax.Array, y: jax.Array):
+    return contract(equation, x, y), (x, y)
+
+
+def _contract_bwd(equation: str, saved: tuple, dz: jax.Array) -> tuple[Any, Any]:
+    x, y = saved
+    x_axes, y_axes, z_axes = equation.replace("->", ",").split(",")
+    dx = contract(f"{z_axes},{y_axes}->{x_axes}", dz, y)
+    if y_axes[0] in x_axes:
+        return dx, contract(f"{x_axes},{z_axes}->{y_axes}", x, dz)
+    return dx, contract(f"{z_axes},{x_axes}->{y_axes}", dz, x)
+
+
+contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def _axes(equation: str) -> tuple[str, str, str]:
+    """Axes of the operands, and those summed over."""
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
     summed = "".join(axis for axis in x_axes if axis not in out)
-    if y.dtype == jnp.uint32:
-        shape = *x.shape[: -len(summed)], *y.shape[1:]
-        return _contract_packed(x, y).reshape(shape)
-    dims = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
-    product = lambda x, y: jax.lax.dot_general(x, y, (dims, ((), ())))
-    is_row = x.size == math.prod(y.shape[axis] for axis in dims[1]) and y.nbytes > CACHED
-    is_last = y_axes.endswith(summed)
-    if not is_row or not (is_last or y_axes.startswith(summed)):
-        return product(x, y)
-    row = partial(_contract_row, out=jax.eval_shape(product, x, y), is_last=is_last)
-    return jax.lax.platform_dependent(x, y, cpu=row, default=product)
+    if not all(axes.startswith(summed) or axes.endswith(summed) for axes in (x_axes, y_axes)):
+        raise ValueError(f"{equation!r}: {summed!r} must lead or end both operands")
+    return x_axes, y_axes, summed
 
 
-def _contract_row(
-    x: jax.Array, y: jax.Array, out: jax.ShapeDtypeStruct, is_last: bool
-) -> jax.Array:
-    """One row, by eight parts of y, whose summed axes are its last or its first.
+def _multiply(x: jax.Array, y: jax.Array, sums: tuple, shape: tuple) -> jax.Array:
+    """Both as matrices, which XLA:CPU takes as they lie; the result has this shape.
+
+    Of more axes it lays operands out anew, element by element, with all that led up to them.
+    """
+    S = math.prod(x.shape[i] for i in sums[0])
+    x_RS = x.reshape(-1, S) if sums[0][-1] == x.ndim - 1 else x.reshape(S, -1).T
+    is_last = sums[1][-1] == y.ndim - 1
+    y = y.reshape((-1, S) if is_last else (S, -1))
+    if len(x_RS) == 1 and y.nbytes > CACHED:
+        return _multiply_row(x_RS, y, is_last).reshape(shape)
+    return (x_RS @ (y.T if is_last else y)).reshape(shape)
+
+
+def _multiply_row(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
+    """One row, by eight parts of y, [R, S] or [S, R].
 
     XLA:CPU reads a large y faster than as a whole: 25 GB/s for 20, on two cores.
     S what is summed over, P parts, R the result, of which a part holds a share or a summand.
     """
+    S = x_1S.size
     if is_last:
-        P = math.gcd(out.size, 8)
-        x_PS = jnp.broadcast_to(x.reshape(-1), (P, x.size))
-        return jnp.einsum("PS,PRS->PR", x_PS, y.reshape(P, -1, x.size)).reshape(out.shape)
-    P = math.gcd(x.size, 8)
-    summands_PR = jnp.einsum("PS,PSR->PR", x.reshape(P, -1), y.reshape(P, -1, out.size))
-    return sum(summands_PR[1:], summands_PR[0]).reshape(out.shape)
+        P = math.gcd(len(y), 8)
+        x_PS = jnp.broadcast_to(x_1S, (P, S))
+        return jnp.einsum("PS,PRS->PR", x_PS, y.reshape(P, -1, S))
+    P = math.gcd(S, 8)
+    summands_PR = jnp.einsum("PS,PSR->PR", x_1S.reshape(P, -1), y.reshape(P, S // P, -1))
+    return sum(summands_PR[1:], summands_PR[0])
 
 
 def pack(equation: str, kernel: jax.Array) -> jax.Array:
@@ -139,10 +148,9 @@ def pack(equation: str, kernel: jax.Array) -> jax.Array:
     `contract` takes uint32 [S, ...] for one row on a CPU: what is summed over comes first, and its
     second half lies in the upper bits.
     """
-    x_axes, y_axes, out = equation.replace("->", ",").split(",")
-    summed = "".join(axis for axis in x_axes if axis not in out)
-    kept = "".join(axis for axis in y_axes if axis in out)
-    turned = jnp.einsum(f"{y_axes}->{summed}{kept}", kernel)
+    _, axes, summed = _axes(equation)
+    kept = "".join(axis for axis in axes if axis not in summed)
+    turned = jnp.einsum(f"{axes}->{summed}{kept}", kernel)
     turned = turned.reshape(-1, *turned.shape[len(summed) :])
     if kernel.nbytes <= PACKED or len(turned) % 16:
         return kernel
@@ -201,7 +209,7 @@ class Linear(nnx.Module):
         self.bias = None if start is None else nnx.Param(start, axes=bias_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = linear_map(self.equation, x, in_type(self.kernel[...], x.dtype))
+        y: Any = contract(self.equation, x, in_type(self.kernel[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -318,7 +326,10 @@ def split_batch(x_BTD: jax.Array) -> jax.Array:
 
 
 def _laid_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec) if _is_split() else x
+
+
+def _is_split() -> bool:
+    """Whether XLA splits arrays over the mesh that this is traced for."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types)

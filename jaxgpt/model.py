@@ -168,7 +168,7 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V]; those of padded ids are -inf."""
         head_VD = (self.embed if self.config.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV = contract(OUTPUT_MAP, x_BTD, in_type(head_VD, x_BTD.dtype))
+        logits_BTV: Any = contract(OUTPUT_MAP, x_BTD, in_type(head_VD, x_BTD.dtype))
         if self.config.head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         if cap := self.config.logit_softcap:  # Gemma team 2024
