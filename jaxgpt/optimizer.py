@@ -1,4 +1,4 @@
-"""AdamW with its decay mask, Muon, and the learning rate's schedules: all optax. What is frozen.
+"""AdamW with its decay mask, Muon, and the learning rate's schedules, of optax. What is frozen.
 
 A parameter's letters (see model.py) say which of its axes Muon takes for a matrix's input and
 output.
@@ -7,6 +7,7 @@ output.
 import math
 import re
 from collections.abc import Hashable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
 
+ADAM_EPSILON = 1e-8
 MUON_RMS = 0.2  # of an update's elements, about AdamW's; Liu et al. 2025, "Muon is Scalable"
 
 
@@ -47,19 +49,21 @@ def schedule(config: Config) -> optax.Schedule:
     return learning_rate
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then AdamW (Loshchilov & Hutter 2019), decaying matrices or all.
 
     Or, for the blocks' matrices, Muon (Jordan et al. 2024), with the same decay. Frozen
-    parameters have no moments.
+    parameters have no moments. `update` takes `is_finite`, and if it is False leaves moments as
+    they are; counts of steps, which are whole, go on.
     """
     c = config
-    direction = optax.scale_by_adam(c.beta1, c.beta2)
+    direction = _scale_by_adam(c.beta1, c.beta2)
     if c.optimizer == "muon" or c.freeze:
         _, shapes, letters = model.split(c)
         still = frozen(c, shapes)
         axes = matrix_axes(c, letters, still)
-        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_rms(axes))
+        muon = _held(scale_by_muon(weight_dimension_numbers=axes))
+        muon = optax.chain(muon, _match_rms(axes))
         kinds: dict[Hashable, optax.GradientTransformation] = {"adamw": direction}
         kinds |= {"muon": muon} if c.optimizer == "muon" else {}
         kinds |= {"frozen": optax.set_to_zero()} if c.freeze else {}
@@ -72,6 +76,42 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(schedule(c)),
         ),
     )
+
+
+def _scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, of moments that are in memory: Kingma & Ba 2015, the end of section 2.
+
+    XLA:CPU would compute the new ones for the parameters once more, from the old ones, and keep
+    a copy of those until then.
+    """
+    adam = _held(optax.scale_by_adam(b1, b2))
+
+    def update(updates, state, params=None, **extra):
+        _, state = adam.update(updates, state, params, **extra)
+        state = jax.lax.platform_dependent(
+            state, cpu=jax.lax.optimization_barrier, default=lambda state: state
+        )
+        root = jnp.sqrt(1 - b2**state.count)
+        rate = root / (1 - b1**state.count)
+        step = lambda m, v: rate * m / (jnp.sqrt(v) + ADAM_EPSILON * root)
+        return jax.tree.map(step, state.mu, state.nu), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Its state stays as it is unless `is_finite`; counts of steps, which are whole, go on."""
+
+    def update(updates, state, params=None, *, is_finite: jax.typing.ArrayLike = True, **_):
+        updates, new = inner.update(updates, state, params)
+        return updates, jax.tree.map(partial(choose, is_finite), new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def choose(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new weights or moments if they can be had; XLA fuses the choice into the update."""
+    return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def frozen(config: Config, params: dict) -> dict:

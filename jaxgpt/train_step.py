@@ -19,7 +19,7 @@ from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
 from jaxgpt.loss import cross_entropy
-from jaxgpt.optimizer import frozen, kernels, make_optimizer, schedule
+from jaxgpt.optimizer import choose, frozen, kernels, make_optimizer, schedule
 from jaxgpt.sharding import BATCH, layout, on_mesh, shares_a_cpu
 
 State = dict[str, Any]
@@ -103,18 +103,18 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         count = jnp.maximum(count, 1)  # a step of nothing but prompts has a loss of 0
         grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         metrics = {
             "loss": total / count,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(learning_rate(state["step"])),  # a constant one is a Python number
         }
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        params = optax.apply_updates(state["params"], updates)
-        keep = lambda is_frozen, new, old: old if is_frozen else new
-        params = jax.tree.map(keep, still, params, state["params"])
-        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        return jax.tree.map(partial(_choose, is_finite), new, state), metrics
+        old = state["params"]
+        updates, opt_state = optimizer.update(grads, state["opt_state"], old, is_finite=is_finite)
+        params = optax.apply_updates(old, updates)
+        keep = lambda is_frozen, new, old: old if is_frozen else choose(is_finite, new, old)
+        params = jax.tree.map(keep, still, params, old)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     def train_step(state: State, batch: dict, count: jax.Array):
         steps = batch["windows" if "windows" in batch else "starts"].shape[0]
@@ -191,14 +191,6 @@ def _accumulate_apart(mesh: Mesh) -> Callable:
         )
 
     return accumulate
-
-
-def _choose(is_finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """The new weights or moments if they can be had. Counts of steps, which are whole, go on.
-
-    XLA fuses the choice into the update; on a CPU its cost was within the noise.
-    """
-    return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _hold(params: dict, still: dict) -> dict:
