@@ -163,3 +163,20 @@ def test_muon_steps_are_the_references(options, scan):
     assert ours.keys() == wanted.keys()
     for path, value in ours.items():
         np.testing.assert_allclose(value, wanted[path], rtol=1e-6, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"freeze": "embed"}], ids=str)
+def test_moments_stay_where_a_gradient_is_not_finite(keys):
+    config = Config(vocab_size=5, block_size=3, n_layer=1, n_head=2, n_embd=4, **keys)
+    params = model.init(config, jax.random.key(0))
+    optimizer = make_optimizer(config)
+    update = jax.jit(optimizer.update)
+    _, before = update(params, optimizer.init(params), params, is_finite=True)
+    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    _, after = update(bad, before, params, is_finite=False)
+    moments = lambda state: [a for a in jax.tree.leaves(state) if a.dtype.kind == "f"]
+    assert any(np.any(a) for a in moments(before))
+    for a, b in zip(moments(before), moments(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+    counts = lambda state: [int(a) for a in jax.tree.leaves(state) if a.dtype.kind == "i"]
+    assert counts(after) == [n + 1 for n in counts(before)]
