@@ -144,7 +144,8 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
         baseline, feature = (lambda side=side: side.train(ROUND)[0] for side in sides)
         for turn in (baseline, feature):
             turn()  # the first steps are slower
-        file.write_text(json.dumps(in_turn(baseline, feature, PAIRS)), encoding="utf-8")
+        (found,) = in_turn([baseline], feature, PAIRS)
+        file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
 

@@ -193,7 +193,7 @@ def against(b: Bench, ours: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
         nanogpt.load(b.config, b.dataset.train, ours.params(), mode)
         warm = ours.next_steps(-(-3 // ours.K) * ours.K)
         warm_up_s = sum(nanogpt.ask("train", **warm)["seconds"] for _ in range(2))
-        found = in_turn(our_round, their_round, b.pairs)
+        (found,) = in_turn([our_round], their_round, b.pairs)
         memory = nanogpt.ask("train", **warm)["peak_bytes"]
     except NanoGPTError as error:
         return {"error": str(error)}

@@ -134,17 +134,27 @@ def to_nanogpt(config: Config, params: dict) -> dict[str, np.ndarray]:
     return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
 
 
-def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> dict[str, Any]:
-    """Seconds of both sides, A B A B, one idle while the other works; ratio is theirs / ours."""
-    rows = []
+def in_turn(
+    ours: list[Callable[[], float]], theirs: Callable[[], float], pairs: int
+) -> list[dict[str, Any]]:
+    """Seconds of each of ours and of theirs, A B A B, all idle while one works -> one dict for
+    each of ours; its ratio is theirs / ours.
+    """
+    turns = []
     for _ in range(pairs):
-        seconds = []
-        for side in (ours, theirs):
+        turns.append([])
+        for side in (*ours, theirs):
             time.sleep(REST_S)
-            seconds.append(side())
-        rows.append({"jaxgpt_s": seconds[0], "nanogpt_s": seconds[1]})
-        rows[-1]["ratio"] = seconds[1] / seconds[0]
-    ratios = [row["ratio"] for row in rows]
+            turns[-1].append(side())
+    return [_compare([(row[i], row[-1]) for row in turns]) for i in range(len(ours))]
+
+
+def _compare(seconds: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [theirs / ours for ours, theirs in seconds]
+    rows = [
+        {"jaxgpt_s": ours, "nanogpt_s": theirs, "ratio": ratio}
+        for (ours, theirs), ratio in zip(seconds, ratios, strict=True)
+    ]
     return {"pairs": rows, "ratio": float(np.median(ratios)), "range": [min(ratios), max(ratios)]}
 
 

@@ -32,12 +32,13 @@ def test_quartiles():
 
 def test_sides_take_turns(monkeypatch):
     monkeypatch.setattr(bench_vs, "REST_S", 0)
-    turns, seconds = [], iter([1.0, 3.0, 2.0, 2.0, 1.0, 8.0])
+    turns, seconds = [], iter([1.0, 2.0, 3.0, 2.0, 4.0, 2.0, 1.0, 2.0, 8.0])
     side = lambda name: lambda: (turns.append(name), next(seconds))[1]
-    found = bench_vs.in_turn(side("A"), side("B"), 3)
-    assert turns == ["A", "B"] * 3
-    assert [pair["ratio"] for pair in found["pairs"]] == [3, 1, 8]
-    assert (found["ratio"], found["range"]) == (3, [1, 8])
+    first, second = bench_vs.in_turn([side("A"), side("a")], side("B"), 3)
+    assert turns == ["A", "a", "B"] * 3
+    assert [pair["ratio"] for pair in first["pairs"]] == [3, 1, 8]
+    assert (first["ratio"], first["range"]) == (3, [1, 8])
+    assert [pair["ratio"] for pair in second["pairs"]] == [1.5, 0.5, 4]
 
 
 # --- Presets ------------------------------------------------------------------------------------
