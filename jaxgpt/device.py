@@ -57,7 +57,7 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         jax.config.update("jax_platforms", device)
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
-        jax.config.update("jax_num_cpu_devices", _cores())
+        jax.config.update("jax_num_cpu_devices", cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -68,7 +68,8 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from error
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
