@@ -20,7 +20,7 @@ from jaxgpt.attention import attention_mask
 from jaxgpt.huggingface import Trained, find
 from jaxgpt.metrics import read_metrics
 from jaxgpt.sample import Sampler, sample_text
-from jaxgpt.sharding import one_device
+from jaxgpt.sharding import local_mesh
 
 STAGES = {
     "1_bigram": "bigram",
@@ -69,7 +69,7 @@ def print_table(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 
 def print_sample(stage: str, found: Trained) -> None:
-    params, step = found.load(one_device())
+    params, step = found.load(local_mesh())
     config = found.config.replace(dtype="float32", attention="reference")
     sampler, tokenizer = Sampler(config).load(params), found.tokenizer()
     text = "".join(new for (new,) in sample_text(sampler, tokenizer, ["\n"], 160, seed=1))
@@ -104,7 +104,7 @@ def draw_masks(file: Path) -> None:
 def attention_weights(found: Trained, layer: int, text: str) -> np.ndarray:
     """How a block's heads divide their attention over a text, [N, T, S]: rows sum to one."""
     c = found.config.replace(dropout=0.0, dtype="float32", attention="reference", scan_layers=False)
-    params, _ = found.load(one_device())
+    params, _ = found.load(local_mesh())
     network = nnx.merge(model.split(c)[0], params)
     x = network._embed(jnp.asarray(found.tokenizer().encode(text)[None]), None)
     for block in network.blocks[:layer]:
@@ -139,7 +139,7 @@ def draw_attention(found: dict[str, Trained], file: Path) -> None:
 
 def draw_positions(found: Trained, file: Path) -> None:
     """Position vectors, learned and sinusoidal, and how alike two places are by each (cosine)."""
-    learned_TD = np.asarray(found.load(one_device())[0]["pos_embed"]["kernel"])
+    learned_TD = np.asarray(found.load(local_mesh())[0]["pos_embed"]["kernel"])
     key = jax.random.fold_in(jax.random.key(found.config.seed), 0)
     start_TD = np.asarray(model.init(found.config, key)["pos_embed"]["kernel"])
     T, D = learned_TD.shape

@@ -120,12 +120,12 @@ def sample(argv: list[str]) -> None:
     prompts = [_read_prompt(start) for start in args.start or ("\n",)]
     from jaxgpt import device, huggingface
     from jaxgpt.sample import Sampler
-    from jaxgpt.sharding import one_device
+    from jaxgpt.sharding import local_mesh
 
     config, load, tokenizer = huggingface.find(args.init_from, args.out_dir, args.checkpoint)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     device.start(args.device, float64="float64" in (config.dtype, dtype))
-    params, step = load(one_device())
+    params, step = load(local_mesh())
     resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0, dtype=dtype))
     speak = partial(_speak, args, Sampler(resolved).load(params), tokenizer())
     whose = args.init_from if step is None else f"{args.out_dir}, step {step}"

@@ -26,7 +26,7 @@ from jaxgpt.huggingface import (
     rows,
     shape_there,
 )
-from jaxgpt.sharding import one_device
+from jaxgpt.sharding import local_mesh
 
 
 def export(out_dir: str, checkpoint: str, to: str) -> int:
@@ -42,7 +42,7 @@ def export(out_dir: str, checkpoint: str, to: str) -> int:
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={to!r}: is there already; name a new or an empty folder")
-    params, step = run_dir.load_params(config, checkpoint, one_device())
+    params, step = run_dir.load_params(config, checkpoint, local_mesh())
     tensors = to_tensors(config, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,15 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import device, model
 from jaxgpt.attention import Cache, Place
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.sharding import local_mesh
 from jaxgpt.train_step import cast
 
 CHUNK = 16  # tokens between two looks of the host; a power of two, as block sizes mostly are
 NOTHING = -1  # in place of a token, where a sequence drew none
+CPU_BYTES = 1 << 27  # of weights; larger ones the cores of a CPU had better read together
+WHOLE, ROWS = PartitionSpec(), PartitionSpec("data")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _reached(weights_Bk: jax.Array, chance_B: jax.Array) -> jax.Array:
 
 
 class Sampler:
-    """A model ready to be sampled, on one device.
+    """A model ready to be sampled: several sequences on as many devices as share them evenly.
 
     It compiles once for a number of sequences and a setting of the knobs, and for a bucket of
     lengths: of prompts a power of two, of texts one of at most four. On a CPU
@@ -96,15 +100,14 @@ class Sampler:
         self._graphdef, _, _ = model.split(self.config)
         self._is_stacked = config.scan_layers
         self.drawn = 0  # tokens, by the last call of `generate`
-        self._device = jax.local_devices()[0]
         self._cast = jax.jit(partial(cast, dtype=config.dtype))
         self._widen = jax.jit(partial(cast, dtype=dtype))
         self._pack = jax.jit(partial(model.pack_kernels, self.config))
         size = config.block_size
         self._kept = min(size, size // 2 + 1)  # of a text that has outgrown the block
-        self._fill = jax.jit(self._fill_fn, static_argnums=2)
-        self._decode = jax.jit(self._decode_fn, static_argnums=(3, 4), donate_argnums=1)
-        self._slide = jax.jit(self._slide_fn, static_argnums=3, donate_argnums=1)
+        self._fill, self._decode, self._slide = map(
+            _by_rows, (self._fill_fn, self._decode_fn, self._slide_fn)
+        )
 
     def load(self, params: dict[str, Any]) -> "Sampler":
         """Takes these parameters, in the compute type, from now on.
@@ -112,11 +115,22 @@ class Sampler:
         `row_params` are those that a single sequence is decoded with.
         """
         params = self._cast(model.unstack(params) if self._is_stacked else params)
-        self.params = self.row_params = jax.device_put(params, self._device)
+        self.params = self.row_params = jax.device_put(params, jax.local_devices()[0])
         if self._is_narrow:
             self.params = self._widen(self.params)
             self.row_params = self._pack(self.params)
+        self._copies: dict[Mesh, Any] = {}  # of the parameters, on several devices
         return self
+
+    def _split(self, rows: int) -> tuple[Mesh, Any]:
+        """The devices that share so many sequences, and the parameters on each of them."""
+        most = jax.local_device_count()
+        if device.on_cpu() and sum(p.nbytes for p in jax.tree.leaves(self.params)) > CPU_BYTES:
+            most = 1
+        mesh = local_mesh(next(n for n in range(most, 0, -1) if rows % n == 0))
+        if mesh not in self._copies:
+            self._copies[mesh] = jax.device_put(self.params, NamedSharding(mesh, WHOLE))
+        return mesh, self._copies[mesh]
 
     def generate(
         self,
@@ -172,21 +186,23 @@ class Sampler:
         texts = [text if len(text) <= size else text[-longest:] for text in prompts]
         lengths, left = np.array([len(text) for text in texts]), np.full(len(texts), max_new_tokens)
         is_ready = np.ones(len(texts), bool)
-        carry = jax.device_put(self._begin(prompts, texts, knobs, seed), self._device)
-        carry = self._fill(self.params, carry, self._bucket(lengths))
+        mesh, params = self._split(len(texts))
+        decode_params = self.row_params if len(texts) == 1 else params
+        carry = self._begin(prompts, texts, knobs, seed)
+        carry = jax.device_put(carry, NamedSharding(mesh, ROWS))
+        carry = self._fill((mesh, self._bucket(lengths)), params, carry)
         while (wanted := alive & (left > 0)).any():
             if (wanted & ~is_ready).any():  # some have outgrown their block
                 carry |= {"caches": None}
                 if context == "halve":
                     lengths = np.where(is_ready, lengths, self._kept)
-                    carry = self._fill(self.params, carry, self._bucket(lengths[wanted]))
+                    carry = self._fill((mesh, self._bucket(lengths[wanted])), params, carry)
             if carry["caches"] is None:  # there were some until `exact` outgrew the block
-                carry, drawn = self._slide(self.params, carry, wanted, knobs)
+                carry, drawn = self._slide((mesh, knobs), params, carry, wanted)
                 left, is_ready = left - CHUNK, wanted
             else:  # the last draw of a sequence need not fit into its block any more
-                width = self._width(lengths[wanted])
-                params = self.row_params if len(texts) == 1 else self.params
-                carry, drawn = self._decode(params, carry, wanted, knobs, width)
+                how = mesh, knobs, self._width(lengths[wanted])
+                carry, drawn = self._decode(how, decode_params, carry, wanted)
                 left = left - np.minimum(CHUNK, size + 1 - lengths)
                 is_ready = wanted & (lengths + CHUNK <= size)
                 lengths = np.minimum(lengths + CHUNK, size)
@@ -199,6 +215,7 @@ class Sampler:
         Of that text all but the last token is cached.
         """
         key, rows, seen = jax.random.key(seed), len(prompts), None
+        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
         if knobs.repetition_penalty != 1:
             seen = np.zeros((rows, self.config.padded_vocab), bool)
             for row, prompt in enumerate(prompts):
@@ -207,7 +224,7 @@ class Sampler:
         for row, text in enumerate(texts):
             text_BS[row, : len(text)] = text
         return {
-            "keys_B": jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)),
+            "keys_B": jax.random.key_data(keys_B),  # arrays of keys would be compiled for twice
             "drawn_B": np.zeros(rows, np.int32),
             "seen_BV": seen,
             "text_BS": text_BS,
@@ -311,13 +328,29 @@ class Sampler:
         return state, tokens_nB.T
 
 
+def _by_rows(function: Callable) -> Callable:
+    """Jitted: `((mesh, *options), params, carry, ...)` -> `function(params, carry, ..., *options)`.
+
+    Each device has its own sequences, which are the first axis of all but the parameters.
+    """
+
+    def run(how: tuple, params: dict, *rows: Any):
+        mesh, *options = how
+        local = lambda params, *rows: function(params, *rows, *options)
+        specs = {"in_specs": (WHOLE, *(ROWS for _ in rows)), "out_specs": ROWS}
+        return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, *rows)
+
+    return jax.jit(run, static_argnums=0, donate_argnums=2)
+
+
 def _chances(carry: dict) -> jax.Array:
     """A chunk's random numbers in (0, 1], [n, B]; the n-th draw of a sequence has its n-th key.
 
     All at once: on a CPU, keys are made in a loop, and one in each token's step took a third of it.
     """
     draws_nB = carry["drawn_B"] + jnp.arange(CHUNK)[:, None]
-    keys_nB = jax.vmap(jax.vmap(jax.random.fold_in), (None, 0))(carry["keys_B"], draws_nB)
+    keys_B = jax.random.wrap_key_data(carry["keys_B"])
+    keys_nB = jax.vmap(jax.vmap(jax.random.fold_in), (None, 0))(keys_B, draws_nB)
     return 1 - jax.vmap(jax.vmap(jax.random.uniform))(keys_nB)
 
 

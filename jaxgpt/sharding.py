@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config, UserError
@@ -59,9 +60,10 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
         raise UserError(f"mesh={config.mesh!r}: {str(error).splitlines()[0]}") from error
 
 
-def one_device() -> Mesh:
-    """The mesh of the first device alone."""
-    return _mesh((1, 1, 1), jax.local_devices()[:1])
+def local_mesh(count: int = 1) -> Mesh:
+    """The mesh of this process's first devices, all of them on `data`."""
+    devices = np.array(jax.local_devices()[:count]).reshape(count, 1, 1)
+    return Mesh(devices, AXES, (AxisType.Auto,) * len(AXES))
 
 
 def _mesh(shape: tuple[int, ...], devices: list) -> Mesh:

@@ -201,7 +201,7 @@ def decoding(topology: str, layers: int) -> Program:
         (params, carry, np.ones(1, bool)),
     )
     with optimized():
-        lowered = sampler._decode.lower(params, carry, wanted, knobs, T)
+        lowered = sampler._decode.lower((mesh, knobs, T), params, carry, wanted)
         return Program(plan.compile_absent(lowered, mesh).as_text() or "")
 
 

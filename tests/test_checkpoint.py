@@ -579,7 +579,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 
 def test_parameters_are_loaded_by_name_or_step(run, trained):
-    mesh = sharding.one_device()
+    mesh = sharding.local_mesh()
     wanted = {"params": trained["params"]}
     for name in "best", "latest", "3":
         params, step = run_dir.load_params(run, name, mesh)
@@ -598,7 +598,7 @@ def test_parameters_are_loaded_by_name_or_step(run, trained):
 
 
 def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
-    mesh = sharding.one_device()
+    mesh = sharding.local_mesh()
     message = refusal(run_dir.load_params, run, "5", mesh)
     assert message == f"checkpoint='5': {run.out_dir} has best, latest, 3"
     empty = config.replace(out_dir=str(tmp_path))
@@ -608,4 +608,4 @@ def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
 
 def test_parameters_of_a_newer_format_are_refused(run):
     of_format_2(Path(run.out_dir, "checkpoints", "3"))
-    assert "format 2" in refusal(run_dir.load_params, run, "best", sharding.one_device())
+    assert "format 2" in refusal(run_dir.load_params, run, "best", sharding.local_mesh())

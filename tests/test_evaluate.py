@@ -103,7 +103,7 @@ def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_
 def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, mesh, batch_tokens):
     config, params = case
     config = config.replace(mesh=mesh, attention="xla", gradient_accumulation_steps=1)
-    devices = sharding.make_mesh(config) if mesh else sharding.one_device()
+    devices = sharding.make_mesh(config) if mesh else sharding.local_mesh()
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     texts = [
         (question["ctx"].encode(), b" " + ending.encode())

@@ -53,7 +53,7 @@ def make_run(data_dir, tmp_path):
 
 def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarray]:
     params, _ = run_dir.load_params(
-        run_dir.load_config(config.out_dir), checkpoint, sharding.one_device()
+        run_dir.load_config(config.out_dir), checkpoint, sharding.local_mesh()
     )
     return ref.flatten(jax.device_get(params))
 
@@ -210,7 +210,7 @@ def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed(
 def test_freezing_goes_with_every_mesh(make_run, options, mesh):
     config = make_run("run", mesh=mesh, freeze="embed|attn", weight_decay=0.5, **options)
     train(config, {})
-    mesh = sharding.one_device()
+    mesh = sharding.local_mesh()
     initial = ref.flatten(
         jax.device_get(init_state(run_dir.load_config(config.out_dir), mesh)["params"])
     )

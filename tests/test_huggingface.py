@@ -70,7 +70,7 @@ def config_of(folder: Path, **keys) -> Config:
 
 def load(folder: Path, **keys) -> tuple[Config, dict]:
     config = config_of(folder, **keys)
-    mesh = sharding.make_mesh(config) if config.mesh else sharding.one_device()
+    mesh = sharding.make_mesh(config) if config.mesh else sharding.local_mesh()
     return config, open_weights(str(folder)).load(config, mesh)
 
 
@@ -234,7 +234,7 @@ def write_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **opt
 def test_a_run_that_is_exported_says_the_same(tmp_path, options):
     config = write_run(tmp_path / "run", **options)
     assert export(config.out_dir, "best", str(tmp_path / "out")) == 7
-    params, _ = run_dir.load_params(config, "best", sharding.one_device())
+    params, _ = run_dir.load_params(config, "best", sharding.local_mesh())
     again_config, again = load(tmp_path / "out")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 6))
     before = logits_of(config.replace(dropout=0.0), params, ids)
@@ -625,7 +625,7 @@ def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, ma
     train(config.replace(init_from="resume", max_iters=6), {})
     train(whole, {})
     stopped, at_once = (
-        run_dir.load_params(c, "6", sharding.one_device())[0]
+        run_dir.load_params(c, "6", sharding.local_mesh())[0]
         for c in (run_dir.load_config(config.out_dir), run_dir.load_config(whole.out_dir))
     )
     for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(at_once), strict=True):

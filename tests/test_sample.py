@@ -23,7 +23,7 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.sample import Knobs, Sampler, TextStream, draw, sample_text
-from jaxgpt.sharding import make_mesh, one_device
+from jaxgpt.sharding import local_mesh, make_mesh
 from jaxgpt.train_step import abstract_params
 
 GREEDY = Knobs(temperature=0)
@@ -98,6 +98,7 @@ def logits(monkeypatch) -> list[np.ndarray]:
 
     monkeypatch.setattr(sample, "draw", spy)
     monkeypatch.setattr(sample, "CHUNK", 1)
+    monkeypatch.setattr(sample, "CPU_BYTES", 0)  # one device: of several, nothing has an order
     return kept
 
 
@@ -182,6 +183,18 @@ def test_parameters_spread_over_devices_are_gathered():
         for tree in (params, jax.device_put(params, places))
     )
     assert here == there
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (9, 3), (10, 5), (11, 1), (16, 8)])
+def test_devices_share_sequences_and_change_nothing(rows, devices, monkeypatch):
+    config, params = lively_case(n_layer=1)
+    sampler, prompts = Sampler(config).load(params), random_prompts(*range(1, rows + 1))
+    run = partial(generate, sampler, prompts, max_new_tokens=20)
+    texts = run()
+    assert [mesh.size for mesh in sampler._copies] == [devices]
+    monkeypatch.setattr(sample, "CPU_BYTES", 0)  # now the model counts as large
+    assert run() == texts
+    assert {mesh.size for mesh in sampler._copies} == {devices, 1}
 
 
 def test_an_encoder_cannot_be_sampled():
@@ -467,7 +480,7 @@ def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
     config, params = lively_case(block_size=64, n_layer=1)
     if placed:
         spec = jax.sharding.PartitionSpec()
-        params = jax.device_put(params, jax.sharding.NamedSharding(one_device(), spec))
+        params = jax.device_put(params, jax.sharding.NamedSharding(local_mesh(), spec))
     sampler = Sampler(config).load(params)
     compiled = lambda: [f._cache_size() for f in (sampler._fill, sampler._decode)]
     run = partial(generate, sampler, knobs=knobs)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.sharding import AXES, layout, make_mesh, micro_batches, one_device, sequences
+from jaxgpt.sharding import AXES, layout, local_mesh, make_mesh, micro_batches, sequences
 
 DEVICES = 8  # see conftest.py
 SIZES = st.integers(1, 60)
@@ -79,8 +79,8 @@ def test_the_devices_can_be_named():
     assert list(make_mesh(make_config(mesh="data:2"), devices).devices.flat) == devices[:2]
 
 
-def test_one_device_is_a_mesh_of_one():
-    assert one_device().shape == dict.fromkeys(AXES, 1)
+def test_local_mesh_is_a_mesh_of_one():
+    assert local_mesh().shape == dict.fromkeys(AXES, 1)
 
 
 # (keys, what the message says)
@@ -154,9 +154,9 @@ def test_a_core_of_a_cpu_has_no_more_tokens_at_a_time_than_pays(length, count):
 
 
 @given(SIZES, SIZES)
-def test_on_one_device_micro_batches_are_nanogpts(batch, accumulation):
+def test_on_local_mesh_micro_batches_are_nanogpts(batch, accumulation):
     config = make_config(batch_size=batch, gradient_accumulation_steps=accumulation)
-    assert micro_batches(config, one_device()) == accumulation
+    assert micro_batches(config, local_mesh()) == accumulation
 
 
 @given(SIZES, SIZES, SIZES)

@@ -67,7 +67,7 @@ def state_of(config: Config, step: int) -> dict:
     """Parameters of a checkpoint, and the bytes of its optimizer's arrays."""
     folder = Path(config.out_dir, "checkpoints", str(step))
     config = run_dir.load_config(config.out_dir)
-    params, _ = run_dir.load_params(config, str(step), sharding.one_device())
+    params, _ = run_dir.load_params(config, str(step), sharding.local_mesh())
     assert folder.is_dir()
     return ref.flatten(jax.device_get(params))
 

@@ -121,7 +121,7 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
     assert train(config, {}) == 0
     found = evaluate.evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)
-    params = jax.device_get(run_dir.load_params(config, "latest", sharding.one_device())[0])
+    params = jax.device_get(run_dir.load_params(config, "latest", sharding.local_mesh())[0])
     data = open_dataset(sums / "sums", sums, 8)
     ids = data.val.read(0, len(data.val))
     total = targets = 0

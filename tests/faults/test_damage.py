@@ -102,12 +102,12 @@ def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, ch
     config = run_dir.load_config(run.out_dir)
     before = sorted(Path(run.out_dir).rglob("*"))
     assert run_dir.open_checkpoints(run).best() == 16
-    _, step = run_dir.load_params(config, checkpoint, sharding.one_device())
+    _, step = run_dir.load_params(config, checkpoint, sharding.local_mesh())
     assert step == instead
     assert f"taking step {instead} instead" in capsys.readouterr().err
     assert sorted(Path(run.out_dir).rglob("*")) == before
     with pytest.raises(Damaged):
-        run_dir.load_params(config, str(bad), sharding.one_device())
+        run_dir.load_params(config, str(bad), sharding.local_mesh())
 
 
 def test_a_best_whose_link_was_never_made_is_found(run):

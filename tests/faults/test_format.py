@@ -20,7 +20,7 @@ PACKAGE = Path(checkpoint.__file__).parent
 
 def test_a_checkpoint_of_format_1_loads_for_ever():
     config = run_dir.load_config(str(HERE))
-    params, step = run_dir.load_params(config, "best", sharding.one_device())
+    params, step = run_dir.load_params(config, "best", sharding.local_mesh())
     assert step == 2
     assert run_dir.open_checkpoints(config).meta(2)["format_version"] == 1
     assert sums(params) == pytest.approx(json.loads((HERE / "sums.json").read_text()), rel=1e-9)
@@ -52,7 +52,7 @@ def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
         sign_again(step)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="the shape of params"):
-        run_dir.load_params(config, "2", sharding.one_device())
+        run_dir.load_params(config, "2", sharding.local_mesh())
     unit = 1 if sys.platform == "darwin" else 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     assert grown < 500e6

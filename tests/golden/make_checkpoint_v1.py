@@ -54,7 +54,7 @@ def main() -> None:
         (HERE / name).unlink()
     saved = json.loads((HERE / "config.json").read_text()) | {"out_dir": "out", "data_dir": "data"}
     (HERE / "config.json").write_text(json.dumps(saved, indent=1))
-    params, _ = run_dir.load_params(run_dir.load_config(str(HERE)), "latest", sharding.one_device())
+    params, _ = run_dir.load_params(run_dir.load_config(str(HERE)), "latest", sharding.local_mesh())
     (HERE / "sums.json").write_text(json.dumps(sums(params), indent=1))
 
 
