@@ -202,6 +202,9 @@ class Program:
             if not size:
                 continue
             users = [o for o in body if name in o.operands]
+            while len(users) == 1 and users[0].opcode == "bitcast":
+                name = users[0].name
+                users = [o for o in body if name in o.operands]
             updates = [o for o in users if o.opcode == "dynamic-update-slice"]
             if users and all(o.opcode in SLICES and o.operands[0] == name for o in users):
                 size = min(size, sum(o.bytes for o in users))
