@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from reference import numpy_gpt as ref
 
+from jaxgpt import loss
 from jaxgpt.loss import cross_entropy
 
 IGNORED = -1
@@ -55,3 +56,15 @@ def test_the_sum_is_float32_for_half_width_logits():
     rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)
     want, _ = ref.cross_entropy(rounded, targets)
     assert float(total) == pytest.approx(want * (targets != IGNORED).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("function", [loss.log_sum_exp, loss._in_one_pass])
+@pytest.mark.parametrize("shift", [0, 1e4, -1e4])
+def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(function, shift):
+    """Also as a GPU takes it, in one pass, and with some that are -inf."""
+    x = 10 * np.random.default_rng(0).standard_normal((5, 300)).astype(np.float32) + shift
+    x[1, ::2], x[2, :299], x[3, 1:] = -np.inf, -np.inf, -np.inf
+    wide = x.astype(np.float64)
+    largest = wide.max(-1, keepdims=True)
+    want = np.log(np.exp(wide - largest).sum(-1)) + largest[:, 0]
+    np.testing.assert_allclose(jax.jit(function)(x), want, rtol=1e-6)
