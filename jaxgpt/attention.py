@@ -119,6 +119,8 @@ class Attention(nnx.Module):
         else:
             if cache is not None:
                 cache = cache._replace(past=_write(cache.past, k_BTKH, v_BTKH, 0))
+            is_dropped = drop.rate and c.attention_dropout
+            dropout = Partial(type(drop).__call__, drop, site=WEIGHTS) if is_dropped else None
             o_BTNH = attend(
                 q_BTNH,
                 k_BTKH,
@@ -126,7 +128,7 @@ class Attention(nnx.Module):
                 causal=c.causal and not is_cross,
                 window=window,
                 documents_BT=documents_BT,
-                dropout=Partial(type(drop).__call__, drop, site=WEIGHTS) if drop.rate else None,
+                dropout=dropout,
                 backend=c.attention,
                 scale=scale,
             )
@@ -164,7 +166,7 @@ def _write(into: KeysValues, k_BTKH, v_BTKH, start: int | jax.Array) -> KeysValu
 def _attend_cached(q_B1NH, cache: Cache, place: Place, window: int, scale: float) -> jax.Array:
     """Causal attention of one query a sequence to its past and to the chunk up to itself."""
     (B, _, N, H), (P, S, _), C = q_B1NH.shape, cache.past.k_PSH.shape, cache.chunk.k_PSH.shape[1]
-    wide = jnp.promote_types(q_B1NH.dtype, jnp.float32)
+    wide = _wide(q_B1NH)
     start_P1 = jnp.repeat(place.start_B, P // B)[:, None]
     past_PS = jnp.broadcast_to(jnp.arange(S), (P, S))
     # no position of the past is as late as the chunk's first
@@ -203,8 +205,8 @@ def attend(
     Query head n looks at KV head n // (N // K). `causal` hides keys after the query, `window`
     keys further back than that many (the query's own included; 0 is no bound). A query sees only
     keys with its own number in `documents_BT`, if that is given; not for cudnn.
-    `dropout` acts on the attention weights; for `cpu` it is a pytree, as `jax.tree_util.Partial`
-    makes one, and linear. Scores and softmax are float32 at least.
+    `dropout` acts on the attention weights; it is a pytree, as `jax.tree_util.Partial` makes one,
+    and linear. Scores and softmax are float32 at least.
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
     (_, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
@@ -229,10 +231,9 @@ def attend(
     mask_BTS = attention_mask(jnp.arange(T)[:, None], jnp.arange(S), causal, window)[None]
     if same_BTS is not None:
         mask_BTS &= same_BTS
-    if backend == "cpu" and T == S:
-        k_BSNH, v_BSNH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
-        return _by_hand(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)
-    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout, scale)
+    k_BSNH, v_BSNH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+    run = _on_cpu if backend == "cpu" and T == S else _reference
+    return run(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)
 
 
 def attention_mask(query: jax.Array, key: jax.Array, causal: bool, window: int) -> jax.Array:
@@ -241,39 +242,60 @@ def attention_mask(query: jax.Array, key: jax.Array, causal: bool, window: int) 
     return allowed & (key > query - window) if window else allowed
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, dropout: Callable | None, scale: float):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _reference(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
     """The equations as they stand; every option; the [T, S] weights are held in memory.
 
-    Weights are divided by their sum after they have met the values: [T, H] numbers, not [T, S],
-    forward and backward (Dao et al. 2022).
+    The gradient is by hand, from weights in the values' type: for a GPU XLA then makes one kernel
+    of softmax and dropout, and one of their gradient, and holds nothing else of that size.
     """
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * scale
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
-    sum_BTKG1 = jnp.einsum("BKGTS->BTKG", weights_BKGTS)[..., None]
-    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
-    if dropout is not None:
-        weights_BKGTS = dropout(weights_BKGTS)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=wide)
-    return (o_BTKGH / sum_BTKG1).astype(v_BSKH.dtype).reshape(B, T, N, H)
+    return _reference_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+
+
+def _reference_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    product = partial(jnp.einsum, preferred_element_type=_wide(q_BTNH))
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    return o_BTNH, (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout)
+
+
+def _reference_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
+    q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout = saved
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    d_dropped_BNTS = jnp.einsum("BTNH,BSNH->BNTS", do_BTNH, v_BSNH)
+    d_weights_BNTS = dropout(d_dropped_BNTS) if dropout else d_dropped_BNTS
+    product_BNTS = d_weights_BNTS.astype(_wide(q_BTNH)) * weights_BNTS
+    d_scores_BNTS = product_BNTS - weights_BNTS * product_BNTS.sum(-1, keepdims=True)
+    d_scores_BNTS = d_scores_BNTS.astype(q_BTNH.dtype)
+    dq_BTNH = jnp.einsum("BNTS,BSNH->BTNH", d_scores_BNTS, k_BSNH) * scale
+    dk_BSNH = jnp.einsum("BNTS,BTNH->BSNH", d_scores_BNTS, q_BTNH) * scale
+    dv_BSNH = jnp.einsum("BNTS,BTNH->BSNH", dropped_BNTS, do_BTNH)
+    return dq_BTNH, dk_BSNH, dv_BSNH, None, None
+
+
+_reference.defvjp(_reference_fwd, _reference_bwd)
+
+
+def _wide(x: jax.Array) -> jax.typing.DTypeLike:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _by_hand(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    """`_reference` with a gradient that XLA:CPU runs fast: it lays every operand out once.
+def _on_cpu(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    """`_reference` as XLA:CPU runs it fast, both ways: every operand is laid out once.
 
-    Its library takes products of [.., T, S] by [.., S, H] or by [.., H, S] only, and sums over
+    Weights are divided by their sum after they have met the values: [T, H] numbers, not [T, S].
+    XLA's library takes products of [.., T, S] by [.., S, H] or by [.., H, S] only, and sums over
     the last axis slowly. The gradient is FlashAttention's (Dao et al. 2022, appendix B.4).
     """
-    return _by_hand_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+    return _on_cpu_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
 
 
-def _by_hand_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+def _on_cpu_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    wide = _wide(q_BTNH)
     q_BNTH = jnp.einsum("BTNH->BNTH", q_BTNH.astype(wide) * scale)
     k_BNSH = jnp.einsum("BSNH->BNSH", k_BSNH.astype(wide))
     v_BNHS = jnp.einsum("BSNH->BNHS", v_BSNH.astype(wide))
@@ -287,7 +309,7 @@ def _by_hand_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, sca
     return jnp.einsum("BNHT->BTNH", o_BNHT).astype(q_BTNH.dtype), saved
 
 
-def _by_hand_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
+def _on_cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout = saved
     do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
     do_BNTH, q_BNHT = (jnp.swapaxes(x, 2, 3) for x in (do_BNHT, q_BNTH))
@@ -304,7 +326,7 @@ def _by_hand_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     return *grads, None, None
 
 
-_by_hand.defvjp(_by_hand_fwd, _by_hand_bwd)
+_on_cpu.defvjp(_on_cpu_fwd, _on_cpu_bwd)
 
 
 def _splash(q, k, v, documents=None, *, causal: bool, window: int, scale: float, interpret=False):
@@ -354,7 +376,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     Su et al. 2021, base 10,000, in the half-split form. Angles are float32 at least.
     """
     half = x_BTNH.shape[-1] // 2
-    wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    wide = _wide(x_BTNH)
     angle_BT1H = (positions_BT[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)).astype(
         wide
     )

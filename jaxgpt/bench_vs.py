@@ -110,6 +110,7 @@ def check_comparable(c: Config) -> None:
         "optimizer": "adamw",
         "qkv_bias": True,
         "embed_dropout": True,
+        "attention_dropout": True,
         "decay_all": False,
         "document_mask": False,
         "n_kv_head": c.n_kv_head and c.n_head,

@@ -148,6 +148,8 @@ class Model:
     gives."""
     embed_dropout: bool = True
     """Dropout of embeddings too, as in GPT-2; the lecture has none there."""
+    attention_dropout: bool = True
+    """Dropout of attention weights too, as in GPT-2. Flash kernels of GPUs and TPUs have none."""
     bias: bool = True
     """Biases in linear maps and layer norms. GPT-2 has them; nanoGPT's default is False."""
     qkv_bias: bool = True
@@ -192,6 +194,11 @@ class Model:
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def weights_dropout(self) -> float:
+        """Share of attention weights zeroed."""
+        return self.dropout if self.attention_dropout else 0.0
 
     @property
     def kv_heads(self) -> int:

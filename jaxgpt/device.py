@@ -14,6 +14,10 @@ MAX_RESIDENT = 2**31  # tokens: places on the device are int32
 UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
 CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
 
+NO_DROPOUT = (
+    "has no dropout of attention weights, and dropout={}; --attention_dropout=False goes without"
+)
+
 # Dense bfloat16 FLOP/s of one device, by JAX's name for it (the longest name that fits counts):
 # the makers' data sheets, without sparsity.
 PEAK_FLOPS = {
@@ -133,7 +137,7 @@ def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
         if not failure:
             return best, []
         why_not[best] = f"its trial failed: {failure}"
-    fallback = "reference" if c.dropout else "xla"
+    fallback = "reference" if c.weights_dropout else "xla"
     return fallback, [f"attention: {fallback}, not {best}: {why_not[best]}"]
 
 
@@ -142,8 +146,8 @@ def _why_not_cudnn(c: Config, platform: str) -> str:
         return "needs an NVIDIA GPU"
     if c.dtype != "bfloat16":
         return f"needs dtype=bfloat16, not {c.dtype}"
-    if c.dropout:
-        return f"has no dropout of attention weights, and dropout={c.dropout}"
+    if c.weights_dropout:
+        return NO_DROPOUT.format(c.dropout)
     if c.document_mask:
         return "cannot keep documents apart, and document_mask=True"
     if c.head_width % 8 or c.head_width > 128:
@@ -154,8 +158,8 @@ def _why_not_cudnn(c: Config, platform: str) -> str:
 def _why_not_splash(c: Config, platform: str) -> str:
     if platform != "tpu":
         return "needs a TPU"
-    if c.dropout:
-        return f"has no dropout of attention weights, and dropout={c.dropout}"
+    if c.weights_dropout:
+        return NO_DROPOUT.format(c.dropout)
     if c.block_size % 128:
         return f"needs a block_size that is a multiple of 128, not {c.block_size}"
     return ""

@@ -97,7 +97,7 @@ def to_fields(c: Config) -> dict[str, Any]:
         "n_inner": c.n_inner or None,
         "activation_function": activation,
         "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
-        "attn_pdrop": c.dropout,
+        "attn_pdrop": c.weights_dropout,
         "resid_pdrop": c.dropout,
         "dtype": "float32",
     }

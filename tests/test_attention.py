@@ -89,27 +89,35 @@ def test_half_width_inputs_keep_their_type_and_are_close_to_the_reference(backen
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
 
 
-def test_dropout_acts_on_the_weights_alone():
+def dropping(rate: float) -> Partial:
+    drop = Dropout(rate, jax.random.split(jax.random.key(0), 2))
+    return Partial(Dropout.__call__, drop, site=1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_dropout_acts_on_the_weights_alone(backend):
     """With values of one, the output is the sum of the weights that are left."""
     q, k, _, _ = inputs("float32", length=64)
-    ones = jnp.ones_like(k)
-    keys = jax.random.split(jax.random.key(0), 2)
-    drop = lambda weights: Dropout(0.25, keys)(weights, 0)
-    sums = attend(q, k, ones, causal=False, dropout=drop)[..., 0]
+    how = {"causal": False, "dropout": dropping(0.25), "backend": backend}
+    sums = attend(q, k, jnp.ones_like(k), **how)[..., 0]
     assert np.asarray(sums).std() > 0.01
     assert np.asarray(sums).mean() == pytest.approx(1, abs=0.02)
 
 
-def test_a_gradient_by_hand_drops_what_the_equations_drop():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_gradient_by_hand_drops_what_the_equations_drop(backend):
     q, k, v, weights = inputs("float32", kv_heads=2)
-    drop = Partial(Dropout.__call__, Dropout(0.25, jax.random.split(jax.random.key(0), 2)), site=1)
-    hand, equations = (
-        value_and_grads(
-            lambda *x, b=backend: attend(*x, causal=True, dropout=drop, backend=b), q, k, v, weights
-        )
-        for backend in ("cpu", "reference")
-    )
-    for ours, theirs in zip(hand, equations, strict=True):
+    drop = dropping(0.25)
+
+    def equations(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(8)
+        probabilities = jax.nn.softmax(jnp.where(jnp.tri(9, dtype=bool), scores, -jnp.inf))
+        return jnp.einsum("BNTS,BSNH->BTNH", drop(probabilities), v)
+
+    hand = lambda *x: attend(*x, causal=True, dropout=drop, backend=backend)
+    got, want = (value_and_grads(run, q, k, v, weights) for run in (hand, equations))
+    for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 

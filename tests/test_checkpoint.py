@@ -457,6 +457,7 @@ OTHER = {
     "causal": False,
     "value_residual": True,
     "embed_dropout": False,
+    "attention_dropout": False,
     "qkv_bias": False,
     "head_bias": True,
     "residual": False,

@@ -346,6 +346,7 @@ BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for 
     "document_mask": False,
     "eot_id": -1,
     "embed_dropout": True,
+    "attention_dropout": True,
     "qkv_bias": True,
     "head_bias": False,
     "residual": True,

@@ -52,6 +52,7 @@ BAD = {
     "n_inner": (-1, "a whole number at least 0"),
     "dropout": (1.0, "a number from 0 to 1 exclusive"),
     "embed_dropout": (0.2, "True or False"),
+    "attention_dropout": (1, "True or False"),
     "bias": ("True", "True or False"),
     "qkv_bias": (0, "True or False"),
     "head_bias": (1, "True or False"),

@@ -121,14 +121,18 @@ class Sites(Dropout):
         return x
 
 
+jax.tree_util.register_pytree_node(Sites, lambda drop: ((), drop), lambda drop, _: drop)
+
+
 @pytest.mark.parametrize(
     ("config", "sites"),
     [
         (FULL, {WEIGHTS, MLP}),
         (FULL.replace(out_projection=True), {WEIGHTS, ATTENTION, MLP}),
         (FULL.replace(embed_dropout=True), {WEIGHTS, EMBEDDING, MLP}),
+        (FULL.replace(attention_dropout=False), {MLP}),
     ],
-    ids=["full_script", "with a projection", "with GPT-2's"],
+    ids=["full_script", "with a projection", "with GPT-2's", "flash kernels'"],
 )
 def test_dropout_acts_where_the_script_has_it(config, sites):
     config = config.replace(n_embd=16, block_size=8, vocab_size=11, dtype="float32")

@@ -43,6 +43,7 @@ def test_a_missing_compiler_is_named(name, extra, monkeypatch, capsys):
         ("gpu", {}, "cudnn"),
         ("tpu", {}, "splash"),
         ("gpu", {"dropout": 0.1}, "reference"),
+        ("gpu", {"dropout": 0.1, "attention_dropout": False}, "cudnn"),
         ("gpu", {"dtype": "float32"}, "xla"),
         ("tpu", {"block_size": 100}, "xla"),
     ],
