@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxgpt.config import Model
@@ -21,6 +22,8 @@ INIT_STD = 0.02  # of every matrix and embedding; Radford et al. 2019
 NORM_EPSILON = 1e-5
 CACHED = 1 << 20  # bytes: a smaller kernel may still be in a core's cache at its next use
 PACKED = 1 << 17  # bytes: a smaller kernel is read before a loop over it has begun on both cores
+
+LINEAR = "linear"  # what a linear map gives, for `remat` to know it by
 
 EMBEDDING, WEIGHTS, ATTENTION, MLP = range(4)  # where dropout acts
 
@@ -210,6 +213,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = contract(self.equation, x, in_type(self.kernel[...], x.dtype))
+        y = checkpoint_name(y, LINEAR)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -275,6 +279,8 @@ def _normalize_fwd(is_centered: bool, x: jax.Array, scale_D: jax.Array):
 
 def _normalize_bwd(is_centered: bool, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, mean, over_std, scale_D = saved
+    # else a GPU computes them again in each kernel, and holds arrays of float32 in between
+    mean, over_std = in_memory("cuda", (mean, over_std))
     normal, share_D = (x.astype(dy.dtype) - mean) * over_std, scale_D / x.shape[-1]
     product = dy * normal
     removed = normal * _dot(product, share_D) + (_dot(dy, share_D) if is_centered else 0)
@@ -297,6 +303,12 @@ def _dot(x: jax.Array, y_D: jax.Array) -> jax.Array:
     )
 
 
+def in_memory(platform: str, x: Any) -> Any:
+    """`x`, which on this platform XLA computes once, and not again in every use of it."""
+    held = {platform: jax.lax.optimization_barrier}
+    return jax.lax.platform_dependent(x, default=lambda x: x, **held)
+
+
 def residual_std(c: Model) -> float:
     """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's.
 
@@ -314,6 +326,24 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     if table_VD.dtype == jnp.uint32:  # a tied one is packed as the output map, [S, V]
         return jnp.moveaxis(jnp.concatenate(unpack(table_VD[:, tokens_BT])), 0, -1)
     return _laid_out(table_VD[tokens_BT], PartitionSpec("data", None, "fsdp"))
+
+
+def add_positions(x_BTD: jax.Array, table_TD: jax.Array) -> jax.Array:
+    """The stream with a row of the table added at each position, in every sequence.
+
+    For a GPU XLA lays out what is summed over 32 numbers or more so that they are neighbours. In
+    the table's gradient these would be the sequences: the whole stream would have B innermost,
+    and the norms' sums over D would stride. So it is summed in groups of fewer, G of them.
+    """
+    B, mesh = len(x_BTD), jax.sharding.get_abstract_mesh()
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] if _is_split() else 1
+
+    def by_groups(x_BTD: jax.Array, table_TD: jax.Array) -> jax.Array:
+        G = B // math.gcd(16, B // shards)
+        rows_GTD = jax.lax.optimization_barrier(jnp.broadcast_to(table_TD, (G, *table_TD.shape)))
+        return (x_BTD.reshape(G, -1, *table_TD.shape) + rows_GTD[:, None]).reshape(x_BTD.shape)
+
+    return jax.lax.platform_dependent(x_BTD, table_TD, cuda=by_groups, default=jnp.add)
 
 
 def split_batch(x_BTD: jax.Array) -> jax.Array:

@@ -20,11 +20,13 @@ from jaxgpt.config import Config, Model
 from jaxgpt.layers import (
     EMBEDDING,
     INIT_STD,
+    LINEAR,
     MLP,
     Dropout,
     Linear,
     Norm,
     Table,
+    add_positions,
     contract,
     in_type,
     look_up,
@@ -102,7 +104,7 @@ class Block(nnx.Module):
 
 
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -181,7 +183,10 @@ class GPT(nnx.Module):
         x_BTD = split_batch(look_up(self.embed.kernel[...], tokens_BT).astype(c.dtype))
         if c.position == "learned":
             table_TD = self.pos_embed.kernel[...].astype(c.dtype)
-            x_BTD += table_TD[:length] if place is None else table_TD[positions(length, place)]
+            if place is None:
+                x_BTD = add_positions(x_BTD, table_TD[:length])
+            else:
+                x_BTD += table_TD[positions(length, place)]
         if c.position == "sinusoidal":
             table_BTD = sinusoids(positions(length, place), c.n_embd)
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)

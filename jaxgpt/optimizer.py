@@ -16,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
+from jaxgpt.layers import in_memory
 
 ADAM_EPSILON = 1e-8
 MUON_RMS = 0.2  # of an update's elements, about AdamW's; Liu et al. 2025, "Muon is Scalable"
@@ -88,9 +89,7 @@ def _scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArg
 
     def update(updates, state, params=None, **extra):
         _, state = adam.update(updates, state, params, **extra)
-        state = jax.lax.platform_dependent(
-            state, cpu=jax.lax.optimization_barrier, default=lambda state: state
-        )
+        state = in_memory("cpu", state)
         root = jnp.sqrt(1 - b2**state.count)
         rate = root / (1 - b1**state.count)
         step = lambda m, v: rate * m / (jnp.sqrt(v) + ADAM_EPSILON * root)
