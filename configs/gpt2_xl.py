@@ -1,5 +1,7 @@
 """A GPT of GPT-2 XL's size, 1.5 billion parameters, on OpenWebText.
 
+For GPUs of 80 GB. A TPU wants --scan_layers=True, or it compiles for minutes, and --remat=dots.
+
 Data, schedule and tokens a step are those of gpt2.py; the peak learning rate is lower, as GPT-3's
 table has it for a model of this width (Brown et al. 2020, table 2.1).
 """
@@ -16,8 +18,6 @@ config = config.replace(
     n_embd=1600,
     batch_size=8,
     gradient_accumulation_steps=60,  # 480 sequences, as in gpt2.py
-    scan_layers=True,  # 48 layers compile as one
-    remat="dots",
     learning_rate=2e-4,
     min_lr=2e-5,
     wandb_run_name="gpt2-1.5B",

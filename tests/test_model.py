@@ -92,6 +92,19 @@ def test_scanned_layers_and_recomputation_change_nothing(options, remat):
             np.testing.assert_allclose(grad, ref.flatten(want)[path], atol=1e-5, err_msg=path)
 
 
+def test_recomputation_takes_no_more_products_again_than_it_says():
+    config = make_config(n_layer=1, norm="none")  # a norm's sums are products on a CPU
+    params, tokens, targets = random_case(config)
+
+    def products(remat: str) -> int:
+        run = lambda params: loss_and_grads(config.replace(remat=remat), params, tokens, targets)
+        return (jax.jit(run).lower(params).compile().as_text() or "").count(" dot(")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    assert dots == none + 2  # attention's, which are no linear maps
+    assert full > dots
+
+
 def test_scanned_layers_start_as_the_others_do_and_unstack_undoes_them():
     config = make_config(n_layer=3)
     key = jax.random.key(0)
