@@ -36,10 +36,17 @@ from jaxgpt.layers import (
     torch_uniform,
 )
 
+
+def _light(activation: Callable) -> Callable:
+    """On a GPU its gradient computes again, in one kernel, what XLA would hold in memory."""
+    light = jax.checkpoint(activation)
+    return lambda x: jax.lax.platform_dependent(x, cuda=light, default=activation)
+
+
 ACTIVATIONS = {
     # through erf and not erfc, which XLA:CPU does not vectorise
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": _light(lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))),
+    "gelu_tanh": _light(partial(jax.nn.gelu, approximate=True)),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
 }

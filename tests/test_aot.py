@@ -179,6 +179,13 @@ def test_a_gpus_norms_hold_no_float32_array_of_the_streams_size():
 
 
 @aot
+def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
+    config = load("configs/gpt2.py")["config"].replace(n_layer=1, gradient_accumulation_steps=1)
+    erf, tanh = (absent_step("h100:1", config.replace(mlp=m)) for m in ("gelu", "gelu_tanh"))
+    assert tanh.program.traffic() < 1.001 * erf.program.traffic()
+
+
+@aot
 @pytest.mark.parametrize(("batch", "keys"), [(32, {}), (48, BABY)], ids=["GPT-2", "the baby GPT"])
 def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
     """Of 32 sequences and more XLA would like to have the batch there."""
