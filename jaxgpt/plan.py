@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import device, model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import GPT2_VOCAB
-from jaxgpt.hlo import Program
+from jaxgpt.hlo import Collective, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
@@ -220,9 +220,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     for c in program.collectives():
         count, total = kinds.get(c.kind, (0, 0))
         kinds[c.kind] = count + c.times, total + c.times * c.bytes
-        far = len({member // topology.machine for member in c.group}) > 1
-        rate = topology.chip.network_rate if far else topology.chip.link_rate
-        link_seconds += c.times * c.bytes / (rate * EFFICIENCY["links"])
+        link_seconds += c.times * _seconds_to_send(c, topology)
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Plan(
@@ -239,6 +237,20 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         collectives=kinds,
         link_seconds=link_seconds,
     )
+
+
+def _seconds_to_send(c: Collective, topology: Topology) -> float:
+    """A ring crosses the network once a machine, and each of a machine's members has a port for a
+    ring of its own: so together they send over the network what one of them sends over its links.
+    """
+    chip = topology.chip
+    links = c.bytes / (chip.link_rate * EFFICIENCY["links"])
+    machines = len({member // topology.machine for member in c.group})
+    if machines == 1:
+        return links
+    is_ring = c.kind in ("all-reduce", "all-gather", "reduce-scatter")
+    ports = len(c.group) / machines if is_ring else 1
+    return max(links, c.bytes / (ports * chip.network_rate * EFFICIENCY["links"]))
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt import cli, device, plan, sharding
 from jaxgpt.config import Config, UserError
+from jaxgpt.hlo import Collective
 from jaxgpt.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
 
 TINY = Config(
@@ -76,9 +77,21 @@ def test_a_plan_adds_up(found):
     assert once <= found.collectives["all-reduce"][1] <= 2 * (once + ring * table) * 1.01
     sent = sum(bytes for _, bytes in found.collectives.values())
     rate = CHIPS["h100"].network_rate * EFFICIENCY["links"]  # the groups span the machines
-    assert found.link_seconds == pytest.approx(sent / rate)
+    assert found.link_seconds == pytest.approx(sent / rate / 4)  # by four ports each
     assert found.fits
     assert 0 < found.seconds[0] <= found.seconds[1]
+
+
+def test_rings_use_all_ports_of_a_machine_and_pairs_one():
+    """Of devices 0 to 3 and 4 to 7 in two machines: within one, across both, across by fours."""
+    chip = CHIPS["h100"]
+    link, network = (rate * EFFICIENCY["links"] for rate in (chip.link_rate, chip.network_rate))
+    sends = lambda kind, *group: plan._seconds_to_send(Collective(kind, 1, 10**9, group), HERE)
+    assert sends("all-reduce", 0, 1, 2, 3) == pytest.approx(1e9 / link)
+    assert sends("all-gather", 0, 4) == pytest.approx(1e9 / network)
+    assert sends("reduce-scatter", *range(8)) == pytest.approx(1e9 / (4 * network))
+    assert sends("all-to-all", *range(8)) == pytest.approx(1e9 / network)
+    assert sends("collective-permute", 0, 1) == pytest.approx(1e9 / link)
 
 
 def plan_params():
