@@ -45,7 +45,7 @@ def _light(activation: Callable) -> Callable:
 
 ACTIVATIONS = {
     # through erf and not erfc, which XLA:CPU does not vectorise
-    "gelu": _light(lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))),
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
     "gelu_tanh": _light(partial(jax.nn.gelu, approximate=True)),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
