@@ -365,6 +365,9 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         say(note)
     try:
         plan = fit(config, topology, say) if search else make_plan(config, topology)
+        if not plan.fits and not config.mesh:  # XLA for GPUs compiles it all the same
+            usable = usable_memory(topology.chip)
+            raise DoesNotFitError(f"needs {plan.peak_memory / GIB:.2f} of {usable / GIB:.2f} GiB")
     except DoesNotFitError as error:
         params, opt_state = state_bytes(config, sharding.make_mesh(config, topology.devices))
         say(

@@ -139,14 +139,16 @@ def test_what_is_printed_names_every_part(found):
         assert word in text
 
 
+@pytest.mark.parametrize("stops", [True, False])
 @pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
-def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, monkeypatch):
-    """But not on a mesh that the user asked for."""
+def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, stops, monkeypatch):
+    """But not on a mesh that the user asked for. XLA's compiler may stop, or compile it anyway."""
 
     def make_plan(config, topology):
-        if config.mesh != "fsdp:8":
+        whole = config.mesh != "fsdp:8"
+        if whole and stops:
             raise DoesNotFitError("too much")
-        return types.SimpleNamespace(peak_memory=1, fits=True, config=config)
+        return types.SimpleNamespace(peak_memory=1, fits=not whole, config=config)
 
     said = []
     monkeypatch.setattr(plan, "make_plan", make_plan)
@@ -154,6 +156,6 @@ def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, monkeyp
     monkeypatch.setattr(plan, "resolve", lambda config, chip: (config, []))
     monkeypatch.setattr(plan, "describe", lambda plan: "a table")
     assert plan.run(TINY.replace(mesh=mesh), "here", False, said.append) == fits
-    assert said[0].startswith("does not fit: too much")
-    assert ("a table" in said) == fits
+    assert said[0].startswith("does not fit") or not (stops or fits)
+    assert ("a table" in said) == (fits or not stops)
     assert any("use: --mesh=fsdp:8" in line for line in said) == fits
