@@ -37,16 +37,16 @@ from jaxgpt.layers import (
 )
 
 
-def _light(activation: Callable) -> Callable:
+def _gelu_tanh(x: jax.Array) -> jax.Array:
     """On a GPU its gradient computes again, in one kernel, what XLA would hold in memory."""
-    light = jax.checkpoint(activation)
-    return lambda x: jax.lax.platform_dependent(x, cuda=light, default=activation)
+    gelu = partial(jax.nn.gelu, approximate=True)
+    return jax.lax.platform_dependent(x, cuda=jax.checkpoint(gelu), default=gelu)
 
 
 ACTIVATIONS = {
     # through erf and not erfc, which XLA:CPU does not vectorise
     "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
-    "gelu_tanh": _light(partial(jax.nn.gelu, approximate=True)),
+    "gelu_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
 }

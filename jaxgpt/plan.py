@@ -240,17 +240,16 @@ def make_plan(config: Config, topology: Topology) -> Plan:
 
 
 def _seconds_to_send(c: Collective, topology: Topology) -> float:
-    """A ring crosses the network once a machine, and each of a machine's members has a port for a
-    ring of its own: so together they send over the network what one of them sends over its links.
+    """By the slower of links and network. Of a machine's members each has a port of its own to the
+    network; rings that span machines use all of these, other collectives one a device.
     """
-    chip = topology.chip
-    links = c.bytes / (chip.link_rate * EFFICIENCY["links"])
+    rate = topology.chip.link_rate
     machines = len({member // topology.machine for member in c.group})
-    if machines == 1:
-        return links
-    is_ring = c.kind in ("all-reduce", "all-gather", "reduce-scatter")
-    ports = len(c.group) / machines if is_ring else 1
-    return max(links, c.bytes / (ports * chip.network_rate * EFFICIENCY["links"]))
+    if machines > 1:
+        is_ring = c.kind in ("all-reduce", "all-gather", "reduce-scatter")
+        ports = len(c.group) / machines if is_ring else 1
+        rate = min(rate, ports * topology.chip.network_rate)
+    return c.bytes / (rate * EFFICIENCY["links"])
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:

@@ -139,23 +139,42 @@ def test_what_is_printed_names_every_part(found):
         assert word in text
 
 
-@pytest.mark.parametrize("stops", [True, False])
 @pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
-def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, stops, monkeypatch):
-    """But not on a mesh that the user asked for. XLA's compiler may stop, or compile it anyway."""
+def test_a_state_that_does_not_fit_whole_is_planned_in_parts(mesh, fits, monkeypatch):
+    """But not on a mesh that the user asked for."""
 
     def make_plan(config, topology):
-        whole = config.mesh != "fsdp:8"
-        if whole and stops:
+        if config.mesh != "fsdp:8":
             raise DoesNotFitError("too much")
-        return types.SimpleNamespace(peak_memory=1, fits=not whole, config=config)
+        return types.SimpleNamespace(peak_memory=1, fits=True, config=config)
 
+    result, said = plan_with(make_plan, mesh, monkeypatch)
+    assert result == fits
+    assert said[0].startswith("does not fit: too much")
+    assert ("a table" in said) == fits
+    assert any("use: --mesh=fsdp:8" in line for line in said) == fits
+
+
+@pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
+def test_so_is_one_that_compiles_but_does_not_fit(mesh, fits, monkeypatch):
+    """As for a GPU; on a mesh that the user asked for, its table says so."""
+
+    def make_plan(config, topology):
+        fits = config.mesh == "fsdp:8"
+        return types.SimpleNamespace(peak_memory=70 * 2**30, fits=fits, config=config)
+
+    result, said = plan_with(make_plan, mesh, monkeypatch)
+    assert result == fits
+    assert "a table" in said
+    assert said[0].startswith("does not fit: needs 70.00 of 55.88 GiB") == fits
+    assert any("use: --mesh=fsdp:8" in line for line in said) == fits
+
+
+def plan_with(make_plan, mesh: str, monkeypatch) -> tuple[bool, list[str]]:
+    """What `plan.run` returns, and what it says, with `make_plan` in place of compiling."""
     said = []
     monkeypatch.setattr(plan, "make_plan", make_plan)
     monkeypatch.setattr(plan, "find_topology", lambda name: HERE)
     monkeypatch.setattr(plan, "resolve", lambda config, chip: (config, []))
     monkeypatch.setattr(plan, "describe", lambda plan: "a table")
-    assert plan.run(TINY.replace(mesh=mesh), "here", False, said.append) == fits
-    assert said[0].startswith("does not fit") or not (stops or fits)
-    assert ("a table" in said) == (fits or not stops)
-    assert any("use: --mesh=fsdp:8" in line for line in said) == fits
+    return plan.run(TINY.replace(mesh=mesh), "here", False, said.append), said
