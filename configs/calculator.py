@@ -5,7 +5,7 @@ A quotient is a whole number; what remains is dropped. docs/exercises.md says wh
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 config = load(str(Path(__file__).with_name("adder.py")))["config"]
 config = config.replace(

@@ -6,7 +6,7 @@ table has it for a model of this size (Brown et al. 2020, table 2.1).
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 config = load(str(Path(__file__).with_name("gpt2.py")))["config"]
 config = config.replace(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 config = load(str(Path(__file__).with_name("llama_7b_shape.py")))["config"]
 config = config.replace(
@@ -11,7 +11,7 @@ config = config.replace(
     n_head=64,
     n_kv_head=8,  # grouped heads
     n_embd=8192,
-    n_inner=28_672,
+    mlp_dim=28_672,
     learning_rate=1.5e-4,
     min_lr=1.5e-5,
 )

@@ -38,14 +38,15 @@ alone = config.replace(
     dataset="shakespeare_sonnets",  # 86 thousand characters
     eval_interval=50,
     max_iters=1000,  # sees all of it nine times
-    early_stop=5,  # by then it overfits
+    early_stopping_patience=5,  # by then it overfits
 )
 finetune = alone.replace(learning_rate=5e-4, max_iters=500)
 
 
 def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:
     """Trains to the end, from wherever an earlier call was stopped -> the run directory."""
-    from jaxgpt import run_dir, train
+    from jaxgpt import train
+    from jaxgpt.runtime import run_dir
 
     config = config.replace(out_dir=f"{OUT}/{name}-{seed}", seed=seed, init_from=init_from)
     if run_dir.open_checkpoints(config).latest():
@@ -57,8 +58,8 @@ def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str
 
 def compare(argv: list[str]) -> None:
     """Makes the runs of every seed, and prints the losses of their best checkpoints."""
-    from jaxgpt import device
     from jaxgpt.evaluate import evaluate
+    from jaxgpt.runtime import device
 
     device.start()
     losses: dict[str, list[float]] = {}
@@ -79,6 +80,6 @@ def compare(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from jaxgpt.cli import run as run_command
+    from jaxgpt.cli.commands import run as run_command
 
     run_command(compare)

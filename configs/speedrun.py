@@ -6,7 +6,7 @@ On a CPU its 1,000 steps end at a validation loss of 1.696, the quick start's 2,
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 quick_start = load(str(Path(__file__).with_name("shakespeare.py")))
 winners = {

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 config = load(str(Path(__file__).with_name("shakespeare.py")))["config"]
 config = config.replace(out_dir="out-shakespeare-char")

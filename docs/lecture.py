@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from jaxgpt import model
 from jaxgpt.attention import attention_mask
-from jaxgpt.huggingface import Trained, find
-from jaxgpt.metrics import read_metrics
+from jaxgpt.interop.huggingface import Trained, load_trained
+from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.sample import Sampler, sample_text
 from jaxgpt.sharding import local_mesh
 
@@ -62,9 +62,9 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
 def print_table(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     for stage, rows in runs.items():
         seconds = rows[-1]["time"] - rows[0]["time"]
-        count = model.count_params(find("resume", str(folder / stage), "best").config)
+        count = model.count_params(load_trained("resume", str(folder / stage), "best").config)
         print(
-            f"| {STAGES[stage]} | {count:,} | {rows[-1]['whole_val_loss']:.3f} | {seconds:.0f} s |"
+            f"| {STAGES[stage]} | {count:,} | {rows[-1]['full_val_loss']:.3f} | {seconds:.0f} s |"
         )
 
 
@@ -111,7 +111,7 @@ def attention_weights(found: Trained, layer: int, text: str) -> np.ndarray:
         x, _, _ = block(x)
     block = network.blocks[layer]
     q, k, _ = block.attn.project(block.ln_1(x) if block.is_pre else x)
-    width = c.n_embd if c.score_scale == "embedding" else c.head_width
+    width = c.n_embd if c.score_scale == "embedding" else c.head_dim
     scores_NTS = jnp.einsum("TNH,SNH->NTS", q[0], k[0]) * width**-0.5
     may_look = attention_mask(len(text), len(text), causal=True, window=0)
     return np.asarray(jax.nn.softmax(jnp.where(may_look, scores_NTS, -jnp.inf)))
@@ -169,7 +169,7 @@ def main(folder: str = "out/lecture", pictures: str = "docs/pictures") -> None:
     there, to = Path(folder), Path(pictures)
     to.mkdir(parents=True, exist_ok=True)
     runs = {stage: read_metrics(there / stage / "metrics.jsonl") for stage in STAGES}
-    found = {stage: find("resume", str(there / stage), "best") for stage in STAGES}
+    found = {stage: load_trained("resume", str(there / stage), "best") for stage in STAGES}
     draw_losses(runs, to / "losses.png")
     draw_masks(to / "masks.png")
     draw_attention(found, to / "attention.png")

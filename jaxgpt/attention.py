@@ -67,7 +67,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, c: Config, *, cross: bool = False, rngs: nnx.Rngs):
-        D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_width
+        D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_dim
         linear = partial(Linear, init=c.init, rngs=rngs)
         qkv_linear = partial(linear, bias=c.bias and c.qkv_bias)
         self.is_fused = K == N and not cross
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         """-> the branch [B, T, D], the first layer's values, and the cache with these T in it.
 
         `source_BSD` is the other sequence of a `cross` module: every query sees all of it, at no
-        position, so neither `causal`, `attention_window` nor rotation applies.
+        position, so neither `causal`, `sliding_window` nor rotation applies.
         """
         c, is_cross = self.config, source_BSD is not None
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, source_BSD)
@@ -111,8 +111,8 @@ class Attention(nnx.Module):
             v_first = v_BTKH if v_first is None else jnp.where(layer == 0, v_BTKH, v_first)
             mix = self.value_mix[...].astype(v_BTKH.dtype)
             v_BTKH = (1 - mix) * v_BTKH + mix * v_first
-        scale = c.n_embd**-0.5 if c.score_scale == "embedding" else c.head_width**-0.5
-        window = 0 if is_cross else c.attention_window
+        scale = c.n_embd**-0.5 if c.score_scale == "embedding" else c.head_dim**-0.5
+        window = 0 if is_cross else c.sliding_window
         if cache is not None and place is not None:
             cache = cache._replace(chunk=_write(cache.chunk, k_BTKH, v_BTKH, place.step))
             o_BTNH = _attend_cached(q_BTNH, cache, place, window, scale)

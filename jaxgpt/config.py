@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 @dataclass(frozen=True)
-class Number:
+class Range:
     """The numbers a key may take: from `low` to `high`, which may itself be left out."""
 
     low: float = -math.inf
@@ -38,7 +38,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Text:
+class Pattern:
     """The strings a key may take: those that match `pattern` as a whole, as `means` puts it."""
 
     pattern: str
@@ -51,46 +51,46 @@ class Text:
         return self.means
 
 
-Count = Annotated[int, Number(1)]
-CountOrOff = Annotated[int, Number(0)]
-Size = Annotated[float, Number(0)]
-Share = Annotated[float, Number(0, 1, below_high=True)]
-Seed = Annotated[int, Number(0, 2**32 - 1)]  # JAX would take it modulo 2**32
-Folder = Annotated[str, Text(r"[^\0]+", "a folder")]
-Source = Annotated[str, Text(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
-Name = Annotated[str, Text(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1, below_high=True)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX would take it modulo 2**32
+NonEmptyStr = Annotated[str, Pattern(r"[^\0]+", "a folder")]
+InitFrom = Annotated[str, Pattern(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
+Name = Annotated[str, Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunConfig:
     """Where a run lives, how long it goes on, and what it says on the way."""
 
-    out_dir: Folder = "out"
+    out_dir: NonEmptyStr = "out"
     """The run directory: config, metrics, picture, log and checkpoints."""
-    init_from: Source = "scratch"
+    init_from: InitFrom = "scratch"
     """`resume` goes on from the newest checkpoint; `auto` does if there is one. Else the weights
     to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of a GPT-2 or of a run."""
     overwrite: bool = False
     """Let `scratch` delete the run that `out_dir` holds."""
-    max_iters: CountOrOff = 600_000
+    max_iters: NonNegativeInt = 600_000
     """Optimizer steps in all."""
-    eval_interval: Count = 2000
+    eval_interval: PositiveInt = 2000
     """Steps between evaluations; each one also redraws the picture and may save."""
-    eval_iters: CountOrOff = 200
+    eval_iters: NonNegativeInt = 200
     """Random batches an evaluation takes from each split; 0 takes the whole splits instead."""
     eval_only: bool = False
     """Evaluate once and stop."""
-    log_interval: Count = 1
+    log_interval: PositiveInt = 1
     """Steps between lines of the log."""
-    sample_every: CountOrOff = 0
+    sample_every: NonNegativeInt = 0
     """Evaluations between short samples in the log; 0 is none."""
     always_save_checkpoint: bool = True
     """Save at every evaluation; False saves only where the validation loss improves."""
-    early_stop: CountOrOff = 0
+    early_stopping_patience: NonNegativeInt = 0
     """Evaluations in a row without a lower validation loss that end the run; 0 is none."""
-    save_interval: CountOrOff = 0
+    save_interval: NonNegativeInt = 0
     """Steps between further saves, apart from evaluations; 0 is none."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept on disk, beside the best one."""
     seed: Seed = 1337
     """Decides initial weights, order of the data and dropout."""
@@ -98,53 +98,53 @@ class Run:
     """Also write TensorBoard files (needs the extra `log`)."""
     wandb_log: bool = False
     """Also log to Weights & Biases, offline too (needs the extra `log`)."""
-    wandb_project: Folder = "jaxgpt"
+    wandb_project: NonEmptyStr = "jaxgpt"
     """Project name at Weights & Biases."""
     wandb_run_name: str = ""
     """Run name at Weights & Biases; empty is the name of `out_dir`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """Which tokens, and how many of them a step sees."""
 
     dataset: Name = "openwebtext"
     """Folder in `data_dir` with token files; a known corpus is prepared on first use. `adder` and
     `calculator` are problems of arithmetic, made as they are needed."""
-    data_dir: Folder = "data"
+    data_dir: NonEmptyStr = "data"
     """Where datasets live. nanoGPT's own `data` folder can be named here."""
-    digits: Annotated[int, Number(1, 9)] = 3
+    digits: Annotated[int, Range(1, 9)] = 3
     """Digits of the numbers that `dataset=adder` and `dataset=calculator` reckon with, at most."""
-    batch_size: Count = 12
+    batch_size: PositiveInt = 12
     """Sequences in a micro-batch."""
-    gradient_accumulation_steps: Count = 40
+    gradient_accumulation_steps: PositiveInt = 40
     """Micro-batches in a step, over all devices together."""
-    batch_tokens: CountOrOff = 0
-    """Tokens a step, instead of `gradient_accumulation_steps`; 0 leaves that key in charge."""
-    tokens_on_device: Literal["auto", "always", "never"] = "auto"
+    batch_tokens: NonNegativeInt = 0
+    """TokenSplit a step, instead of `gradient_accumulation_steps`; 0 leaves that key in charge."""
+    data_on_device: Literal["auto", "always", "never"] = "auto"
     """Hold the token files in device memory; `auto` does while they are small beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """The network. The defaults are GPT-2 124M's."""
 
-    vocab_size: CountOrOff = 0
+    vocab_size: NonNegativeInt = 0
     """Token ids; 0 is as many as the dataset has. Rows are padded to a multiple of 128."""
-    block_size: Count = 1024
-    """Tokens of context."""
-    n_layer: CountOrOff = 12
+    block_size: PositiveInt = 1024
+    """TokenSplit of context."""
+    n_layer: NonNegativeInt = 12
     """Transformer blocks; 0 is a bigram model."""
-    n_head: Count = 12
+    n_head: PositiveInt = 12
     """Query heads; their width is n_embd / n_head."""
-    n_kv_head: CountOrOff = 0
+    n_kv_head: NonNegativeInt = 0
     """Key and value heads, shared by groups of query heads; 0 is as many as n_head."""
-    n_embd: Count = 768
+    n_embd: PositiveInt = 768
     """Width of the residual stream."""
-    n_inner: CountOrOff = 0
+    mlp_dim: NonNegativeInt = 0
     """Width inside the MLP; 0 is 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)."""
-    dropout: Share = 0.0
-    """Share of activations zeroed: embeddings, attention weights, and what a branch's last map
+    dropout: Fraction = 0.0
+    """Fraction of activations zeroed: embeddings, attention weights, and what a branch's last map
     gives."""
     embed_dropout: bool = True
     """Dropout of embeddings too, as in GPT-2; the lecture has none there."""
@@ -176,9 +176,9 @@ class Model:
     """Use the token embedding as the output map too."""
     qk_norm: bool = False
     """RMS-normalise queries and keys, with a learned gain."""
-    logit_softcap: Size = 0.0
+    logit_softcap: NonNegativeFloat = 0.0
     """Bound logits to c tanh(logits / c); 0 is no bound."""
-    attention_window: CountOrOff = 0
+    sliding_window: NonNegativeInt = 0
     """Keys a query sees at most, itself included; 0 is all before it."""
     causal: bool = True
     """Hide the future. False is an encoder, which cannot be sampled."""
@@ -186,18 +186,18 @@ class Model:
     """Mix the first layer's values into every layer's by a learned share."""
     document_mask: bool = False
     """In training and evaluation, hide from each document those before it in its window."""
-    eot_id: Annotated[int, Number(-1)] = -1
+    eot_id: Annotated[int, Range(-1)] = -1
     """Where document_mask lets a document begin; -1 is the end-of-text of the dataset."""
     zero_init_projections: bool = False
     """Begin with each branch's last map at zero, so that a block first passes on what it gets."""
 
     @property
-    def head_width(self) -> int:
+    def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def weights_dropout(self) -> float:
-        """Share of attention weights zeroed."""
+    def attention_dropout_rate(self) -> float:
+        """Fraction of attention weights zeroed."""
         return self.dropout if self.attention_dropout else 0.0
 
     @property
@@ -205,58 +205,58 @@ class Model:
         return self.n_kv_head or self.n_head
 
     @property
-    def inner_width(self) -> int:
-        """`n_inner`, or its default for the kind of MLP."""
+    def mlp_hidden_dim(self) -> int:
+        """`mlp_dim`, or its default for the kind of MLP."""
         default = 4 * self.n_embd if self.mlp != "swiglu" else -(-8 * self.n_embd // 3 // 64) * 64
-        return self.n_inner or default
+        return self.mlp_dim or default
 
     @property
-    def padded_vocab(self) -> int:
+    def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` up to a multiple of 128, the width of a TPU lane."""
         return -(-self.vocab_size // 128) * 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerConfig:
     """The optimizer and its schedule."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the updates of the blocks' matrices; AdamW keeps all else. Both share
     the learning rate and the decay; Muon's momentum is 0.95."""
-    learning_rate: Size = 6e-4
+    learning_rate: NonNegativeFloat = 6e-4
     """Peak learning rate."""
     decay_lr: bool = True
     """Linear warm-up, then decay to `min_lr`; False holds `learning_rate` from the first step."""
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
     """How it decays: along a cosine, or not until the last steps and then along a line (wsd)."""
-    decay_share: Annotated[float, Number(0, 1)] = 0.2
-    """Share of all steps over which wsd decays."""
-    warmup_iters: CountOrOff = 2000
+    decay_fraction: Annotated[float, Range(0, 1)] = 0.2
+    """Fraction of all steps over which wsd decays."""
+    warmup_iters: NonNegativeInt = 2000
     """Steps of warm-up."""
-    lr_decay_iters: CountOrOff = 0
+    lr_decay_iters: NonNegativeInt = 0
     """Step at which the learning rate reaches `min_lr`; 0 is `max_iters`."""
-    min_lr: Size = 6e-5
+    min_lr: NonNegativeFloat = 6e-5
     """Learning rate at the end of the decay."""
-    weight_decay: Size = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices and embeddings."""
     decay_all: bool = False
     """Decay biases and norms too, as PyTorch's AdamW does unless told which."""
-    beta1: Share = 0.9
+    beta1: Fraction = 0.9
     """Memory of the gradient's mean."""
-    beta2: Share = 0.95
+    beta2: Fraction = 0.95
     """Memory of the gradient's square."""
-    grad_clip: Size = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 is no bound."""
     freeze: str = ""
     """Hold parameters in whose path this regular expression is found, as embed|blocks/[0-3]/ is;
     empty is none. A path is like blocks/0/attn/qkv/kernel."""
-    skip_nonfinite: CountOrOff = 0
+    max_nonfinite_steps: NonNegativeInt = 0
     """Steps in a row that may be skipped since their loss or gradient is not finite; one more, or
     with 0 the first, ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     """What runs it, and how. Nothing here changes what is computed beyond rounding."""
 
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
@@ -265,7 +265,7 @@ class Parallel:
     """Without an accelerator, run the config file's `on_cpu` variant if it has one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute type; weights and statistics stay float32. `auto`: bfloat16, but float32 on a CPU."""
-    mesh: Annotated[str, Text(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
+    mesh: Annotated[str, Pattern(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
     """Devices by axis (data, fsdp, tensor), as in data:2,fsdp:4; empty is all of them on data."""
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest one that the device and the model allow."""
@@ -273,22 +273,22 @@ class Parallel:
     """What to recompute in the backward pass to save memory: nothing, all but matmuls, all."""
     scan_layers: bool = False
     """Compile one block and loop over it: quicker to compile, often slower to run."""
-    coordinator: Annotated[str, Text(r"([^:\s]+:\d+)?", "host:port")] = ""
+    coordinator: Annotated[str, Pattern(r"([^:\s]+:\d+)?", "host:port")] = ""
     """Address of the first of several processes; Slurm, Open MPI 4 and TPU pods need none."""
-    num_processes: CountOrOff = 0
+    num_processes: NonNegativeInt = 0
     """How many processes take part, where `coordinator` is given."""
-    process_id: Annotated[int, Number(-1)] = -1
+    process_id: Annotated[int, Range(-1)] = -1
     """Which of them this one is, from 0, where `coordinator` is given."""
-    steps_per_dispatch: CountOrOff = 0
+    steps_per_call: NonNegativeInt = 0
     """Steps handed to the device in one call; 0 is 10 where that is quick and its tokens are on the
     device, else 1."""
 
 
-GROUPS = (Run, Data, Model, Optimizer, Parallel)
+GROUPS = (RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Run, Data, Model, Optimizer, Parallel):
+class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig):
     """A whole run. Raises `UserError`, naming key, value and what is allowed, when it cannot be."""
 
     def __post_init__(self):
@@ -324,7 +324,7 @@ def check(keys: Any) -> None:
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """`value`, if the annotation `hint` allows it; a whole number passes as a float."""
     kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
-    rules: list[Any] = [note for note in notes if isinstance(note, Number | Text)]
+    rules: list[Any] = [note for note in notes if isinstance(note, Range | Pattern)]
     if typing.get_origin(kind) is tuple:
         return value
     if typing.get_origin(kind) is Literal:
@@ -358,12 +358,12 @@ def _check_together(c: Config) -> None:
         f"n_kv_head={c.n_kv_head}: must divide n_head={heads}",
     )
     need(
-        c.position != "rope" or c.head_width % 2 == 0,
-        f"position='rope': needs an even head width, and n_embd / n_head is {c.head_width}",
+        c.position != "rope" or c.head_dim % 2 == 0,
+        f"position='rope': needs an even head width, and n_embd / n_head is {c.head_dim}",
     )
     need(
-        c.causal or not c.attention_window,
-        f"attention_window={c.attention_window}: needs causal=True",
+        c.causal or not c.sliding_window,
+        f"sliding_window={c.sliding_window}: needs causal=True",
     )
     need(
         c.init == "gpt2" or not c.zero_init_projections,

@@ -14,18 +14,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, huggingface, model, sharding
+from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.data.tasks import Arithmetic, HeldOut, Problems
+from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
 from jaxgpt.data.text import Download
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.data.tokens import Tokens
+from jaxgpt.data.tokens import TokenSplit
+from jaxgpt.interop import huggingface
 from jaxgpt.loss import cross_entropy
-from jaxgpt.sample import NOTHING, Knobs, Sampler
+from jaxgpt.runtime import device
+from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.sharding import BATCH
-from jaxgpt.train_step import cast, inputs_and_targets, make_eval_step
+from jaxgpt.train_step import cast_params, inputs_and_targets, make_eval_step
 
 DISPATCH = 20  # batches handed to the device in one call
 PIECE = 1 << 20  # tokens decoded in one piece
@@ -52,11 +54,11 @@ def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[di
     """`count` batches that are a pure function of the training step they are drawn at."""
     first = step * count
     for done in range(0, count, DISPATCH):
-        yield batches.take(first + done), min(DISPATCH, count - done)
+        yield batches.get(first + done), min(DISPATCH, count - done)
 
 
-def whole_split(
-    tokens: Tokens, mesh: Mesh, sequences: int, block_size: int
+def full_split(
+    tokens: TokenSplit, mesh: Mesh, sequences: int, block_size: int
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """Batches in which every token of a split but the first is a target exactly once.
 
@@ -103,14 +105,14 @@ def evaluate(
         )
     devices = sharding.make_mesh(config.replace(mesh=mesh))
     params, step = load(devices)
-    resolved, _ = device.resolve(config.replace(dropout=0.0))
-    sequences = sharding.sequences(config) // sharding.micro_batches(config, devices)
-    batches = whole_split(data.val, devices, sequences, config.block_size)
+    resolved, _ = device.resolve_auto(config.replace(dropout=0.0))
+    sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, devices)
+    batches = full_split(data.val, devices, sequences, config.block_size)
     loss = mean_loss(make_eval_step(resolved, devices), params, batches)
     found = _whose(init_from, step) | {"val_tokens": len(data.val), "val_loss": loss}
     found["perplexity"] = math.exp(loss)
-    if isinstance(data.val, HeldOut):
-        return found | exactness(Sampler(resolved).load(params), data.val.task)
+    if isinstance(data.val, ValProblems):
+        return found | accuracy(Sampler(resolved).load(params), data.val.task)
     if data.tokenizer:
         targets, size = count_bytes(data.val, data.tokenizer)
         found["bits_per_byte"] = loss / math.log(2) * targets / size
@@ -118,7 +120,7 @@ def evaluate(
 
 
 def _find(out_dir: str, checkpoint: str, data_dir: str, init_from: str) -> huggingface.Trained:
-    trained = huggingface.find(init_from, out_dir, checkpoint, data_dir)
+    trained = huggingface.load_trained(init_from, out_dir, checkpoint, data_dir)
     if init_from == "resume":
         return trained
     sizes = {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
@@ -129,7 +131,7 @@ def _whose(init_from: str, step: int | None) -> dict[str, Any]:
     return {"weights": init_from} if step is None else {"step": step}
 
 
-def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
+def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
     """Targets of a split, and the bytes of UTF-8 that they stand for.
 
     Every token but the first is one, unless it is masked.
@@ -145,7 +147,7 @@ def count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
 # ---- Arithmetic ------------------------------------------------------------------------------
 
 
-def exactness(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
+def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     """The share of the held-out problems whose greedy answer is right to the last digit, in all,
     and by operation and length of the longer number; and some of the wrong answers.
     """
@@ -172,10 +174,10 @@ def answer(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray
     rows = task.windows(problems, task.longest)
     prompts = [~row[: (row >= 0).argmax()] for row in rows]
     chunks = sampler.generate(
-        prompts, max_new_tokens=task.longest_answer, knobs=Knobs(temperature=0)
+        prompts, max_new_tokens=task.longest_answer, knobs=SamplingParams(temperature=0)
     )
     said = np.concatenate(list(chunks), axis=1)[:, : task.longest_answer]
-    return np.where(said == NOTHING, 0, said)
+    return np.where(said == NO_TOKEN, 0, said)
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------
@@ -214,8 +216,8 @@ def hellaswag(
             windows.append(np.concatenate([context, ids])[-config.block_size - 1 :])
     devices = sharding.make_mesh(config.replace(mesh=mesh))
     params, step = load(devices)
-    resolved, _ = device.resolve(config.replace(dropout=0.0, attention="xla"))  # any length
-    sums, counts = row_losses(resolved, devices, params, windows)
+    resolved, _ = device.resolve_auto(config.replace(dropout=0.0, attention="xla"))  # any length
+    sums, counts = sequence_losses(resolved, devices, params, windows)
     means, first = sums / np.maximum(counts, 1), 0
     right = {"acc": 0, "acc_norm": 0}
     for question in questions:
@@ -247,7 +249,7 @@ def read_questions(file: Path) -> list[Question]:
     return questions
 
 
-def row_losses(
+def sequence_losses(
     config: Config, mesh: Mesh, params: dict[str, Any], windows: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every window, in nats: the summed loss of its targets, and how many targets it has.
@@ -259,11 +261,14 @@ def row_losses(
     place = NamedSharding(mesh, PartitionSpec(BATCH))
 
     def losses(params: dict, windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        network = nnx.merge(graphdef, cast(params, config.dtype))
+        network = nnx.merge(graphdef, cast_params(params, config.dtype))
         inputs_BT, targets_BT = inputs_and_targets(windows_BT)
         return jax.vmap(cross_entropy)(network(inputs_BT), targets_BT)
 
-    step, shares = jax.jit(sharding.on_mesh(mesh, losses)), mesh.shape["data"] * mesh.shape["fsdp"]
+    step, shares = (
+        jax.jit(sharding.with_mesh(mesh, losses)),
+        mesh.shape["data"] * mesh.shape["fsdp"],
+    )
     order = sorted(range(len(windows)), key=lambda row: len(windows[row]))
     launched = []
     while order:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxgpt.config import Model
+from jaxgpt.config import ModelConfig
 
 INIT_STD = 0.02  # of every matrix and embedding; Radford et al. 2019
 NORM_EPSILON = 1e-5
@@ -245,7 +245,7 @@ class Norm(nnx.Module):
     Statistics are float32 at least, whatever the type of the input.
     """
 
-    def __init__(self, c: Model, width: int, axes: str = "D", *, kind: str = ""):
+    def __init__(self, c: ModelConfig, width: int, axes: str = "D", *, kind: str = ""):
         self.kind = kind or c.norm
         has_bias = c.bias and self.kind == "layernorm"
         if self.kind == "none":
@@ -313,7 +313,7 @@ def in_memory(platform: str, x: Any) -> Any:
     return jax.lax.platform_dependent(x, default=lambda x: x, **held)
 
 
-def residual_std(c: Model) -> float:
+def residual_std(c: ModelConfig) -> float:
     """Scaled so that the sum of all 2L branches starts with the deviation of one; GPT-2's.
 
     Or zero: Zhang et al. 2019, "Fixup", for residual branches in general.

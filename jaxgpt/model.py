@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgpt.attention import Attention, Cache, KeysValues, Place, positions
-from jaxgpt.config import Config, Model
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.layers import (
     EMBEDDING,
     INIT_STD,
@@ -56,8 +56,12 @@ OUTPUT_MAP = "BTD,VD->BTV"
 class Mlp(nnx.Module):
     """Up, non-linearity, down; swiglu gates instead (Shazeer 2020)."""
 
-    def __init__(self, c: Model, *, rngs: nnx.Rngs):
-        linear, D, F = partial(Linear, bias=c.bias, init=c.init, rngs=rngs), c.n_embd, c.inner_width
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        linear, D, F = (
+            partial(Linear, bias=c.bias, init=c.init, rngs=rngs),
+            c.n_embd,
+            c.mlp_hidden_dim,
+        )
         self.kind = c.mlp
         if c.mlp == "swiglu":
             self.up = linear("BTD,DCF->BTCF", D, 2, F)
@@ -125,7 +129,7 @@ class GPT(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
-        V, D = c.padded_vocab, c.n_embd
+        V, D = c.padded_vocab_size, c.n_embd
         std = 1.0 if c.init == "torch" else INIT_STD
         self.embed = Table("VD", V, D, rngs=rngs, std=std)
         if c.position == "learned":
@@ -182,7 +186,7 @@ class GPT(nnx.Module):
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         if cap := self.config.logit_softcap:  # Gemma team 2024
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        is_token_V = jnp.arange(self.config.padded_vocab) < self.config.vocab_size
+        is_token_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(is_token_V, logits_BTV, -jnp.inf)
 
     def _embed(self, tokens_BT: jax.Array, place: Place | None) -> jax.Array:
@@ -203,7 +207,7 @@ class GPT(nnx.Module):
         c = self.config
         graphdef, stacked = nnx.split(self.blocks)
         B, T, _ = x_BTD.shape
-        v_first = jnp.zeros((B, T, c.kv_heads, c.head_width), x_BTD.dtype)
+        v_first = jnp.zeros((B, T, c.kv_heads, c.head_dim), x_BTD.dtype)
 
         def step(carry, layer_params):
             layer, params = layer_params
@@ -283,7 +287,7 @@ def init_caches(config: Config, batch: int, chunk: int) -> list[Cache]:
     c = config
 
     def empty(length: int) -> KeysValues:
-        zeros_PSH = jnp.zeros((batch * c.kv_heads, length, c.head_width), c.dtype)
+        zeros_PSH = jnp.zeros((batch * c.kv_heads, length, c.head_dim), c.dtype)
         return KeysValues(zeros_PSH, zeros_PSH)
 
     return [Cache(empty(c.block_size + chunk), empty(chunk)) for _ in range(c.n_layer)]
@@ -294,7 +298,7 @@ def count_params(config: Config) -> int:
     _, shapes, _ = split(config.replace(scan_layers=False))
     total = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes))
     rows = (1 if config.tie_embeddings else 2) * config.n_embd + config.head_bias
-    padding = (config.padded_vocab - config.vocab_size) * rows
+    padding = (config.padded_vocab_size - config.vocab_size) * rows
     positions = math.prod(shapes["pos_embed"]["kernel"].shape) if "pos_embed" in shapes else 0
     return total - positions - padding
 

@@ -26,7 +26,7 @@ def schedule(config: Config) -> optax.Schedule:
     """Learning rate by step, from 0: linear warm-up, decay to `min_lr`, then flat.
 
     The cosine is nanoGPT's. `wsd` (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") holds
-    `learning_rate` until the last `decay_share` of the steps, and decays there along a line.
+    `learning_rate` until the last `decay_fraction` of the steps, and decays there along a line.
     The warm-up's first step is already above zero: learning_rate / (warmup_iters + 1).
     """
     c = config
@@ -39,7 +39,7 @@ def schedule(config: Config) -> optax.Schedule:
         step = jnp.asarray(step)
         warm = c.learning_rate * (step + 1) / (c.warmup_iters + 1)
         if c.lr_schedule == "wsd":
-            length = max(1, min(c.decay_share * end, after_warmup))
+            length = max(1, min(c.decay_fraction * end, after_warmup))
             left = jnp.clip((end - step) / length, 0, 1)
         else:
             progress = jnp.clip((step - c.warmup_iters) / after_warmup, 0, 1)

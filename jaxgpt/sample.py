@@ -17,21 +17,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, model
+from jaxgpt import model
 from jaxgpt.attention import Cache, Place
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.runtime import device
 from jaxgpt.sharding import local_mesh
-from jaxgpt.train_step import cast
+from jaxgpt.train_step import cast_params
 
 CHUNK = 16  # tokens between two looks of the host; a power of two, as block sizes mostly are
-NOTHING = -1  # in place of a token, where a sequence drew none
+NO_TOKEN = -1  # in place of a token, where a sequence drew none
 CPU_BYTES = 1 << 27  # of weights; larger ones the cores of a CPU had better read together
 WHOLE, ROWS = PartitionSpec(), PartitionSpec("data")
 
 
 @dataclass(frozen=True)
-class Knobs:
+class SamplingParams:
     """How a token is drawn from the logits; each knob at its default does nothing."""
 
     temperature: float = 1.0
@@ -46,7 +47,9 @@ class Knobs:
     """Divide the odds of tokens that were there before (Keskar et al. 2019)."""
 
 
-def draw(logits_BV: jax.Array, chance_B: jax.Array, knobs: Knobs, seen_BV: jax.Array | None):
+def sample_token(
+    logits_BV: jax.Array, chance_B: jax.Array, knobs: SamplingParams, seen_BV: jax.Array | None
+):
     """One token id a sequence, int32 [B], by a number in (0, 1]: where the sum of probabilities
     reaches it. Padded ids have logits of -inf and are never drawn.
     """
@@ -94,14 +97,14 @@ class Sampler:
     def __init__(self, config: Config):
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled")
-        self._is_narrow = config.dtype == "bfloat16" and device.on_cpu()
+        self._is_narrow = config.dtype == "bfloat16" and device.is_cpu()
         dtype = "float32" if self._is_narrow else config.dtype
         self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
         self._graphdef, _, _ = model.split(self.config)
         self._is_stacked = config.scan_layers
-        self.drawn = 0  # tokens, by the last call of `generate`
-        self._cast = jax.jit(partial(cast, dtype=config.dtype))
-        self._widen = jax.jit(partial(cast, dtype=dtype))
+        self.num_generated = 0  # tokens, by the last call of `generate`
+        self._cast = jax.jit(partial(cast_params, dtype=config.dtype))
+        self._widen = jax.jit(partial(cast_params, dtype=dtype))
         self._pack = jax.jit(partial(model.pack_kernels, self.config))
         size = config.block_size
         self._kept = min(size, size // 2 + 1)  # of a text that has outgrown the block
@@ -125,7 +128,7 @@ class Sampler:
     def _split(self, rows: int) -> tuple[Mesh, Any]:
         """The devices that share so many sequences, and the parameters on each of them."""
         most = jax.local_device_count()
-        if device.on_cpu() and sum(p.nbytes for p in jax.tree.leaves(self.params)) > CPU_BYTES:
+        if device.is_cpu() and sum(p.nbytes for p in jax.tree.leaves(self.params)) > CPU_BYTES:
             most = 1
         mesh = local_mesh(next(n for n in range(most, 0, -1) if rows % n == 0))
         if mesh not in self._copies:
@@ -137,7 +140,7 @@ class Sampler:
         prompts: list[np.ndarray],
         *,
         max_new_tokens: int,
-        knobs: Knobs = Knobs(),
+        knobs: SamplingParams = SamplingParams(),
         seed: int = 1337,
         context: str = "halve",
         is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
@@ -151,16 +154,16 @@ class Sampler:
         block, as nanoGPT does, and has to run all of it each time. `is_done(row, new tokens)` ends
         a sequence early.
         """
-        self.drawn, new = 0, [[] for _ in prompts]
+        self.num_generated, new = 0, [[] for _ in prompts]
         alive = np.full(len(prompts), max_new_tokens > 0)
         chunks = self._chunks(prompts, alive, max_new_tokens, knobs, seed, context)
         for drawn, _ in pairwise(chain(chunks, [None])):  # the device is a chunk ahead
             chunk = np.array(drawn)
-            chunk[~alive] = NOTHING
+            chunk[~alive] = NO_TOKEN
             for row in np.flatnonzero(alive):
-                chunk[row, max_new_tokens - len(new[row]) :] = NOTHING
-                kept = [int(token) for token in chunk[row] if token != NOTHING]
-                self.drawn += len(kept)
+                chunk[row, max_new_tokens - len(new[row]) :] = NO_TOKEN
+                kept = [int(token) for token in chunk[row] if token != NO_TOKEN]
+                self.num_generated += len(kept)
                 new[row] += kept
                 stops = is_done(int(row), new[row])
                 alive[row] = len(new[row]) < max_new_tokens and not stops
@@ -173,7 +176,7 @@ class Sampler:
         prompts: list[np.ndarray],
         alive: np.ndarray,
         max_new_tokens: int,
-        knobs: Knobs,
+        knobs: SamplingParams,
         seed: int,
         context: str,
     ) -> Iterator[jax.Array]:
@@ -208,7 +211,7 @@ class Sampler:
                 lengths = np.minimum(lengths + CHUNK, size)
             yield drawn
 
-    def _begin(self, prompts: list, texts: list, knobs: Knobs, seed: int) -> dict:
+    def _begin(self, prompts: list, texts: list, knobs: SamplingParams, seed: int) -> dict:
         """What the device holds: of each sequence the key, how often it drew, which tokens it has
         (if that matters), the end of its text, its length, and if it is drawing.
 
@@ -217,7 +220,7 @@ class Sampler:
         key, rows, seen = jax.random.key(seed), len(prompts), None
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
         if knobs.repetition_penalty != 1:
-            seen = np.zeros((rows, self.config.padded_vocab), bool)
+            seen = np.zeros((rows, self.config.padded_vocab_size), bool)
             for row, prompt in enumerate(prompts):
                 seen[row, prompt] = True
         text_BS = np.zeros((rows, self.config.block_size + CHUNK), np.int32)
@@ -265,7 +268,7 @@ class Sampler:
         }
 
     def _decode_fn(
-        self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs, width: int
+        self, params: dict, carry: dict, wanted_B: jax.Array, knobs: SamplingParams, width: int
     ) -> tuple[dict, jax.Array]:
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
         start_B = carry["lengths_B"] - 1
@@ -304,7 +307,7 @@ class Sampler:
         }
         return state, tokens_nB.T
 
-    def _slide_fn(self, params: dict, carry: dict, wanted_B: jax.Array, knobs: Knobs):
+    def _slide_fn(self, params: dict, carry: dict, wanted_B: jax.Array, knobs: SamplingParams):
         network, size = nnx.merge(self._graphdef, params), self.config.block_size
         is_over_B1 = ~carry["ready_B"][:, None]
         text_BS = jnp.where(is_over_B1, jnp.roll(carry["text_BS"], -1, axis=1), carry["text_BS"])
@@ -355,11 +358,11 @@ def _chances(carry: dict) -> jax.Array:
 
 
 def _draw_next(
-    carry: dict, logits_BV: jax.Array, chance_B: jax.Array, knobs: Knobs
+    carry: dict, logits_BV: jax.Array, chance_B: jax.Array, knobs: SamplingParams
 ) -> tuple[dict, jax.Array]:
     """Draws for the sequences that are ready; one that is not stays so until the chunk's end."""
-    drawn_B = draw(logits_BV, chance_B, knobs, carry["seen_BV"])
-    token_B = jnp.where(carry["ready_B"], drawn_B, NOTHING)
+    drawn_B = sample_token(logits_BV, chance_B, knobs, carry["seen_BV"])
+    token_B = jnp.where(carry["ready_B"], drawn_B, NO_TOKEN)
     carry = carry | {"drawn_B": carry["drawn_B"] + carry["ready_B"]}
     if carry["seen_BV"] is not None:
         rows = jnp.arange(len(token_B))

@@ -41,7 +41,7 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
             raise UserError(f"mesh={config.mesh!r}: names an axis twice")
     else:
         sizes["data"] = len(devices)
-        while devices[0].platform == "cpu" and sequences(config) % sizes["data"]:
+        while devices[0].platform == "cpu" and global_batch_size(config) % sizes["data"]:
             sizes["data"] -= 1
     count = math.prod(sizes.values())
     product = " x ".join(str(size) for size in sizes.values() if size > 1)
@@ -70,22 +70,22 @@ def _mesh(shape: tuple[int, ...], devices: list) -> Mesh:
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def sequences(config: Config) -> int:
+def global_batch_size(config: Config) -> int:
     """Sequences in a step, over all devices and micro-batches."""
     accumulation = config.batch_tokens // (config.batch_size * config.block_size)
     return config.batch_size * (accumulation or config.gradient_accumulation_steps)
 
 
-def micro_batches(config: Config, mesh: Mesh) -> int:
+def num_microbatches(config: Config, mesh: Mesh) -> int:
     """Micro-batches a step: as few as keep a device's share of one within `batch_size`.
 
     On the cores of a CPU also within `CPU_TOKENS`: what they work on is given back to the system
     after a dispatch, and gigabytes of it take longer to get again than to compute.
     Every count gives the same step, up to rounding.
     """
-    total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
+    total, devices = global_batch_size(config), mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.batch_size * devices
-    if shares_a_cpu(mesh):
+    if is_virtual_cpu_mesh(mesh):
         most = min(most, max(1, CPU_TOKENS // config.block_size) * devices)
     return next(n for n in range(-(-total // most), total + 1) if total % (n * devices) == 0)
 
@@ -106,24 +106,24 @@ def eval_batches(config: Config, mesh: Mesh) -> tuple[int, int]:
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
     over_batch = sizes["data"] * sizes["fsdp"]
     wanted = [
-        (over_batch, "data x fsdp", sequences(config), "sequences a step"),
+        (over_batch, "data x fsdp", global_batch_size(config), "sequences a step"),
         (sizes["fsdp"], "fsdp", config.n_embd, "n_embd"),
         (sizes["tensor"], "tensor", config.kv_heads, "key-value heads"),
-        (sizes["tensor"], "tensor", config.inner_width, "MLP width"),
-        (sizes["tensor"], "tensor", config.padded_vocab, "rows of the embedding"),
+        (sizes["tensor"], "tensor", config.mlp_hidden_dim, "MLP width"),
+        (sizes["tensor"], "tensor", config.padded_vocab_size, "rows of the embedding"),
     ]
     for size, axis, total, what in wanted:
         if total % size:
             raise UserError(f"mesh: {axis} = {size} does not divide {what} = {total}")
 
 
-def shares_a_cpu(mesh: Mesh) -> bool:
+def is_virtual_cpu_mesh(mesh: Mesh) -> bool:
     """Whether these are a CPU's virtual devices, with all of the parameters on each."""
     over_data = 1 < mesh.size == mesh.shape["data"]
     return over_data and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+def with_mesh(mesh: Mesh, function: Callable) -> Callable:
     """`function`, traced where kernels that must be told of the mesh can ask JAX for it."""
 
     def traced(*args):
@@ -133,7 +133,7 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
-def layout(mesh: Mesh, axes: str) -> NamedSharding:
+def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
     """Where a parameter with these letters lives: `VD` is P('tensor', 'fsdp')."""
     letters = axes if axes.strip("L") != "D" else ""
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in letters)))

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, huggingface, model, processes, run_dir, sharding
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tokens import Dataset
-from jaxgpt.evaluate import DISPATCH, mean_loss, random_batches, whole_split
-from jaxgpt.metrics import Log, Row, Silence, Stopwatch
+from jaxgpt.evaluate import DISPATCH, full_split, mean_loss, random_batches
+from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import frozen
+from jaxgpt.runtime import device, distributed, run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.metrics import Log, NullLog, Row, Stopwatch
 from jaxgpt.sample import Sampler, sample_text
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -34,12 +36,12 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
     `on_cpu` are the keys that differ for want of an accelerator, `given` those that the command
     line set. Raises `UserError`.
     """
-    with processes.leaving_together(), run_dir.held(config.out_dir):
-        processes.by_first(partial(prepare_if_missing, config))
+    with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
+        distributed.on_process_0(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
         if config.init_from in ("resume", "auto"):
-            checkpoints.set_aside_damaged()
-        weights, config, adopted = huggingface.begin_with(config, checkpoints, given)
+            checkpoints.quarantine_corrupt()
+        weights, config, adopted = huggingface.resolve_init(config, checkpoints, given)
         dataset = find_dataset(config, config.block_size)
         config = config.replace(
             vocab_size=_vocab_size(config, dataset), eot_id=_eot_id(config, dataset)
@@ -48,12 +50,12 @@ def train(config: Config, on_cpu: dict[str, Any], given: frozenset[str] = frozen
             weights.check_tokenizer(dataset)
         if config.freeze:
             frozen(config, model.split(config)[1])  # or it raises, while nothing is written
-        first_step = processes.by_first(lambda: run_dir.first_step(config, checkpoints))
+        first_step = distributed.on_process_0(lambda: run_dir.resume_step(config, checkpoints))
         mesh = sharding.make_mesh(config)
-        resolved, notes = device.resolve(config)
-        processes.by_first(lambda: run_dir.begin(config, dataset, fresh=first_step == 0))
-        log = Log(config, first_step) if processes.is_first() else Silence()
-        with log, processes.StopSignal() as stop:
+        resolved, notes = device.resolve_auto(config)
+        distributed.on_process_0(lambda: run_dir.create(config, dataset, fresh=first_step == 0))
+        log = Log(config, first_step) if distributed.is_process_0() else NullLog()
+        with log, distributed.StopSignal() as stop:
             trainer = Trainer(resolved, mesh, dataset, checkpoints, log, stop)
             trainer.introduce(on_cpu, adopted + notes)
             trainer.start(first_step, weights)
@@ -95,15 +97,17 @@ class Trainer:
         mesh: Mesh,
         dataset: Dataset,
         checkpoints: Checkpoints,
-        log: Log | Silence,
-        stop: processes.StopSignal,
+        log: Log | NullLog,
+        stop: distributed.StopSignal,
     ):
         self.config, self.mesh, self.dataset = config, mesh, dataset
         self.checkpoints, self.log, self.stop = checkpoints, log, stop
-        self.sequences = sharding.sequences(config)
-        self.micro_batches = sharding.micro_batches(config, mesh)
+        self.sequences = sharding.global_batch_size(config)
+        self.micro_batches = sharding.num_microbatches(config, mesh)
         tokens = len(dataset.train) + len(dataset.val)
-        self.on_device = device.holds_tokens(config, tokens, tokens * dataset.train.dtype.itemsize)
+        self.on_device = device.fits_on_device(
+            config, tokens, tokens * dataset.train.dtype.itemsize
+        )
         self.steps = self._steps_per_dispatch()
         self.batches = self._make_batches()
         self.eval_step = make_eval_step(config, mesh)
@@ -122,8 +126,8 @@ class Trainer:
         """Several, but not where a CPU would take long over them: signals wait for a dispatch."""
         c = self.config
         flops = model.flops_per_token(c) * self.sequences * c.block_size
-        is_slow = device.on_cpu() and flops > SLOW_FLOPS
-        return c.steps_per_dispatch or (10 if self.on_device and not is_slow else 1)
+        is_slow = device.is_cpu() and flops > SLOW_FLOPS
+        return c.steps_per_call or (10 if self.on_device and not is_slow else 1)
 
     def _make_batches(self) -> dict[int, Batches]:
         c, train, val = self.config, self.dataset.train, self.dataset.val
@@ -149,14 +153,14 @@ class Trainer:
         kind = jax.devices()[0].device_kind
         if on_cpu:
             changed = ", ".join(f"{key}={value}" for key, value in on_cpu.items())
-            self.log.say(f"no accelerator, so the config's on_cpu holds: {changed}")
-        self.log.say(f"device: {devices} x {kind}, {c.dtype}, {c.attention} attention")
+            self.log.info(f"no accelerator, so the config's on_cpu holds: {changed}")
+        self.log.info(f"device: {devices} x {kind}, {c.dtype}, {c.attention} attention")
         train = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
-        self.log.say(
+        self.log.info(
             f"data: {data.source}; {train} train and {len(data.val):,} val tokens, "
             f"vocabulary {data.vocab_size}" + (", held on the device" if self.on_device else "")
         )
-        self.log.say(
+        self.log.info(
             f"model: {model.count_params(c) / 1e6:.2f}M parameters; "
             f"step: {self.sequences * c.block_size:,} tokens = {self.sequences} x {c.block_size} "
             f"in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
@@ -164,9 +168,9 @@ class Trainer:
         if c.freeze:
             _, shapes, _ = model.split(c)
             sizes = jax.tree.map(lambda still, p: p.size * still, frozen(c, shapes), shapes)
-            self.log.say(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
+            self.log.info(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
         for note in notes:
-            self.log.say(note)
+            self.log.info(note)
 
     def start(
         self, first_step: int, weights: huggingface.Weights | run_dir.RunWeights | None
@@ -192,7 +196,7 @@ class Trainer:
         del abstract["step"]
         self.state = self.checkpoints.restore(abstract, first_step)
         self.state["step"] = self._scalar(first_step)
-        self.log.say(f"going on from step {first_step}")
+        self.log.info(f"going on from step {first_step}")
 
     def run(self) -> None:
         """Steps until `max_iters` or a signal.
@@ -205,12 +209,12 @@ class Trainer:
             self.evaluate(whole=c.eval_only)
         if c.eval_only or self.step >= c.max_iters:
             return
-        processes.by_first(partial(self.checkpoints.need_space, self.state))
+        distributed.on_process_0(partial(self.checkpoints.check_disk_space, self.state))
         train_step, pending = self._compile(), None
         self.stopwatch.resume()
         while self.step < c.max_iters and not self.stopped_by and not self.stopped_early:
             count = min(self.steps, self._until_pause())
-            batch = self.batches[TRAIN].take(self.step)
+            batch = self.batches[TRAIN].get(self.step)
             self.state, metrics = train_step(self.state, batch, self._scalar(count))
             if jax.process_count() > 1:
                 metrics["signal"] = self._poll_signals()
@@ -224,18 +228,18 @@ class Trainer:
             self._save(best=False)
         self.checkpoints.wait()
         if self.stopped_early:
-            self.log.say(
-                f"early stop: {c.early_stop} evaluations since the lowest validation loss, "
+            self.log.info(
+                f"early stop: {c.early_stopping_patience} evaluations since the lowest validation loss, "
                 f"{self.best_val_loss:.4f} at step {self.best_step}"
             )
-        self.log.say(f"{c.out_dir} holds the run up to step {self.step}")
+        self.log.info(f"{c.out_dir} holds the run up to step {self.step}")
 
     def _compile(self):
         began = time.perf_counter()
         step = make_train_step(self.config, self.mesh)
-        batch = self.batches[TRAIN].take(self.step)
+        batch = self.batches[TRAIN].get(self.step)
         compiled = step.lower(self.state, batch, self._scalar(1)).compile()
-        self.log.say(f"compiled in {time.perf_counter() - began:.1f} s")
+        self.log.info(f"compiled in {time.perf_counter() - began:.1f} s")
         return compiled
 
     def _scalar(self, value: int) -> jax.Array:
@@ -249,8 +253,8 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether `early_stop` evaluations in a row were no better than the best one."""
-        waits = self.config.early_stop * self.config.eval_interval
+        """Whether `early_stopping_patience` evaluations in a row were no better than the best one."""
+        waits = self.config.early_stopping_patience * self.config.eval_interval
         return 0 < waits <= self.step - self.best_step
 
     def _poll_signals(self) -> jax.Array:
@@ -288,12 +292,12 @@ class Trainer:
         self.skipped_in_row += 1
         self.skipped += 1
         what = f"step {step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
-        if self.skipped_in_row > self.config.skip_nonfinite:
+        if self.skipped_in_row > self.config.max_nonfinite_steps:
             raise UserError(
                 f"{what}, so it was not taken; try a lower learning_rate, more warmup_iters, a "
-                "grad_clip, or skip_nonfinite=10 if single batches are to blame"
+                "grad_clip, or max_nonfinite_steps=10 if single batches are to blame"
             )
-        self.log.say(f"{what}: skipped")
+        self.log.info(f"{what}: skipped")
 
     def _log_step(self, step: int, numbers: Row) -> None:
         seconds = self.stopwatch.read()
@@ -301,7 +305,7 @@ class Trainer:
         row = {"step": step} | numbers
         row |= {"tokens": step * tokens, "tokens_per_s": tokens / seconds}
         row |= {"step_ms": 1000 * seconds, "time": time.time()}
-        if self.config.skip_nonfinite:
+        if self.config.max_nonfinite_steps:
             row["skipped"], self.skipped = self.skipped, 0
         row["mfu"] = row["tokens_per_s"] / self.peak_tokens if self.peak_tokens else None
         self.log.train(row, seconds * (self.config.max_iters - step))
@@ -335,14 +339,14 @@ class Trainer:
         if improved := row["val_loss"] < self.best_val_loss:
             self.best_val_loss, self.best_step = row["val_loss"], self.step
         if (whole or self.stopped_early) and self.config.eval_iters:
-            row["whole_val_loss"] = self._loss(EVAL_VAL, whole=True)
+            row["full_val_loss"] = self._loss(EVAL_VAL, whole=True)
         self.log.eval(row | {"time": time.time()})
         return improved
 
     def _loss(self, stream: int, *, whole: bool) -> float:
         batches = self.batches[stream]
         if whole:
-            some = whole_split(batches.tokens, self.mesh, batches.shape_KMB[2], batches.block_size)
+            some = full_split(batches.tokens, self.mesh, batches.shape_KMB[2], batches.block_size)
         else:
             some = random_batches(batches, self.step, self.eval_batches)
         return mean_loss(self.eval_step, self.state["params"], some)
@@ -377,4 +381,4 @@ class Trainer:
         self.sampler.load(self._gather(self.state["params"]))
         start = self.dataset.example or tokenizer.decode([0])  # of characters: a line break
         text = sample_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
-        self.log.say("".join(new for (new,) in text))
+        self.log.info("".join(new for (new,) in text))

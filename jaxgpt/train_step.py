@@ -20,13 +20,13 @@ from jaxgpt.config import Config
 from jaxgpt.data.batches import gather
 from jaxgpt.loss import cross_entropy
 from jaxgpt.optimizer import choose, frozen, kernels, make_optimizer, schedule
-from jaxgpt.sharding import BATCH, layout, on_mesh, shares_a_cpu
+from jaxgpt.sharding import BATCH, is_virtual_cpu_mesh, param_sharding, with_mesh
 
 State = dict[str, Any]
 """{"params": nested dicts, "opt_state": optax's, "step": int32, how many steps were taken}."""
 
 
-def new_state(config: Config) -> State:
+def create_state(config: Config) -> State:
     """The state before the first step, from `config.seed`; run it under jit."""
     params = model.init(config, jax.random.fold_in(jax.random.key(config.seed), 0))
     return {
@@ -40,7 +40,9 @@ def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
     """The parameters' shapes, types and places on the mesh, without the arrays."""
     _, shapes, axes = model.split(config)
     return jax.tree.map(
-        lambda p, letters: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=layout(mesh, letters)),
+        lambda p, letters: jax.ShapeDtypeStruct(
+            p.shape, p.dtype, sharding=param_sharding(mesh, letters)
+        ),
         shapes,
         axes,
     )
@@ -62,17 +64,17 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
         where = next((places_by_path[t] for t in tails if t in places_by_path), everywhere)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
-    return jax.tree.map_with_path(place, jax.eval_shape(partial(new_state, config)))
+    return jax.tree.map_with_path(place, jax.eval_shape(partial(create_state, config)))
 
 
-def state_layout(config: Config, mesh: Mesh) -> State:
+def state_shardings(config: Config, mesh: Mesh) -> State:
     """Where each array of the state lies on the mesh."""
     return jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
 
 
 def init_state(config: Config, mesh: Mesh) -> State:
     """The state before the first step, born where it belongs on the mesh."""
-    return jax.jit(partial(new_state, config), out_shardings=state_layout(config, mesh))()
+    return jax.jit(partial(create_state, config), out_shardings=state_shardings(config, mesh))()
 
 
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
@@ -98,7 +100,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         keys_MB = _dropout_keys(seed, state["step"], windows_MBT.shape[:2])
         weights = _by_use(state["params"], config)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        accumulate = _accumulate_apart(mesh) if shares_a_cpu(mesh) else _accumulate
+        accumulate = _accumulate_apart(mesh) if is_virtual_cpu_mesh(mesh) else _accumulate
         total, count, (grads, tied) = accumulate(gradient, weights, windows_MBT, keys_MB)
         count = jnp.maximum(count, 1)  # a step of nothing but prompts has a loss of 0
         grads |= jax.tree.map(jnp.add, {name: grads[name] for name in tied}, tied)
@@ -132,8 +134,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         metrics = jax.tree.map(lambda one: jnp.zeros((steps, *one.shape), one.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    places = state_layout(config, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(on_mesh(mesh, train_step), donate_argnums=0, out_shardings=places)
+    places = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(with_mesh(mesh, train_step), donate_argnums=0, out_shardings=places)
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
@@ -141,7 +143,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     graphdef, _, _ = model.split(config)
 
     def eval_step(params: dict, batch: dict, count: jax.Array):
-        network = nnx.merge(graphdef, cast(params, config.dtype))
+        network = nnx.merge(graphdef, cast_params(params, config.dtype))
 
         def body(i: jax.Array, totals: tuple) -> tuple:
             (windows_BT,) = gather(batch, i, config.block_size + 1)
@@ -152,7 +154,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         zero = jax.eval_shape(body, 0, (jnp.zeros(()), jnp.zeros((), jnp.int32)))
         return jax.lax.fori_loop(0, count, body, jax.tree.map(jnp.zeros_like, zero))
 
-    return jax.jit(on_mesh(mesh, eval_step))
+    return jax.jit(with_mesh(mesh, eval_step))
 
 
 def _accumulate(grad: Callable, params: Any, windows_MBT: jax.Array, keys_MB: jax.Array):
@@ -203,7 +205,7 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def cast(params: dict, dtype: str) -> dict:
+def cast_params(params: dict, dtype: str) -> dict:
     """The parameters in the compute type, once a step; norms and biases stay as they are."""
     return jax.tree.map(lambda p, cast: p.astype(dtype) if cast else p, params, kernels(params))
 
@@ -215,13 +217,13 @@ def _by_use(params: dict, config: Config) -> tuple[dict, dict]:
     summed over all devices in each: XLA scatters the one into the other. Rows are looked up in
     float32, so that the many additions to a frequent token's row are float32's.
     """
-    weights = cast(params, config.dtype)
+    weights = cast_params(params, config.dtype)
     tied = {"embed": weights["embed"]} if config.tie_embeddings else {}
     return weights | {"embed": params["embed"]}, tied
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens, and the token after each. In a window `~id` is a token that is not a target."""
+    """TokenSplit, and the token after each. In a window `~id` is a token that is not a target."""
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]
 

@@ -161,7 +161,7 @@ def test_the_fused_map_is_separate_heads_and_concatenation():
     heads = []
     for head in range(config.n_head):
         q, k, v = (x @ kernel[:, part, head] + bias[part, head] for part in range(3))
-        scores = q @ k.swapaxes(1, 2) / np.sqrt(config.head_width)
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(config.head_dim)
         scores = np.where(np.tril(np.ones((8, 8))) == 1, scores, -np.inf)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         heads.append(weights @ v)
@@ -172,7 +172,7 @@ def test_the_fused_map_is_separate_heads_and_concatenation():
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_no_output_has_a_gradient_from_its_future_or_from_beyond_the_window(window):
-    _, module = make_module(attention_window=window)
+    _, module = make_module(sliding_window=window)
     x = jax.random.normal(jax.random.key(0), (1, 8, 32))
     reach_TT = jax.jacobian(lambda x: module(x, None, 0, Dropout(), None, None)[0].sum((0, 2)))(x)
     reach_TT = np.abs(reach_TT).sum((1, 3))
@@ -202,7 +202,7 @@ def test_grouped_heads_share_keys_and_values():
     [
         {"attention": "xla"},
         {"n_kv_head": 2, "position": "rope"},
-        {"attention_window": 3, "score_scale": "embedding", "qk_norm": True},
+        {"sliding_window": 3, "score_scale": "embedding", "qk_norm": True},
     ],
     ids=str,
 )
@@ -243,7 +243,7 @@ def cross_by_reference(p: dict, x, source, weights, c: Config):
     q, k = q_raw, k_raw
     if c.qk_norm:
         q, k = ref.norm(q, p["q_norm"], "rmsnorm"), ref.norm(k, p["k_norm"], "rmsnorm")
-    width = c.n_embd if c.score_scale == "embedding" else c.head_width
+    width = c.n_embd if c.score_scale == "embedding" else c.head_dim
     options = {"scale": width**-0.5, "causal": False}
     heads = ref.attention(q, k, v, **options)
     grads = {}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt.config import Config, Number, Text, UserError, build
+from jaxgpt.config import Config, Pattern, Range, UserError, build
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 DEFAULTS = Config().to_dict()
@@ -42,14 +42,14 @@ BAD = {
     "batch_size": (0, "a whole number at least 1"),
     "gradient_accumulation_steps": (0, "a whole number at least 1"),
     "batch_tokens": (-1, "a whole number at least 0"),
-    "tokens_on_device": (True, "one of auto, always, never"),
+    "data_on_device": (True, "one of auto, always, never"),
     "vocab_size": (-1, "a whole number at least 0"),
     "block_size": (0, "a whole number at least 1"),
     "n_layer": (1.5, "a whole number at least 0"),
     "n_head": (0, "a whole number at least 1"),
     "n_kv_head": (-1, "a whole number at least 0"),
     "n_embd": (0, "a whole number at least 1"),
-    "n_inner": (-1, "a whole number at least 0"),
+    "mlp_dim": (-1, "a whole number at least 0"),
     "dropout": (1.0, "a number from 0 to 1 exclusive"),
     "embed_dropout": (0.2, "True or False"),
     "attention_dropout": (1, "True or False"),
@@ -67,7 +67,7 @@ BAD = {
     "tie_embeddings": (1.0, "True or False"),
     "qk_norm": (1, "True or False"),
     "logit_softcap": (-0.1, "a number at least 0"),
-    "attention_window": (-1, "a whole number at least 0"),
+    "sliding_window": (-1, "a whole number at least 0"),
     "causal": ([], "True or False"),
     "value_residual": ("", "True or False"),
     "zero_init_projections": (0, "True or False"),
@@ -77,7 +77,7 @@ BAD = {
     "learning_rate": (-6e-4, "a number at least 0"),
     "decay_lr": (2, "True or False"),
     "lr_schedule": ("linear", "one of cosine, wsd"),
-    "decay_share": (1.5, "a number from 0 to 1"),
+    "decay_fraction": (1.5, "a number from 0 to 1"),
     "warmup_iters": (-1, "a whole number at least 0"),
     "lr_decay_iters": (-1, "a whole number at least 0"),
     "min_lr": (-1e-9, "a number at least 0"),
@@ -94,13 +94,13 @@ BAD = {
     "remat": (False, "one of none, dots, full"),
     "scan_layers": (0, "True or False"),
     "digits": (0, "a whole number from 1 to 9"),
-    "early_stop": (-1, "a whole number at least 0"),
+    "early_stopping_patience": (-1, "a whole number at least 0"),
     "freeze": (3, "text"),
-    "skip_nonfinite": (-1, "a whole number at least 0"),
+    "max_nonfinite_steps": (-1, "a whole number at least 0"),
     "coordinator": ("localhost", "host:port"),
     "num_processes": (-1, "a whole number at least 0"),
     "process_id": (-2, "a whole number at least -1"),
-    "steps_per_dispatch": (-1, "a whole number at least 0"),
+    "steps_per_call": (-1, "a whole number at least 0"),
 }
 
 
@@ -156,7 +156,7 @@ TOGETHER = [
         {"position": "rope", "n_head": 3, "n_embd": 9},
         "position='rope': needs an even head width, and n_embd / n_head is 3",
     ),
-    ({"attention_window": 8, "causal": False}, "attention_window=8: needs causal=True"),
+    ({"sliding_window": 8, "causal": False}, "sliding_window=8: needs causal=True"),
     (
         {"min_lr": 2e-3, "learning_rate": 1e-3},
         "min_lr=0.002: must be at most learning_rate=0.001",
@@ -188,7 +188,7 @@ def test_keys_that_do_not_go_together_are_refused_whichever_comes_last(keys, mes
     [
         {"n_kv_head": 4},
         {"position": "rope", "n_head": 3, "n_embd": 12},
-        {"attention_window": 8},
+        {"sliding_window": 8},
         {"min_lr": 2e-3, "learning_rate": 1e-3, "decay_lr": False},
         {"min_lr": 1e-3, "learning_rate": 1e-3},
         {"batch_tokens": 96, "batch_size": 4, "block_size": 8},
@@ -233,9 +233,9 @@ def allowed_values(hint) -> st.SearchStrategy:
     if not rules:
         return st.text()
     (rule,) = rules
-    if isinstance(rule, Text):
+    if isinstance(rule, Pattern):
         return st.from_regex(rule.pattern, fullmatch=True)
-    assert isinstance(rule, Number)
+    assert isinstance(rule, Range)
     high = rule.high if rule.high < math.inf else None
     if kind is int:
         return st.integers(rule.low, high)
@@ -254,7 +254,7 @@ def configs(draw) -> Config:
     keys["n_head"] = kv_heads * group
     keys["n_kv_head"] = draw(st.sampled_from([0, kv_heads]))
     keys["n_embd"] = kv_heads * group * width * (1 + (keys["position"] == "rope"))
-    keys["attention_window"] *= keys["causal"]
+    keys["sliding_window"] *= keys["causal"]
     keys["zero_init_projections"] &= keys["init"] == "gpt2"
     keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
     keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
@@ -289,7 +289,7 @@ def test_replace_leaves_the_config_it_starts_from():
 
 @given(configs())
 def test_heads_fill_the_width_and_groups_share_keys_and_values(config):
-    assert config.head_width * config.n_head == config.n_embd
+    assert config.head_dim * config.n_head == config.n_embd
     assert config.n_head % config.kv_heads == 0
     assert config.n_kv_head in (0, config.kv_heads)
     assert config.replace(n_kv_head=0).kv_heads == config.n_head
@@ -297,7 +297,7 @@ def test_heads_fill_the_width_and_groups_share_keys_and_values(config):
 
 @given(st.integers(0, 10**6))
 def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size):
-    padded = Config(vocab_size=vocab_size).padded_vocab
+    padded = Config(vocab_size=vocab_size).padded_vocab_size
     assert padded % 128 == 0
     assert vocab_size <= padded < vocab_size + 128
 
@@ -305,9 +305,9 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size):
 @given(st.integers(1, 10**5))
 def test_the_mlp_is_four_times_as_wide_and_swiglu_two_thirds_of_that(n_embd):
     config = Config(n_embd=n_embd, n_head=1)
-    assert config.inner_width == 4 * n_embd
-    width = config.replace(mlp="swiglu").inner_width
+    assert config.mlp_hidden_dim == 4 * n_embd
+    width = config.replace(mlp="swiglu").mlp_hidden_dim
     assert width % 64 == 0
     assert 8 * n_embd <= 3 * width < 8 * n_embd + 3 * 64
     for mlp in "relu", "swiglu":
-        assert config.replace(mlp=mlp, n_inner=5).inner_width == 5
+        assert config.replace(mlp=mlp, mlp_dim=5).mlp_hidden_dim == 5

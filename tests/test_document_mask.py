@@ -11,13 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
-from jaxgpt import attention, device, model
+from jaxgpt import attention, model
 from jaxgpt.attention import attend
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.loss import cross_entropy
-from jaxgpt.run_dir import load_config
-from jaxgpt.sharding import BATCH, make_mesh, on_mesh
+from jaxgpt.runtime import device
+from jaxgpt.runtime.run_dir import load_config
+from jaxgpt.sharding import BATCH, make_mesh, with_mesh
 from jaxgpt.train import train
 
 EOT = 0
@@ -106,7 +107,7 @@ def test_the_kernel_maps_over_a_mesh_with_documents_and_without():
     run = lambda *x: attention._splash(*x, **how)
     for extra in ((), (jnp.array(documents),)):
         placed = jax.device_put((q, k, v, *extra), NamedSharding(mesh, PartitionSpec(BATCH)))
-        shared = jax.jit(on_mesh(mesh, run))(*placed)
+        shared = jax.jit(with_mesh(mesh, run))(*placed)
         np.testing.assert_allclose(shared, run(q, k, v, *extra), atol=1e-6)
 
 
@@ -146,7 +147,7 @@ def one_by_one(config: Config, params: dict) -> tuple[float, dict]:
 
 CASES = [
     {},
-    {"position": "rope", "n_kv_head": 2, "qk_norm": True, "attention_window": 3},
+    {"position": "rope", "n_kv_head": 2, "qk_norm": True, "sliding_window": 3},
     {"scan_layers": True, "remat": "full", "value_residual": True},
     {"attention": "xla", "remat": "dots", "position": "none", "causal": False},
 ]

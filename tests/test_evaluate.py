@@ -10,15 +10,16 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 from safetensors.numpy import save_file
 
-from jaxgpt import cli, evaluate, sharding
+from jaxgpt import evaluate, sharding
+from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import ByteTokenizer
-from jaxgpt.export import to_fields, to_tensors
+from jaxgpt.interop.export import to_fields, to_tensors
 from jaxgpt.train_step import abstract_params
 
 QUESTIONS = Path(__file__).parent / "golden" / "questions.jsonl"
-SIZES = {"vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 40}
+SIZES = {"vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_dim": 40}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,9 @@ def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, m
         for a, b in texts
     ]
     places = jax.tree.map(lambda p: p.sharding, abstract_params(config, devices))
-    sums, counts = evaluate.row_losses(config, devices, jax.device_put(params, places), windows)
+    sums, counts = evaluate.sequence_losses(
+        config, devices, jax.device_put(params, places), windows
+    )
     want = [token_losses(case, a, b) for a, b in texts]
     assert counts.tolist() == [len(losses) for losses in want]
     np.testing.assert_allclose(sums, [sum(losses) for losses in want], rtol=1e-4)

@@ -10,7 +10,7 @@ from flax import nnx
 from reference import numpy_gpt as ref
 
 from jaxgpt import model, sharding
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config
 from jaxgpt.layers import ATTENTION, EMBEDDING, MLP, WEIGHTS, Dropout
 from jaxgpt.loss import cross_entropy
@@ -34,7 +34,7 @@ def full_script_params(kind: str, c: Config) -> dict:
 
     def take(name: str, pad: bool = False) -> np.ndarray:
         unread.remove(name)
-        rows = c.padded_vocab - c.vocab_size if pad else 0
+        rows = c.padded_vocab_size - c.vocab_size if pad else 0
         return np.pad(g[name], [(0, rows)] + [(0, 0)] * (g[name].ndim - 1))
 
     norm = lambda name: {"scale": take(f"{name}.weight"), "bias": take(f"{name}.bias")}

@@ -146,7 +146,7 @@ def test_a_token_changes_the_logits_from_its_place_on_and_none_before():
 
 
 def test_initial_weights_have_gpt2s_deviations():
-    config = make_config(n_layer=8, n_embd=128, n_inner=512, vocab_size=1000, block_size=256)
+    config = make_config(n_layer=8, n_embd=128, mlp_dim=512, vocab_size=1000, block_size=256)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
     residual = 0.02 / math.sqrt(2 * config.n_layer)
     for path, value in ref.flatten(params).items():

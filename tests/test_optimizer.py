@@ -43,7 +43,7 @@ def test_without_decay_the_rate_is_constant():
 def test_warmup_stable_decay_is_three_straight_lines(warmup, share):
     config = Config(
         learning_rate=2.0, min_lr=0.5, warmup_iters=warmup, max_iters=50,
-        lr_schedule="wsd", decay_share=share,
+        lr_schedule="wsd", decay_fraction=share,
     )  # fmt: skip
     ours = jax.vmap(schedule(config))(jnp.arange(60))
     begin = max(50 * (1 - share), warmup)
@@ -127,7 +127,7 @@ def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
 def test_muon_steps_are_the_references(options, scan):
     """The blocks' matrices by Newton-Schulz, each by itself; all else by AdamW; all decay alike."""
     config = Config(**{
-        "vocab_size": 5, "block_size": 3, "n_layer": 2, "n_head": 2, "n_embd": 4, "n_inner": 6,
+        "vocab_size": 5, "block_size": 3, "n_layer": 2, "n_head": 2, "n_embd": 4, "mlp_dim": 6,
         "optimizer": "muon", "learning_rate": 0.1, "decay_lr": False, "grad_clip": 0.0,
         "weight_decay": 0.2, "scan_layers": scan and options.get("n_layer") != 0,
     } | options)  # fmt: skip

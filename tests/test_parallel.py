@@ -15,15 +15,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from reference import numpy_gpt as ref
 
-from jaxgpt import plan, sharding
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import sharding
 from jaxgpt.config import Config
-from jaxgpt.hlo import COLLECTIVES, Program, groups
+from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.tools import plan
+from jaxgpt.tools.hlo import COLLECTIVES, Program, groups
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
 T, D, V, SEQUENCES, STEPS = 12, 40, 384, 16, 4
 TINY = Config(
-    vocab_size=300, block_size=T, n_layer=1, n_head=4, n_embd=D, n_inner=88, dropout=0.2,
+    vocab_size=300, block_size=T, n_layer=1, n_head=4, n_embd=D, mlp_dim=88, dropout=0.2,
     batch_size=1, gradient_accumulation_steps=SEQUENCES, learning_rate=1e-3, warmup_iters=2,
     attention="reference", dtype="float64", mesh="data:1",
 )  # fmt: skip
@@ -42,7 +43,7 @@ SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp
 def batch(config: Config, step: int) -> dict:
     """The windows of a step: the same on every mesh, whose devices hold a part each."""
     mesh = sharding.make_mesh(config)
-    rng, micro = np.random.default_rng(step), sharding.micro_batches(config, mesh)
+    rng, micro = np.random.default_rng(step), sharding.num_microbatches(config, mesh)
     windows = rng.integers(0, config.vocab_size, (SEQUENCES, T + 1), np.int32)
     windows = windows.reshape(1, micro, SEQUENCES // micro, T + 1)
     place = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
@@ -162,7 +163,7 @@ class Compiled:
         self.over_batch = mesh.shape["data"] * mesh.shape["fsdp"]
         keys = {"batch_size": B, "gradient_accumulation_steps": MICRO * self.over_batch}
         config = config.replace(**keys)
-        assert sharding.micro_batches(config, mesh) == MICRO
+        assert sharding.num_microbatches(config, mesh) == MICRO
         self.program = Program(plan.compile_step(config, mesh).as_text() or "")
         params = jax.tree.leaves(abstract_state(config, mesh)["params"])
         self.whole = Counter(p.shape for p in params)

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, MODEL_CASES, MODERN
 
-from jaxgpt import cli, layers, sample
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import layers, sample
+from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from jaxgpt.sample import Knobs, Sampler, TextStream, draw, sample_text
+from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.sample import Sampler, SamplingParams, TextStream, sample_text, sample_token
 from jaxgpt.sharding import local_mesh, make_mesh
 from jaxgpt.train_step import abstract_params
 
-GREEDY = Knobs(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 CONTEXTS = ["halve", "exact"]
 
 
@@ -90,20 +91,20 @@ def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, conte
 @pytest.fixture
 def logits(monkeypatch) -> list[np.ndarray]:
     """Those [B, V] that tokens are drawn from, with chunks of one token."""
-    kept, draw = [], sample.draw
+    kept, draw_token = [], sample.sample_token
 
     def spy(logits_BV: jax.Array, *rest):
         jax.debug.callback(lambda x: kept.append(np.array(x)), logits_BV, ordered=True)
-        return draw(logits_BV, *rest)
+        return sample_token(logits_BV, *rest)
 
-    monkeypatch.setattr(sample, "draw", spy)
+    monkeypatch.setattr(sample, "sample_token", spy)
     monkeypatch.setattr(sample, "CHUNK", 1)
     monkeypatch.setattr(sample, "CPU_BYTES", 0)  # one device: of several, nothing has an order
     return kept
 
 
 def check_logits(
-    logits: list, params: dict, sampler: Sampler, knobs: Knobs, atol: float, lengths=(2, 4)
+    logits: list, params: dict, sampler: Sampler, knobs: SamplingParams, atol: float, lengths=(2, 4)
 ) -> None:
     """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
     c = sampler.config
@@ -112,7 +113,7 @@ def check_logits(
     logits.clear()
     texts = generate(sampler, prompts, max_new_tokens=new, knobs=knobs)
     jax.effects_barrier()
-    assert [of_all.shape for of_all in logits] == new * [(len(lengths), c.padded_vocab)]
+    assert [of_all.shape for of_all in logits] == new * [(len(lengths), c.padded_vocab_size)]
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for n in range(new):
             want = next_logits(c, params, prompt + text[:n])
@@ -124,7 +125,7 @@ def check_logits(
 def test_cached_decoding_is_the_whole_forward(options, logits):
     config, params = make_case(**options)
     sampler = Sampler(config).load(params)
-    for knobs in (GREEDY, Knobs(temperature=3.0)):
+    for knobs in (GREEDY, SamplingParams(temperature=3.0)):
         check_logits(logits, params, sampler, knobs, 1e-4)
 
 
@@ -206,7 +207,7 @@ def test_an_encoder_cannot_be_sampled():
 
 LIVELY = [
     {},
-    {"block_size": 7, "n_layer": 1, "attention_window": 3},
+    {"block_size": 7, "n_layer": 1, "sliding_window": 3},
     MODERN | {"n_kv_head": 2, "value_residual": True},
     {"position": "sinusoidal", "norm_position": "post", "norm": "rmsnorm"},
     {"block_size": 1, "n_layer": 1},
@@ -225,7 +226,7 @@ def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, penalty, con
     monkeypatch.setattr(sample, "CHUNK", 5)
     config, params = lively_case(**options)
     prompts, new = random_prompts(1, 2, 5, 7, 8, 9, 17), 23
-    knobs = Knobs(temperature=0, repetition_penalty=penalty)
+    knobs = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = Sampler(config).load(params)
     got = generate(sampler, prompts, max_new_tokens=new, knobs=knobs, context=context)
     for prompt, text in zip(prompts, got, strict=True):
@@ -247,7 +248,7 @@ def test_what_a_prompt_gets_depends_on_its_place_but_not_on_the_others(context):
     """Also drawn at random: a place has a seed of its own, and here other neighbours."""
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
-    knobs = Knobs(repetition_penalty=1.3, top_p=0.9)
+    knobs = SamplingParams(repetition_penalty=1.3, top_p=0.9)
     run = partial(generate, sampler, max_new_tokens=25, knobs=knobs, context=context)
     texts = run(prompts)
     for place, prompt in enumerate(prompts):
@@ -281,20 +282,20 @@ LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
 SEEN = np.arange(12) % 3 == 0
 
 
-def draw_often(logits, knobs: Knobs, seen=None, draws: int = DRAWS) -> np.ndarray:
+def draw_often(logits, knobs: SamplingParams, seen=None, draws: int = DRAWS) -> np.ndarray:
     """How often each id is drawn from logits that are padded to 128."""
     pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
     logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (draws, 1))
     seen_BV = None if seen is None else jnp.tile(pad(seen), (draws, 1))
     chance_B = 1 - jax.random.uniform(jax.random.key(0), (draws,))
-    return np.bincount(draw(logits_BV, chance_B, knobs, seen_BV), minlength=128)
+    return np.bincount(sample_token(logits_BV, chance_B, knobs, seen_BV), minlength=128)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
 
-def probabilities(logits: np.ndarray, knobs: Knobs, seen: np.ndarray | None) -> np.ndarray:
+def probabilities(logits: np.ndarray, knobs: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
     """What each token's probability is to be: one filter after the other, one token at a time."""
     logits = logits.copy()
     for token in np.flatnonzero(seen) if seen is not None else ():
@@ -341,7 +342,7 @@ def probabilities(logits: np.ndarray, knobs: Knobs, seen: np.ndarray | None) -> 
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
-    knobs = Knobs(**options)
+    knobs = SamplingParams(**options)
     seen = SEEN if knobs.repetition_penalty != 1 else None
     want = DRAWS * np.pad(probabilities(LOGITS, knobs, seen), (0, 116))
     got = draw_often(LOGITS, knobs, seen)
@@ -355,7 +356,7 @@ def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
 def test_the_least_and_the_greatest_chance_draw_what_may_be_drawn(filters):
     logits_V = jnp.pad(LOGITS, (60, 56), constant_values=-jnp.inf)
     chance_B = jnp.array([2.0**-24, 1 - 2.0**-24, 1])
-    drawn = draw(jnp.tile(logits_V, (3, 1)), chance_B, Knobs(**filters), None)
+    drawn = sample_token(jnp.tile(logits_V, (3, 1)), chance_B, SamplingParams(**filters), None)
     assert np.isfinite(logits_V[drawn]).all()
 
 
@@ -363,14 +364,14 @@ def test_the_least_and_the_greatest_chance_draw_what_may_be_drawn(filters):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
 def test_without_temperature_the_likeliest_token_is_drawn(temperature, filters):
     for shift in (-100, 0, 100):
-        knobs = Knobs(temperature=temperature, **filters)
+        knobs = SamplingParams(temperature=temperature, **filters)
         assert draw_often(LOGITS + shift, knobs, draws=99)[LOGITS.argmax()] == 99
 
 
 def test_the_penalty_counts_without_temperature_too():
     second, best = np.argsort(LOGITS)[-2:]
     for penalty in (9.0, 1e300):
-        knobs = Knobs(temperature=0, repetition_penalty=penalty)
+        knobs = SamplingParams(temperature=0, repetition_penalty=penalty)
         assert draw_often(LOGITS, knobs, np.arange(12) == best, draws=9)[second] == 9
         assert draw_often(LOGITS, knobs, np.arange(12) == second, draws=9)[best] == 9
 
@@ -381,7 +382,7 @@ def test_the_penalty_counts_without_temperature_too():
 )
 def test_padded_ids_are_never_drawn(temperature, filters):
     logits = np.random.default_rng(0).standard_normal(65) - 50
-    got = draw_often(logits, Knobs(temperature=temperature, **filters), draws=2000)
+    got = draw_often(logits, SamplingParams(temperature=temperature, **filters), draws=2000)
     assert got[65:].sum() == 0
     assert np.all(got[:65] > 0)
 
@@ -434,7 +435,7 @@ def test_a_shorter_text_is_the_beginning_of_a_longer_one(sampler, context):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_chunk_size_changes_nothing(monkeypatch, context):
     config, params = lively_case(n_layer=1)
-    knobs, texts = Knobs(top_k=9, repetition_penalty=1.2), []
+    knobs, texts = SamplingParams(top_k=9, repetition_penalty=1.2), []
     for chunk in (1, 3, 20, 64):
         monkeypatch.setattr(sample, "CHUNK", chunk)
         texts.append(
@@ -473,7 +474,9 @@ def test_a_finished_sequence_draws_nothing_while_others_go_on(sampler, context):
         assert ends[row] <= len(text) < ends[row] + sample.CHUNK
 
 
-@pytest.mark.parametrize("knobs", [Knobs(), Knobs(repetition_penalty=1.5)], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [SamplingParams(), SamplingParams(repetition_penalty=1.5)], ids=str
+)
 @pytest.mark.parametrize("placed", [False, True])
 def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
     """Also where the parameters are bound to a device, as those of a checkpoint are."""
@@ -494,7 +497,7 @@ def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
         assert [sampler._slide._cache_size(), sampler._decode._cache_size()] == [1, 1]
 
 
-@pytest.mark.parametrize("options", [{}, MODERN | {"attention_window": 150}], ids=str)
+@pytest.mark.parametrize("options", [{}, MODERN | {"sliding_window": 150}], ids=str)
 def test_of_the_past_no_more_is_looked_at_than_its_bucket(options):
     """A program for each; texts are those of looking at the whole cache."""
     config, params = lively_case(**options | {"block_size": 520, "n_layer": 1})
@@ -597,7 +600,7 @@ def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dic
         tie_embeddings=False,
         **{"dtype": "float32"} | options,
     )
-    rows = np.zeros((config.padded_vocab, len(ids)), np.float32)
+    rows = np.zeros((config.padded_vocab_size, len(ids)), np.float32)
     rows[ids] = np.eye(len(ids))
     nexts = np.zeros_like(rows)
     nexts[np.roll(ids, -1)] = np.eye(len(ids))
@@ -724,7 +727,7 @@ def command(runs, capsys, monkeypatch):
     jax.config.update("jax_enable_x64", False)
 
 
-KNOBS = vars(Knobs()).keys()
+KNOBS = vars(SamplingParams()).keys()
 SHORT = ("--temperature=0", "--max_new_tokens=5", "--num_samples=1")
 
 
@@ -793,7 +796,7 @@ def test_options_mean_what_they_mean_in_the_library(command, options):
     sampler = Sampler(config).load(params)
     knobs = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
     rest = {k: options[k] for k in options.keys() - KNOBS}
-    pieces = sample_text(sampler, SIXTY_FIVE, ["abc"] * 2, knobs=Knobs(**knobs), **rest)
+    pieces = sample_text(sampler, SIXTY_FIVE, ["abc"] * 2, knobs=SamplingParams(**knobs), **rest)
     texts = ["".join(of_sample) for of_sample in zip(*pieces, strict=True)]
     assert (code, out) == (0, "".join(f"abc{text}\n{RULE}" for text in texts))
 

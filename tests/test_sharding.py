@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.sharding import AXES, layout, local_mesh, make_mesh, micro_batches, sequences
+from jaxgpt.sharding import (
+    AXES,
+    global_batch_size,
+    local_mesh,
+    make_mesh,
+    num_microbatches,
+    param_sharding,
+)
 
 DEVICES = 8  # see conftest.py
 SIZES = st.integers(1, 60)
@@ -103,7 +110,7 @@ REFUSED = [
         {"mesh": "tensor:4", "n_kv_head": 2},
         "mesh: tensor = 4 does not divide key-value heads = 2",
     ),
-    ({"mesh": "tensor:2", "n_inner": 5}, "mesh: tensor = 2 does not divide MLP width = 5"),
+    ({"mesh": "tensor:2", "mlp_dim": 5}, "mesh: tensor = 2 does not divide MLP width = 5"),
     (
         {"mesh": "tensor:3", "n_head": 3, "n_embd": 48},
         "mesh: tensor = 3 does not divide rows of the embedding = 128",
@@ -137,9 +144,9 @@ def batches(draw) -> tuple[Config, SimpleNamespace]:
 @given(batches())
 def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
     config, mesh = case
-    total, devices = sequences(config), mesh.shape["data"] * mesh.shape["fsdp"]
+    total, devices = global_batch_size(config), mesh.shape["data"] * mesh.shape["fsdp"]
     assert total == config.batch_size * config.gradient_accumulation_steps
-    count = micro_batches(config, mesh)
+    count = num_microbatches(config, mesh)
     share, rest = divmod(total, count * devices)
     assert rest == 0
     assert 1 <= share <= config.batch_size
@@ -150,21 +157,21 @@ def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
 @pytest.mark.parametrize(("length", "count"), [(8, 1), (64, 1), (256, 4), (1024, 16), (4096, 32)])
 def test_a_core_of_a_cpu_has_no_more_tokens_at_a_time_than_pays(length, count):
     config = make_config(batch_size=64, block_size=length, mesh="data:2")
-    assert micro_batches(config, make_mesh(config)) == count
+    assert num_microbatches(config, make_mesh(config)) == count
 
 
 @given(SIZES, SIZES)
 def test_on_local_mesh_micro_batches_are_nanogpts(batch, accumulation):
     config = make_config(batch_size=batch, gradient_accumulation_steps=accumulation)
-    assert micro_batches(config, local_mesh()) == accumulation
+    assert num_microbatches(config, local_mesh()) == accumulation
 
 
 @given(SIZES, SIZES, SIZES)
 def test_batch_tokens_stands_in_for_accumulation(batch, block, steps):
     keys = {"batch_size": batch, "block_size": block, "batch_tokens": batch * block * steps}
     config = make_config(**keys, gradient_accumulation_steps=7)
-    assert sequences(config) * block == config.batch_tokens
-    assert sequences(config.replace(batch_tokens=0)) == 7 * batch
+    assert global_batch_size(config) * block == config.batch_tokens
+    assert global_batch_size(config.replace(batch_tokens=0)) == 7 * batch
 
 
 # ---- layouts ---------------------------------------------------------------------------------
@@ -190,6 +197,6 @@ def test_batch_tokens_stands_in_for_accumulation(batch, block, steps):
 )
 def test_a_device_holds_its_share_of_matrices_and_all_of_the_vectors_of_width_d(axes, shape, shard):
     mesh = make_mesh(make_config(mesh="fsdp:4,tensor:2"))
-    assert layout(mesh, axes).shard_shape(shape) == shard
+    assert param_sharding(mesh, axes).shard_shape(shape) == shard
     whole = make_mesh(make_config(mesh="data:8"))
-    assert layout(whole, axes).shard_shape(shape) == shape
+    assert param_sharding(whole, axes).shard_shape(shape) == shape

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from reference import numpy_gpt as ref
 
-from jaxgpt import run_dir, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import evaluate
-from jaxgpt.metrics import Log, read_metrics
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.train import train
 
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
@@ -125,7 +126,7 @@ def test_a_run_leaves_what_the_contract_says(make_config):
     evals = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in evals] == [0, 8, 16, 24]
     assert evals[-1]["val_loss"] < 0.9 * evals[0]["val_loss"]
-    assert evals[-1]["whole_val_loss"] == pytest.approx(
+    assert evals[-1]["full_val_loss"] == pytest.approx(
         evaluate(config.out_dir, "latest")["val_loss"], rel=1e-5
     )
 
@@ -167,7 +168,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config):
 
 
 def test_tokens_read_from_disk_give_the_run_of_tokens_on_the_device(make_config):
-    resident, read = (make_config(k, tokens_on_device=k) for k in ("always", "never"))
+    resident, read = (make_config(k, data_on_device=k) for k in ("always", "never"))
     train(resident, {})
     train(read, {})
     for ours, theirs in zip(rows_of(read), rows_of(resident), strict=True):
@@ -175,7 +176,7 @@ def test_tokens_read_from_disk_give_the_run_of_tokens_on_the_device(make_config)
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"steps_per_dispatch": 5}, {"mesh": "data:4"}], ids=str)
+@pytest.mark.parametrize("options", [{"steps_per_call": 5}, {"mesh": "data:4"}], ids=str)
 def test_dispatches_and_devices_change_nothing_but_rounding(make_config, options):
     one, other = make_config("one"), make_config("other", **options)
     train(one, {})

@@ -30,5 +30,5 @@ config = Config(
     decay_all=True,
     beta2=0.999,
     grad_clip=0.0,
-    steps_per_dispatch=100,  # they are short
+    steps_per_call=100,  # they are short
 )

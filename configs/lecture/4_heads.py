@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 before = load(str(Path(__file__).with_name("3_one_head.py")))["config"]
 config = before.replace(

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 before = load(str(Path(__file__).with_name("4_heads.py")))["config"]
 config = before.replace(
     out_dir="out/lecture/5_feed_forward",
     mlp="relu",
-    n_inner=32,  # the lecture widens it to four times n_embd only in the next stage
+    mlp_dim=32,  # the lecture widens it to four times n_embd only in the next stage
 )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 before = load(str(Path(__file__).with_name("5_feed_forward.py")))["config"]
 config = before.replace(
@@ -10,5 +10,5 @@ config = before.replace(
     n_layer=3,
     residual=True,
     out_projection=True,
-    n_inner=0,  # four times n_embd
+    mlp_dim=0,  # four times n_embd
 )

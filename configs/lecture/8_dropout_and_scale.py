@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgpt.command_line import load
+from jaxgpt.cli.command_line import load
 
 before = load(str(Path(__file__).with_name("7_layer_norm.py")))["config"]
 config = before.replace(
@@ -15,7 +15,7 @@ config = before.replace(
     dropout=0.2,
     embed_dropout=False,
     learning_rate=3e-4,
-    steps_per_dispatch=0,
+    steps_per_call=0,
 )
 
 on_cpu = config.replace(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.data.tokens import Tokens
+from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.sharding import BATCH
 
 
@@ -27,7 +27,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: TokenSplit,
         mesh: Mesh,
         shape_KMB: tuple[int, int, int],
         *,
@@ -44,7 +44,7 @@ class Batches:
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._futures: dict[int, Future] = {}
 
-    def take(self, step: int) -> dict[str, jax.Array]:
+    def get(self, step: int) -> dict[str, jax.Array]:
         """The batches of the K steps from `step` on."""
         K = self.shape_KMB[0]
         steps = range(step, step + (self._ahead + 1) * K, K)
@@ -76,7 +76,7 @@ class Batches:
         return jax.make_array_from_callback((*self.shape_KMB, *shape), self._sharding, part)
 
 
-def make_resident(tokens: Tokens, mesh: Mesh) -> jax.Array:
+def make_resident(tokens: TokenSplit, mesh: Mesh) -> jax.Array:
     """All tokens of a split, whole on every device."""
     ids = tokens.read(0, len(tokens))
     everywhere = NamedSharding(mesh, PartitionSpec())

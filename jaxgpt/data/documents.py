@@ -60,7 +60,7 @@ HUB = {
 VAL_SHARE = {True: 0.0005, False: 0.01}  # of documents, by whether the set is in HUB; nanoGPT's
 
 
-def knows(dataset: str) -> bool:
+def is_document_set(dataset: str) -> bool:
     """Whether `dataset` is a set of documents: one of HUB, a folder, or a parquet file."""
     return dataset in HUB or Path(dataset).is_dir() or dataset.endswith(".parquet")
 

@@ -22,8 +22,10 @@ def window_starts(
     windows = max(1, tiles - 1)  # one fewer leaves room to shift by any offset
     room = num_tokens - windows * block_size  # offsets: the last one reaches the last token
     epochs, positions = np.divmod(samples.astype(np.uint64), np.uint64(windows))
-    keys = mix(mix(mix(np.full_like(epochs, seed)) + np.uint64(stream)) + epochs)
-    offsets = mix(keys) % np.uint64(room)
+    keys = splitmix64(
+        splitmix64(splitmix64(np.full_like(epochs, seed)) + np.uint64(stream)) + epochs
+    )
+    offsets = splitmix64(keys) % np.uint64(room)
     return (offsets + permute(positions, windows, keys) * np.uint64(block_size)).astype(np.int64)
 
 
@@ -39,7 +41,10 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     def shuffle(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
         left, right = value >> bits, value & mask
         for round in range(ROUNDS):
-            left, right = right, left ^ (mix(right + mix(keys + np.uint64(round))) & mask)
+            left, right = (
+                right,
+                left ^ (splitmix64(right + splitmix64(keys + np.uint64(round))) & mask),
+            )
         return left << bits | right
 
     place = shuffle(index.astype(np.uint64), keys)
@@ -48,7 +53,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return place
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """A good 64-bit hash of each number: the finaliser of splitmix64 (Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from jaxgpt.config import Data, UserError
+from jaxgpt.config import DataConfig, UserError
 from jaxgpt.data import documents, examples
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tasks import TASKS, open_task
@@ -44,7 +44,7 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **how: An
             f"{dataset}: {task} is a task whose problems are made as they are needed, so there is "
             "nothing to prepare; a text needs another name"
         )
-    if documents.knows(dataset):
+    if documents.is_document_set(dataset):
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **how)
     for key in filter(how.get, how):
         raise UserError(f"{key}={how[key]!r}: is for documents, and {dataset} is a text")
@@ -63,7 +63,7 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **how: An
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
     if tokenizer in CORPORA:
-        prepare_if_missing(Data(dataset=tokenizer, data_dir=data_dir))
+        prepare_if_missing(DataConfig(dataset=tokenizer, data_dir=data_dir))
         tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
     columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -83,13 +83,13 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **how: An
     return folder
 
 
-def prepare_if_missing(config: Data) -> None:
+def prepare_if_missing(config: DataConfig) -> None:
     """Prepares the dataset of a run if it is a known corpus and not there yet."""
     if config.dataset in CORPORA and not is_prepared(Path(config.data_dir, config.dataset)):
         prepare(config.dataset, config.data_dir)
 
 
-def find_dataset(config: Data, block_size: int) -> Dataset:
+def find_dataset(config: DataConfig, block_size: int) -> Dataset:
     """The dataset of a run, prepared first if it is a known corpus and not there yet."""
     if config.dataset in TASKS:
         return open_task(config, block_size)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import Data, UserError
-from jaxgpt.data.order import mix, permute
+from jaxgpt.config import DataConfig, UserError
+from jaxgpt.data.order import permute, splitmix64
 from jaxgpt.data.tokenizer import ArithmeticTokenizer
-from jaxgpt.data.tokens import Dataset, Tokens
+from jaxgpt.data.tokens import Dataset, TokenSplit
 
 TASKS = {"adder": "+", "calculator": "+-*/"}
 MOST_HELD_OUT, SHARE_HELD_OUT = 10_000, 20  # of an operation's pairs: so many, or one in so many
@@ -60,7 +60,9 @@ class Arithmetic:
         kind, a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         problems = Problems(kind, a, _divisors(kind, b))
         triples = np.unique(np.stack(problems), axis=1)
-        order = np.argsort(mix(self._names(Problems(*triples)).astype(np.uint64)), kind="stable")
+        order = np.argsort(
+            splitmix64(self._names(Problems(*triples)).astype(np.uint64)), kind="stable"
+        )
         return Problems(*triples[:, order])
 
     def _names(self, problems: Problems) -> np.ndarray:
@@ -83,12 +85,12 @@ class Arithmetic:
         keys = keys.astype(np.uint64)
         problems = self._draw(keys)
         while (held := self._is_held_out(problems)).any():
-            keys = np.where(held, mix(~keys), keys)
+            keys = np.where(held, splitmix64(~keys), keys)
             problems = self._draw(keys)
         return problems
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        dice = [keys := mix(keys) for _ in range(5)]
+        dice = [keys := splitmix64(keys) for _ in range(5)]
         length = np.maximum(*(die % np.uint64(self.digits) for die in dice[:2])) + np.uint64(1)
         top = np.uint64(10) ** length
         kind = dice[2] % np.uint64(len(self.operations))
@@ -144,7 +146,7 @@ def _write_signs(text: np.ndarray, at: np.ndarray, signs: np.ndarray) -> np.ndar
     return at + (signs > 0)
 
 
-class Endless(Tokens):
+class TrainProblems(TokenSplit):
     """Problems to train on, without end: a window's place is the key it is drawn from."""
 
     def __init__(self, task: Arithmetic):
@@ -154,8 +156,8 @@ class Endless(Tokens):
         return sys.maxsize
 
     def starts(self, samples: np.ndarray, *, block_size: int, seed: int, stream: int) -> np.ndarray:
-        seeds = mix(mix(np.full(len(samples), seed, np.uint64)) + np.uint64(stream))
-        return mix(seeds + samples.astype(np.uint64)).view(np.int64)
+        seeds = splitmix64(splitmix64(np.full(len(samples), seed, np.uint64)) + np.uint64(stream))
+        return splitmix64(seeds + samples.astype(np.uint64)).view(np.int64)
 
     def read(self, start: int, length: int) -> np.ndarray:
         raise UserError("eval_iters=0: must be at least 1, as the problems to train on never end")
@@ -164,7 +166,7 @@ class Endless(Tokens):
         return self.task.windows(self.task.draw(starts.view(np.uint64)), length)
 
 
-class HeldOut(Tokens):
+class ValProblems(TokenSplit):
     """The problems that are held out, as a split: one each `block_size` tokens, in fixed order."""
 
     def __init__(self, task: Arithmetic, block_size: int):
@@ -182,7 +184,7 @@ class HeldOut(Tokens):
         return self.rows[start // self.block_size][:length]
 
 
-def open_task(config: Data, block_size: int) -> Dataset:
+def open_task(config: DataConfig, block_size: int) -> Dataset:
     """The dataset of a task. Raises `UserError` where `block_size` is too small for it."""
     operations, digits = TASKS[config.dataset], config.digits
     task = Arithmetic(operations, digits)
@@ -191,10 +193,10 @@ def open_task(config: Data, block_size: int) -> Dataset:
             f"block_size={block_size}: must be at least {task.longest - 1} for the "
             f"{config.dataset} with digits={digits}"
         )
-    held_out = HeldOut(task, block_size)
+    held_out = ValProblems(task, block_size)
     fingerprint: dict[str, Any] = {"operations": operations, "digits": digits}
     return Dataset(
-        train=Endless(task),
+        train=TrainProblems(task),
         val=held_out,
         vocab_size=task.tokenizer.vocab_size,
         tokenizer=task.tokenizer,

@@ -27,7 +27,7 @@ GPT2_VOCAB = 50_257
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 
 
-class Tokens:
+class TokenSplit:
     """One split as one long sequence of ids, over one file or many; nothing is read until asked.
 
     `vocab_size` bounds the ids. What is read is checked against it, because a JAX gather clamps
@@ -95,8 +95,8 @@ def _open(file: Path, dtype: str) -> np.ndarray:
 class Dataset:
     """What a folder of token files holds."""
 
-    train: Tokens
-    val: Tokens
+    train: TokenSplit
+    val: TokenSplit
     vocab_size: int
     tokenizer: Tokenizer | None
     """None for nanoGPT's and llm.c's files whose tokenizer is not at hand."""
@@ -167,7 +167,7 @@ def _open_prepared(folder: Path) -> Dataset:
         raise UserError(f"{file}: dtype={dtype!r}: must be uint16, uint32 or int32")
     sums = meta.get("sha256") or {}
     names = {s: [*sums[s]] if isinstance(sums.get(s), dict) else [f"{s}.bin"] for s in SPLITS}
-    splits = {s: Tokens([folder / n for n in names[s]], dtype, vocab_size) for s in SPLITS}
+    splits = {s: TokenSplit([folder / n for n in names[s]], dtype, vocab_size) for s in SPLITS}
     for split, tokens in splits.items():
         if len(tokens) != counts[split]:
             of = f"one of {folder / split}_*.bin" if len(tokens.files) > 1 else "the file"
@@ -197,7 +197,7 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     for split in SPLITS:
         if not files[split]:
             raise UserError(f"{folder}: no {split}.bin, no *{split}*.bin, no {META}")
-    train, val = (Tokens(files[split], "uint16", GPT2_VOCAB) for split in SPLITS)
+    train, val = (TokenSplit(files[split], "uint16", GPT2_VOCAB) for split in SPLITS)
     text = folder / "input.txt"
     if not (folder / "meta.pkl").exists():
         tokenizer = _gpt2_if_at_hand(data_dir)

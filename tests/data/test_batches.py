@@ -17,7 +17,7 @@ from jaxgpt import evaluate
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, gather, make_resident
 from jaxgpt.data.order import permute, window_starts
-from jaxgpt.data.tokens import Tokens
+from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.sharding import make_mesh
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -185,7 +185,7 @@ def ids(request):
     return np.random.default_rng(0).integers(0, top, 999).astype(request.param)
 
 
-def tokens_of(ids: np.ndarray, folder, kind: type[Tokens] = Tokens) -> Tokens:
+def tokens_of(ids: np.ndarray, folder, kind: type[TokenSplit] = TokenSplit) -> TokenSplit:
     """`ids` as three files."""
     files = [folder / f"{i}.bin" for i in range(3)]
     for file, part in zip(files, np.split(ids, [100, 350]), strict=True):
@@ -212,7 +212,7 @@ def test_batches_are_slices_of_the_ids(tmp_path, ids, name, resident):
     batches = make(tokens, mesh, shape, resident=make_resident(tokens, mesh) if resident else None)
     per_device = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
     for step in (0, 2, 50):
-        expected, batch = windows_of(ids, step, shape), batches.take(step)
+        expected, batch = windows_of(ids, step, shape), batches.get(step)
         for k in range(2):
             windows = gather_jit(batch, k, T + 1)
             assert windows.dtype == np.int32
@@ -230,15 +230,15 @@ def test_batches_are_slices_of_the_ids(tmp_path, ids, name, resident):
 def test_batch_of_k_steps_is_k_batches(tmp_path, ids, resident):
     mesh, tokens = mesh_of("data:2"), tokens_of(ids, tmp_path)
     held = make_resident(tokens, mesh) if resident else None
-    several = make(tokens, mesh, (4, 2, 2), resident=held).take(12)
+    several = make(tokens, mesh, (4, 2, 2), resident=held).get(12)
     one = make(tokens, mesh, (1, 2, 2), resident=held)
     for k in range(4):
         windows = gather_jit(several, k, T + 1)
-        np.testing.assert_array_equal(windows, gather_jit(one.take(12 + k), 0, T + 1))
+        np.testing.assert_array_equal(windows, gather_jit(one.get(12 + k), 0, T + 1))
 
 
-class Watched(Tokens):
-    """Tokens that count their reads, and wait for `go` before each."""
+class Watched(TokenSplit):
+    """TokenSplit that count their reads, and wait for `go` before each."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -267,11 +267,11 @@ def test_batches_are_read_ahead_once(tmp_path, ids):
     taken = 0
     # In order, then a jump ahead, one back, and one that a batch read ahead answers in part.
     for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
-        np.testing.assert_array_equal(batches.take(step)["windows"], windows_of(ids, step, shape))
+        np.testing.assert_array_equal(batches.get(step)["windows"], windows_of(ids, step, shape))
         taken += fresh * K * M * B
         assert tokens.settled(taken) == taken
     tokens.go.clear()
-    np.testing.assert_array_equal(batches.take(16)["windows"], windows_of(ids, 16, shape))
+    np.testing.assert_array_equal(batches.get(16)["windows"], windows_of(ids, 16, shape))
     assert tokens.reads == taken  # no more was needed
     tokens.go.set()
 
@@ -281,7 +281,7 @@ def test_id_out_of_range_reaches_the_one_who_takes(tmp_path, ids):
     tokens = tokens_of(ids, tmp_path)
     tokens.vocab_size = 1
     with pytest.raises(UserError, match=r"is not below vocab_size=1"):
-        make(tokens, mesh_of("data:1"), (1, 1, 1), ahead=1).take(0)
+        make(tokens, mesh_of("data:1"), (1, 1, 1), ahead=1).get(0)
     with pytest.raises(UserError, match=r"is not below vocab_size=1"):
         make_resident(tokens, mesh_of("data:1"))
 
@@ -308,8 +308,8 @@ def test_whole_split_has_every_target_once(tmp_path_factory, num_tokens, T, name
     sequences, seen = share * mesh.shape["data"] * mesh.shape["fsdp"], []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate, "DISPATCH", dispatch)
-        tokens = Tokens([file], "uint16", num_tokens)
-        batches = list(evaluate.whole_split(tokens, mesh, sequences, T))
+        tokens = TokenSplit([file], "uint16", num_tokens)
+        batches = list(evaluate.full_split(tokens, mesh, sequences, T))
     for batch, count in batches:
         assert batch["windows"].shape == (dispatch, 1, sequences, T + 1)
         for shard in batch["windows"].addressable_shards:

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 
-from jaxgpt import evaluate, run_dir, sharding
+from jaxgpt import evaluate, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import examples
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from jaxgpt.data.tokens import Tokens, open_dataset
+from jaxgpt.data.tokens import TokenSplit, open_dataset
+from jaxgpt.runtime import run_dir
 from jaxgpt.train import train
 
 SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(8) for b in range(8)]
@@ -98,7 +99,7 @@ def test_token_files_hold_what_was_encoded(sums):
 def test_an_id_out_of_range_is_named_masked_or_not(tmp_path, bad):
     file = tmp_path / "some.bin"
     np.array([4, ~4, 0, ~0, bad], "<i4").tofile(file)
-    tokens = Tokens([file], "int32", 5)
+    tokens = TokenSplit([file], "int32", 5)
     np.testing.assert_array_equal(tokens.read(0, 4), [4, ~4, 0, ~0])
     with pytest.raises(UserError, match=f"id {bad} at token 4 is not below vocab_size=5"):
         tokens.read(1, 4)
@@ -117,7 +118,7 @@ def make_config(sums, tmp_path, **keys) -> Config:
 @pytest.mark.parametrize("where", ["always", "never"])
 def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where):
     """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
-    config = make_config(sums, tmp_path, tokens_on_device=where)
+    config = make_config(sums, tmp_path, data_on_device=where)
     assert train(config, {}) == 0
     found = evaluate.evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)

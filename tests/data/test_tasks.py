@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import cli, evaluate
+from jaxgpt import evaluate
+from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset, prepare
-from jaxgpt.data.tasks import TASKS, Arithmetic, Endless, HeldOut, Problems
+from jaxgpt.data.tasks import TASKS, Arithmetic, Problems, TrainProblems, ValProblems
 from jaxgpt.data.tokenizer import ArithmeticTokenizer
 from jaxgpt.sample import TextStream
 from jaxgpt.sharding import make_mesh
@@ -103,7 +104,7 @@ def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
     held = triples(task.held_out)
     mirrored = {(kind, b, a) for kind, a, b in held}
     for seed in (0, 1):
-        endless = Endless(task)
+        endless = TrainProblems(task)
         samples = np.arange(100_000, dtype=np.uint64)
         keys = endless.starts(samples, block_size=9, seed=seed, stream=seed)
         drawn = triples(task.draw(keys.view(np.uint64)))
@@ -140,7 +141,7 @@ def test_a_fixed_number_of_every_operation_and_length_is_held_out(name, digits, 
 @given(st.integers(0, 200), st.integers(1, 30))
 def test_the_held_out_split_is_walked_problem_by_problem(first, count):
     task = task_of("adder", 2)
-    split, samples = HeldOut(task, 9), np.arange(first, first + count, dtype=np.uint64)
+    split, samples = ValProblems(task, 9), np.arange(first, first + count, dtype=np.uint64)
     rows = task.windows(task.held_out, 10)
     windows = split.windows(split.starts(samples, block_size=9, seed=3, stream=2), 10)
     np.testing.assert_array_equal(windows, rows[samples.astype(int) % len(rows)])
@@ -149,7 +150,7 @@ def test_the_held_out_split_is_walked_problem_by_problem(first, count):
 def test_the_whole_split_has_every_held_out_answer_once():
     task, mesh = task_of("calculator", 1), make_mesh(make_config())
     windows = []
-    for batch, count in evaluate.whole_split(HeldOut(task, 9), mesh, 4, 9):
+    for batch, count in evaluate.full_split(ValProblems(task, 9), mesh, 4, 9):
         windows.append(np.asarray(batch["windows"])[:count].reshape(-1, 10))
     windows = np.concatenate(windows)
     expected = task.windows(task.held_out, 10)
@@ -167,7 +168,7 @@ def test_batches_are_pure_functions_of_seed_and_step():
         step: int, shape_KMB: tuple[int, int, int], *, seed: int = 5, on=mesh, stream: int = 0
     ):
         batches = Batches(dataset.train, on, shape_KMB, block_size=9, seed=seed, stream=stream)
-        return np.asarray(batches.take(step)["windows"])
+        return np.asarray(batches.get(step)["windows"])
 
     several = take(6, (4, 1, 8))
     for step in range(4):  # a dispatch is its steps; micro-batches and meshes only cut a step
@@ -182,7 +183,7 @@ def test_batches_are_pure_functions_of_seed_and_step():
 def test_problems_are_the_same_on_every_machine():
     """Else a resumed run would go on with others, and would have trained on those held out."""
     task = task_of("calculator", 2)
-    keys = Endless(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
+    keys = TrainProblems(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
     drawn = [ask for ask, _ in spelled(task, task.draw(keys.view(np.uint64)), 11)]
     held = [ask for ask, _ in spelled(task, task.held_out, 11)[:4]]
     assert drawn == DRAWN
@@ -228,7 +229,7 @@ def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
     [
         ({"block_size": 8}, "block_size=8: must be at least 9 for the adder with digits=2"),
         ({"dataset": "calculator"}, "block_size=9: must be at least 10 for the calculator with"),
-        ({"tokens_on_device": "always"}, "tokens_on_device='always'"),
+        ({"data_on_device": "always"}, "data_on_device='always'"),
     ],
     ids=str,
 )
@@ -240,7 +241,7 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
 def test_endless_problems_cannot_be_evaluated_whole():
     dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
     with pytest.raises(UserError, match="eval_iters=0: must be at least 1"):
-        next(evaluate.whole_split(dataset.train, mesh, 4, 9))
+        next(evaluate.full_split(dataset.train, mesh, 4, 9))
 
 
 @pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
@@ -267,7 +268,7 @@ def test_exactness_counts_the_answers_that_are_right(monkeypatch):
 
     wrong = (kind == 1) & (a >= 90)
     monkeypatch.setattr(evaluate, "answer", answer)
-    found = evaluate.exactness(None, task)
+    found = evaluate.accuracy(None, task)
     assert found["problems"] == len(a)
     assert found["exact"] == pytest.approx(1 - wrong.mean())
     two = (kind == 1) & (np.maximum(a, b) >= 10)
@@ -287,7 +288,7 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
         bias=False,
         batch_size=128,
         gradient_accumulation_steps=1,
-        steps_per_dispatch=10,
+        steps_per_call=10,
         learning_rate=5e-3,
         min_lr=1e-5,
         warmup_iters=50,

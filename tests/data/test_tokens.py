@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import CharTokenizer
-from jaxgpt.data.tokens import Dataset, Tokens, is_prepared, open_dataset
+from jaxgpt.data.tokens import Dataset, TokenSplit, is_prepared, open_dataset
 
 GPT2_VOCAB = 50_257
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def open_folder(folder: Path, block_size: int = 4) -> Dataset:
     return open_dataset(folder, folder / "nowhere", block_size)
 
 
-def assert_holds(tokens: Tokens, ids) -> None:
+def assert_holds(tokens: TokenSplit, ids) -> None:
     assert len(tokens) == len(ids)
     np.testing.assert_array_equal(tokens.read(0, len(ids)), ids)
 
@@ -55,7 +55,7 @@ def test_read_is_a_slice_of_the_concatenation(tmp_path_factory, parts, wide, dat
     parts = [np.array(part, dtype) * np.array(scale, dtype) for part in parts]
     whole = np.concatenate(parts)
     files = [write_ids(folder / f"{i}.bin", part, dtype) for i, part in enumerate(parts)]
-    tokens = Tokens(files, dtype, vocab_size=2**32)
+    tokens = TokenSplit(files, dtype, vocab_size=2**32)
     assert len(tokens) == len(whole)
     if data is None:
         spans = [(i, j) for j in range(len(whole) + 1) for i in range(j)]
@@ -71,8 +71,8 @@ def test_read_is_a_slice_of_the_concatenation(tmp_path_factory, parts, wide, dat
 def test_ids_are_little_endian(tmp_path):
     file = tmp_path / "some.bin"
     file.write_bytes(bytes([1, 2, 3, 4, 5, 6, 7, 0]))
-    assert_holds(Tokens([file], "uint16", 2**16), [0x0201, 0x0403, 0x0605, 0x0007])
-    assert_holds(Tokens([file], "uint32", 2**32), [0x04030201, 0x00070605])
+    assert_holds(TokenSplit([file], "uint16", 2**16), [0x0201, 0x0403, 0x0605, 0x0007])
+    assert_holds(TokenSplit([file], "uint32", 2**32), [0x04030201, 0x00070605])
 
 
 @pytest.mark.parametrize("at", [0, 4, 5, 8, 11])
@@ -83,7 +83,7 @@ def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
     names = [f"{part}.bin" for part in "abc"]
     for name, part in zip(names, np.split(ids, [5, 9]), strict=True):
         write_ids(tmp_path / name, part)
-    tokens = Tokens([tmp_path / name for name in names], "uint16", vocab_size=10)
+    tokens = TokenSplit([tmp_path / name for name in names], "uint16", vocab_size=10)
     name, place = [(n, i) for n, size in zip(names, (5, 4, 3), strict=True) for i in range(size)][
         at
     ]

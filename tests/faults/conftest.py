@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt import metrics, run_dir
 from jaxgpt import train as loop
+from jaxgpt.runtime import metrics, run_dir
 from jaxgpt.train import train
 
 from .harness import make_data, tiny

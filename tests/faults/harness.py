@@ -14,11 +14,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import cli, run_dir, sharding
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import sharding
+from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
 from jaxgpt.data.prepare import prepare
-from jaxgpt.metrics import read_metrics
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.train import train
 from jaxgpt.train_step import abstract_state
 
@@ -26,7 +28,7 @@ TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothin
 ROOT = Path(__file__).parents[2]
 TRAIN = (
     "import sys, json; from jaxgpt.config import build; from jaxgpt.train import train; "
-    "from jaxgpt.cli import run; run(lambda argv: train(build(json.loads(argv[0])), {}))"
+    "from jaxgpt.cli.commands import run; run(lambda argv: train(build(json.loads(argv[0])), {}))"
 )
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
@@ -212,7 +214,7 @@ def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random
         shutil.copytree(source.folder, folder, symlinks=True)
         what = damage(folder / str(newest), folder / str(before), rng)
         checkpoints = Checkpoints(folder)
-        checkpoints.set_aside_damaged()
+        checkpoints.quarantine_corrupt()
         if checkpoints.newest == newest:
             missed.append(what)
         elif checkpoints.newest != before or state_of(checkpoints, run, before) != whole:

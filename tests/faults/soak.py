@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from jaxgpt import run_dir
+from jaxgpt.runtime import run_dir
 
 from .harness import again, damage, fork, make_data, outcome, tiny
 

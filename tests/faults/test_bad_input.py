@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxgpt import cli, device, sample
+from jaxgpt import sample
+from jaxgpt.cli import commands as cli
 from jaxgpt.data.prepare import prepare
 from jaxgpt.model import GPT
+from jaxgpt.runtime import device
 from jaxgpt.train import Trainer, train
 
 from .harness import TEXT, tiny
@@ -64,7 +66,7 @@ def meta(**fields) -> None:
 
 
 TRAIN, NEW, SAMPLE = "train c.py", "train c.py --out_dir=new", "sample --out_dir=run"
-NOTHING = lambda: None
+NO_TOKEN = lambda: None
 BAD = {
     "an id past the vocabulary": (lambda: ids(past_the_vocabulary), NEW, "id 999 at token 1234"),
     "half an id": (lambda: ids(lambda old: old.tobytes()[:-1]), NEW, "not a whole number"),
@@ -73,14 +75,14 @@ BAD = {
     "another dtype": (lambda: meta(dtype="uint32"), NEW, "meta.json says"),
     "a dtype that is none": (lambda: meta(dtype="object"), NEW, "dtype='object'"),
     "other data than before": (prepared_anew, f"{TRAIN} --max_iters=30", "changed since"),
-    "no data": (NOTHING, f"{NEW} --dataset=../../etc", "dataset="),
-    "a text that is not UTF-8": (NOTHING, "prepare latin-1.txt", "is not UTF-8"),
-    "a text that is not there": (NOTHING, "prepare no.txt", "no.txt"),
-    "a prompt of unknown letters": (NOTHING, f"{SAMPLE} --start=\u0416", "\u0416"),
-    "a prompt file that is not there": (NOTHING, f"{SAMPLE} --start=FILE:no", "No such file"),
-    "a prompt file that is not UTF-8": (NOTHING, f"{SAMPLE} --start=FILE:latin-1.txt", "decode"),
-    "a step that is not there": (NOTHING, f"{SAMPLE} --checkpoint=7", "checkpoint='7'"),
-    "a run that is not there": (NOTHING, "sample --out_dir=no", "there is no run"),
+    "no data": (NO_TOKEN, f"{NEW} --dataset=../../etc", "dataset="),
+    "a text that is not UTF-8": (NO_TOKEN, "prepare latin-1.txt", "is not UTF-8"),
+    "a text that is not there": (NO_TOKEN, "prepare no.txt", "no.txt"),
+    "a prompt of unknown letters": (NO_TOKEN, f"{SAMPLE} --start=\u0416", "\u0416"),
+    "a prompt file that is not there": (NO_TOKEN, f"{SAMPLE} --start=FILE:no", "No such file"),
+    "a prompt file that is not UTF-8": (NO_TOKEN, f"{SAMPLE} --start=FILE:latin-1.txt", "decode"),
+    "a step that is not there": (NO_TOKEN, f"{SAMPLE} --checkpoint=7", "checkpoint='7'"),
+    "a run that is not there": (NO_TOKEN, "sample --out_dir=no", "there is no run"),
     "a config.json that is none": (
         lambda: Path("run/config.json").write_text('{"n_layer": 9e99}'),
         SAMPLE,
@@ -93,14 +95,14 @@ BAD = {
         SAMPLE,
         "the shape of params",
     ),
-    "another model than the checkpoint's": (NOTHING, f"{TRAIN} --n_embd=32", "n_embd=32"),
-    "weights of another shape": (NOTHING, f"{NEW} --init_from=./weights", "tensor"),
+    "another model than the checkpoint's": (NO_TOKEN, f"{TRAIN} --n_embd=32", "n_embd=32"),
+    "weights of another shape": (NO_TOKEN, f"{NEW} --init_from=./weights", "tensor"),
     "a file that is no config": (lambda: Path("c.py").write_text("x = 1"), NEW, "c.py"),
-    "a mesh of more devices": (NOTHING, f"{NEW} --mesh=data:512", "mesh="),
-    "a mesh of no axis": (NOTHING, f"{NEW} --mesh=wings:2", "mesh="),
-    "a mesh that divides nothing": (NOTHING, f"{NEW} --mesh=tensor:8", "does not divide"),
-    "a run directory that is a file": (NOTHING, f"{TRAIN} --out_dir=c.py", "is a file"),
-    "code for a number": (NOTHING, f"{NEW} --n_layer=__import__('os').getpid()", "n_layer"),
+    "a mesh of more devices": (NO_TOKEN, f"{NEW} --mesh=data:512", "mesh="),
+    "a mesh of no axis": (NO_TOKEN, f"{NEW} --mesh=wings:2", "mesh="),
+    "a mesh that divides nothing": (NO_TOKEN, f"{NEW} --mesh=tensor:8", "does not divide"),
+    "a run directory that is a file": (NO_TOKEN, f"{TRAIN} --out_dir=c.py", "is a file"),
+    "code for a number": (NO_TOKEN, f"{NEW} --n_layer=__import__('os').getpid()", "n_layer"),
 }
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, run_dir, sharding
-from jaxgpt.checkpoint import Checkpoints, Damaged
+from jaxgpt import sharding
 from jaxgpt.config import UserError
+from jaxgpt.runtime import checkpoint, run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint
 from jaxgpt.train import train
 
 from .harness import damage_at_random, outcome, rows_of
@@ -64,7 +65,7 @@ def test_two_bad_steps_are_both_moved_and_the_third_is_used(run):
     checkpoints = Checkpoints(step_of(run, 24).parent, keep=3)
     shutil.copytree(step_of(run, 21), step_of(run, 22))
     flip(data_file(step_of(run, 24)))
-    checkpoints.set_aside_damaged()  # 22 is whole, but it says that it is step 21
+    checkpoints.quarantine_corrupt()  # 22 is whole, but it says that it is step 21
     assert checkpoints.newest == 21
     assert {p.name for p in checkpoints.damaged()} == {"22.corrupt", "24.corrupt"}
 
@@ -106,7 +107,7 @@ def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, ch
     assert step == instead
     assert f"taking step {instead} instead" in capsys.readouterr().err
     assert sorted(Path(run.out_dir).rglob("*")) == before
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptCheckpoint):
         run_dir.load_params(config, str(bad), sharding.local_mesh())
 
 
@@ -115,7 +116,7 @@ def test_a_best_whose_link_was_never_made_is_found(run):
     checkpoints = Checkpoints(step_of(run, 24).parent)
     assert checkpoints.best() == 16
     (checkpoints.folder / "best").unlink()
-    checkpoints.set_aside_damaged()
+    checkpoints.quarantine_corrupt()
     assert checkpoints.best() == 16
 
 
@@ -144,8 +145,8 @@ def test_older_steps_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_digest", then_cut)
     checkpoints.save(state, {"step": 2}, best=False)
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptCheckpoint):
         checkpoints.wait()
     again = Checkpoints(tmp_path)
-    again.set_aside_damaged()
+    again.quarantine_corrupt()
     assert again.newest == 1

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxgpt import checkpoint, run_dir
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.train import Trainer, train
 
 from .harness import FORKS, TRAIN, start, tiny
@@ -30,7 +30,7 @@ def free(monkeypatch, *answers: float) -> None:
 
 def sound_step(config) -> int | None:
     checkpoints = run_dir.open_checkpoints(config)
-    checkpoints.set_aside_damaged()
+    checkpoints.quarantine_corrupt()
     assert not checkpoints.damaged()
     return checkpoints.newest
 
@@ -95,7 +95,7 @@ def test_a_real_disk_that_is_full_in_the_middle_of_a_save(data, tmp_path):
         mount + f'"$@"; r=$?; cp -r {config.out_dir} {tmp_path}/after; exit $r',
         "sh",
     )
-    script = "from jaxgpt.checkpoint import Checkpoints as C; C.need_space = lambda *a: None; "
+    script = "from jaxgpt.runtime.checkpoint import Checkpoints as C; C.check_disk_space = lambda *a: None; "
     process = start(config, script + TRAIN, prefix)
     _, errors = process.communicate()
     assert process.returncode == 2, errors
@@ -110,16 +110,16 @@ def test_a_real_disk_that_is_full_in_the_middle_of_a_save(data, tmp_path):
 
 def test_a_run_directory_is_held_by_one_run(tmp_path):
     out_dir = str(tmp_path / "run")
-    with run_dir.held(out_dir):
-        with pytest.raises(UserError) as raised, run_dir.held(out_dir):
+    with run_dir.lock_run_dir(out_dir):
+        with pytest.raises(UserError) as raised, run_dir.lock_run_dir(out_dir):
             pass
         assert str(raised.value) == f"out_dir={out_dir!r}: process {os.getpid()} is writing to it"
-    with run_dir.held(out_dir):
+    with run_dir.lock_run_dir(out_dir):
         pass
 
 
 def _hold(out_dir: str, is_held) -> None:
-    with run_dir.held(out_dir):
+    with run_dir.lock_run_dir(out_dir):
         is_held.set()
         time.sleep(60)
 
@@ -134,7 +134,7 @@ def test_a_second_run_is_refused_and_a_dead_one_lets_go(data, tmp_path):
     assert not Path(config.out_dir, "config.json").exists()
     first.kill()
     first.join()
-    with run_dir.held(config.out_dir):
+    with run_dir.lock_run_dir(config.out_dir):
         pass
 
 
@@ -156,6 +156,6 @@ def test_a_run_killed_while_it_clears_its_directory_can_be_started_again(
     with monkeypatch.context() as patched:
         patched.setattr(run_dir, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_dir.begin(config, dataset, fresh=True)
-    run_dir.begin(config, dataset, fresh=True)
+            run_dir.create(config, dataset, fresh=True)
+    run_dir.create(config, dataset, fresh=True)
     assert run_dir.load_config(config.out_dir) == config

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from golden.make_checkpoint_v1 import HERE, sums
 
-from jaxgpt import checkpoint, run_dir, sharding
+from jaxgpt import sharding
 from jaxgpt.config import UserError
+from jaxgpt.runtime import checkpoint, run_dir
 
 PACKAGE = Path(checkpoint.__file__).parent
 

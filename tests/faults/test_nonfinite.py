@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import run_dir, sharding, train_step
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import sharding, train_step
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import load
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
@@ -123,14 +124,14 @@ def test_a_run_stops_at_the_first_bad_step_and_what_it_saved_is_finite(rare):
     with pytest.raises(UserError) as raised:
         train(rare, {})
     message = str(raised.value)
-    for part in "step ", "loss is nan", "gradient's norm", "learning_rate", "skip_nonfinite":
+    for part in "step ", "loss is nan", "gradient's norm", "learning_rate", "max_nonfinite_steps":
         assert part in message
     assert "\n" not in message
     assert finite(rare)
 
 
 def test_bad_steps_are_skipped_and_counted_when_asked(rare):
-    config = rare.replace(skip_nonfinite=2, log_interval=2)
+    config = rare.replace(max_nonfinite_steps=2, log_interval=2)
     assert train(config, {}) == 0
     assert finite(config)
     rows = [row for row in strict_rows(config) if "skipped" in row]
@@ -141,7 +142,7 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
 
 def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
-    config = tiny(tmp_path, data, skip_nonfinite=3, mesh="data:1", **SMALL)
+    config = tiny(tmp_path, data, max_nonfinite_steps=3, mesh="data:1", **SMALL)
     with pytest.raises(UserError, match=r"step 4: the loss is inf"):
         train(config, {})
     assert Path(config.out_dir, "log.txt").read_text().count(": skipped") == 3

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt import run_dir
 from jaxgpt import train as loop
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.data.prepare import prepare
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train import Trainer, train
 
 from .harness import FORKS, TEXT, kill_at_random, outcome, rows_of, tiny

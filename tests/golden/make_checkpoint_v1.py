@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt import run_dir, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.prepare import prepare
+from jaxgpt.runtime import run_dir
 from jaxgpt.train import train
 
 HERE = Path(__file__).absolute().parent / "checkpoint_v1"

@@ -34,14 +34,14 @@ class Golden:
         with np.load(file) as archive:
             self.arrays = dict(archive)
         hf = {"block_size": "n_positions"}
-        names = ("vocab_size", "block_size", "n_embd", "n_layer", "n_head", "n_inner")
+        names = ("vocab_size", "block_size", "n_embd", "n_layer", "n_head", "mlp_dim")
         self.sizes = {name: self.arrays[f"config/{hf.get(name, name)}"].item() for name in names}
         hyper = {k.removeprefix("hyper/"): v for k, v in self.arrays.items() if "hyper/" in k}
         self.hyper = {k: v.item() for k, v in hyper.items() if k != "eps"}  # 1e-8, as everywhere
 
     def params(self, kind: str) -> dict:
         """The tree of param, grad or final; rows that pad the vocabulary are zero."""
-        D, N, F = (self.sizes[key] for key in ("n_embd", "n_head", "n_inner"))
+        D, N, F = (self.sizes[key] for key in ("n_embd", "n_head", "mlp_dim"))
         sizes = {
             "3": 3,
             "V": 128,

@@ -110,7 +110,7 @@ def _draw_attention(draw: _Draw, config: Config) -> Tree:
 
 
 def _draw_block(draw: _Draw, config: Config) -> Tree:
-    D, F = config.n_embd, config.n_inner
+    D, F = config.n_embd, config.mlp_dim
     p = {"attn": _draw_attention(draw, config)}
     if config.mlp != "none":
         up = draw.linear((D,), (2, F) if config.mlp == "swiglu" else (F,))
@@ -320,7 +320,7 @@ def _project_qkv_backward(
 
 def _attention_options(config: Config, H: int) -> dict[str, Any]:
     width = config.n_embd if config.score_scale == "embedding" else H
-    return {"scale": width**-0.5, "causal": config.causal, "window": config.attention_window}
+    return {"scale": width**-0.5, "causal": config.causal, "window": config.sliding_window}
 
 
 def self_attention(

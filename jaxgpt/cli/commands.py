@@ -15,23 +15,23 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt.command_line import from_command_line, keys_given, load
+from jaxgpt.cli.command_line import cli_keys, from_command_line, load
 from jaxgpt.config import (
-    Count,
-    CountOrOff,
-    Folder,
-    Number,
+    Fraction,
+    InitFrom,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pattern,
+    PositiveInt,
+    Range,
     Seed,
-    Share,
-    Size,
-    Source,
-    Text,
     UserError,
     check,
 )
 
 RULE = "-" * 15  # between samples, as in nanoGPT
-Checkpoint = Annotated[str, Text(r"best|latest|\d+", "best, latest, or a step")]
+Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
 
 
 def main() -> None:
@@ -62,43 +62,43 @@ def train(argv: list[str]) -> int:
     config, on_cpu = from_command_line(argv, _start)
     from jaxgpt.train import train
 
-    return train(config, on_cpu, keys_given(argv))
+    return train(config, on_cpu, cli_keys(argv))
 
 
 def _start(keys: dict[str, Any]) -> bool:
-    from jaxgpt import device, processes
+    from jaxgpt.runtime import device, distributed
 
     names = ("coordinator", "num_processes", "process_id", "device")
-    processes.join(*(keys[name] for name in names))
+    distributed.init_distributed(*(keys[name] for name in names))
     device.start(keys["device"], float64=keys["dtype"] == "float64")
-    return not device.on_cpu()
+    return not device.is_cpu()
 
 
 @dataclass(frozen=True)
 class SampleArgs:
     """Streams samples from a run directory, or from weights of a GPT-2."""
 
-    init_from: Source = "resume"
+    init_from: InitFrom = "resume"
     """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
-    out_dir: Folder = "out"
+    out_dir: NonEmptyStr = "out"
     """The run to sample from."""
     checkpoint: Checkpoint = "best"
     """Which of its checkpoints."""
     start: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """The prompt; FILE:prompt.txt reads a file. Given several times, a batch. Default: \\n."""
-    num_samples: Count = 10
+    num_samples: PositiveInt = 10
     """Samples of each prompt."""
-    max_new_tokens: Count = 500
-    """Tokens of a sample."""
-    temperature: Size = 0.8
+    max_new_tokens: PositiveInt = 500
+    """TokenSplit of a sample."""
+    temperature: NonNegativeFloat = 0.8
     """Below 1 is less random than the model; 0 takes the likeliest token."""
-    top_k: CountOrOff = 200
+    top_k: NonNegativeInt = 200
     """Draw among so many of the likeliest tokens; 0 is all."""
-    top_p: Annotated[float, Number(0, 1)] = 1.0
+    top_p: Annotated[float, Range(0, 1)] = 1.0
     """Draw among the likeliest tokens that together have this probability."""
-    min_p: Share = 0.0
+    min_p: Fraction = 0.0
     """Draw among tokens at least this probable beside the likeliest one."""
-    repetition_penalty: Annotated[float, Number(1)] = 1.0
+    repetition_penalty: Annotated[float, Range(1)] = 1.0
     """Above 1, makes tokens that were there before less likely."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End a sample before this text; may be given several times."""
@@ -118,15 +118,18 @@ def sample(argv: list[str]) -> None:
     """--out_dir=DIR | --init_from=WEIGHTS [--start=TEXT ...]: streams samples."""
     args = _parse(SampleArgs, argv, "sample.py")
     prompts = [_read_prompt(start) for start in args.start or ("\n",)]
-    from jaxgpt import device, huggingface
+    from jaxgpt.interop import huggingface
+    from jaxgpt.runtime import device
     from jaxgpt.sample import Sampler
     from jaxgpt.sharding import local_mesh
 
-    config, load, tokenizer = huggingface.find(args.init_from, args.out_dir, args.checkpoint)
+    config, load, tokenizer = huggingface.load_trained(
+        args.init_from, args.out_dir, args.checkpoint
+    )
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     device.start(args.device, float64="float64" in (config.dtype, dtype))
     params, step = load(local_mesh())
-    resolved, _ = device.resolve(config.replace(attention="auto", dropout=0.0, dtype=dtype))
+    resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
     speak = partial(_speak, args, Sampler(resolved).load(params), tokenizer())
     whose = args.init_from if step is None else f"{args.out_dir}, step {step}"
     print(f"{whose}, {resolved.dtype}", file=sys.stderr)
@@ -151,8 +154,8 @@ def _ask() -> str:
 
 def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
     """Prints every sample of every prompt: the first as it comes, the rest when they are done."""
-    from jaxgpt.metrics import printable
-    from jaxgpt.sample import Knobs, sample_text
+    from jaxgpt.runtime.metrics import escape_controls
+    from jaxgpt.sample import SamplingParams, sample_text
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     texts, began = list(prompts), time.perf_counter()
@@ -162,18 +165,20 @@ def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
         prompts,
         args.max_new_tokens,
         stop=args.stop,
-        knobs=Knobs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Knobs)}),
+        knobs=SamplingParams(
+            **{f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingParams)}
+        ),
         seed=args.seed,
         context=args.context,
     )
-    show = partial(printable, on_terminal=sys.stdout.isatty())
+    show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     print(show(texts[0]), end="", flush=True)
     for pieces in stream:
         print(show(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print(f"\n{RULE}", *(f"{show(text)}\n{RULE}" for text in texts[1:]), sep="\n")
     seconds = time.perf_counter() - began
-    print(f"{sampler.drawn / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
+    print(f"{sampler.num_generated / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
 
 
 def _read_prompt(start: str) -> str:
@@ -191,20 +196,20 @@ def _read_prompt(start: str) -> str:
 class PrepareArgs:
     """Turns a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
 
-    dataset: tyro.conf.Positional[Folder]
+    dataset: tyro.conf.Positional[NonEmptyStr]
     """A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
     shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
     completions, or documents: a parquet file, or a folder of .parquet or .txt files."""
     tokenizer: str = ""
     """char, byte, gpt2, a tokenizer.json, or a corpus for its own. Default: the corpus's own; char
     for a file, gpt2 for documents."""
-    data_dir: Folder = "data"
+    data_dir: NonEmptyStr = "data"
     """Where datasets live."""
-    val_share: Share = 0.0
+    val_share: Fraction = 0.0
     """Of documents: how many are for validation. 0 is 0.0005 of a corpus, 0.01 of your own."""
     shard: str = ""
     """Of documents: make every n-th piece, from the i-th on (i/n), so that machines share them."""
-    processes: CountOrOff = 0
+    processes: NonNegativeInt = 0
     """Of documents: how many tokenize side by side; 0 is one a core."""
 
 
@@ -223,7 +228,7 @@ def prepare(argv: list[str]) -> None:
 class EvalArgs:
     """How good a run, or a GPT-2, is: the loss of a whole validation split, or HellaSwag."""
 
-    init_from: Source = "resume"
+    init_from: InitFrom = "resume"
     """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
     task: Literal["loss", "hellaswag"] = "loss"
     """The loss of the validation split, or the share of HellaSwag's questions answered right."""
@@ -231,7 +236,7 @@ class EvalArgs:
     """Whose validation split; empty is the run's own."""
     hellaswag_file: str = ""
     """HellaSwag's questions; empty is hellaswag/hellaswag_val.jsonl where datasets live."""
-    out_dir: Folder = "out"
+    out_dir: NonEmptyStr = "out"
     """The run to evaluate."""
     checkpoint: Checkpoint = "best"
     """Which of its checkpoints."""
@@ -246,7 +251,8 @@ class EvalArgs:
 def evaluate(argv: list[str]) -> None:
     """--out_dir=DIR | --init_from=WEIGHTS [--task=NAME]: a whole split's loss, or HellaSwag."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
-    from jaxgpt import device, evaluate
+    from jaxgpt import evaluate
+    from jaxgpt.runtime import device
 
     device.start(args.device)
     whose: dict[str, Any] = {"init_from": args.init_from, "mesh": args.mesh}
@@ -275,7 +281,7 @@ class BenchArgs:
     """A Python that has torch; empty is this one."""
     compile: Literal["both", "eager", "compiled"] = "both"
     """How nanoGPT runs: as it is, under torch.compile, or each in turn."""
-    pairs: Count = 5
+    pairs: PositiveInt = 5
     """Turns of each side; also the samples taken of other things."""
     json: str = ""
     """Write everything measured, every sample too, to this file."""
@@ -286,7 +292,7 @@ class BenchArgs:
 def bench(argv: list[str]) -> None:
     """[--preset=NAME | --config FILE] [--vs NANOGPT]: times training, sampling and their parts."""
     args = _parse(BenchArgs, argv, "jaxgpt bench")
-    from jaxgpt.bench import bench
+    from jaxgpt.tools.bench.command import bench
 
     keys = dict(vars(args))
     bench(json_file=keys.pop("json"), **keys)
@@ -296,13 +302,13 @@ def bench(argv: list[str]) -> None:
 class AblateArgs:
     """Trains a baseline and each feature of the menu, some seeds each, and compares them."""
 
-    config: Folder = "configs/ablate.py"
+    config: NonEmptyStr = "configs/ablate.py"
     """The baseline."""
     features: tuple[str, ...] = ()
     """Which of the menu; all of them if none is named."""
-    seeds: Count = 5
+    seeds: PositiveInt = 5
     """Runs of each, with seeds 1, 2, ..."""
-    out_dir: Folder = "out/ablate"
+    out_dir: NonEmptyStr = "out/ablate"
     """Where runs are kept, and where menu.md, menu.png and menu.json go."""
 
 
@@ -310,11 +316,11 @@ def ablate(argv: list[str]) -> int:
     """[--config FILE] [--features NAME ...] [--seeds=N]: what each feature of the menu gains."""
     args = _parse(AblateArgs, argv, "jaxgpt ablate")
     variants = load(args.config)
-    from jaxgpt import device
-    from jaxgpt.ablate import ablate
+    from jaxgpt.runtime import device
+    from jaxgpt.tools.ablate import ablate
 
     device.start(variants["config"].device)
-    config = variants.get("on_cpu" if device.on_cpu() else "config", variants["config"])
+    config = variants.get("on_cpu" if device.is_cpu() else "config", variants["config"])
     return ablate(config, list(args.features), args.seeds, args.out_dir)
 
 
@@ -322,9 +328,9 @@ def ablate(argv: list[str]) -> int:
 class ExportArgs:
     """Writes a run as a folder that transformers loads as a GPT2LMHeadModel."""
 
-    to: Folder
+    to: NonEmptyStr
     """The folder to make: config.json, model.safetensors and the tokenizer's files."""
-    out_dir: Folder = "out"
+    out_dir: NonEmptyStr = "out"
     """The run to export."""
     checkpoint: Checkpoint = "best"
     """Which of its checkpoints."""
@@ -333,8 +339,8 @@ class ExportArgs:
 def export(argv: list[str]) -> None:
     """--out_dir=DIR --to=FOLDER: writes a run as a folder that transformers loads."""
     args = _parse(ExportArgs, argv, "jaxgpt export")
-    from jaxgpt import device
-    from jaxgpt.export import export
+    from jaxgpt.interop.export import export
+    from jaxgpt.runtime import device
 
     device.start("cpu")  # it only copies
     step = export(args.out_dir, args.checkpoint, args.to)
@@ -369,7 +375,7 @@ def plan(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from jaxgpt import plan
+    from jaxgpt.tools import plan
 
     fits = plan.run(config, topology, search, print)
     return 0 if fits else 1

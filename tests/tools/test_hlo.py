@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxgpt.hlo import Program, groups
+from jaxgpt.tools.hlo import Program, groups
 
 BY_HAND = """HloModule by_hand, num_partitions=4
 

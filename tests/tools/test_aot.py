@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model, plan, sample, sharding
-from jaxgpt.command_line import load
+from jaxgpt import model, sample, sharding
+from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config, UserError
-from jaxgpt.hlo import Op, Program
+from jaxgpt.tools import plan
+from jaxgpt.tools.hlo import Op, Program
 from jaxgpt.train_step import abstract_state
 
 B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
@@ -251,7 +252,7 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
 
 def decoding(topology: str, layers: int) -> Program:
     """A chunk of one sequence, from GPT-2's shape."""
-    there, knobs = find(topology), sample.Knobs(temperature=0.8, top_k=200)
+    there, knobs = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
     config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
     config, _ = plan.resolve(config, there.chip)
     with pytest.MonkeyPatch.context() as patch:

@@ -13,9 +13,9 @@ import pytest
 from matplotlib.image import imread
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxgpt import metrics
 from jaxgpt.config import Config, UserError
-from jaxgpt.metrics import Log, Stopwatch, draw_losses, printable, read_metrics
+from jaxgpt.runtime import metrics
+from jaxgpt.runtime.metrics import Log, Stopwatch, draw_losses, escape_controls, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +52,10 @@ def lines(folder, name: str) -> list[str]:
 LOUD = """
 import sys
 from jaxgpt.config import Config
-from jaxgpt.metrics import Log
+from jaxgpt.runtime.metrics import Log
 with Log(Config(out_dir=sys.argv[1]), 0) as log:
     for n in range(5000):
-        log.say(f"line {n}")
+        log.info(f"line {n}")
 """
 
 
@@ -70,7 +70,7 @@ def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
 
 
 def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
-    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, whole_val_loss=3.5)]
+    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
     with Log(config, 0) as log:
         for i, row in enumerate(told, 1):
             log.train(row, 60.0) if "loss" in row else log.eval(row)
@@ -101,7 +101,7 @@ def test_a_folder_without_metrics_has_no_rows(tmp_path):
 def test_the_log_goes_on_where_it_was(config, tmp_path):
     for text in "first", "second, with é and [brackets]", "two\nlines":
         with Log(config, 0) as log:
-            log.say(text)
+            log.info(text)
     assert lines(tmp_path, "log.txt") == ["first", "second, with é and [brackets]", "two", "lines"]
 
 
@@ -125,13 +125,13 @@ def test_without_a_terminal_a_step_is_one_plain_line(config, tmp_path, capsys, m
 
 def test_without_a_terminal_an_evaluation_is_one_line_with_all_its_losses(config, capsys):
     with Log(config, 0) as log:
-        log.eval(eval_row(10, whole_val_loss=3.25))
+        log.eval(eval_row(10, full_val_loss=3.25))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("step 10: ")
     assert re.findall(r"[\w ]*loss \d\.\d{4}", line.removeprefix("step 10: ")) == [
         "train loss 3.8000",
         " val loss 4.0000",
-        " whole val loss 3.2500",
+        " full val loss 3.2500",
     ]
 
 
@@ -139,7 +139,7 @@ def test_what_is_said_is_printed_as_it_is(config, tmp_path, capsys):
     """Samples can hold anything: brackets that look like markup, emoji codes, long lines."""
     text = "[bold]ROMEO:[/bold] :heart: http://x.y 'z' 123 " + "long " * 100
     with Log(config, 0) as log:
-        log.say(text)
+        log.info(text)
     assert capsys.readouterr().out == text + "\n"
     assert lines(tmp_path, "log.txt") == [text]
 
@@ -166,7 +166,7 @@ def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width
     with Log(config, 0) as log:
         assert "compiling" in frames(screen)[-1]
         log.train(train_row(40), 99.0)
-        log.say("something else, 42 times")
+        log.info("something else, 42 times")
         log.train(train_row(50), left_s)
     live = frames(screen)[-1]
     for part in "step 50", "loss 3.5000", left:
@@ -211,7 +211,7 @@ ROWS = {
     "train": [train_row(step) for step in range(1, 9)],
     "eval": [eval_row(step) for step in range(0, 9, 4)],
     "one": [eval_row(0)],
-    "whole": [eval_row(0, whole_val_loss=4.0)],
+    "whole": [eval_row(0, full_val_loss=4.0)],
 }
 
 
@@ -268,7 +268,7 @@ def read_events(folder) -> list[Event]:
 
 
 def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
-    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, whole_val_loss=3.5)]
+    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
     with Log(config.replace(tensorboard=True), 0) as log:
         for row in told:
             log.train(row, 1.0) if "loss" in row else log.eval(row)
@@ -379,5 +379,5 @@ def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
 
 def test_control_characters_are_spelled_out_on_a_terminal_alone():
     text = "a\x1b[2J\\ é\r\n\t\x00\x9b"
-    assert printable(text, on_terminal=True) == "a\\x1b[2J\\ é\\r\n\t\\x00\\x9b"
-    assert printable(text, on_terminal=False) == text
+    assert escape_controls(text, on_terminal=True) == "a\\x1b[2J\\ é\\r\n\t\\x00\\x9b"
+    assert escape_controls(text, on_terminal=False) == text

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt import ablate, command_line
+from jaxgpt.cli import command_line
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
-from jaxgpt.metrics import Log, read_metrics
+from jaxgpt.runtime.metrics import Log, read_metrics
+from jaxgpt.tools import ablate
 from jaxgpt.train import train
 
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def config(tmp_path_factory) -> Config:
     return Config(
         data_dir=str(folder), dataset="tale", n_layer=1, n_head=2, n_embd=16, block_size=8,
         batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=2,
-        max_iters=12, eval_interval=1000, eval_iters=1, mesh="data:1", steps_per_dispatch=2,
+        max_iters=12, eval_interval=1000, eval_iters=1, mesh="data:1", steps_per_call=2,
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_seeds_change_weights_and_order_and_features_share_the_order(config, run
         one = ablate.cell(still, name, seed, 1.0, str(tmp_path))
         ablate.train_cell(one)
         rows = read_metrics(Path(one.out_dir, "metrics.jsonl"))
-        return rows[-1]["whole_val_loss"], [row["loss"] for row in rows if "loss" in row]
+        return rows[-1]["full_val_loss"], [row["loss"] for row in rows if "loss" in row]
 
     (loss, steps), (other, others) = rows("baseline", 1), rows("baseline", 2)
     assert loss != other
@@ -150,7 +151,7 @@ def test_a_step_is_timed_in_turn_with_the_baselines_and_remembered(config, tmp_p
     pairs = json.loads((tmp_path / "muon/cost.json").read_text())["pairs"]
     assert len(pairs) == 2
     assert cost == pytest.approx(np.median([p["nanogpt_s"] / p["jaxgpt_s"] for p in pairs]))
-    monkeypatch.setattr(ablate, "in_turn", None)
+    monkeypatch.setattr(ablate, "interleaved", None)
     assert ablate.step_cost(config, "muon", str(tmp_path)) == cost
 
 

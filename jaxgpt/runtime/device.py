@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.attention import attend
-from jaxgpt.config import Config, Data, UserError
+from jaxgpt.config import Config, DataConfig, UserError
 
 MAX_RESIDENT = 2**31  # tokens: places on the device are int32
 UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
@@ -77,7 +77,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def on_cpu() -> bool:
+def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
@@ -93,15 +93,15 @@ def memory_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
-def holds_tokens(config: Data, tokens: int, bytes: int) -> bool:
+def fits_on_device(config: DataConfig, tokens: int, bytes: int) -> bool:
     """Whether to keep a dataset in device memory: `auto` grants it an eighth."""
     fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
-    if config.tokens_on_device == "always" and tokens >= MAX_RESIDENT:
-        raise UserError(f"tokens_on_device='always': {tokens:,} tokens are more than int32 counts")
-    return {"always": True, "never": False, "auto": fits}[config.tokens_on_device]
+    if config.data_on_device == "always" and tokens >= MAX_RESIDENT:
+        raise UserError(f"data_on_device='always': {tokens:,} tokens are more than int32 counts")
+    return {"always": True, "never": False, "auto": fits}[config.data_on_device]
 
 
-def resolve(config: Config, absent: str = "") -> tuple[Config, list[str]]:
+def resolve_auto(config: Config, absent: str = "") -> tuple[Config, list[str]]:
     """`config` with every `auto` replaced for this hardware, and lines that say why.
 
     Or for the platform `absent`, "gpu" or "tpu", which is not here and so gets no trial.
@@ -137,7 +137,7 @@ def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
         if not failure:
             return best, []
         why_not[best] = f"its trial failed: {failure}"
-    fallback = "reference" if c.weights_dropout else "xla"
+    fallback = "reference" if c.attention_dropout_rate else "xla"
     return fallback, [f"attention: {fallback}, not {best}: {why_not[best]}"]
 
 
@@ -146,19 +146,19 @@ def _why_not_cudnn(c: Config, platform: str) -> str:
         return "needs an NVIDIA GPU"
     if c.dtype != "bfloat16":
         return f"needs dtype=bfloat16, not {c.dtype}"
-    if c.weights_dropout:
+    if c.attention_dropout_rate:
         return NO_DROPOUT.format(c.dropout)
     if c.document_mask:
         return "cannot keep documents apart, and document_mask=True"
-    if c.head_width % 8 or c.head_width > 128:
-        return f"needs a head width that is a multiple of 8 up to 128, not {c.head_width}"
+    if c.head_dim % 8 or c.head_dim > 128:
+        return f"needs a head width that is a multiple of 8 up to 128, not {c.head_dim}"
     return ""
 
 
 def _why_not_splash(c: Config, platform: str) -> str:
     if platform != "tpu":
         return "needs a TPU"
-    if c.weights_dropout:
+    if c.attention_dropout_rate:
         return NO_DROPOUT.format(c.dropout)
     if c.block_size % 128:
         return f"needs a block_size that is a multiple of 128, not {c.block_size}"
@@ -167,11 +167,11 @@ def _why_not_splash(c: Config, platform: str) -> str:
 
 def _trial(c: Config) -> str:
     """What goes wrong when this back end runs a small problem of the model's kind, or ''."""
-    shape = (1, min(c.block_size, 256), c.n_head, c.head_width)
+    shape = (1, min(c.block_size, 256), c.n_head, c.head_dim)
     q = jax.random.normal(jax.random.key(0), shape, c.dtype)
     k = q[:, :, : c.kv_heads]
     halves_BT = (jnp.arange(shape[1])[None] >= shape[1] // 2).astype(jnp.int32)
-    options = {"causal": c.causal, "window": c.attention_window}
+    options = {"causal": c.causal, "window": c.sliding_window}
     options |= {"documents_BT": halves_BT} if c.document_mask else {}
 
     def loss(backend: str, q, k) -> jax.Array:

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import tokenizers as bpe_library
 
-from jaxgpt import model, run_dir
+from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
-from jaxgpt.huggingface import (
+from jaxgpt.interop.huggingface import (
     ACTIVATIONS,
     CONFIG,
     EXPRESSIBLE,
@@ -26,6 +26,7 @@ from jaxgpt.huggingface import (
     rows,
     shape_there,
 )
+from jaxgpt.runtime import run_dir
 from jaxgpt.sharding import local_mesh
 
 
@@ -94,10 +95,10 @@ def to_fields(c: Config) -> dict[str, Any]:
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
         "n_head": c.n_head,
-        "n_inner": c.n_inner or None,
+        "mlp_dim": c.mlp_dim or None,
         "activation_function": activation,
         "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
-        "attn_pdrop": c.weights_dropout,
+        "attn_pdrop": c.attention_dropout_rate,
         "resid_pdrop": c.dropout,
         "dtype": "float32",
     }

@@ -15,18 +15,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import model, run_dir
-from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.config import Config, Model, UserError
+from jaxgpt import model
+from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.layers import NORM_EPSILON
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train_step import abstract_params
 
 # Our parameter -> GPT-2's name for it, and its letters: those that stand together are one axis
 # there and several here. So the columns of `c_attn` are query, key, value; of each, head by head.
-TABLE = {
+PARAM_MAP = {
     "embed.kernel": ("wte.weight", "V D"),
     "pos_embed.kernel": ("wpe.weight", "T D"),
     "blocks.*.ln_1.scale": ("h.*.ln_1.weight", "D"),
@@ -72,7 +73,7 @@ EXPRESSIBLE = {
     "tie_embeddings": True,
     "qk_norm": False,
     "logit_softcap": 0.0,
-    "attention_window": 0,
+    "sliding_window": 0,
     "causal": True,
     "value_residual": False,
     "residual": True,
@@ -111,7 +112,7 @@ class Weights:
         for path, (name, letters) in rows(config).items():
             array = self.tensors[name].read().astype(np.float32)
             if letters == "V D":
-                array = np.pad(array, ((0, config.padded_vocab - len(array)), (0, 0)))
+                array = np.pad(array, ((0, config.padded_vocab_size - len(array)), (0, 0)))
             elif letters == "T D":
                 array = array[: config.block_size]
             else:
@@ -146,24 +147,24 @@ class Weights:
         return tokenizer
 
 
-def rows(c: Model) -> dict[str, tuple[str, str]]:
-    """TABLE for the layers that the model has, without the biases that it has not."""
+def rows(c: ModelConfig) -> dict[str, tuple[str, str]]:
+    """PARAM_MAP for the layers that the model has, without the biases that it has not."""
     rows = {}
-    for path, (name, letters) in TABLE.items():
+    for path, (name, letters) in PARAM_MAP.items():
         for layer in range(c.n_layer) if "*" in path else [0]:
             rows[path.replace("*", str(layer))] = name.replace("*", str(layer)), letters
     return {path: row for path, row in rows.items() if c.bias or not path.endswith(".bias")}
 
 
-def _sizes(c: Model) -> dict[str, int]:
+def _sizes(c: ModelConfig) -> dict[str, int]:
     sizes = {"V": c.vocab_size, "T": c.block_size, "D": c.n_embd, "3": 3}
-    return sizes | {"N": c.n_head, "H": c.head_width, "F": c.inner_width}
+    return sizes | {"N": c.n_head, "H": c.head_dim, "F": c.mlp_hidden_dim}
 
 
 # ---- in --------------------------------------------------------------------------------------
 
 
-def begin_with(
+def resolve_init(
     config: Config, checkpoints: Checkpoints, given: frozenset[str]
 ) -> tuple[Weights | run_dir.RunWeights | None, Config, list[str]]:
     """What a run begins with: its weights if `init_from` names any, its config, lines about it.
@@ -173,7 +174,7 @@ def begin_with(
     """
     if config.init_from in ("scratch", "resume", "auto"):
         theirs = run_dir.saved_model(config, checkpoints)
-        adopted = run_dir.adopt(config, theirs, f"the run in {config.out_dir}", given)
+        adopted = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
         return None, adopted, [f"the run's model: {', '.join(changed)}"] if changed else []
     if run_dir.is_run(Path(config.init_from)):
@@ -183,7 +184,7 @@ def begin_with(
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
     fixed = EXPRESSIBLE | {"qkv_bias": True}
-    config = run_dir.adopt(config, fixed | theirs, config.init_from, given)
+    config = run_dir.merge_model_keys(config, fixed | theirs, config.init_from, given)
     model_keys = ", ".join(f"{key}={value}" for key, value in theirs.items())
     lines = [f"weights of {config.init_from}: {model_keys}"]
     if config.block_size < positions:
@@ -223,7 +224,7 @@ def open_weights(init_from: str) -> Weights:
     return weights
 
 
-def shape_there(c: Model, letters: str) -> tuple[int, ...]:
+def shape_there(c: ModelConfig, letters: str) -> tuple[int, ...]:
     sizes = _sizes(c)
     return tuple(math.prod(sizes[letter] for letter in axis) for axis in letters.split())
 
@@ -290,8 +291,8 @@ def _model_keys(file: Path) -> dict[str, Any]:
         "vocab_size": fields.get("vocab_size", GPT2_VOCAB),
         "block_size": fields.get("n_positions", 1024),
     }
-    inner = fields.get("n_inner") or 0
-    keys = sizes | {"n_inner": inner if inner != 4 * sizes["n_embd"] else 0}
+    inner = fields.get("mlp_dim") or 0
+    keys = sizes | {"mlp_dim": inner if inner != 4 * sizes["n_embd"] else 0}
     return _checked(keys | {"bias": True, "mlp": ACTIVATIONS[activation]}, file)
 
 
@@ -314,7 +315,7 @@ def _open_nanogpt(source: str, file: Path) -> Weights:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         args = checkpoint["model_args"]
         names = "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias"
-        keys = {name: args[name] for name in names} | {"mlp": "gelu", "n_inner": 0}
+        keys = {name: args[name] for name in names} | {"mlp": "gelu", "mlp_dim": 0}
         found = _plain_names(checkpoint["model"])
     except Exception as error:  # torch raises many kinds, and advises to let a pickle run
         raise UserError(f"{file}: not a checkpoint of nanoGPT ({type(error).__name__})") from error
@@ -352,7 +353,7 @@ class Trained(NamedTuple):
     tokenizer: Callable[[], Tokenizer]
 
 
-def find(init_from: str, out_dir: str, checkpoint: str, data_dir: str = "") -> Trained:
+def load_trained(init_from: str, out_dir: str, checkpoint: str, data_dir: str = "") -> Trained:
     """The model of a run for `init_from` resume, else weights. Raises `UserError`."""
     if init_from == "resume":
         config = run_dir.load_config(out_dir)

@@ -17,19 +17,22 @@ from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import cli, command_line, model, run_dir, sharding
-from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.command_line import keys_given
-from jaxgpt.config import Config, Model, UserError
+from jaxgpt import model, sharding
+from jaxgpt.cli import command_line
+from jaxgpt.cli import commands as cli
+from jaxgpt.cli.command_line import cli_keys
+from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import evaluate
-from jaxgpt.export import EXPRESSIBLE, export, to_fields, to_tensors
-from jaxgpt.huggingface import open_weights, rows
-from jaxgpt.metrics import read_metrics
+from jaxgpt.interop.export import EXPRESSIBLE, export, to_fields, to_tensors
+from jaxgpt.interop.huggingface import open_weights, rows
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.train import train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 DATA = HERE.parent / "data"
 with np.load(HERE / "golden" / "gpt2_shapes.npz") as archive:
     SHAPES = dict(archive)
@@ -107,7 +110,7 @@ def test_the_table_names_every_parameter_exactly_once(options):
 def test_columns_of_the_fused_map_are_query_key_and_value_head_by_head(write_case):
     folder = write_case("padded vocabulary")
     config, params = load(folder)
-    D, H = config.n_embd, config.head_width
+    D, H = config.n_embd, config.head_dim
     for layer in range(config.n_layer):
         there = golden_case("padded vocabulary")[1]
         c_attn = there[f"transformer.h.{layer}.attn.c_attn.weight"]
@@ -180,11 +183,11 @@ def test_in_and_out_again_gives_every_tensor_to_the_bit(write_case, case, scan_l
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(again[name], tensor.astype(np.float32), strict=True)
     written = to_fields(config)
-    same = set(written) & set(fields) - {"activation_function", "n_inner", "dtype"}
+    same = set(written) & set(fields) - {"activation_function", "mlp_dim", "dtype"}
     assert {k: written[k] for k in same if "pdrop" not in k} == {
         k: fields[k] for k in same if "pdrop" not in k
     }
-    assert (written["n_inner"] or 4 * config.n_embd) == config.inner_width
+    assert (written["mlp_dim"] or 4 * config.n_embd) == config.mlp_hidden_dim
 
 
 def test_rows_that_pad_the_vocabulary_are_zero(write_case):
@@ -223,7 +226,7 @@ def write_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **opt
     "options",
     [
         {},
-        {"mlp": "gelu", "bias": False, "n_inner": 12},
+        {"mlp": "gelu", "bias": False, "mlp_dim": 12},
         {"mlp": "relu", "n_kv_head": 2, "vocab_size": 128},
         {"mlp": "relu2", "scan_layers": True, "dropout": 0.2},
         {"qkv_bias": False, "init": "torch", "embed_dropout": False},
@@ -472,7 +475,7 @@ def fake_torch(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpts_checkpoint_has_its_linear_maps_turned(tmp_path, fake_torch, bias):
     fields, tensors = golden_case("exact gelu")
-    fields["n_inner"] = 64  # nanoGPT's is always 4 n_embd
+    fields["mlp_dim"] = 64  # nanoGPT's is always 4 n_embd
     rng = np.random.default_rng(0)
     for name, tensor in tensors.items():
         if "c_fc" in name or name.endswith("mlp.c_proj.weight"):
@@ -517,7 +520,7 @@ INEXPRESSIBLE = {
     "tie_embeddings": False,
     "qk_norm": True,
     "logit_softcap": 30.0,
-    "attention_window": 4,
+    "sliding_window": 4,
     "causal": False,
     "value_residual": True,
     "n_kv_head": 1,
@@ -647,11 +650,11 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
         ("qkv_bias", False, True),
     ]:
         config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
-        for given in keys_given([f"--{key}={value}"]), frozenset():  # by a flag, or by the file
+        for given in cli_keys([f"--{key}={value}"]), frozenset():  # by a flag, or by the file
             said = refusal(train, config, {}, given)
             assert said == f"{key}={value!r}: {folder} has {there!r}"
     # a flag with the key's default counts too
-    said = refusal(train, make_config(init_from=str(folder)), {}, keys_given(["--n-layer", "12"]))
+    said = refusal(train, make_config(init_from=str(folder)), {}, cli_keys(["--n-layer", "12"]))
     assert said == f"n_layer=12: {folder} has 1"
 
 
@@ -776,4 +779,4 @@ def test_configs_of_nanogpt_say_what_they_say_there(name):
     keys = variants["config"].to_dict()
     assert {key: keys[key] for key in CONFIGS[name]} == CONFIGS[name]
     defaults = Config().to_dict()  # and nothing about the model, which the weights decide
-    assert all(keys[key] == defaults[key] for key in vars(Model()))
+    assert all(keys[key] == defaults[key] for key in vars(ModelConfig()))

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import sharding
-from jaxgpt.bench_vs import NanoGPT, NanoGPTError, in_turn, say_ratios
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
-from jaxgpt.hlo import Program
 from jaxgpt.optimizer import schedule
+from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, format_ratios, interleaved
+from jaxgpt.tools.hlo import Program
 from jaxgpt.train import TRAIN, Trainer
 from jaxgpt.train_step import make_train_step
 
@@ -68,7 +68,7 @@ class JaxGPT:
         self.count = jax.device_put(np.int32(self.K), NamedSharding(mesh, PartitionSpec()))
         began = time.perf_counter()
         step = make_train_step(config, mesh)
-        self.step = step.lower(self.trainer.state, self.batches.take(0), self.count).compile()
+        self.step = step.lower(self.trainer.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
 
     def train(self, steps: int) -> tuple[float, list[float]]:
@@ -76,7 +76,7 @@ class JaxGPT:
         t, losses, pending = self.trainer, [], None
         began = time.perf_counter()
         for _ in range(0, steps, self.K):
-            t.state, metrics = self.step(t.state, self.batches.take(t.step), self.count)
+            t.state, metrics = self.step(t.state, self.batches.get(t.step), self.count)
             t.step += self.K
             if pending is not None:
                 losses += jax.device_get(pending)["loss"][: self.K].tolist()
@@ -144,7 +144,7 @@ def train(b: Bench) -> Report:
         ms += [1000 * pair["jaxgpt_s"] / steps for pair in found.get("pairs", ())]
         failed = [f"nanoGPT {mode}", *["n/a"] * 6]
         rows.append(row_of(f"nanoGPT {mode}", found) if "pairs" in found else failed)
-        notes.append(say_ratios(f"nanoGPT {mode}", found))
+        notes.append(format_ratios(f"nanoGPT {mode}", found))
     if b.nanogpt:
         b.nanogpt.close()  # its memory is jaxgpt's now
     if not ms:
@@ -153,7 +153,7 @@ def train(b: Bench) -> Report:
     mine: dict[str, Any] = ours.summary(ms) | {"steps_a_round": steps}
     results["jaxgpt"] = mine
     rows.insert(0, row_of("jaxgpt", mine))
-    notes.append(say_kernels(mine["kernels"]))
+    notes.append(format_kernels(mine["kernels"]))
     headline = [f"{mine['step_ms']['median']:.4g} ms a step, {mine['tokens_per_s']:,.0f} tokens/s"]
     headline += [
         f"{results[m]['ratio']:.2f}x nanoGPT {m}" for m in b.modes if "pairs" in results.get(m, ())
@@ -193,7 +193,7 @@ def against(b: Bench, ours: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
         nanogpt.load(b.config, b.dataset.train, ours.params(), mode)
         warm = ours.next_steps(-(-3 // ours.K) * ours.K)
         warm_up_s = sum(nanogpt.ask("train", **warm)["seconds"] for _ in range(2))
-        (found,) = in_turn([our_round], their_round, b.pairs)
+        (found,) = interleaved([our_round], their_round, b.pairs)
         memory = nanogpt.ask("train", **warm)["peak_bytes"]
     except NanoGPTError as error:
         return {"error": str(error)}
@@ -251,6 +251,6 @@ def draw_parity(file: Path, ours: list[float], theirs: list[float]) -> None:
     figure.savefig(file, dpi=120)
 
 
-def say_kernels(kernels: dict[str, int]) -> str:
+def format_kernels(kernels: dict[str, int]) -> str:
     top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
     return f"{sum(kernels.values())} kernels in the compiled step: {top}"

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from test_config import FIELDS, configs
 
-from jaxgpt import cli
-from jaxgpt.command_line import from_command_line, load
+from jaxgpt.cli import commands as cli
+from jaxgpt.cli.command_line import from_command_line, load
 from jaxgpt.config import Config, UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHAKESPEARE = str(ROOT / "configs" / "shakespeare.py")
 HEAD = "from jaxgpt.config import Config\n\n"
 
@@ -332,7 +332,7 @@ BABY_GPT = {  # nanoGPT's config/train_shakespeare_char.py, over the defaults of
 BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for it
     "vocab_size": 0,
     "n_kv_head": 0,
-    "n_inner": 0,
+    "mlp_dim": 0,
     "norm": "layernorm",
     "norm_position": "pre",
     "position": "learned",
@@ -340,7 +340,7 @@ BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for 
     "tie_embeddings": True,
     "qk_norm": False,
     "logit_softcap": 0.0,
-    "attention_window": 0,
+    "sliding_window": 0,
     "causal": True,
     "value_residual": False,
     "document_mask": False,
@@ -361,10 +361,17 @@ BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for 
 }
 FREE = {  # says nothing of the result: where it lives, what it tells, what runs it
     *("out_dir", "data_dir", "overwrite", "save_interval", "keep_checkpoints", "sample_every"),
-    *("tensorboard", "wandb_run_name", "tokens_on_device", "device", "on_cpu", "dtype", "mesh"),
-    *("attention", "remat", "scan_layers", "steps_per_dispatch"),
-    *("coordinator", "num_processes", "process_id", "skip_nonfinite", "early_stop", "freeze"),
-    *("decay_share", "digits"),
+    *("tensorboard", "wandb_run_name", "data_on_device", "device", "on_cpu", "dtype", "mesh"),
+    *("attention", "remat", "scan_layers", "steps_per_call"),
+    *(
+        "coordinator",
+        "num_processes",
+        "process_id",
+        "max_nonfinite_steps",
+        "early_stopping_patience",
+        "freeze",
+    ),
+    *("decay_fraction", "digits"),
 }
 
 
@@ -442,7 +449,7 @@ def test_an_interrupt_is_code_130():
 
 
 def test_a_reader_who_leaves_is_code_141_and_no_traceback():
-    code = "from jaxgpt import cli; cli.run(lambda argv: [print(n) for n in range(10**5)])"
+    code = "from jaxgpt.cli import commands as cli; cli.run(lambda argv: [print(n) for n in range(10**5)])"
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as talk:
         assert talk.stdout.readline() == b"0\n"
@@ -481,7 +488,7 @@ def test_the_console_script_names_its_commands(monkeypatch, capsys, argv, code):
 
 RUN = """
 import json, sys
-from jaxgpt import cli
+from jaxgpt.cli import commands as cli
 try:
     cli.run(cli.COMMANDS[sys.argv[1]], sys.argv[2:])
 finally:

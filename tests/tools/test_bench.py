@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt import bench, bench_train, bench_vs, command_line, model
-from jaxgpt.config import Config, Run, UserError
-from jaxgpt.data.tokens import Dataset, Tokens
+from jaxgpt import model
+from jaxgpt.cli import command_line
+from jaxgpt.config import Config, RunConfig, UserError
+from jaxgpt.data.tokens import Dataset, TokenSplit
+from jaxgpt.tools.bench import command as bench
+from jaxgpt.tools.bench import nanogpt as bench_vs
+from jaxgpt.tools.bench import training as bench_train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = {
     "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "vocab_size": 20,
     "gradient_accumulation_steps": 2, "mlp": "gelu", "max_iters": 100, "warmup_iters": 0,
@@ -34,7 +38,7 @@ def test_sides_take_turns(monkeypatch):
     monkeypatch.setattr(bench_vs, "REST_S", 0)
     turns, seconds = [], iter([1.0, 2.0, 3.0, 2.0, 4.0, 2.0, 1.0, 2.0, 8.0])
     side = lambda name: lambda: (turns.append(name), next(seconds))[1]
-    first, second = bench_vs.in_turn([side("A"), side("a")], side("B"), 3)
+    first, second = bench_vs.interleaved([side("A"), side("a")], side("B"), 3)
     assert turns == ["A", "a", "B"] * 3
     assert [pair["ratio"] for pair in first["pairs"]] == [3, 1, 8]
     assert (first["ratio"], first["range"]) == (3, [1, 8])
@@ -46,7 +50,7 @@ def test_sides_take_turns(monkeypatch):
 
 def test_presets_are_the_quick_start_at_nanogpts_learning_rate():
     quick = command_line.load(str(ROOT / "configs" / "shakespeare.py"))
-    runs = Run.__dataclass_fields__.keys() - {"max_iters"}
+    runs = RunConfig.__dataclass_fields__.keys() - {"max_iters"}
     what = lambda c: {k: v for k, v in c.to_dict().items() if k not in {*runs, "lr_decay_iters"}}
     assert what(bench.PRESETS["baby"]) == what(quick["config"])
     assert what(bench.PRESETS["cpu"]) == what(quick["on_cpu"].replace(learning_rate=1e-3))
@@ -93,7 +97,7 @@ class NumpySide:
     def __init__(self):
         self.asked, self.closed = [], False
 
-    def load(self, c: Config, tokens: Tokens, params: dict, mode: str) -> None:
+    def load(self, c: Config, tokens: TokenSplit, params: dict, mode: str) -> None:
         self.config, self.tokens, self.mode = c, tokens, mode
         self.weights = bench_vs.to_nanogpt(c, params)
 
@@ -148,13 +152,13 @@ def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, opti
         {"mlp": "gelu_tanh"},
         {"norm": "rmsnorm"},
         {"n_kv_head": 1},
-        {"n_inner": 24},
+        {"mlp_dim": 24},
         {"causal": False},
     ],
 )
 def test_what_nanogpt_cannot_do_is_refused(other):
     bench_vs.check_comparable(RESOLVED)
-    bench_vs.check_comparable(RESOLVED.replace(n_kv_head=2, n_inner=64))
+    bench_vs.check_comparable(RESOLVED.replace(n_kv_head=2, mlp_dim=64))
     with pytest.raises(UserError, match=next(iter(other))):
         bench_vs.check_comparable(RESOLVED.replace(**other))
 
@@ -193,7 +197,7 @@ def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     (folder / "tiny.py").write_text(
         f"from jaxgpt.config import Config\nconfig = Config(**{TINY})\n"
     )
-    code = "from jaxgpt.cli import main; main()"
+    code = "from jaxgpt.cli.commands import main; main()"
     command = [sys.executable, "-c", code, "bench", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

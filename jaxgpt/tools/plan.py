@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import device, model, sharding
+from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import GPT2_VOCAB
-from jaxgpt.hlo import Collective, Program
+from jaxgpt.runtime import device
+from jaxgpt.tools.hlo import Collective, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
@@ -167,7 +168,7 @@ def _target(chip: Chip) -> str:
 
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     """`config` as it would be on this chip, and lines that say what was assumed."""
-    config, notes = device.resolve(config, chip.platform)
+    config, notes = device.resolve_auto(config, chip.platform)
     if not config.vocab_size:
         meta = Path(config.data_dir, config.dataset, "meta.json")
         known = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCAB
@@ -182,7 +183,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 
     Raises `DoesNotFitError` where XLA finds that the devices have too little memory.
     """
-    micro, total = sharding.micro_batches(config, mesh), sharding.sequences(config)
+    micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     shape = (1, micro, total // micro, config.block_size + 1)
     windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(None, None, sharding.BATCH))
@@ -226,7 +227,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     return Plan(
         config=config,
         topology=topology,
-        micro_batches=sharding.micro_batches(config, mesh),
+        micro_batches=sharding.num_microbatches(config, mesh),
         params=params,
         opt_state=opt_state,
         temporaries=memory.temp_size_in_bytes,
@@ -262,7 +263,7 @@ def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 def _flops(config: Config) -> float:
     """Of a step on all devices: the formula of MFU, and what `remat` computes a second time."""
-    tokens = sharding.sequences(config) * config.block_size
+    tokens = sharding.global_batch_size(config) * config.block_size
     attention = 4 * config.n_layer * config.n_embd * config.block_size  # its forward pass
     once = model.flops_per_token(config)
     again = {"none": 0, "dots": attention, "full": once / 3}[config.remat]
@@ -280,7 +281,7 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
     Sequences a step stay as they are. Raises `UserError` if no micro-batch fits.
     """
-    total = sharding.sequences(config)
+    total = sharding.global_batch_size(config)
     mesh = sharding.make_mesh(config, topology.devices)
     share = total // (mesh.shape["data"] * mesh.shape["fsdp"])
     sizes = [n for n in range(1, share + 1) if share % n == 0]
@@ -315,7 +316,7 @@ def describe(plan: Plan) -> str:
     """The plan as lines for people."""
     c, topology, mesh = plan.config, plan.topology, plan.config.mesh or "data"
     devices, chip = len(topology.devices), topology.chip
-    tokens = sharding.sequences(c) * c.block_size
+    tokens = sharding.global_batch_size(c) * c.block_size
     wanted = tokens * model.flops_per_token(c) / devices / device.PEAK_FLOPS[chip.kind]
     mfu = [100 * wanted / seconds for seconds in plan.seconds]
     fast, slow = (1000 * seconds for seconds in plan.seconds)

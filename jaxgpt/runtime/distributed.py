@@ -20,7 +20,7 @@ from jaxgpt.config import UserError
 HEARTBEAT_S = 30  # a process that is silent for so long is given up, and the rest leave
 
 
-def join(
+def init_distributed(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, device: str = "auto"
 ) -> None:
     """Connects this process to the others of its run, if it has any; call it before JAX computes.
@@ -69,7 +69,7 @@ def _launched_with_others() -> bool:
 
 
 @contextmanager
-def leaving_together() -> Iterator[None]:
+def abort_all_on_error() -> Iterator[None]:
     """Ends this process at once when the run fails in it, or when another process is gone.
 
     The usual way out would wait for processes that will not answer. They in turn see their next
@@ -89,12 +89,12 @@ def leaving_together() -> Iterator[None]:
         os._exit(2 if expected else 1)
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this process writes what only one should write."""
     return jax.process_index() == 0
 
 
-def by_first(function: Callable[[], int | None]) -> int:
+def on_process_0(function: Callable[[], int | None]) -> int:
     """Runs `function` in the first process alone -> its number (None is 0), in every process.
 
     A `UserError` there is one in every process, so that none waits for the rest in vain.
@@ -102,7 +102,7 @@ def by_first(function: Callable[[], int | None]) -> int:
     if jax.process_count() == 1:
         return function() or 0
     error, failed, value = None, 0, 0
-    if is_first():
+    if is_process_0():
         try:
             value = function() or 0
         except UserError as raised:

@@ -91,7 +91,7 @@ def from_command_line(
     return build(on_cpu), {key: value for key, value in on_cpu.items() if value != keys[key]}
 
 
-def keys_given(argv: Sequence[str]) -> frozenset[str]:
+def cli_keys(argv: Sequence[str]) -> frozenset[str]:
     """The keys that a command line sets."""
     flags = (arg[2:].split("=")[0] for arg in argv if arg.startswith("--"))
     return frozenset(flag.replace("-", "_") for flag in flags)

@@ -16,7 +16,7 @@ from jaxgpt.config import Config, UserError
 Row = dict[str, Any]
 
 
-def printable(text: str, on_terminal: bool) -> str:
+def escape_controls(text: str, on_terminal: bool) -> str:
     """Text for a terminal: control characters, which could steer it, are spelled out."""
     if not on_terminal:
         return text
@@ -53,9 +53,9 @@ class Log:
     def __exit__(self, *error) -> None:
         self._stack.close()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for people."""
-        self._console.print(printable(text, self._console.is_terminal), markup=False)
+        self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
         self._write(text)
 
     def train(self, row: Row, left_s: float) -> None:
@@ -71,13 +71,13 @@ class Log:
             self._live.update(self._live.task_ids[0], completed=row["step"], text=text_left)
             self._write(text)
         else:
-            self.say(text)
+            self.info(text)
 
     def eval(self, row: Row) -> None:
         """An evaluation's losses; redraws the picture."""
         losses = [f"{k.replace('_', ' ')} {row[k]:.4f}" for k in row if k.endswith("loss")]
         self._record(row)
-        self.say(f"step {row['step']}: " + ", ".join(losses))
+        self.info(f"step {row['step']}: " + ", ".join(losses))
         draw_losses(self.folder)
 
     def _write(self, text: str) -> None:
@@ -92,15 +92,15 @@ class Log:
             tracker.log(row)
 
 
-class Silence:
+class NullLog:
     """The log of a process that leaves the telling to the first."""
 
-    def __enter__(self) -> "Silence":
+    def __enter__(self) -> "NullLog":
         return self
 
     def __exit__(self, *error) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def info(self, text: str) -> None: ...
 
     def train(self, row: Row, left_s: float) -> None: ...
 

@@ -14,17 +14,18 @@ from test_train import rows_of, stop_at
 from test_train_step import make_batch, make_config
 from test_train_step import train as take_steps
 
-from jaxgpt import model, run_dir, sharding
+from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
-from jaxgpt.metrics import read_metrics
 from jaxgpt.optimizer import frozen
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
 SONG = "full of fury, it is nothing.\n" * 40
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,12 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
 ):
     """Also when it is stopped at every place, and goes on: the count is not lost."""
     val_losses(losses)
-    keys = {"eval_interval": 2, "max_iters": 12, "early_stop": 3, "always_save_checkpoint": every}
+    keys = {
+        "eval_interval": 2,
+        "max_iters": 12,
+        "early_stopping_patience": 3,
+        "always_save_checkpoint": every,
+    }
     quiet, stopped = make_run("quiet", **keys), make_run("stopped", **keys, init_from="auto")
     assert train(quiet, {}) == 0
     stop_at(monkeypatch, 1, 3, 5)
@@ -290,7 +296,7 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
         said = f"the lowest validation loss, {losses[best or 0]:.4f} at step {best or 0}\n"
         assert (f"early stop: 3 evaluations since {said}" in log) == (end < 12)
         last = read_metrics(Path(config.out_dir, "metrics.jsonl"))[-1]
-        assert (last["step"], last["whole_val_loss"]) == (end, 9.0)
+        assert (last["step"], last["full_val_loss"]) == (end, 9.0)
     assert rows_of(stopped) == rows_of(quiet)
     rows = rows_of(quiet)
     train(quiet.replace(init_from="resume"), {})  # it has ended, and stays so
@@ -299,7 +305,9 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
 
 def test_without_the_best_checkpoint_the_count_begins_anew(make_run, val_losses):
     val_losses({step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
-    config = make_run("run", eval_interval=2, max_iters=6, early_stop=3, keep_checkpoints=1)
+    config = make_run(
+        "run", eval_interval=2, max_iters=6, early_stopping_patience=3, keep_checkpoints=1
+    )
     train(config, {})
     digest = Path(config.out_dir, "checkpoints/2/digest.json")
     digest.write_text("{}")  # damaged
@@ -331,7 +339,7 @@ def test_the_comparison_runs_once_and_says_what_the_runs_did(
         "n_layer": 1,
         "n_embd": 16,
     }
-    small |= {"n_head": 2, "block_size": 8, "mesh": "data:2", "early_stop": 0}
+    small |= {"n_head": 2, "block_size": 8, "mesh": "data:2", "early_stopping_patience": 0}
     for name, dataset in {"config": "tale", "alone": "song", "finetune": "song"}.items():
         monkeypatch.setitem(names, name, names[name].replace(dataset=dataset, **small))
     names["compare"]([])

@@ -6,10 +6,13 @@ import types
 import jax
 import pytest
 
-from jaxgpt import cli, device, plan, sharding
+from jaxgpt import sharding
+from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
-from jaxgpt.hlo import Collective
-from jaxgpt.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
+from jaxgpt.runtime import device
+from jaxgpt.tools import plan
+from jaxgpt.tools.hlo import Collective
+from jaxgpt.tools.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
 
 TINY = Config(
     vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=64, batch_size=2,
@@ -50,7 +53,7 @@ def test_a_missing_compiler_is_named(name, extra, monkeypatch, capsys):
     ],
 )
 def test_attention_is_chosen_for_hardware_that_is_not_here(platform, keys, attention):
-    config, _ = device.resolve(Config(vocab_size=300, **keys), platform)
+    config, _ = device.resolve_auto(Config(vocab_size=300, **keys), platform)
     assert config.attention == attention
     assert config.dtype == keys.get("dtype", "bfloat16")
 
@@ -71,7 +74,7 @@ def test_a_plan_adds_up(found):
     assert found.params == one
     assert 2 * one <= found.opt_state <= 2 * one + 16
     assert found.params + found.opt_state + found.temporaries <= found.peak_memory
-    assert found.micro_batches == sharding.micro_batches(TINY, mesh) == 2
+    assert found.micro_batches == sharding.num_microbatches(TINY, mesh) == 2
     ring, table = 2 * 7 / 8, 384 * 64 * 4  # the tied table has two gradients
     once = ring * one
     assert once <= found.collectives["all-reduce"][1] <= 2 * (once + ring * table) * 1.01
@@ -121,7 +124,7 @@ def test_fit_recomputes_the_least_and_then_takes_the_largest_batch(memory, want,
         needs = config.batch_size * cost[config.remat]
         if needs > 2 * memory:
             raise DoesNotFitError("too much")
-        assert sharding.sequences(config) == sharding.sequences(TINY)
+        assert sharding.global_batch_size(config) == sharding.global_batch_size(TINY)
         return types.SimpleNamespace(peak_memory=needs, fits=needs <= memory, config=config)
 
     monkeypatch.setattr(plan, "make_plan", make_plan)

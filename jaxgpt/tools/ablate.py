@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import run_dir
-from jaxgpt.bench_train import JaxGPT
-from jaxgpt.bench_vs import in_turn
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.device import resolve
-from jaxgpt.metrics import read_metrics
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.device import resolve_auto
+from jaxgpt.runtime.metrics import read_metrics
+from jaxgpt.tools.bench.nanogpt import interleaved
+from jaxgpt.tools.bench.training import JaxGPT
 from jaxgpt.train import train
 
 BASELINE, TOGETHER = "baseline", "together"
@@ -34,7 +34,7 @@ MENU: dict[str, tuple[dict[str, Any], str]] = {
     "qk_norm": ({"qk_norm": True}, "Henry et al. 2020; Dehghani et al. 2023"),
     "grouped_query": ({"n_kv_head": 2}, "Ainslie et al. 2023, GQA"),
     "softcap": ({"logit_softcap": 15.0}, "Gemma team 2024, Gemma 2"),
-    "window": ({"attention_window": 32}, "Beltagy et al. 2020, Longformer"),
+    "window": ({"sliding_window": 32}, "Beltagy et al. 2020, Longformer"),
     "value_residual": ({"value_residual": True}, "Zhou et al. 2024"),
     "muon": ({"optimizer": "muon"}, "Jordan et al. 2024; Liu et al. 2025"),
     "wsd": ({"lr_schedule": "wsd"}, "Hu et al. 2024, MiniCPM"),
@@ -129,7 +129,7 @@ def final_loss(config: Config) -> float | None:
             )
     rows = read_metrics(Path(config.out_dir, "metrics.jsonl"))
     done = rows and rows[-1]["step"] == config.max_iters and "val_loss" in rows[-1]
-    return rows[-1].get("whole_val_loss", rows[-1]["val_loss"]) if done else None
+    return rows[-1].get("full_val_loss", rows[-1]["val_loss"]) if done else None
 
 
 def step_cost(config: Config, name: str, out_dir: str) -> float:
@@ -140,11 +140,11 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
         sides = []
         for one in (BASELINE, name):
             known = keys_of(config, one).replace(vocab_size=dataset.vocab_size)
-            sides.append(JaxGPT(resolve(known)[0], dataset))
+            sides.append(JaxGPT(resolve_auto(known)[0], dataset))
         baseline, feature = (lambda side=side: side.train(ROUND)[0] for side in sides)
         for turn in (baseline, feature):
             turn()  # the first steps are slower
-        (found,) = in_turn([baseline], feature, PAIRS)
+        (found,) = interleaved([baseline], feature, PAIRS)
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, run_dir, sharding
-from jaxgpt.checkpoint import Checkpoints
-from jaxgpt.config import Config, Model, UserError
+from jaxgpt import sharding
+from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load
+from jaxgpt.runtime import checkpoint, run_dir
+from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train_step import abstract_state, init_state, make_train_step
 
 TINY = {
@@ -352,7 +353,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["write", "_digest", "_link"])
+@pytest.mark.parametrize("name", ["atomic_write", "_digest", "_link"])
 @pytest.mark.parametrize("asks", ["save", "wait"])
 def test_what_goes_wrong_in_the_background_is_raised_where_the_run_next_looks(
     tmp_path, monkeypatch, name, asks
@@ -410,7 +411,7 @@ def run(config, written, tmp_path) -> Config:
 
 
 def first_step(config: Config) -> int:
-    return run_dir.first_step(config, run_dir.open_checkpoints(config))
+    return run_dir.resume_step(config, run_dir.open_checkpoints(config))
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "auto"])
@@ -444,7 +445,7 @@ OTHER = {
     "n_head": 4,
     "n_kv_head": 1,
     "n_embd": 32,
-    "n_inner": 8,
+    "mlp_dim": 8,
     "bias": False,
     "norm": "rmsnorm",
     "norm_position": "post",
@@ -453,7 +454,7 @@ OTHER = {
     "tie_embeddings": False,
     "qk_norm": True,
     "logit_softcap": 30.0,
-    "attention_window": 4,
+    "sliding_window": 4,
     "causal": False,
     "value_residual": True,
     "embed_dropout": False,
@@ -473,7 +474,7 @@ OTHER = {
 
 
 def test_every_key_of_the_model_has_another_value_to_try():
-    assert OTHER.keys() == (set(vars(Model())) | {"scan_layers", "optimizer"}) - {"dropout"}
+    assert OTHER.keys() == (set(vars(ModelConfig())) | {"scan_layers", "optimizer"}) - {"dropout"}
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -496,7 +497,7 @@ def test_a_file_is_no_run_directory(config, tmp_path):
         assert message == f"out_dir={str(file)!r}: is a file, not a folder"
     inside = config.replace(out_dir=str(file / "run"))
     with pytest.raises(UserError, match=r"^out_dir="):
-        run_dir.begin(inside, SimpleNamespace(tokenizer=None), fresh=first_step(inside) == 0)
+        run_dir.create(inside, SimpleNamespace(tokenizer=None), fresh=first_step(inside) == 0)
     assert file.read_text() == "mine"
 
 
@@ -520,7 +521,7 @@ def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
     folder = Path(run.out_dir)
     theirs = fill(folder)
     (folder / "config.json").write_text(json.dumps(run.to_dict()))
-    run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+    run_dir.create(run, SimpleNamespace(tokenizer=None), fresh=True)
     assert tree(folder) == theirs | {"config.json"}
     assert all((folder / name).read_text() == "mine" for name in theirs)
     assert run_dir.open_checkpoints(run).latest() is None
@@ -536,7 +537,7 @@ def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_jso
         (folder / "config.json").write_text(config_json)
     before = tree(folder)
     with pytest.raises(UserError, match=r"out_dir=.*(log.txt|config.json) in it is not of a run"):
-        run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+        run_dir.create(run, SimpleNamespace(tokenizer=None), fresh=True)
     assert tree(folder) == before
 
 
@@ -544,7 +545,7 @@ def test_a_run_that_goes_on_keeps_what_it_left(run):
     folder = Path(run.out_dir)
     fill(folder)
     before = tree(folder)
-    run_dir.begin(run, SimpleNamespace(tokenizer=ByteTokenizer()), fresh=False)
+    run_dir.create(run, SimpleNamespace(tokenizer=ByteTokenizer()), fresh=False)
     assert tree(folder) == before | {"config.json"}
     assert (folder / "metrics.jsonl").read_text() == "old"
     assert run_dir.open_checkpoints(run).latest() == 3
@@ -552,14 +553,14 @@ def test_a_run_that_goes_on_keeps_what_it_left(run):
 
 def test_a_run_directory_says_what_the_run_is(config, tmp_path):
     run = config.replace(out_dir=str(tmp_path / "a" / "b"), learning_rate=0.125)
-    run_dir.begin(run, SimpleNamespace(tokenizer=CharTokenizer("cab")), fresh=True)
+    run_dir.create(run, SimpleNamespace(tokenizer=CharTokenizer("cab")), fresh=True)
     assert run_dir.load_config(run.out_dir) == run
     assert load(tmp_path / "a" / "b" / "tokenizer.json").chars == "abc"
 
 
 def test_a_run_that_was_moved_is_where_it_is(config, tmp_path):
     run = config.replace(out_dir=str(tmp_path / "before"))
-    run_dir.begin(run, SimpleNamespace(tokenizer=None), fresh=True)
+    run_dir.create(run, SimpleNamespace(tokenizer=None), fresh=True)
     os.rename(tmp_path / "before", tmp_path / "after")
     after = str(tmp_path / "after")
     assert run_dir.load_config(after) == run.replace(out_dir=after)

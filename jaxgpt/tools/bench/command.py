@@ -26,15 +26,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxgpt import command_line, device, model, sharding
+from jaxgpt import model, sharding
 from jaxgpt.attention import attend
-from jaxgpt.bench_train import Bench, Report, quartiles, train
-from jaxgpt.bench_vs import NanoGPT, NanoGPTError, check_comparable, in_turn, say_ratios
+from jaxgpt.cli import command_line
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, gather, make_resident
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.data.tokens import SPLITS, Dataset, Tokens, is_prepared
-from jaxgpt.sample import CHUNK, Knobs, Sampler
+from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
+from jaxgpt.runtime import device
+from jaxgpt.sample import CHUNK, Sampler, SamplingParams
+from jaxgpt.tools.bench.nanogpt import (
+    NanoGPT,
+    NanoGPTError,
+    check_comparable,
+    format_ratios,
+    interleaved,
+)
+from jaxgpt.tools.bench.training import Bench, Report, quartiles, train
 from jaxgpt.train import TRAIN
 
 NEW_TOKENS = 500
@@ -76,10 +84,10 @@ def sample(b: Bench) -> Report:
 
     A CPU samples one sequence again with weights in bfloat16, where that differs.
     """
-    config, _ = device.resolve(b.config.replace(attention="auto", dropout=0.0))
+    config, _ = device.resolve_auto(b.config.replace(attention="auto", dropout=0.0))
     params = jax.jit(partial(model.init, config))(jax.random.key(config.seed))
     samplers, bandwidth = {"": Sampler(config).load(params)}, read_bandwidth()
-    if device.on_cpu():
+    if device.is_cpu():
         narrow = Sampler(config.replace(dtype="bfloat16")).load(params)
         is_packed = any(p.dtype == jnp.uint32 for p in jax.tree.leaves(narrow.row_params))
         samplers |= {"bfloat16": narrow} if is_packed else {}
@@ -106,7 +114,7 @@ def sample(b: Bench) -> Report:
     headline = f"{results['batch_1']['tokens_per_s']:,.0f} tokens/s at batch 1"
     for name, found in (sample_against(b, samplers) if b.nanogpt else {}).items():
         results[f"nanogpt_{name}"] = found
-        notes.append(say_ratios(f"batch 1, {name}: nanoGPT", found))
+        notes.append(format_ratios(f"batch 1, {name}: nanoGPT", found))
         headline += f"; {found['ratio']:.1f}x nanoGPT ({name})"
     if b.nanogpt and config.block_size <= NEW_TOKENS:
         notes.append("past block_size, nanoGPT slides by a token as context=exact does")
@@ -118,7 +126,7 @@ def sample(b: Bench) -> Report:
 
 def generate(sampler: Sampler, batch: int, context: str = "halve") -> tuple[float, float]:
     """Seconds until the first tokens, and until the last."""
-    prompts, knobs = [np.zeros(1, np.int32)] * batch, Knobs(temperature=0.8, top_k=200)
+    prompts, knobs = [np.zeros(1, np.int32)] * batch, SamplingParams(temperature=0.8, top_k=200)
     began = time.perf_counter()
     chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, knobs=knobs, context=context)
     next(chunks)
@@ -134,7 +142,7 @@ def decode_bytes(sampler: Sampler, batch: int) -> float:
     weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
     T = c.block_size
     lengths = [n if n <= T else T // 2 + (n - T) % -(-T // 2) for n in range(1, NEW_TOKENS + 1)]
-    width = 2 * c.n_layer * c.kv_heads * c.head_width
+    width = 2 * c.n_layer * c.kv_heads * c.head_dim
     return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(c.dtype).itemsize
 
 
@@ -152,14 +160,14 @@ def sample_against(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str
     theirs = lambda: nanogpt.ask("sample", **options)["seconds"]
     for warm_up in (*sides, theirs):
         warm_up()
-    return dict(zip(ours, in_turn(sides, theirs, b.pairs), strict=True))
+    return dict(zip(ours, interleaved(sides, theirs, b.pairs), strict=True))
 
 
 def data(b: Bench) -> Report:
     """Batches alone: drawn, placed on the device, gathered."""
     c, mesh, tokens = b.config, sharding.make_mesh(b.config), b.dataset.train
-    M = sharding.micro_batches(c, mesh)
-    shape = 1, M, sharding.sequences(c) // M
+    M = sharding.num_microbatches(c, mesh)
+    shape = 1, M, sharding.global_batch_size(c) // M
     rows, results = [], {}
     windows = jax.jit(partial(gather, step=0, length=c.block_size + 1))
     for name, resident in ("resident", make_resident(tokens, mesh)), ("read from disk", None):
@@ -168,7 +176,7 @@ def data(b: Bench) -> Report:
             resident=resident, ahead=2,
         )  # fmt: skip
         steps = count()
-        ms = call_ms(lambda batches=batches, steps=steps: windows(batches.take(next(steps))))
+        ms = call_ms(lambda batches=batches, steps=steps: windows(batches.get(next(steps))))
         per_s = 1000 * shape[1] * shape[2] / quartiles(ms)["median"]
         results[name] = {"samples_ms": ms, "windows_per_s": per_s}
         results[name]["tokens_per_s"] = per_s * c.block_size
@@ -205,14 +213,14 @@ def attention(b: Bench) -> Report:
 
 def attention_call(c: Config, B: int) -> Callable[[], Any]:
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(B, c.block_size, n, c.head_width) for n in (c.n_head, c.kv_heads, c.kv_heads)]
+    shapes = [(B, c.block_size, n, c.head_dim) for n in (c.n_head, c.kv_heads, c.kv_heads)]
     q_BTNH, k_BSKH, v_BSKH = (
         jax.random.normal(key, shape, c.dtype) for key, shape in zip(keys, shapes, strict=False)
     )
     weight_BTNH = jax.random.normal(keys[3], shapes[0], c.dtype)
 
     def loss(q, k, v) -> jax.Array:
-        out = attend(q, k, v, causal=c.causal, window=c.attention_window, backend=c.attention)
+        out = attend(q, k, v, causal=c.causal, window=c.sliding_window, backend=c.attention)
         return (out * weight_BTNH).astype(jnp.float32).sum()
 
     return partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), q_BTNH, k_BSKH, v_BSKH)
@@ -233,7 +241,7 @@ def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
 
 def read_bandwidth() -> float:
     """Bytes a second at which the device, or all cores together, read a large array."""
-    if device.on_cpu():
+    if device.is_cpu():
         parts = np.ones((device.cores(), 1 << 25), np.float32)
         with ThreadPoolExecutor(len(parts)) as pool:
             ms = call_ms(lambda: list(pool.map(np.max, parts)))
@@ -271,7 +279,7 @@ def bench(
     if vs:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     name, c = choose(config, preset, single=bool(vs))
-    if device.on_cpu() and preset not in ("", "cpu"):
+    if device.is_cpu() and preset not in ("", "cpu"):
         if what == "train" and preset.startswith("gpt2"):
             raise UserError(
                 f"--preset={preset}: needs an accelerator; for a CPU there is --preset=cpu"
@@ -321,17 +329,17 @@ def choose(file: str, preset: str, *, single: bool) -> tuple[str, Config]:
     device.start(c.device, float64=c.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
     if file:
-        c = variants.get("on_cpu", c) if device.on_cpu() and c.on_cpu else c
+        c = variants.get("on_cpu", c) if device.is_cpu() and c.on_cpu else c
     else:
-        preset = preset or ("cpu" if device.on_cpu() else "gpt2")
+        preset = preset or ("cpu" if device.is_cpu() else "gpt2")
         c = PRESETS[preset]
-    if single and not device.on_cpu():
+    if single and not device.is_cpu():
         c = c.replace(mesh="data:1")
-    return file or preset, device.resolve(c)[0]
+    return file or preset, device.resolve_auto(c)[0]
 
 
 def make_data(c: Config, folder: Path) -> tuple[Config, Dataset]:
-    """Tokens for both sides, as files in `folder`, and the config with their vocabulary.
+    """TokenSplit for both sides, as files in `folder`, and the config with their vocabulary.
 
     They are the dataset's first ones if it is prepared; else made up, out of 500 phrases that
     follow each other at random, so that there is something to learn.
@@ -352,7 +360,7 @@ def make_data(c: Config, folder: Path) -> tuple[Config, Dataset]:
     dtype = "uint16" if vocab <= 2**16 else "uint32"
     for split in SPLITS:
         ids[split].astype(dtype).tofile(folder / f"{split}.bin")
-    train, val = (Tokens([folder / f"{split}.bin"], dtype, vocab) for split in SPLITS)
+    train, val = (TokenSplit([folder / f"{split}.bin"], dtype, vocab) for split in SPLITS)
     return c.replace(vocab_size=vocab), Dataset(train, val, vocab, None, source, {})
 
 
@@ -371,7 +379,7 @@ def about() -> dict[str, Any]:
     return {
         "hardware": {
             "device": kind,
-            "devices": 1 if device.on_cpu() else jax.device_count(),
+            "devices": 1 if device.is_cpu() else jax.device_count(),
             "cpu": names[0] if names else platform.processor(),
             "cores": os.cpu_count(),
             "memory_bytes": device.memory_bytes(),

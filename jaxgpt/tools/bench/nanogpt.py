@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import bench_torch, device
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.tokens import Tokens
-from jaxgpt.export import EXPRESSIBLE, to_tensors
+from jaxgpt.data.tokens import TokenSplit
+from jaxgpt.interop.export import EXPRESSIBLE, to_tensors
+from jaxgpt.runtime import device
+from jaxgpt.tools.bench import torch_server as bench_torch
 
 REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
 
@@ -50,7 +51,7 @@ class NanoGPT:
             self.close()
             raise UserError(f"--torch_python {python}: {error}") from error
 
-    def load(self, c: Config, tokens: Tokens, params: dict, mode: str, **sizes: Any) -> None:
+    def load(self, c: Config, tokens: TokenSplit, params: dict, mode: str, **sizes: Any) -> None:
         """Gives it the config's model with these parameters, and the data; `sizes` override."""
         file = self._folder / "weights.npz"
         arrays: Any = to_nanogpt(c, params)
@@ -114,9 +115,9 @@ def check_comparable(c: Config) -> None:
         "decay_all": False,
         "document_mask": False,
         "n_kv_head": c.n_kv_head and c.n_head,
-        "n_inner": c.n_inner and 4 * c.n_embd,
+        "mlp_dim": c.mlp_dim and 4 * c.n_embd,
     }
-    has["dtype"] = "float32" if device.on_cpu() else c.dtype
+    has["dtype"] = "float32" if device.is_cpu() else c.dtype
     for key, value in has.items():
         if getattr(c, key) != value:
             raise UserError(f"{key}={getattr(c, key)!r}: with --vs, must be nanoGPT's {value!r}")
@@ -135,7 +136,7 @@ def to_nanogpt(config: Config, params: dict) -> dict[str, np.ndarray]:
     return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
 
 
-def in_turn(
+def interleaved(
     ours: list[Callable[[], float]], theirs: Callable[[], float], pairs: int
 ) -> list[dict[str, Any]]:
     """Seconds of each of ours and of theirs, A B A B, all idle while one works -> one dict for
@@ -159,7 +160,7 @@ def _compare(seconds: list[tuple[float, float]]) -> dict[str, Any]:
     return {"pairs": rows, "ratio": float(np.median(ratios)), "range": [min(ratios), max(ratios)]}
 
 
-def say_ratios(name: str, result: dict[str, Any]) -> str:
+def format_ratios(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{name}: {result['error']}"
     each = " ".join(f"{row['ratio']:.2f}" for row in result["pairs"])

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt import processes
-from jaxgpt.checkpoint import Checkpoints, Damaged, write
-from jaxgpt.config import Config, Model, UserError, build
+from jaxgpt.config import Config, ModelConfig, UserError, build
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
+from jaxgpt.runtime import distributed
+from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint, atomic_write
 from jaxgpt.train_step import abstract_params
 
 CONFIG, LOCK = "config.json", ".lock"
@@ -32,13 +32,13 @@ DEFAULTS = Config().to_dict()
 
 
 @contextmanager
-def held(out_dir: str) -> Iterator[None]:
+def lock_run_dir(out_dir: str) -> Iterator[None]:
     """Keeps other runs from writing to a run directory; the system lets go when a process dies.
 
     Raises `UserError` if a run does, and where the disk is full.
     """
     opened: list[int] = []
-    processes.by_first(lambda: opened.append(_lock(out_dir)))
+    distributed.on_process_0(lambda: opened.append(_lock(out_dir)))
     try:
         yield
     except OSError as error:
@@ -76,7 +76,7 @@ def open_checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(Path(config.out_dir, "checkpoints"), config.keep_checkpoints)
 
 
-def first_step(config: Config, checkpoints: Checkpoints) -> int:
+def resume_step(config: Config, checkpoints: Checkpoints) -> int:
     """The step to go on from; 0 is a fresh run.
 
     Raises `UserError` if `init_from` does not fit what the directory holds.
@@ -101,7 +101,7 @@ def first_step(config: Config, checkpoints: Checkpoints) -> int:
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
     saved = DEFAULTS | checkpoints.meta(latest)["config"]
-    names = (field.name for field in dataclasses.fields(Model))
+    names = (field.name for field in dataclasses.fields(ModelConfig))
     for key in (*names, "scan_layers", "optimizer", "freeze"):
         ours, theirs = getattr(config, key), saved[key]
         if key != "dropout" and ours != theirs:
@@ -118,11 +118,13 @@ def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
 
 
 def _model_keys(saved: dict[str, Any]) -> dict[str, Any]:
-    names = (field.name for field in dataclasses.fields(Model))
+    names = (field.name for field in dataclasses.fields(ModelConfig))
     return {name: saved[name] for name in names if name != "dropout" and name in saved}
 
 
-def adopt(config: Config, theirs: dict[str, Any], whose: str, given: frozenset[str]) -> Config:
+def merge_model_keys(
+    config: Config, theirs: dict[str, Any], whose: str, given: frozenset[str]
+) -> Config:
     """`config` with these keys of a model that is there already.
 
     What the user asked for stands: raises `UserError` where a key differs that is `given` on the
@@ -135,7 +137,7 @@ def adopt(config: Config, theirs: dict[str, Any], whose: str, given: frozenset[s
     return config.replace(**theirs)
 
 
-def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
+def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     """Makes the directory ready: an old run's is cleared for a fresh one, others are left alone.
 
     Raises `UserError` rather than delete what only looks like a run's.
@@ -149,11 +151,11 @@ def begin(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     except OSError as error:
         raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
     # first, so that a run killed in the midst of this leaves what is still a run's
-    write(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
+    atomic_write(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
     for path in (path for path in there if fresh and path.name != CONFIG):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if dataset.tokenizer:
-        write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
+        atomic_write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
 
 
 def is_run(folder: Path) -> bool:
@@ -194,7 +196,9 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
     while True:
         try:
             return checkpoints.restore(abstract, step)["params"], step
-        except Damaged as error:  # not moved aside: a reader leaves the directory as it is
+        except (
+            CorruptCheckpoint
+        ) as error:  # not moved aside: a reader leaves the directory as it is
             if not others:
                 raise
             step = others.pop()

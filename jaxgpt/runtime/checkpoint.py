@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxgpt import processes
 from jaxgpt.config import UserError
+from jaxgpt.runtime import distributed
 
 FORMAT_VERSION = 1
 META, DIGEST, BEST = "meta.json", "digest.json", "best"
@@ -43,7 +43,7 @@ def _tell_no_closed_loop(unraisable: Any, tell: Callable = sys.unraisablehook) -
 sys.unraisablehook = _tell_no_closed_loop
 
 
-class Damaged(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint is not what was written."""
 
 
@@ -74,23 +74,23 @@ class Checkpoints:
             return int(link.resolve().name)
         try:
             return self.meta(BEST)["step"]
-        except Damaged:
+        except CorruptCheckpoint:
             return None
 
     def damaged(self) -> list[Path]:
         """Steps that were moved aside."""
         return sorted(self.folder.glob("[0-9]*.corrupt"))
 
-    def set_aside_damaged(self) -> None:
+    def quarantine_corrupt(self) -> None:
         """Leaves a newest and a best step that are what was written; call it before a run goes on.
 
         Whatever is not is moved to `<step>.corrupt`, with a line. Of several processes the first
         does so.
         """
-        processes.by_first(self._set_aside_damaged)
+        distributed.on_process_0(self._quarantine_corrupt)
         self.newest = self.latest()
 
-    def _set_aside_damaged(self) -> None:
+    def _quarantine_corrupt(self) -> None:
         newest = next((step for step in reversed(self.steps()) if self._is_sound(step)), -1)
         for folder in self._folders():
             if int(folder.name) > newest:
@@ -104,7 +104,7 @@ class Checkpoints:
     def _was_best(self, step: int) -> bool:
         try:
             return step == self.best() or self.meta(step).get("best", False)
-        except Damaged:
+        except CorruptCheckpoint:
             return not self._is_sound(step)
 
     def _is_sound(self, step: int) -> bool:
@@ -113,7 +113,7 @@ class Checkpoints:
             return True
         try:
             self._verify(step)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             folder = self.folder / str(step)
             aside = folder.with_name(f"{step}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
@@ -123,7 +123,7 @@ class Checkpoints:
         self._sound.add(step)  # `restore` need not read it all again
         return True
 
-    def need_space(self, state: dict[str, Any]) -> None:
+    def check_disk_space(self, state: dict[str, Any]) -> None:
         """Raises `UserError` where the disk has no room for another checkpoint of this state."""
         sizes = (math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(state))
         size = int(SPARE * sum(sizes))
@@ -146,10 +146,10 @@ class Checkpoints:
         where the disk is full.
         """
         self.wait()
-        processes.by_first(partial(self.need_space, state))
+        distributed.on_process_0(partial(self.check_disk_space, state))
         self.newest = meta["step"]
         step = self.folder / str(meta["step"])
-        if processes.is_first():
+        if distributed.is_process_0():
             shutil.rmtree(step, ignore_errors=True)
         items = {k: ocp.args.StandardSave(v) for k, v in state.items() if k != "step"}
         try:
@@ -179,11 +179,11 @@ class Checkpoints:
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         try:
             self._orbax.wait_until_finished()  # which waits for every process's part
-            if not processes.is_first():
+            if not distributed.is_process_0():
                 return
             meta = {"format_version": FORMAT_VERSION, "versions": _versions(), "best": best} | meta
-            write(step / META, json.dumps(meta, indent=1))
-            write(step / DIGEST, json.dumps(_digest(step), indent=1))
+            atomic_write(step / META, json.dumps(meta, indent=1))
+            atomic_write(step / DIGEST, json.dumps(_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
             _verify(step, by=_size)  # before older ones go
@@ -202,7 +202,7 @@ class Checkpoints:
         return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
 
     def meta(self, step: int | str) -> dict[str, Any]:
-        """What `save` was told of a step. Raises `Damaged` if it is not what was written.
+        """What `save` was told of a step. Raises `CorruptCheckpoint` if it is not what was written.
 
         Raises `UserError` for a later format, whose meta.json and digest.json must stay readable.
         """
@@ -211,7 +211,7 @@ class Checkpoints:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version = int(meta["format_version"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{file}: not the meta of a checkpoint ({error})") from error
+            raise CorruptCheckpoint(f"{file}: not the meta of a checkpoint ({error})") from error
         _verify(file.parent, META)
         if version > FORMAT_VERSION:
             raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
@@ -219,16 +219,16 @@ class Checkpoints:
 
     def _verify(self, step: int) -> None:
         if (found := self.meta(step)["step"]) != step:
-            raise Damaged(f"{self.folder / str(step) / META}: is of step {found}")
+            raise CorruptCheckpoint(f"{self.folder / str(step) / META}: is of step {found}")
         _verify(self.folder / str(step))
 
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         """The items of `abstract` (trees of shapes, types and places) from a step.
 
-        Raises `Damaged` if a file is not what was written, `UserError` if the arrays are not those.
+        Raises `CorruptCheckpoint` if a file is not what was written, `UserError` if the arrays are not those.
         """
         folder = self.folder / str(step)
-        processes.by_first(lambda: None if step in self._sound else self._verify(step))
+        distributed.on_process_0(lambda: None if step in self._sound else self._verify(step))
         self._sound.discard(step)
         reader: Any = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
@@ -267,15 +267,15 @@ def _size(file: Path) -> dict[str, int]:
 
 
 def _verify(step: Path, *names: str, by: Callable = _sums) -> None:
-    """Raises `Damaged` unless these files of a step, or all of them, are what was written."""
+    """Raises `CorruptCheckpoint` unless these files of a step, or all of them, are what was written."""
     written = _read_digest(step)
     for name in names or written:
         try:
             found = by(step / name)
         except OSError as error:  # it is not there, or in a bad sector
-            raise Damaged(f"{step / name}: {error.strerror}") from error
+            raise CorruptCheckpoint(f"{step / name}: {error.strerror}") from error
         if not found.items() <= written.get(name, {}).items():
-            raise Damaged(f"{step / name}: not what was written there")
+            raise CorruptCheckpoint(f"{step / name}: not what was written there")
 
 
 def _read_digest(step: Path) -> dict[str, dict[str, int]]:
@@ -285,14 +285,16 @@ def _read_digest(step: Path) -> dict[str, dict[str, int]]:
             raise ValueError(f"nothing of {META}")
         return {name: dict(sums) for name, sums in written.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Damaged(f"{step / DIGEST}: not the digest of a checkpoint ({error})") from error
+        raise CorruptCheckpoint(
+            f"{step / DIGEST}: not the digest of a checkpoint ({error})"
+        ) from error
 
 
 def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def write(file: Path, text: str) -> None:
+def atomic_write(file: Path, text: str) -> None:
     """Writes a file so that after a crash it is there whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     with open(partial, "w", encoding="utf-8") as stream:

@@ -16,9 +16,9 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
-from jaxgpt.processes import join
+from jaxgpt.runtime.distributed import init_distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 from jaxgpt.config import Config
 config = Config(
@@ -75,21 +75,21 @@ def on_tpu_vm(monkeypatch):
 
 
 def test_a_process_alone_asks_nobody(joined):
-    join()
+    init_distributed()
     assert joined == []
 
 
 def test_slurms_processes_find_each_other(joined, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    join()
+    init_distributed()
     assert joined == [("node3:61447", 16, 9)]
 
 
 def test_a_slurm_step_of_one_process_is_alone(joined, monkeypatch):
     for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).items():
         monkeypatch.setenv(name, value)
-    join()
+    init_distributed()
     assert joined == []
 
 
@@ -98,7 +98,7 @@ def test_the_hosts_of_a_tpu_pod_find_each_other(joined, on_tpu_vm, monkeypatch, 
     """By the metadata server of Cloud TPU VMs, in both of its forms."""
     said = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said[key], 200))
-    join()
+    init_distributed()
     assert joined == [("10.0.0.5:8482", 2, 1)]
 
 
@@ -106,37 +106,37 @@ def test_so_do_those_of_gke(joined, on_tpu_vm, monkeypatch):
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
     for name, value in GKE.items():
         monkeypatch.setenv(name, value)
-    join()
+    init_distributed()
     assert joined == [("tpu-0.pod:8482", 2, 1)]
 
 
 def test_a_tpu_host_that_belongs_to_nothing_is_alone(joined, on_tpu_vm, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    join()
+    init_distributed()
     assert joined == []
 
 
 def test_a_pods_host_on_its_cpu_is_alone(joined, on_tpu_vm):
-    join(device="cpu")
+    init_distributed(device="cpu")
     assert joined == []
 
 
 def test_a_metadata_server_that_does_not_answer_is_an_error_with_a_way_out(joined, on_tpu_vm):
     with pytest.raises(UserError, match=r"the metadata server was asked.*--coordinator"):
-        join()
+        init_distributed()
 
 
 def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"cannot find .*--coordinator"):
-        join()
+        init_distributed()
 
 
 @pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
 def test_a_number_that_no_process_has_is_refused(joined, count, number):
     with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
-        join("10.0.0.5:8476", count, number)
-    join("10.0.0.5:8476", 2, 1)
+        init_distributed("10.0.0.5:8476", count, number)
+    init_distributed("10.0.0.5:8476", 2, 1)
     assert joined == [("10.0.0.5:8476", 2, 1)]
 
 
@@ -209,7 +209,7 @@ def alone(folder) -> dict:
 
 @pytest.mark.slow
 def test_several_processes_train_as_one_does(folder, alone):
-    four = run(folder, "four", 4, "--mesh=data:2,fsdp:4", "--tokens_on_device=never")
+    four = run(folder, "four", 4, "--mesh=data:2,fsdp:4", "--data_on_device=never")
     assert four == pytest.approx(alone, abs=1e-9)
     files = {p.name for p in (folder / "four").iterdir()}
     assert files == {p.name for p in (folder / "alone").iterdir()}

@@ -1,0 +1,1 @@
+"""What keeps a run alive: devices, processes, checkpoints, the run directory, metrics."""

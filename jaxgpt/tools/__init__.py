@@ -1,0 +1,1 @@
+"""What measures and plans a run."""
