@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import model
 from jaxgpt.config import Config
-from jaxgpt.data.batches import gather
 from jaxgpt.loss import cross_entropy
 from jaxgpt.optimizer import choose, frozen, kernels, make_optimizer, schedule
 from jaxgpt.sharding import BATCH, is_virtual_cpu_mesh, param_sharding, with_mesh
@@ -78,9 +77,9 @@ def init_state(config: Config, mesh: Mesh) -> State:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
-    """-> jitted `(state, batch, count) -> (state, metrics)`, which donates the state.
+    """-> jitted `(state, windows_KMBT, count) -> (state, metrics)`, which donates the state.
 
-    Takes the first `count` of the batch's K steps. Metrics are arrays [K]: `loss` (the mean over
+    Takes the first `count` of the K steps. Metrics are arrays [K]: `loss` (the mean over
     the step's targets, in nats), `grad_norm` (before clipping) and `lr`. A step whose loss or
     norm is not finite leaves weights and moments as they are; its number and batch are used up.
     """
@@ -118,9 +117,9 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         params = jax.tree.map(keep, still, params, old)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
-    def train_step(state: State, batch: dict, count: jax.Array):
-        steps = batch["windows" if "windows" in batch else "starts"].shape[0]
-        first = partial(gather, batch, length=config.block_size + 1)
+    def train_step(state: State, windows_KMBT: jax.Array, count: jax.Array):
+        steps = len(windows_KMBT)
+        first = lambda i: windows_KMBT[i].astype(jnp.int32)
         if steps == 1:
             state, metrics = one_step(state, first(0))
             return state, jax.tree.map(lambda value: value[None], metrics)
@@ -139,14 +138,14 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
-    """-> jitted `(params, batch, count) -> (summed loss, number of targets)` of `count` batches."""
+    """-> jitted `(params, windows_KMBT, count) -> (summed loss, number of targets)` of `count` batches."""
     graphdef, _, _ = model.split(config)
 
-    def eval_step(params: dict, batch: dict, count: jax.Array):
+    def eval_step(params: dict, windows_KMBT: jax.Array, count: jax.Array):
         network = nnx.merge(graphdef, cast_params(params, config.dtype))
 
         def body(i: jax.Array, totals: tuple) -> tuple:
-            (windows_BT,) = gather(batch, i, config.block_size + 1)
+            (windows_BT,) = windows_KMBT[i].astype(jnp.int32)
             inputs_BT, targets_BT = inputs_and_targets(windows_BT)
             new = cross_entropy(network(inputs_BT), targets_BT)
             return jax.tree.map(jnp.add, totals, new)
