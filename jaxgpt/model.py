@@ -75,11 +75,9 @@ class Linear(nnx.Module):
         self.equation = equation
         axes, out_axes = equation.split(",")[1].split("->")
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
-        self.bias = None
-        if bias:
-            kept = [i for i, axis in enumerate(axes) if axis in out_axes]
-            zeros = jnp.zeros([shape[i] for i in kept])
-            self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept))
+        kept = [i for i, axis in enumerate(axes) if axis in out_axes]
+        zeros = jnp.zeros([shape[i] for i in kept])
+        self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = checkpoint_name(kernels.linear_map(self.equation, x, self.kernel[...]), SAVED)

@@ -1,5 +1,7 @@
 """The logarithm of the sum of exp(x) over the last axis, for the cross-entropy."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -11,12 +13,10 @@ def logsumexp_reference(x: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(x, axis=-1)
 
 
-@jax.custom_vjp
-def logsumexp_gpu(x: jax.Array) -> jax.Array:
+def _one_pass(x: jax.Array) -> jax.Array:
     """Read x once, with the running maximum and sum of an online softmax.
 
-    Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; performance.md,
-    "logarithm of the sum of exponentials".
+    Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
     """
 
     def join(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array]:
@@ -30,14 +30,25 @@ def logsumexp_gpu(x: jax.Array) -> jax.Array:
     return maximum + jnp.log(total)
 
 
-def _fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    lse = logsumexp_gpu(x)
-    return lse, (x, lse)
+def _with_gradient_from_result(forward: Callable) -> Callable:
+    """Give `forward` the gradient exp(x - result), which needs no saved array of exponentials."""
+
+    @jax.custom_vjp
+    def logsumexp(x: jax.Array) -> jax.Array:
+        return forward(x)
+
+    def save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        lse = forward(x)
+        return lse, (x, lse)
+
+    def gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+        x, lse = saved
+        return (jnp.exp(x - lse[..., None]) * dy[..., None],)
+
+    logsumexp.defvjp(save, gradient)
+    return logsumexp
 
 
-def _bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    x, lse = saved
-    return (jnp.exp(x - lse[..., None]) * dy[..., None],)
-
-
-logsumexp_gpu.defvjp(_fwd, _bwd)
+logsumexp_default = _with_gradient_from_result(logsumexp_reference)
+# performance.md, "logarithm of the sum of exponentials"
+logsumexp_gpu = _with_gradient_from_result(_one_pass)
