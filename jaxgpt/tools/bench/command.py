@@ -34,7 +34,6 @@ from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
-from jaxgpt.runtime.files import cores
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
 from jaxgpt.tools.bench.nanogpt import (
     NanoGPT,
@@ -242,7 +241,7 @@ def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
 def read_bandwidth() -> float:
     """Bytes a second at which the device, or all cores together, read a large array."""
     if device.is_cpu():
-        parts = np.ones((cores(), 1 << 25), np.float32)
+        parts = np.ones((device.cores(), 1 << 25), np.float32)
         with ThreadPoolExecutor(len(parts)) as pool:
             ms = call_ms(lambda: list(pool.map(np.max, parts)))
         return parts.nbytes / min(ms) * 1000
