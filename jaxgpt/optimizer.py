@@ -93,7 +93,7 @@ def where_finite(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array
 
 
 def partition_by_kind(config: Config, adam: optax.GradientTransformation):
-    """Give the blocks' matrices to Muon if it is chosen, no update to what is frozen, Adam the rest."""
+    """Give Muon the blocks' matrices if it is chosen, and what is frozen no update."""
     _, shapes, letters = model.abstract_model(config)
     is_frozen = frozen_mask(config, shapes)
     axes = muon_dimension_numbers(config, letters, is_frozen)

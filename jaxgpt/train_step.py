@@ -213,13 +213,13 @@ def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return tokens, and the token after each. In a window `~id` is a token that is not a target."""
+    """Return tokens, and the token after each; in a window `~id` is a token but no target."""
     windows_BT = windows_BT.astype(jnp.int32)
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]
 
 
-def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return a key for every sequence of a step, by its number in the step, [M, B]."""
     seed = config.seed if config.dropout else 0  # so that without dropout seeds share a program
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
