@@ -112,7 +112,7 @@ def make_windows(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 
 
 def call_step(step, state, windows_KMBT):
     """Take all steps of the windows in one call."""
-    return step(state, {"windows": windows_KMBT}, jnp.int32(len(windows_KMBT)))
+    return step(state, windows_KMBT, jnp.int32(len(windows_KMBT)))
 
 
 def take_steps(config: Config, batches: Iterable) -> tuple:
@@ -160,7 +160,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config(**checkpoints.meta(step)["config"])
     abstract = abstract_state(config, sharding.make_mesh(config))
-    items = {name: abstract[name] for name in ("params", "opt_state")}
+    items = {name: getattr(abstract, name) for name in ("params", "opt_state")}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
 
