@@ -251,7 +251,7 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     name_partial(files)
     made = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
-    atomic_write(note, json.dumps(made, indent=1), shared=True)
+    atomic_write(note, json.dumps(made, indent=1))
     return sum(counts.values())
 
 
