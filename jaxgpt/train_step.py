@@ -25,7 +25,7 @@ from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
 from jaxgpt.sharding import param_sharding, with_mesh
 
 
-@partial(register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
 @dataclass
 class TrainState:
     """All that a step changes."""
@@ -127,12 +127,11 @@ def make_one_step(config: Config, mesh: Mesh) -> Callable:
         if is_tied:
             grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
         grads = jax.tree.map(lambda g: g / targets, grads)
-        metrics = {
-            "loss": total / targets,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(learning_rate(state.step)),
-        }
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        loss, norm = total / targets, optax.tree.norm(grads)
+        metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
+        return update(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm)), metrics
+
+    def update(state: TrainState, grads: dict, is_finite: jax.Array) -> TrainState:
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, is_finite=is_finite
         )
@@ -142,7 +141,7 @@ def make_one_step(config: Config, mesh: Mesh) -> Callable:
 
         params = optax.apply_updates(state.params, updates)
         params = jax.tree.map(keep_or_take, is_frozen, params, state.params)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1)
 
     return one_step
 
