@@ -95,7 +95,7 @@ def to_fields(c: Config) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": c.mlp_dim or None,
         "activation_function": activation,
-        "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
+        "embd_pdrop": c.dropout,
         "attn_pdrop": c.attention_dropout_rate,
         "resid_pdrop": c.dropout,
         "dtype": "float32",

@@ -84,10 +84,6 @@ REQUIRED_KEYS = {
     "sliding_window": 0,
     "causal": True,
     "value_residual": False,
-    "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
-    "head_bias": False,
 }
 HUB = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 CONFIG, WEIGHTS, CKPT = "config.json", "model.safetensors", "ckpt.pt"
@@ -199,8 +195,7 @@ def resolve_init(
         weights = open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
-    required = REQUIRED_KEYS | {"qkv_bias": True}
-    config = run_dir.merge_model_keys(config, required | theirs, config.init_from, given)
+    config = run_dir.merge_model_keys(config, REQUIRED_KEYS | theirs, config.init_from, given)
     model_keys = ", ".join(f"{key}={value}" for key, value in theirs.items())
     notes = [f"weights of {config.init_from}: {model_keys}"]
     if config.block_size < positions:

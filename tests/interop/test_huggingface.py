@@ -201,7 +201,6 @@ def write_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **opt
         {"mlp": "gelu", "bias": False, "mlp_dim": 12},
         {"mlp": "relu", "n_kv_head": 2, "vocab_size": 128},
         {"mlp": "relu2", "scan_layers": True, "dropout": 0.2},
-        {"qkv_bias": False, "init": "torch", "embed_dropout": False},
         {"n_layer": 0},
     ],
     ids=str,
@@ -479,10 +478,6 @@ INEXPRESSIBLE = {
     "value_residual": True,
     "n_kv_head": 1,
     "mlp": "swiglu",
-    "residual": False,
-    "out_projection": False,
-    "score_scale": "embedding",
-    "head_bias": True,
 }
 
 
@@ -591,8 +586,6 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
         ("block_size", 7, 6),
         ("vocab_size", 12, 11),
         ("norm", "rmsnorm", "layernorm"),
-        ("residual", False, True),
-        ("qkv_bias", False, True),
     ]:
         config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
         for given in cli_keys([f"--{key}={value}"]), frozenset():  # by a flag, or by the file

@@ -407,8 +407,6 @@ OTHER = {
     "sliding_window": 4, "causal": False, "value_residual": True, "attention_dropout": False,
     "zero_init_projections": True, "document_mask": True, "eot_id": 5, "scan_layers": True,
     "optimizer": "muon",
-    "embed_dropout": False, "qkv_bias": False, "head_bias": True, "residual": False,
-    "out_projection": False, "score_scale": "embedding", "init": "torch",
 }  # fmt: skip
 
 
