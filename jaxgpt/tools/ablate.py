@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.resolve import AUTO_KEYS
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.device import resolve_auto
 from jaxgpt.runtime.metrics import read_metrics
@@ -25,7 +24,6 @@ from jaxgpt.tools.bench.training import JaxGPT
 from jaxgpt.train import train
 
 BASELINE, TOGETHER = "baseline", "together"
-DEFAULTS = Config()
 
 # Feature -> the keys that switch it on, and where it comes from.
 MENU: dict[str, tuple[dict[str, Any], str]] = {
@@ -110,7 +108,7 @@ def train_cell(config: Config) -> int:
     """Runs a cell unless it is done -> 0, or 128 + n if signal n ended it."""
     if final_loss(config) is not None:
         return 0
-    code = train(config)
+    code = train(config, {})
     jax.clear_caches()  # dozens of compiled programs would pile up
     return code
 
@@ -123,9 +121,8 @@ def final_loss(config: Config) -> float | None:
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
     saved = run_dir.load_config(config.out_dir)
-    for key, value in config.to_dict().items():
-        is_chosen = key in AUTO_KEYS and value == getattr(DEFAULTS, key)  # as the run found best
-        if getattr(saved, key) != value and not is_chosen:
+    for key, value in config.replace(vocab_size=saved.vocab_size).to_dict().items():
+        if getattr(saved, key) != value:
             raise UserError(
                 f"{key}={value!r}: {config.out_dir} was trained with {getattr(saved, key)!r}; "
                 "name another --out_dir"

@@ -19,8 +19,8 @@ from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, format_ratios, interleaved
 from jaxgpt.tools.hlo import Program
-from jaxgpt.train import TRAIN, make_batches, peak_tokens_per_s, tokens_per_step
-from jaxgpt.train_step import init_state, make_train_step
+from jaxgpt.train import TRAIN, Trainer
+from jaxgpt.train_step import make_train_step
 
 ROUND_S = 1.5  # about what a round of steps takes
 PARITY_STEPS = 50
@@ -60,25 +60,24 @@ class JaxGPT:
     """jaxgpt's side: train.py's trainer and its jitted step, stepped by hand."""
 
     def __init__(self, config: Config, dataset: Dataset):
+        unused: Any = None  # checkpoints, log, signals
         self.config, mesh = config, sharding.make_mesh(config)
-        self.batches = make_batches(config, mesh, dataset)[TRAIN]
-        self.K, self.num_steps, self.state = self.batches.shape_KMB[0], 0, init_state(config, mesh)
-        self.tokens_per_step = tokens_per_step(config)
-        self.peak_tokens_per_s = peak_tokens_per_s(config, mesh)
+        self.trainer = Trainer(config, mesh, dataset, unused, unused, unused)
+        self.trainer.start(0, None)
+        self.K, self.batches = self.trainer.steps, self.trainer.batches[TRAIN]
         self.count = jax.device_put(np.int32(self.K), NamedSharding(mesh, PartitionSpec()))
         began = time.perf_counter()
         step = make_train_step(config, mesh)
-        self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
+        self.step = step.lower(self.trainer.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
 
     def train(self, steps: int) -> tuple[float, list[float]]:
         """Takes steps -> seconds, losses. As in training, one dispatch is always under way."""
-        losses, pending = [], None
+        t, losses, pending = self.trainer, [], None
         began = time.perf_counter()
         for _ in range(0, steps, self.K):
-            batch = self.batches.get(self.num_steps)
-            self.state, metrics = self.step(self.state, batch, self.count)
-            self.num_steps += self.K
+            t.state, metrics = self.step(t.state, self.batches.get(t.step), self.count)
+            t.step += self.K
             if pending is not None:
                 losses += jax.device_get(pending)["loss"][: self.K].tolist()
             pending = metrics
@@ -87,7 +86,7 @@ class JaxGPT:
 
     def next_steps(self, steps: int) -> dict[str, list]:
         """Where the next steps' windows start, [steps, micro-batch, B]; their learning rates."""
-        first, rate = self.num_steps, schedule(self.config)
+        first, rate = self.trainer.step, schedule(self.config)
         starts = [self.batches.starts(n) for n in range(first, first + steps, self.K)]
         shape = steps, -1, self.config.batch_size
         return {
@@ -97,7 +96,7 @@ class JaxGPT:
 
     def params(self) -> dict[str, Any]:
         """The parameters now, as NumPy arrays."""
-        return jax.device_get(self.state["params"])
+        return jax.device_get(self.trainer.state["params"])
 
     def round_steps(self) -> int:
         """Warms up -> how many steps a round should have."""
@@ -107,8 +106,8 @@ class JaxGPT:
 
     def rates(self, ms: list[float]) -> dict[str, Any]:
         """What these samples of a step's milliseconds come to, whichever side they are of."""
-        stats, peak = quartiles(ms), self.peak_tokens_per_s
-        tokens_per_s = self.tokens_per_step / stats["median"] * 1000
+        stats, peak = quartiles(ms), self.trainer.peak_tokens
+        tokens_per_s = self.trainer.sequences * self.config.block_size / stats["median"] * 1000
         mfu = tokens_per_s / peak if peak else None
         return {"samples_ms": ms, "step_ms": stats, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
@@ -159,7 +158,7 @@ def train(b: Bench) -> Report:
     headline += [
         f"{results[m]['ratio']:.2f}x nanoGPT {m}" for m in b.modes if "pairs" in results.get(m, ())
     ]
-    columns = [f"{sharding.global_batch_size(b.config)} x {b.config.block_size} tokens a step"]
+    columns = [f"{ours.trainer.sequences} x {b.config.block_size} tokens a step"]
     columns += ["ms [quartiles]", "tokens/s", "MFU", "memory", "compile", "time / jaxgpt's"]
     if b.name.startswith("gpt2"):
         del ours
