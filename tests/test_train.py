@@ -71,6 +71,18 @@ def test_the_config_that_is_written_is_the_one_that_ran(make_run):
     assert written == config.replace(**filled_in, steps_per_call=10)
 
 
+def test_a_run_of_another_device_is_evaluated_and_resumed_here(make_run):
+    """The config that it left names what a GPU runs and a CPU does not."""
+    config = make_run(dtype="auto", attention="auto", max_iters=8)
+    train(config)
+    loss = evaluate(config.out_dir, "latest")["val_loss"]
+    file = Path(config.out_dir, "config.json")
+    keys = json.loads(file.read_text()) | {"dtype": "bfloat16", "attention": "cudnn"}
+    file.write_text(json.dumps(keys))
+    assert evaluate(config.out_dir, "latest")["val_loss"] == loss
+    assert train(config.replace(init_from="resume", max_iters=9)) == 0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_stopped_three_times_is_the_uninterrupted_run_bit_for_bit(
     make_run, monkeypatch, optimizer
