@@ -46,7 +46,7 @@ class Evaluator:
 
 
 def mean_loss(
-    eval_step: Callable, params: dict[str, Any], calls: Iterable[tuple[Any, int]]
+    eval_step: Callable, params: dict[str, Any], calls: Iterable[tuple[jax.Array, int]]
 ) -> float:
     """Average the cross-entropy, in nats per target, over calls of K batches.
 
@@ -57,7 +57,7 @@ def mean_loss(
     return float(total / targets)
 
 
-def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[Any, int]]:
+def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[jax.Array, int]]:
     """Draw `count` batches, a pure function of the training step."""
     first = step * count
     for done in range(0, count, BATCHES_PER_CALL):
@@ -66,7 +66,7 @@ def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[An
 
 def full_split(
     tokens: TokenSplit, mesh: Mesh, sequences: int, block_size: int
-) -> Iterator[tuple[Any, int]]:
+) -> Iterator[tuple[jax.Array, int]]:
     """Cut a split into batches in which every token but the first is a target exactly once.
 
     Windows follow each other without overlap. The last window and the last batch are padded
@@ -82,4 +82,4 @@ def full_split(
             window[: len(ids)] = ids
         windows = windows.reshape(BATCHES_PER_CALL, 1, sequences, block_size + 1)
         array = jax.make_array_from_callback(windows.shape, batch_sharding, windows.__getitem__)
-        yield {"windows": array}, -(-len(starts) // sequences)
+        yield array, -(-len(starts) // sequences)

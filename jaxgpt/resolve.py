@@ -18,10 +18,10 @@ from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import BATCHES_PER_CALL
 from jaxgpt.interop import huggingface
-from jaxgpt.optimizer import frozen
+from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import device, distributed, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.train_step import State, abstract_state, init_state
+from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")
@@ -120,8 +120,8 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
 def _check_frozen_pattern(config: Config) -> None:
     """Raise `UserError` for a `freeze` that matches no parameter, or all."""
     if config.freeze:
-        _, shapes, _ = model.split(config)
-        frozen(config, shapes)
+        _, shapes, _ = model.abstract_model(config)
+        frozen_mask(config, shapes)
 
 
 def summary(run: ResolvedRun) -> list[str]:
@@ -141,8 +141,8 @@ def summary(run: ResolvedRun) -> list[str]:
         f"in {num_micro_batches} micro-batch{'es' if num_micro_batches > 1 else ''}",
     ]
     if config.freeze:
-        _, shapes, _ = model.split(config)
-        sizes = jax.tree.map(lambda still, p: p.size * still, frozen(config, shapes), shapes)
+        _, shapes, _ = model.abstract_model(config)
+        sizes = jax.tree.map(lambda p, still: p.size * still, shapes, frozen_mask(config, shapes))
         lines.append(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
     lines += run.notes
     if run.resume_step:
@@ -193,14 +193,14 @@ class Best:
         return 0 < self.patience <= step - self.step
 
 
-def init_or_restore(run: ResolvedRun) -> tuple[State, Best]:
+def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Make the first state: fresh, with the weights if there are any, or a checkpoint's."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
     best = Best(patience=config.early_stopping_patience * config.eval_interval)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:
-            state["params"] = run.weights.load(config, mesh)
+            state.params = run.weights.load(config, mesh)
         return state, best
     meta = checkpoints.meta(step)
     if meta["dataset"] == config.dataset and meta["data"] != run.dataset.fingerprint:
@@ -214,10 +214,8 @@ def init_or_restore(run: ResolvedRun) -> tuple[State, Best]:
     else:
         best = replace(best, step=best_step, val_loss=best_meta["best_val_loss"])
     abstract = abstract_state(config, mesh)
-    items = {"params": abstract["params"], "opt_state": abstract["opt_state"]}
-    state = checkpoints.restore(items, step)
-    state["step"] = replicated(mesh, step)
-    return state, best
+    items = {"params": abstract.params, "opt_state": abstract.opt_state}
+    return TrainState(**checkpoints.restore(items, step), step=replicated(mesh, step)), best
 
 
 def replicated(mesh: Mesh, value: int) -> jax.Array:

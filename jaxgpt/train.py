@@ -30,8 +30,8 @@ from jaxgpt.resolve import (
 from jaxgpt.runtime import device, distributed
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
-from jaxgpt.sample import Sampler, sample_text
-from jaxgpt.train_step import make_train_step
+from jaxgpt.sample import Sampler, generate_text
+from jaxgpt.train_step import TrainState, make_train_step
 
 SAMPLE_TOKENS = 200
 
@@ -91,7 +91,7 @@ def train_loop(run: ResolvedRun, log: Log, stop: distributed.StopSignal) -> int:
 # ---- before the first step -------------------------------------------------------------------
 
 
-def compile_train_step(run: ResolvedRun, state: dict[str, Any], windows_KMBT: Any, log: Log):
+def compile_train_step(run: ResolvedRun, state: TrainState, windows_KMBT: jax.Array, log: Log):
     """Compile the training step, and log how long that takes."""
     began = time.perf_counter()
     step = make_train_step(run.config, run.mesh)
@@ -130,7 +130,7 @@ class Events:
         self.replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
         self.all_finite = jax.jit(all_finite, out_shardings=everywhere)
 
-    def evaluate_and_save(self, state: dict[str, Any], step: int) -> None:
+    def evaluate_and_save(self, state: TrainState, step: int) -> None:
         """Do what is due at this step."""
         config, improved = self.config, False
         is_last, is_eval = step == config.max_iters, is_due(step, config.eval_interval)
@@ -142,32 +142,32 @@ class Events:
         if improved or is_last or is_routine or is_due(step, config.save_interval):
             self.save(state, step, is_best=improved)
 
-    def evaluate(self, state: dict[str, Any], step: int, *, is_last: bool) -> bool:
+    def evaluate(self, state: TrainState, step: int, *, is_last: bool) -> bool:
         """Log the losses at this step, and tell whether the validation loss is the lowest yet.
 
         The last row also has the exact loss of the whole validation split.
         """
-        row: dict[str, Any] = {"step": step} | self.evaluator.losses(state["params"], step)
+        row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
         if (is_last or self.best.is_too_old(step)) and self.config.eval_iters:
-            row["full_val_loss"] = self.evaluator.full_loss(state["params"])
+            row["full_val_loss"] = self.evaluator.full_loss(state.params)
         self.log.eval(row | {"time": time.time()})
         return improved
 
-    def log_sample(self, state: dict[str, Any]) -> None:
+    def log_sample(self, state: TrainState) -> None:
         """Log a short sample from the model; every process takes part in gathering it."""
         dataset = self.run.dataset
         if dataset.tokenizer is None:
             return
-        whole = self.replicate(state["params"])
+        whole = self.replicate(state.params)
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(jax.tree.map(lambda p: p.addressable_data(0), whole))
         start = dataset.example or dataset.tokenizer.decode([0])  # of characters: a line break
         seed = self.config.seed
-        text = sample_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
+        text = generate_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
         self.log.info("".join(new for (new,) in text))
 
-    def save(self, state: dict[str, Any], step: int, *, is_best: bool) -> None:
+    def save(self, state: TrainState, step: int, *, is_best: bool) -> None:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
         if not self.all_finite(state):  # an update can overflow though its gradient does not
             raise UserError(
@@ -183,9 +183,10 @@ class Events:
             "dataset": self.config.dataset,
             "data": self.run.dataset.fingerprint,
         }
-        self.run.checkpoints.save(state, meta, best=is_best)
+        items = {"params": state.params, "opt_state": state.opt_state}
+        self.run.checkpoints.save(items, meta, best=is_best)
 
-    def finish(self, state: dict[str, Any], step: int) -> None:
+    def finish(self, state: TrainState, step: int) -> None:
         """Save the last state unless it is saved, wait for that, and log how the run ended."""
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)

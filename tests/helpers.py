@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
 from jaxgpt import sharding
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import Evaluator
 from jaxgpt.runtime import run_dir
@@ -92,6 +93,18 @@ def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str
     return folder
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal(function, *args) -> str:
+    """The one line of the `UserError` that a call must raise."""
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 # ---- steps by hand ---------------------------------------------------------------------------
 
 
@@ -104,7 +117,7 @@ def make_windows(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 
 
 def call_step(step, state, windows_KMBT):
     """Take all steps of the windows in one call."""
-    return step(state, {"windows": windows_KMBT}, jnp.int32(len(windows_KMBT)))
+    return step(state, windows_KMBT, jnp.int32(len(windows_KMBT)))
 
 
 def take_steps(config: Config, batches: Iterable) -> tuple:
@@ -152,7 +165,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config(**checkpoints.meta(step)["config"])
     abstract = abstract_state(config, sharding.make_mesh(config))
-    items = {name: abstract[name] for name in ("params", "opt_state")}
+    items = {"params": abstract.params, "opt_state": abstract.opt_state}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
 

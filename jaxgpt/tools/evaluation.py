@@ -1,4 +1,4 @@
-"""`jaxgpt eval`: the loss of a model on a whole validation split, and its share of right answers."""
+"""`jaxgpt eval`: the loss on a whole validation split, and the share of exact answers."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ PROBLEMS_PER_BATCH, ERRORS_SHOWN = 2000, 10
 WEIGHTS_BATCH = 8  # sequences per device, for weights that have no run's config
 
 
-class Trained(NamedTuple):
+class LocalModel(NamedTuple):
     """A trained model to evaluate, resolved for this device; `load` gives params and a source."""
 
     config: Config
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
     tokenizer: Callable[[], Tokenizer]
 
 
-def open_model(*where: str, init_from: str = "resume", mesh: str = "", **keys: Any) -> Trained:
+def open_model(*where: str, init_from: str = "resume", mesh: str = "", **keys: Any) -> LocalModel:
     """Find the model of a run, or for another `init_from` those weights; change `keys` of it.
 
     `where` is out_dir, checkpoint and, if it is not the run's own, data_dir. Raises `UserError`.
@@ -51,7 +51,7 @@ def open_model(*where: str, init_from: str = "resume", mesh: str = "", **keys: A
         params, step = load_params(devices)
         return params, {"weights": init_from} if step is None else {"step": step}
 
-    return Trained(config, devices, load, tokenizer)
+    return LocalModel(config, devices, load, tokenizer)
 
 
 def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
 def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
     """Generate the likeliest tokens after each problem, [n, `longest_answer`]."""
     prompts = [~row[: (row >= 0).argmax()] for row in task.windows(problems, task.longest)]
-    options: dict[str, Any] = {"knobs": SamplingParams(temperature=0)}
+    options: dict[str, Any] = {"params": SamplingParams(temperature=0)}
     options |= {"max_new_tokens": task.longest_answer}
     answers = []
     for start in range(0, len(prompts), PROBLEMS_PER_BATCH):

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import model, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.text import Download
 from jaxgpt.loss import cross_entropy
+from jaxgpt.model import abstract_model
 from jaxgpt.tools.evaluation import open_model
 from jaxgpt.train_step import cast_params, inputs_and_targets
 
@@ -88,7 +89,7 @@ def sequence_losses(
     In a window `~id` is a token that is not a target. Windows of similar length share a batch,
     so that little is padded and few widths are compiled.
     """
-    graphdef, _, _ = model.split(config)
+    graphdef, _, _ = abstract_model(config)
 
     def losses(params: dict, windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         network = nnx.merge(graphdef, cast_params(params, config.dtype))

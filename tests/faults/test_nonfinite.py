@@ -75,7 +75,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
         bad[:, 1, 2, 5] = token
         state, metrics = call_step(step, state, bad)
         after = jax.device_get(state)
-        assert after["step"] == before["step"] + K
+        assert after.step == before.step + K
         for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
             assert (np.isfinite(metrics[name]) == (not is_bad)).all(), (kind, name)
         assert len(floats(after)) >= 6
@@ -83,8 +83,8 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
             assert ours.tobytes() == theirs.tobytes(), kind
         state, metrics = call_step(step, state, good)
         assert np.isfinite(metrics["loss"]).all()
-        moved = floats(jax.device_get(state)["params"])
-        assert any((a != b).any() for a, b in zip(moved, floats(after["params"]), strict=True))
+        moved = floats(jax.device_get(state).params)
+        assert any((a != b).any() for a, b in zip(moved, floats(after.params), strict=True))
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from helpers import (
 )
 from reference import numpy_gpt as ref
 
-from jaxgpt import model, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
-from jaxgpt.optimizer import frozen
+from jaxgpt.model import abstract_model
+from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import run_dir
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
@@ -147,11 +148,11 @@ def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pat
     with jax.enable_x64(True):
         config = make_config(**keys, tie_embeddings=tie)
         mesh = sharding.make_mesh(config)
-        params = jax.device_get(init_state(config, mesh)["params"])
+        params = jax.device_get(init_state(config, mesh).params)
         batches = [make_windows(config, seed=i) for i in range(2)]
         state, rows = take_steps(config, batches)
     is_frozen = PATTERNS[pattern]
-    initial, final = ref.flatten(params), ref.flatten(state["params"])
+    initial, final = ref.flatten(params), ref.flatten(state.params)
     assert {path for path in final if (final[path] == initial[path]).all()} == {
         path for path in final if is_frozen(path)
     }
@@ -183,7 +184,7 @@ def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed(
         state = init_state(config, mesh)
         step = make_train_step(config, mesh)
         compiled = call_step(step.lower, state, make_windows(config)).compile()
-        return len(jax.tree.leaves(state["opt_state"])), compiled.cost_analysis()["flops"]
+        return len(jax.tree.leaves(state.opt_state)), compiled.cost_analysis()["flops"]
 
     all_arrays, all_flops = arrays_and_flops("")
     arrays, flops = arrays_and_flops("embed|blocks/[0-2]/|ln_f")
@@ -200,9 +201,8 @@ def test_freezing_goes_with_every_mesh(make_run, options, mesh):
     config = make_run("run", mesh=mesh, freeze="embed|attn", weight_decay=0.5, **options)
     train(config)
     mesh = sharding.local_mesh()
-    initial = ref.flatten(
-        jax.device_get(init_state(run_dir.load_config(config.out_dir), mesh)["params"])
-    )
+    initial_state = init_state(run_dir.load_config(config.out_dir), mesh)
+    initial = ref.flatten(jax.device_get(initial_state.params))
     final = params_of(config)
     same = {path for path, value in final.items() if (value == initial[path]).all()}
     assert same == {path for path in final if "embed" in path or "attn" in path}
@@ -214,7 +214,7 @@ def test_freezing_goes_with_every_mesh(make_run, options, mesh):
 def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
     config = make_run("run", freeze=pattern, vocab_size=30)
     if which is None:
-        assert not any(jax.tree.leaves(frozen(config, model.split(config)[1])))
+        assert not any(jax.tree.leaves(frozen_mask(config, abstract_model(config)[1])))
         return
     said = refusal(config)
     start = f"freeze={pattern!r}: is found in {which} of the parameters' paths, which are blocks/0/"
@@ -225,7 +225,7 @@ def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
 
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(UserError, match=re.escape("freeze='(': not a regular expression (")):
-        frozen(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
+        frozen_mask(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
 
 
 def test_a_step_of_nothing_but_prompts_has_no_loss_and_no_gradient():
