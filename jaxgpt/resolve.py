@@ -65,7 +65,8 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         config = _fill_in_from_dataset(config, dataset)
         if isinstance(weights, run_dir.RunWeights):
             weights.check_tokenizer(dataset)
-        _check_frozen_pattern(config)
+        if config.freeze:  # a bad pattern is an error
+            frozen_mask(config, model.abstract_model(config)[1])
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
 
         mesh = sharding.make_mesh(config)
@@ -115,13 +116,6 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
             )
         eot_id = eot
     return config.replace(vocab_size=vocab_size, eot_id=eot_id)
-
-
-def _check_frozen_pattern(config: Config) -> None:
-    """Raise `UserError` for a `freeze` that matches no parameter, or all."""
-    if config.freeze:
-        _, shapes, _ = model.abstract_model(config)
-        frozen_mask(config, shapes)
 
 
 def summary(run: ResolvedRun) -> list[str]:

@@ -1,15 +1,14 @@
 """`jaxgpt eval`: the loss on a whole validation split, and the share of exact answers."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import sharding
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
 from jaxgpt.data.tokenizer import Tokenizer
@@ -25,33 +24,26 @@ PROBLEMS_PER_BATCH, ERRORS_SHOWN = 2000, 10
 WEIGHTS_BATCH = 8  # sequences per device, for weights that have no run's config
 
 
-class LocalModel(NamedTuple):
-    """A trained model to evaluate, resolved for this device; `load` gives params and a source."""
+def open_model(
+    *where: str, init_from: str = "resume", mesh: str = "", **keys: Any
+) -> tuple[huggingface.Trained, Mesh]:
+    """Find the model of a run, or for another `init_from` those weights, and fit it to this device.
 
-    config: Config
-    mesh: Mesh
-    load: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
-    tokenizer: Callable[[], Tokenizer]
-
-
-def open_model(*where: str, init_from: str = "resume", mesh: str = "", **keys: Any) -> LocalModel:
-    """Find the model of a run, or for another `init_from` those weights; change `keys` of it.
-
-    `where` is out_dir, checkpoint and, if it is not the run's own, data_dir. Raises `UserError`.
+    `where` is out_dir, checkpoint and, if it is not the run's own, data_dir; `keys` of its config
+    are replaced. Raises `UserError`.
     """
-    config, load_params, tokenizer = huggingface.load_trained(init_from, *where)
+    trained = huggingface.load_trained(init_from, *where)
     if init_from != "resume":
         keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
-    dtype = "float64" if config.dtype == "float64" else "auto"  # a run's own is its device's
+    dtype = "float64" if trained.config.dtype == "float64" else "auto"
     keys = {"dtype": dtype, "attention": "auto", "dropout": 0.0, "mesh": mesh} | keys
-    config, _ = device.resolve_auto(config.replace(**keys))
-    devices = sharding.make_mesh(config)
+    config, _ = device.resolve_auto(trained.config.replace(**keys))
+    return trained._replace(config=config), sharding.make_mesh(config)
 
-    def load() -> tuple[dict[str, Any], dict[str, Any]]:
-        params, step = load_params(devices)
-        return params, {"weights": init_from} if step is None else {"step": step}
 
-    return LocalModel(config, devices, load, tokenizer)
+def name_source(step: int | None, init_from: str = "resume", **_: Any) -> dict[str, Any]:
+    """Begin a result with the step that the parameters are from, or the weights."""
+    return {"weights": init_from} if step is None else {"step": step}
 
 
 def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
@@ -63,18 +55,20 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     if options.get("init_from", "resume") != "resume" and not dataset:
         raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
     keys = {"dataset": dataset} if dataset else {}
-    config, mesh, load, _ = open_model(*where, **options, **keys)
+    trained, mesh = open_model(*where, **options, **keys)
+    config = trained.config
     data = find_dataset(config, config.block_size)
     if config.vocab_size < data.vocab_size:
         raise UserError(
             f"dataset={config.dataset!r}: has {data.vocab_size} ids, but the model has "
             f"vocab_size={config.vocab_size}"
         )
-    params, result = load()
+    params, step = trained.load(mesh)
     sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, mesh)
     batches = full_split(data.val, mesh, sequences, config.block_size)
     loss = mean_loss(make_eval_step(config, mesh), params, batches)
-    result |= {"val_tokens": len(data.val), "val_loss": loss, "perplexity": math.exp(loss)}
+    result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
+    result["perplexity"] = math.exp(loss)
     if isinstance(data.val, ValProblems):
         return result | accuracy(Sampler(config).load(params), data.val.task)
     if data.tokenizer:
@@ -119,10 +113,9 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
             result[f"exact {name} of {length} digits"] = share
     right_answers = problems.answers()
     for n in np.flatnonzero(~is_right)[:ERRORS_SHOWN]:
+        problem = f"{a[n]}{task.operations[kinds[n]]}{b[n]}"
         answer = task.tokenizer.decode(answers[n]).partition("\n")[0]
-        result[f"{a[n]}{task.operations[kinds[n]]}{b[n]}"] = (
-            f"{answer}, but it is {right_answers[n]}"
-        )
+        result[problem] = f"{answer}, but it is {right_answers[n]}"
     return result
 
 

@@ -17,7 +17,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data.text import Download
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
-from jaxgpt.tools.evaluation import open_model
+from jaxgpt.tools.evaluation import name_source, open_model
 from jaxgpt.train_step import cast_params, inputs_and_targets
 
 ROW_WIDTH, BATCH_TOKENS = 32, 4096  # rows are padded to a multiple of one; rows x width
@@ -41,23 +41,24 @@ def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
     Endings are scored as completions, as build-nanogpt does: `acc` takes the ending with the
     lowest summed loss, `acc_norm` that with the lowest mean loss. For the model see `open_model`.
     """
-    config, mesh, load, tokenizer = open_model(*where, **options, attention="xla")  # any length
+    trained, mesh = open_model(*where, **options, attention="xla")  # which takes any length
+    config, encode = trained.config, trained.tokenizer().encode
     default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
     questions = read_questions(Path(file) if file else default)
-    windows, encode = [], tokenizer().encode
+    windows = []
     for question in questions:
         context = ~encode(question.ctx).astype(np.int32)
         for ending in question.endings:
             ids = encode(f" {ending}").astype(np.int32)
             windows.append(np.concatenate([context, ids])[-config.block_size - 1 :])
-    params, source = load()
+    params, step = trained.load(mesh)
     sums, counts = sequence_losses(config, mesh, params, windows)
     ends = np.cumsum([len(question.endings) for question in questions])
     shares = {}
     for name, losses in ("acc", sums), ("acc_norm", sums / np.maximum(counts, 1)):
         picks = [part.argmin() for part in np.split(losses, ends[:-1])]
         shares[name] = float(np.mean([p == q.label for p, q in zip(picks, questions, strict=True)]))
-    return source | {"questions": len(questions)} | shares
+    return name_source(step, **options) | {"questions": len(questions)} | shares
 
 
 def read_questions(file: Path) -> list[Question]:
