@@ -51,15 +51,15 @@ def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str
     config = config.replace(out_dir=f"{OUT}/{name}-{seed}", seed=seed, init_from=init_from)
     if run_dir.open_checkpoints(config).latest():
         config = config.replace(init_from="resume")
-    if code := train.train(config, {}):
+    if code := train.train(config):
         sys.exit(code)  # it was stopped by a signal
     return config.out_dir
 
 
 def compare(argv: list[str]) -> None:
     """Makes the runs of every seed, and prints the losses of their best checkpoints."""
-    from jaxgpt.evaluate import evaluate
     from jaxgpt.runtime import device
+    from jaxgpt.tools.evaluation import evaluate
 
     device.start()
     losses: dict[str, list[float]] = {}

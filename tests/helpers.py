@@ -3,7 +3,11 @@
 K steps in a call, M micro-batches in a step, B sequences in a micro-batch, T length.
 """
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from reference.options import DEFAULTS
 from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluate import Evaluator
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import Log, read_metrics
@@ -160,7 +165,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config(**checkpoints.meta(step)["config"])
     abstract = abstract_state(config, sharding.make_mesh(config))
-    items = {name: getattr(abstract, name) for name in ("params", "opt_state")}
+    items = {"params": abstract.params, "opt_state": abstract.opt_state}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
 
@@ -183,3 +188,29 @@ def stop_at(monkeypatch, *steps: int) -> None:
             left.pop(0)
 
     monkeypatch.setattr(Log, "train", train)
+
+
+def set_val_losses(monkeypatch, by_step: dict[int, float]) -> None:
+    """Make the validation loss a function of the step; other losses are 9."""
+
+    def losses(self, params, step):
+        return {"train_loss": 9.0, "val_loss": by_step[step]}
+
+    monkeypatch.setattr(Evaluator, "losses", losses)
+    monkeypatch.setattr(Evaluator, "full_loss", lambda self, params: 9.0)
+
+
+TRAIN_SCRIPT = (
+    "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
+    "from jaxgpt.cli.commands import run; run(lambda argv: train(Config(**json.loads(argv[0]))))"
+)
+
+
+def start(
+    config: Config, script: str = TRAIN_SCRIPT, prefix: tuple[str, ...] = (), **options
+) -> subprocess.Popen:
+    """Start a run in a process of its own."""
+    command = [*prefix, sys.executable, "-c", script, json.dumps(config.to_dict())]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{"cwd": ROOT, "env": env} | pipes | options)

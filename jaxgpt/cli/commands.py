@@ -62,7 +62,9 @@ def train(argv: list[str]) -> int:
     config, on_cpu = from_command_line(argv, _start)
     from jaxgpt.train import train
 
-    return train(config, on_cpu, cli_keys(argv))
+    changed = ", ".join(f"{key}={value}" for key, value in on_cpu.items())
+    notes = [f"no accelerator, so the config's on_cpu holds: {changed}"] if on_cpu else []
+    return train(config, cli_keys(argv), notes)
 
 
 def _start(keys: dict[str, Any]) -> bool:
@@ -126,7 +128,8 @@ def sample(argv: list[str]) -> None:
     config, load, tokenizer = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint
     )
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    own = "float64" if config.dtype == "float64" else "auto"  # a run's own is its device's
+    dtype = own if args.dtype == "auto" else args.dtype
     device.start(args.device, float64="float64" in (config.dtype, dtype))
     params, step = load(local_mesh())
     resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
@@ -251,17 +254,18 @@ class EvalArgs:
 def evaluate(argv: list[str]) -> None:
     """--out_dir=DIR | --init_from=WEIGHTS [--task=NAME]: a whole split's loss, or HellaSwag."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
-    from jaxgpt import evaluate
     from jaxgpt.runtime import device
+    from jaxgpt.tools.evaluation import evaluate
+    from jaxgpt.tools.hellaswag import hellaswag
 
     device.start(args.device)
-    whose: dict[str, Any] = {"init_from": args.init_from, "mesh": args.mesh}
-    whose |= {"data_dir": args.data_dir}
+    where = args.out_dir, args.checkpoint, args.data_dir
+    options = {"init_from": args.init_from, "mesh": args.mesh}
     if args.task == "hellaswag":
-        found = evaluate.hellaswag(args.out_dir, args.checkpoint, args.hellaswag_file, **whose)
+        result = hellaswag(*where, file=args.hellaswag_file, **options)
     else:
-        found = evaluate.evaluate(args.out_dir, args.checkpoint, dataset=args.dataset, **whose)
-    for name, value in found.items():
+        result = evaluate(*where, dataset=args.dataset, **options)
+    for name, value in result.items():
         print(f"{name}: {value}")
 
 

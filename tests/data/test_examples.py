@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 
-from jaxgpt import evaluate, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import examples
 from jaxgpt.data import tokenizer as tokenizers
@@ -18,6 +18,7 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.data.tokens import TokenSplit, open_dataset
 from jaxgpt.runtime import run_dir
+from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
 
 SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(8) for b in range(8)]
@@ -120,7 +121,7 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
     """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
     config = make_config(sums, tmp_path, data_on_device=where)
     assert train(config, {}) == 0
-    found = evaluate.evaluate(config.out_dir, "latest")
+    found = evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)
     params = jax.device_get(run_dir.load_params(config, "latest", sharding.local_mesh())[0])
     data = open_dataset(sums / "sums", sums, 8)
@@ -152,7 +153,7 @@ def test_another_prompt_target_is_the_same_loss_but_another_completion_is_not(su
         ids = np.fromfile(folder / "val.bin", "<i4")
         ids[-1] = last
         ids.tofile(folder / "val.bin")
-        return evaluate.evaluate(config.out_dir, "latest", str(tmp_path))["val_loss"]
+        return evaluate(config.out_dir, "latest", str(tmp_path))["val_loss"]
 
     assert loss(~3) == loss(~7)
     assert loss(3) != loss(7)

@@ -24,12 +24,12 @@ from jaxgpt.cli import commands as cli
 from jaxgpt.cli.command_line import cli_keys
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.evaluate import evaluate
 from jaxgpt.interop.export import export, to_fields, to_tensors
 from jaxgpt.interop.huggingface import REQUIRED_KEYS, open_weights, param_rows
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import read_metrics
+from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
 
 HERE = Path(__file__).parents[1]
