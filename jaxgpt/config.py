@@ -297,7 +297,13 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
     def replace(self, **keys: Any) -> "Config":
         """This config with other values for some keys."""
-        return build(self.to_dict() | keys)
+        return type(self)(**build(self.to_dict() | keys).to_dict())
+
+    def make_model(self, rngs: Any) -> Any:
+        """The model that this config describes."""
+        from jaxgpt.model import GPT
+
+        return GPT(self, rngs=rngs)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, ready for JSON."""

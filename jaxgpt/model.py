@@ -189,6 +189,10 @@ class GPT(nnx.Module):
         is_token_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(is_token_V, logits_BTV, -jnp.inf)
 
+    def init_cache(self, batch: int, chunk: int) -> list[Cache]:
+        """Empty caches; see `init_caches`."""
+        return init_caches(self.config, batch, chunk)
+
     def _embed(self, tokens_BT: jax.Array, place: Place | None) -> jax.Array:
         c, length = self.config, tokens_BT.shape[1]
         x_BTD = split_batch(look_up(self.embed.kernel[...], tokens_BT).astype(c.dtype))
@@ -243,9 +247,11 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
 
 def split(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     """The model's structure, and two trees like its parameters: shapes, and axis letters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
     axes = jax.tree.map(
-        lambda p: p.axes.rjust(len(p.shape), "L"), state, is_leaf=lambda p: isinstance(p, nnx.Param)
+        lambda p: getattr(p, "axes", "").rjust(len(p.shape), "L"),
+        state,
+        is_leaf=lambda p: isinstance(p, nnx.Param),
     )
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
