@@ -174,7 +174,7 @@ def answer(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray
     rows = task.windows(problems, task.longest)
     prompts = [~row[: (row >= 0).argmax()] for row in rows]
     chunks = sampler.generate(
-        prompts, max_new_tokens=task.longest_answer, knobs=SamplingParams(temperature=0)
+        prompts, max_new_tokens=task.longest_answer, params=SamplingParams(temperature=0)
     )
     said = np.concatenate(list(chunks), axis=1)[:, : task.longest_answer]
     return np.where(said == NO_TOKEN, 0, said)

@@ -22,7 +22,7 @@ from jaxgpt.optimizer import frozen
 from jaxgpt.runtime import device, distributed, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import Log, NullLog, Row, Stopwatch
-from jaxgpt.sample import Sampler, sample_text
+from jaxgpt.sample import Sampler, generate_text
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
@@ -380,5 +380,5 @@ class Trainer:
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(self._gather(self.state["params"]))
         start = self.dataset.example or tokenizer.decode([0])  # of characters: a line break
-        text = sample_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
+        text = generate_text(self.sampler, tokenizer, [start], SAMPLE_TOKENS, seed=self.config.seed)
         self.log.info("".join(new for (new,) in text))

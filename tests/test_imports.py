@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 ORDER = [
     "config",
-    *("data.text", "data.tokenizer", "data.order", "data.tokens", "data.examples"),
-    *("data.documents", "data.tasks", "data.prepare"),
-    *("layers", "attention", "model", "loss", "optimizer", "sharding"),
+    *("data.text", "data.tokenizer", "data.text_stream", "data.order", "data.tokens"),
+    *("data.examples", "data.documents", "data.tasks", "data.prepare"),
+    *("kernels.decode", "layers", "attention", "model", "loss", "optimizer", "sharding"),
     *("data.batches", "train_step", "runtime.distributed", "runtime.checkpoint", "runtime.run_dir"),
     *("interop.huggingface", "interop.export", "runtime.device", "sample", "evaluate"),
     *("cli.command_line", "tools.hlo", "tools.plan", "runtime.metrics", "train"),

@@ -104,7 +104,7 @@ class SampleArgs:
     """End a sample before this text; may be given several times."""
     seed: Seed = 1337
     """Decides the samples."""
-    context: Literal["halve", "exact"] = "halve"
+    overflow: Literal["truncate", "slide"] = "truncate"
     """Past block_size: go on from the last half, or slide token by token as nanoGPT does."""
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """What to run on."""
@@ -155,21 +155,21 @@ def _ask() -> str:
 def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
     """Prints every sample of every prompt: the first as it comes, the rest when they are done."""
     from jaxgpt.runtime.metrics import escape_controls
-    from jaxgpt.sample import SamplingParams, sample_text
+    from jaxgpt.sample import SamplingParams, generate_text
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     texts, began = list(prompts), time.perf_counter()
-    stream = sample_text(
+    stream = generate_text(
         sampler,
         tokenizer,
         prompts,
         args.max_new_tokens,
         stop=args.stop,
-        knobs=SamplingParams(
+        params=SamplingParams(
             **{f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingParams)}
         ),
         seed=args.seed,
-        context=args.context,
+        overflow=args.overflow,
     )
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     print(show(texts[0]), end="", flush=True)

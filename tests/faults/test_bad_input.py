@@ -155,9 +155,9 @@ def test_what_the_environment_holds_is_in_nothing_that_a_run_writes(
 
 def test_what_a_model_says_does_not_steer_a_terminal(monkeypatch, capsys):
     said = [["\x1b]0;x\x07", "\x9b2J"]]
-    monkeypatch.setattr(sample, "sample_text", lambda *args, **kwargs: iter(said))
+    monkeypatch.setattr(sample, "generate_text", lambda *args, **kwargs: iter(said))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    cli._speak(cli.SampleArgs(num_samples=2), SimpleNamespace(drawn=1), None, ["a"])
+    cli._speak(cli.SampleArgs(num_samples=2), SimpleNamespace(num_generated=1), None, ["a"])
     out = capsys.readouterr().out
     assert out.startswith("a\\x1b]0;x\\x07\n")
     assert "a\\x9b2J\n" in out

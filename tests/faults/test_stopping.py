@@ -39,7 +39,7 @@ PHASES = {
     "evaluation": (loop, "mean_loss"),
     "save": (Checkpoints, "save"),
     "save in the background": (Checkpoints, "_prune"),
-    "sampling": (loop, "sample_text"),
+    "sampling": (loop, "generate_text"),
 }
 
 

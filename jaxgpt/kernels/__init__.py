@@ -1,0 +1,1 @@
+"""Operations: the plain reference of each, then its variants for a platform."""
