@@ -117,18 +117,18 @@ def sample(b: Bench) -> Report:
         notes.append(format_ratios(f"batch 1, {name}: nanoGPT", found))
         headline += f"; {found['ratio']:.1f}x nanoGPT ({name})"
     if b.nanogpt and config.block_size <= NEW_TOKENS:
-        notes.append("past block_size, nanoGPT slides by a token as context=exact does")
+        notes.append("past block_size, nanoGPT slides by a token as overflow=slide does")
     if len(samplers) > 1:
         notes.append("bfloat16: jaxgpt's weights; all else is float32, as nanoGPT is on a CPU")
     columns = ["batch", "ms to the first tokens", "tokens/s", "of the bandwidth"]
     return Report(headline, columns, rows, notes, results)
 
 
-def generate(sampler: Sampler, batch: int, context: str = "halve") -> tuple[float, float]:
+def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[float, float]:
     """Seconds until the first tokens, and until the last."""
-    prompts, knobs = [np.zeros(1, np.int32)] * batch, SamplingParams(temperature=0.8, top_k=200)
+    prompts, params = [np.zeros(1, np.int32)] * batch, SamplingParams(temperature=0.8, top_k=200)
     began = time.perf_counter()
-    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, knobs=knobs, context=context)
+    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, params=params, overflow=overflow)
     next(chunks)
     first = time.perf_counter() - began
     for _ in chunks:
@@ -152,7 +152,7 @@ def sample_against(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str
     ours = {kind or "halve": partial(generate, sampler, 1) for kind, sampler in samplers.items()}
     sampler = samplers[""]
     if sampler.config.block_size <= NEW_TOKENS:
-        ours["exact"] = partial(generate, sampler, 1, "exact")
+        ours["exact"] = partial(generate, sampler, 1, "slide")
     nanogpt.load(sampler.config, b.dataset.train, jax.device_get(sampler.params), "eager")
     options = {"prompt": [0], "tokens": NEW_TOKENS, "temperature": 0.8, "top_k": 200}
     b.say(f"jaxgpt ({', '.join(ours)}) and nanoGPT in turn")
