@@ -128,8 +128,8 @@ def test_no_array_is_as_large_as_wide_logits_or_attention_weights(topology, laye
 def test_weights_are_cast_once(topology, layers):
     """In the loop over micro-batches nothing turns a float32 array into one of half the width."""
     program = compiled(topology, layers).program
-    casts = {name: count_casts(program, name) for name in program.runs}
-    loops = [name for name, times in program.runs.items() if times == MICRO]
+    casts = {name: count_casts(program, name) for name in program.execution_counts}
+    loops = [name for name, times in program.execution_counts.items() if times == MICRO]
     assert loops
     assert not any(casts[name] for name in loops)
     assert casts[program.entry] >= 4 * layers
@@ -153,7 +153,7 @@ def test_a_gpu_reads_logits_once_for_the_loss_and_once_for_its_gradient():
     program = compiled("h100:1", 2).program
     readers = [
         op
-        for name in program.runs
+        for name in program.execution_counts
         for op in program.computations[name].values()
         if op.is_kernel and not is_product(program, op)
         if any(size_of(program, name, o) == ("bf16", B * T * V) for o in op.operands)
@@ -243,7 +243,7 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
     layers = 2
     chunk = decoding("h100:1", layers)
     past = N, T + sample.CHUNK, 64
-    names = [name for name, times in chunk.runs.items() if times == sample.CHUNK]
+    names = [name for name, times in chunk.execution_counts.items() if times == sample.CHUNK]
     loop = [op for name in names for op in chunk.computations[name].values() if op.is_kernel]
     assert past in [dims for _, dims in chunk.arrays()]  # it looks
     assert past not in [dims for op in loop for _, dims in op.shapes]
