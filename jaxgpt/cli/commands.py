@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -294,8 +295,8 @@ def bench(argv: list[str]) -> None:
     args = _parse(BenchArgs, argv, "jaxgpt bench")
     from jaxgpt.tools.bench.command import bench
 
-    keys = dict(vars(args))
-    bench(json_file=keys.pop("json"), **keys)
+    renamed = {"what": "benchmark", "vs": "compare_to", "pairs": "repeats"}
+    bench(SimpleNamespace(**{renamed.get(key, key): value for key, value in vars(args).items()}))
 
 
 @dataclass(frozen=True)

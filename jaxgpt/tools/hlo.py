@@ -147,8 +147,7 @@ class Program:
 
     def custom_calls(self) -> Counter[str]:
         """Count by target how often one call runs each custom call."""
-        calls = ((op.target, n) for op, n in self.executed() if op.opcode == "custom-call")
-        return _count(calls)
+        return _count((op.target, n) for op, n in self.executed() if op.opcode == "custom-call")
 
     def arrays(self) -> set[Shape]:
         """Collect every array held in memory, so none that lives inside a fusion."""
@@ -239,7 +238,7 @@ def _users(name: str, body: list[Op]) -> tuple[str, list[Op]]:
 
 
 def bytes_sent(kind: str, op: Op, n: int) -> int:
-    """Count the bytes that one device of a group of n sends; see `Program.collectives`."""
+    """Count the bytes that a device in a group of n sends; see `Program.collectives`."""
     if kind == "collective-permute":  # started: (operand, result, notes)
         return array_bytes(op.shapes[0])
     size = op.bytes
@@ -296,22 +295,15 @@ def _parse_shapes(text: str) -> list[Shape]:
 
 
 def _parse(name: str, text: str) -> Op:
-    """Read `type opcode(operands), attributes`; types hold brackets, and tuples parentheses."""
-    end = _closing(text) if text.startswith("(") else text.index(" ")
-    kind, rest = text[:end], text[end:].lstrip()
-    opcode, paren, _ = rest.partition("(")
-    rest = rest[len(opcode) :]
-    end = _closing(rest) if paren else len(rest)
-    inside = rest[1 : end - 1]
+    """Read `type opcode(operands), attributes`; of these a type alone has no space before `(`."""
+    opcode = re.search(r" ([a-z][\w-]*)\(", text)
+    if not opcode:
+        raise ValueError(f"unknown form of instruction: {text[:80]}")
+    kind, rest = text[: opcode.start()], text[opcode.end() :]
+    depth, end = 1, 0
+    while depth:
+        depth += {"(": 1, ")": -1}.get(rest[end], 0)
+        end += 1
+    inside = rest[: end - 1]
     operands = re.findall(r"%([\w.-]+)", inside) or [inside.strip()]
-    return Op(name, kind, opcode, tuple(operands), rest[end:])
-
-
-def _closing(text: str) -> int:
-    """Find the end of the parenthesis that `text` begins with."""
-    depth = 0
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found[0] == "(" else -1
-        if depth == 0:
-            return found.end()
-    return len(text)
+    return Op(name, kind, opcode[1], tuple(operands), rest[end:])

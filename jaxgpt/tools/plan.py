@@ -1,7 +1,7 @@
-"""What a run would need on hardware that is not here: its training step, compiled ahead of time.
+"""Plan a run for hardware that is not here: compile its training step ahead of time.
 
 XLA compiles for a GPU or TPU without one, given the extra that brings its compiler. Memory,
-kernels and collectives are what the program says; times are a roofline over data sheets.
+kernels and collectives are read from the program; times are a roofline over data sheets.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ EFFICIENCY = {"matmuls": 0.7, "memory": 0.8, "links": 0.8}  # of a data sheet's 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device: rates in bytes/s and in one direction, as its maker's data sheet has them."""
+    """One device; rates are those of its data sheet, in bytes/s and in one direction."""
 
     kind: str  # as JAX names it
     memory: float  # bytes
     memory_rate: float
     link_rate: float  # of all its links within a machine, or within a TPU slice
     network_rate: float = 0.0  # its share of the network between machines
-    cores: str = ""  # of a GPU, see _target
+    cores: str = ""  # of a GPU, see _gpu_description
 
     @property
     def platform(self) -> str:
@@ -75,7 +75,7 @@ class Topology:
     name: str
     chip: Chip
     devices: list
-    machine: int  # devices that its links join; beyond is network
+    machine: int  # devices that links join; beyond them is the network
 
 
 class DoesNotFitError(Exception):
@@ -84,7 +84,7 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of `config` needs of each device; bytes, FLOPs and seconds."""
+    """What one step of `config` needs of each device, in bytes, FLOPs and seconds."""
 
     config: Config
     topology: Topology
@@ -105,50 +105,49 @@ class Plan:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step: if all work overlaps, and if none does."""
+        """Seconds per step: if all work overlaps, and if none does."""
         times = *self.busy, self.link_seconds
         return max(times), sum(times)
 
     @property
     def busy(self) -> tuple[float, float]:
-        """Seconds for matmuls, and for memory traffic."""
+        """Seconds per step for matmuls, and for memory traffic."""
         chip = self.topology.chip
         compute = self.flops / (device.PEAK_FLOPS[chip.kind] * EFFICIENCY["matmuls"])
         return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"])
 
 
 def find_topology(name: str) -> Topology:
-    """The devices that `name` means. Raises `UserError`: no such thing, or no compiler for it."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    chip = CHIPS.get(found[1]) if found else None
-    shape = [int(size) for size in found[2].split("x")] if found else []
+    """Look up the devices that `name` means.
+
+    Raises `UserError` if there are no such devices, or there is no compiler for them.
+    """
+    chip_name, _, sizes = name.partition(":")
+    chip = CHIPS.get(chip_name)
+    shape = [int(size) for size in sizes.split("x")] if re.fullmatch(r"\d+(x\d+)*", sizes) else []
     dims = {"gpu": (1, 2), "tpu": (2, 3)}[chip.platform] if chip else ()
-    if not chip or not found or len(shape) not in dims or not all(shape):
+    if not chip or len(shape) not in dims or not all(shape):
         raise UserError(f"topology={name!r}: must be {TOPOLOGY}; chips: {', '.join(CHIPS)}")
     extra, module = {"gpu": ("cuda", "jax_plugins"), "tpu": ("tpu", "libtpu")}[chip.platform]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{extra}]'")
-    try:
-        if chip.platform == "gpu":
-            machines, cards = [1, *shape][-2:]
-            desc = topologies.get_topology_desc(
-                platform="cuda", topology=f"1x{machines}x{cards}", target_config=_target(chip)
-            )
-            return Topology(name, chip, desc.devices, cards)
-        for key, value in LIBTPU.items():
-            os.environ.setdefault(key, value)
+    if chip.platform == "gpu":
+        machines, cards = [1, *shape][-2:]
+        keys = {"topology": f"1x{machines}x{cards}", "target_config": _gpu_description(chip)}
+        wanted = {"platform": "cuda", **keys}
+    else:
+        os.environ.update({k: v for k, v in LIBTPU.items() if k not in os.environ})
         one = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(shape) == 1 else {}
-        desc = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
-        return Topology(name, chip, desc.devices, len(desc.devices))
+        cards, wanted = math.prod(shape), {"platform": "tpu", "topology_name": name, **one}
+    try:
+        devices = topologies.get_topology_desc(**wanted).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"topology={name!r}: {str(error).splitlines()[0]}") from error
+    return Topology(name, chip, devices, cards)
 
 
-def _target(chip: Chip) -> str:
-    """XLA's description of a GPU, in the text form of its GpuTargetConfigProto.
-
-    The figures are those of the specs that XLA keeps for these cards.
-    """
+def _gpu_description(chip: Chip) -> str:
+    """Write XLA's GpuTargetConfigProto of a GPU, with the figures of XLA's own specs."""
     capability, count, fpus, shared, clock, l2 = chip.cores.split()
     major, minor = capability.split(".")
     return f"""
@@ -167,7 +166,7 @@ def _target(chip: Chip) -> str:
 
 
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
-    """`config` as it would be on this chip, and lines that say what was assumed."""
+    """Resolve `config` for this chip -> the config, and notes on what was assumed."""
     config, notes = device.resolve_auto(config, chip.platform)
     if not config.vocab_size:
         meta = Path(config.data_dir, config.dataset, "meta.json")
@@ -179,21 +178,23 @@ def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step of a resolved config for this mesh, with batches read from disk.
+    """Compile the training step of a resolved config, for batches that are read from disk.
 
     Raises `DoesNotFitError` where XLA finds that the devices have too little memory.
     """
     micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-    shape = (1, micro, total // micro, config.block_size + 1)
-    windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(None, None, sharding.BATCH))
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
-    arguments = abstract_state(config, mesh), {"windows": windows}, count
-    return compile_absent(make_train_step(config, mesh).lower(*arguments), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
+    shape_KMBT = (1, micro, total // micro, config.block_size + 1)
+    windows_KMBT = jax.ShapeDtypeStruct(shape_KMBT, jnp.int32, sharding=over_batch)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    batch = {"windows": windows_KMBT}
+    step = make_train_step(config, mesh)
+    return compile_absent(step.lower(abstract_state(config, mesh), batch, count), mesh)
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """What was lowered for a mesh of devices that are not here. Raises `DoesNotFitError`."""
+    """Compile for a mesh of devices that are not here. Raises `DoesNotFitError`."""
     gpu = mesh.devices.flat[0].platform == "gpu"
     seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     try:  # tuning would need the card; a kept program could not be read back without one
@@ -210,7 +211,7 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compiles a resolved config's step and reads off what it needs."""
+    """Compile a resolved config's step and read off what it needs."""
     mesh = sharding.make_mesh(config, topology.devices)
     compiled = compile_step(config, mesh)
     memory: Any = compiled.memory_analysis()
@@ -221,7 +222,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     for c in program.collectives():
         count, total = kinds.get(c.kind, (0, 0))
         kinds[c.kind] = count + c.times, total + c.times * c.bytes
-        link_seconds += c.times * _seconds_to_send(c, topology)
+        link_seconds += c.times * seconds_to_send(c, topology)
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Plan(
@@ -232,7 +233,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         opt_state=opt_state,
         temporaries=memory.temp_size_in_bytes,
         peak_memory=peak - memory.alias_size_in_bytes,
-        flops=_flops(config) / mesh.size,
+        flops=flops_per_step(config) / mesh.size,
         traffic=program.traffic(),
         kernels=program.kernels().total(),
         collectives=kinds,
@@ -240,9 +241,11 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _seconds_to_send(c: Collective, topology: Topology) -> float:
-    """By the slower of links and network. Of a machine's members each has a port of its own to the
-    network; rings that span machines use all of these, other collectives one a device.
+def seconds_to_send(c: Collective, topology: Topology) -> float:
+    """Estimate one collective's time over the slower of links and network.
+
+    Each device has its own port to the network. A ring that spans machines uses the ports of all
+    its members in a machine, another collective only one.
     """
     rate = topology.chip.link_rate
     machines = len({member // topology.machine for member in c.group})
@@ -254,15 +257,18 @@ def _seconds_to_send(c: Collective, topology: Topology) -> float:
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Of the parameters and of the optimizer's state, on one device."""
+    """Count what one device holds of the parameters, and of the optimizer's state."""
+
+    def total(tree: Any) -> int:
+        shards = [(a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(tree)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
+
     state = abstract_state(config, mesh)
-    on_one = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    total = lambda tree: sum(map(on_one, jax.tree.leaves(tree)))
     return total(state["params"]), total(state["opt_state"])
 
 
-def _flops(config: Config) -> float:
-    """Of a step on all devices: the formula of MFU, and what `remat` computes a second time."""
+def flops_per_step(config: Config) -> float:
+    """Count a step's FLOPs on all devices: MFU's formula, and what `remat` computes twice."""
     tokens = sharding.global_batch_size(config) * config.block_size
     attention = 4 * config.n_layer * config.n_embd * config.block_size  # its forward pass
     once = model.flops_per_token(config)
@@ -271,15 +277,15 @@ def _flops(config: Config) -> float:
 
 
 def usable_memory(chip: Chip) -> float:
-    """Bytes of a device that JAX gives to arrays: on a GPU three quarters, unless told."""
+    """Count the bytes of a device that JAX gives to arrays: by default 3/4 of a GPU's."""
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
 
 
 def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
-    """The plan with the least recomputation that fits and then the largest micro-batch.
+    """Find the plan with the least recomputation that fits, then with the largest micro-batch.
 
-    Sequences a step stay as they are. Raises `UserError` if no micro-batch fits.
+    The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
     total = sharding.global_batch_size(config)
     mesh = sharding.make_mesh(config, topology.devices)
@@ -291,29 +297,33 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
         tried = config.replace(**keys, gradient_accumulation_steps=total // size)
         try:
             plan = make_plan(tried, topology)
-            said, fits = f"{plan.peak_memory / GIB:.2f} GiB", plan.fits
+            needs, fits = f"{plan.peak_memory / GIB:.2f} GiB", plan.fits
         except DoesNotFitError as error:
-            plan, said, fits = None, str(error), False
-        say(f"remat={remat} batch_size={size}: {said}: {'fits' if fits else 'does not fit'}")
+            plan, needs, fits = None, str(error), False
+        say(f"remat={remat} batch_size={size}: {needs}: {'fits' if fits else 'does not fit'}")
         return plan if fits else None
 
     for remat in ("none", "dots", "full"):
         best = attempt(remat, sizes[0])
+        if not best:
+            continue
         low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
-        while best and high - low > 1:
+        while high - low > 1:
             middle = (low + high) // 2
             plan = attempt(remat, sizes[middle])
-            best, low, high = (plan, middle, high) if plan else (best, low, middle)
-        if best:
-            return best
+            if plan:
+                best, low = plan, middle
+            else:
+                high = middle
+        return best
     raise UserError(
-        f"topology={topology.name!r}: one sequence a device does not fit, whatever is recomputed; "
+        f"topology={topology.name!r}: one sequence per device does not fit even with full remat; "
         "split the state over more devices with --mesh=fsdp:N"
     )
 
 
-def describe(plan: Plan) -> str:
-    """The plan as lines for people."""
+def format_plan(plan: Plan) -> str:
+    """Write the plan as lines for people."""
     c, topology, mesh = plan.config, plan.topology, plan.config.mesh or "data"
     devices, chip = len(topology.devices), topology.chip
     tokens = sharding.global_batch_size(c) * c.block_size
@@ -354,10 +364,10 @@ def _size(count: float) -> str:
 
 
 def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
-    """Prints the plan of a config on a topology; False if it does not fit.
+    """Print the plan of a config on a topology -> whether it fits.
 
-    A config that names no mesh is planned with its state split over all devices, and with what
-    `fit` finds, if whole copies of the state do not fit.
+    If whole copies of the state do not fit, and the config names no mesh, the plan is what `fit`
+    finds with the state split over all devices.
     """
     topology = find_topology(topology_name)
     config, notes = resolve(config, topology.chip)
@@ -379,7 +389,7 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         config, search = config.replace(mesh=f"fsdp:{len(topology.devices)}"), True
         say(f"so with --mesh={config.mesh} --fit:")
         plan = fit(config, topology, say)
-    say(describe(plan))
+    say(format_plan(plan))
     if search:
         keys = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
         values = dataclasses.asdict(plan.config)
