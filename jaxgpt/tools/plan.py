@@ -96,25 +96,19 @@ class Plan:
     flops: float
     traffic: int
     kernels: int
-    collectives: dict[str, tuple[int, int]]  # kind -> how many, bytes sent
-    link_seconds: float
+    collectives: list[Collective]
 
     @property
     def fits(self) -> bool:
         return self.peak_memory <= usable_memory(self.topology.chip)
 
     @property
-    def seconds(self) -> tuple[float, float]:
-        """Seconds per step: if all work overlaps, and if none does."""
-        times = *self.busy, self.link_seconds
-        return max(times), sum(times)
-
-    @property
-    def busy(self) -> tuple[float, float]:
-        """Seconds per step for matmuls, and for memory traffic."""
+    def work_seconds(self) -> tuple[float, float, float]:
+        """Seconds per step for matmuls, for memory traffic, and for the links."""
         chip = self.topology.chip
         compute = self.flops / (device.PEAK_FLOPS[chip.kind] * EFFICIENCY["matmuls"])
-        return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"])
+        links = sum(c.times * seconds_to_send(c, self.topology) for c in self.collectives)
+        return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"]), links
 
 
 def find_topology(name: str) -> Topology:
@@ -131,16 +125,18 @@ def find_topology(name: str) -> Topology:
     extra, module = {"gpu": ("cuda", "jax_plugins"), "tpu": ("tpu", "libtpu")}[chip.platform]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{extra}]'")
+    cards, keys = math.prod(shape), {}
     if chip.platform == "gpu":
         machines, cards = [1, *shape][-2:]
-        keys = {"topology": f"1x{machines}x{cards}", "target_config": _gpu_description(chip)}
-        wanted = {"platform": "cuda", **keys}
+        keys |= {"platform": "cuda", "topology": f"1x{machines}x{cards}"}
+        keys |= {"target_config": _gpu_description(chip)}
     else:
-        os.environ.update({k: v for k, v in LIBTPU.items() if k not in os.environ})
-        one = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(shape) == 1 else {}
-        cards, wanted = math.prod(shape), {"platform": "tpu", "topology_name": name, **one}
+        for variable, value in LIBTPU.items():
+            os.environ.setdefault(variable, value)
+        keys |= {"platform": "tpu", "topology_name": name}
+        keys |= {"chips_per_host_bounds": [1, 1, 1]} if cards == 1 else {}
     try:
-        devices = topologies.get_topology_desc(**wanted).devices
+        devices = topologies.get_topology_desc(**keys).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"topology={name!r}: {str(error).splitlines()[0]}") from error
     return Topology(name, chip, devices, cards)
@@ -150,8 +146,7 @@ def _gpu_description(chip: Chip) -> str:
     """Write XLA's GpuTargetConfigProto of a GPU, with the figures of XLA's own specs."""
     capability, count, fpus, shared, clock, l2 = chip.cores.split()
     major, minor = capability.split(".")
-    return f"""
-    gpu_device_info {{
+    return f"""gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
       shared_memory_per_block: 49152 shared_memory_per_core: {shared}
       shared_memory_per_block_optin: {int(shared) - 1024} core_count: {count}
@@ -168,13 +163,14 @@ def _gpu_description(chip: Chip) -> str:
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     """Resolve `config` for this chip -> the config, and notes on what was assumed."""
     config, notes = device.resolve_auto(config, chip.platform)
-    if not config.vocab_size:
-        meta = Path(config.data_dir, config.dataset, "meta.json")
-        known = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCAB
-        config = config.replace(vocab_size=known)
-        if not meta.is_file():
-            notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
-    return config, notes
+    if config.vocab_size:
+        return config, notes
+    meta, known = Path(config.data_dir, config.dataset, "meta.json"), GPT2_VOCAB
+    if meta.is_file():
+        known = json.loads(meta.read_text())["vocab_size"]
+    else:
+        notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
+    return config.replace(vocab_size=known), notes
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
@@ -217,14 +213,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     memory: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
     params, opt_state = state_bytes(config, mesh)
-    kinds: dict[str, tuple[int, int]] = {}
-    link_seconds = 0.0
-    for c in program.collectives():
-        count, total = kinds.get(c.kind, (0, 0))
-        kinds[c.kind] = count + c.times, total + c.times * c.bytes
-        link_seconds += c.times * seconds_to_send(c, topology)
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    inside = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         config=config,
         topology=topology,
@@ -232,12 +222,11 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         params=params,
         opt_state=opt_state,
         temporaries=memory.temp_size_in_bytes,
-        peak_memory=peak - memory.alias_size_in_bytes,
+        peak_memory=inside + arguments + memory.output_size_in_bytes,
         flops=flops_per_step(config) / mesh.size,
         traffic=program.traffic(),
         kernels=program.kernels().total(),
-        collectives=kinds,
-        link_seconds=link_seconds,
+        collectives=program.collectives(),
     )
 
 
@@ -294,9 +283,9 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
     def attempt(remat: str, size: int) -> Plan | None:
         keys = {"remat": remat, "batch_size": size, "batch_tokens": 0}
-        tried = config.replace(**keys, gradient_accumulation_steps=total // size)
+        keys["gradient_accumulation_steps"] = total // size
         try:
-            plan = make_plan(tried, topology)
+            plan = make_plan(config.replace(**keys), topology)
             needs, fits = f"{plan.peak_memory / GIB:.2f} GiB", plan.fits
         except DoesNotFitError as error:
             plan, needs, fits = None, str(error), False
@@ -305,17 +294,16 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
     for remat in ("none", "dots", "full"):
         best = attempt(remat, sizes[0])
-        if not best:
-            continue
         low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
-        while high - low > 1:
+        while best and high - low > 1:
             middle = (low + high) // 2
             plan = attempt(remat, sizes[middle])
             if plan:
                 best, low = plan, middle
             else:
                 high = middle
-        return best
+        if best:
+            return best
     raise UserError(
         f"topology={topology.name!r}: one sequence per device does not fit even with full remat; "
         "split the state over more devices with --mesh=fsdp:N"
@@ -324,42 +312,43 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
 def format_plan(plan: Plan) -> str:
     """Write the plan as lines for people."""
-    c, topology, mesh = plan.config, plan.topology, plan.config.mesh or "data"
-    devices, chip = len(topology.devices), topology.chip
+    c, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     tokens = sharding.global_batch_size(c) * c.block_size
-    wanted = tokens * model.flops_per_token(c) / devices / device.PEAK_FLOPS[chip.kind]
-    mfu = [100 * wanted / seconds for seconds in plan.seconds]
-    fast, slow = (1000 * seconds for seconds in plan.seconds)
-    compute, memory = (1000 * s for s in plan.busy)
+    peak = devices * device.PEAK_FLOPS[chip.kind]
+    fast, slow = max(plan.work_seconds), sum(plan.work_seconds)
+    fast_mfu, slow_mfu = (tokens * model.flops_per_token(c) / peak / s for s in (fast, slow))
+    compute, memory, links = (1000 * seconds for seconds in plan.work_seconds)
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
-        f"{devices} x {chip.kind}, mesh {mesh}, {c.dtype}, {c.attention} attention, "
+        f"{devices} x {chip.kind}, mesh {c.mesh or 'data'}, {c.dtype}, {c.attention} attention, "
         f"remat={c.remat}, scan_layers={c.scan_layers}",
         f"model: {model.count_params(c) / 1e6:,.1f}M parameters; step: {tokens:,} tokens in "
         f"{plan.micro_batches} micro-batches",
         "per device:",
-        f"  parameters        {_size(plan.params)}",
-        f"  optimizer state   {_size(plan.opt_state)}",
-        f"  temporaries       {_size(plan.temporaries)}  activations, gradients, casts",
-        f"  peak memory       {_size(plan.peak_memory)}  of {_size(usable_memory(chip))} that JAX "
-        f"may use of {_size(chip.memory)}: {verdict}",
+        f"  parameters        {_gib(plan.params)}",
+        f"  optimizer state   {_gib(plan.opt_state)}",
+        f"  temporaries       {_gib(plan.temporaries)}  activations, gradients, casts",
+        f"  peak memory       {_gib(plan.peak_memory)}  of {_gib(usable_memory(chip))} that JAX "
+        f"may use of {_gib(chip.memory)}: {verdict}",
         f"  FLOPs a step      {plan.flops / 1e12:10.1f} T    by formula, recomputation included",
-        f"  memory traffic    {_size(plan.traffic)}  a step, what kernels read and write",
+        f"  memory traffic    {_gib(plan.traffic)}  a step, what kernels read and write",
         f"  kernels a step    {plan.kernels:10,}",
     ]
-    for kind, (count, sent) in sorted(plan.collectives.items()):
-        lines.append(f"  {kind:<17} {_size(sent)}  sent a step, in {count:,}")
+    for kind in sorted({c.kind for c in plan.collectives}):
+        of_kind = [c for c in plan.collectives if c.kind == kind]
+        sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
+        lines.append(f"  {kind:<17} {_gib(sent)}  sent a step, in {count:,}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
-        f"estimate: {fast:,.0f} ms a step if all overlaps, {slow:,.0f} ms if nothing does; MFU "
-        f"{mfu[0]:.0f}% to {mfu[1]:.0f}%",
-        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links "
-        f"{1000 * plan.link_seconds:,.0f} ms; assumed, of the data sheet's rates: {shares}",
+        f"estimate: {1000 * fast:,.0f} ms a step if all overlaps, {1000 * slow:,.0f} ms if nothing "
+        f"does; MFU {100 * fast_mfu:.0f}% to {100 * slow_mfu:.0f}%",
+        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links {links:,.0f} ms; assumed, of "
+        f"the data sheet's rates: {shares}",
     ]
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def _gib(count: float) -> str:
     return f"{count / GIB:10.3f} GiB"
 
 

@@ -13,14 +13,7 @@ from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.runtime import device
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
-from jaxgpt.tools.bench.report import (
-    Bench,
-    Report,
-    call_ms,
-    format_ratios,
-    interleaved,
-    quartiles,
-)
+from jaxgpt.tools.bench.report import Bench, Report, call_ms, format_ratios, interleaved, quartiles
 
 NEW_TOKENS = 500
 LONG_S = 5.0  # for one sequence; then larger batches are left out
