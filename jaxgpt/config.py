@@ -299,6 +299,18 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         """This config with other values for some keys."""
         return build(self.to_dict() | keys)
 
+    def make_model(self, rngs: Any) -> Any:
+        """Build the model, a Flax NNX module."""
+        from jaxgpt.model import GPT
+
+        return GPT(self, rngs=rngs)
+
+    def weight_decay_mask(self, params: dict) -> dict:
+        """Return a tree of bools: decay matrices and embeddings, and not biases or gains."""
+        import jax
+
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, ready for JSON."""
         return dataclasses.asdict(self)

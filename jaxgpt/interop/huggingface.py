@@ -20,7 +20,7 @@ from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB
-from jaxgpt.layers import NORM_EPSILON
+from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train_step import abstract_params

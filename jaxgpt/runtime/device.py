@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.attention import attend
+from jaxgpt.kernels import dot_product_attention
 from jaxgpt.config import Config, DataConfig, UserError
 
 MAX_RESIDENT = 2**31  # tokens: places on the device are int32
@@ -172,10 +172,10 @@ def _trial(c: Config) -> str:
     k = q[:, :, : c.kv_heads]
     halves_BT = (jnp.arange(shape[1])[None] >= shape[1] // 2).astype(jnp.int32)
     options = {"causal": c.causal, "window": c.sliding_window}
-    options |= {"documents_BT": halves_BT} if c.document_mask else {}
+    options |= {"segment_ids_BT": halves_BT} if c.document_mask else {}
 
     def loss(backend: str, q, k) -> jax.Array:
-        out = attend(q, k, k, backend=backend, **options)
+        out = dot_product_attention(q, k, k, backend=backend, **options)
         return jnp.square(out.astype(jnp.float32)).sum()
 
     try:

@@ -184,9 +184,8 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     shape_KMBT = (1, micro, total // micro, config.block_size + 1)
     windows_KMBT = jax.ShapeDtypeStruct(shape_KMBT, jnp.int32, sharding=over_batch)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    batch = {"windows": windows_KMBT}
     step = make_train_step(config, mesh)
-    return compile_absent(step.lower(abstract_state(config, mesh), batch, count), mesh)
+    return compile_absent(step.lower(abstract_state(config, mesh), windows_KMBT, count), mesh)
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
@@ -253,7 +252,7 @@ def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
     state = abstract_state(config, mesh)
-    return total(state["params"]), total(state["opt_state"])
+    return total(state.params), total(state.opt_state)
 
 
 def flops_per_step(config: Config) -> float:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import sharding
-from jaxgpt.attention import attend
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.batches import Batches, gather, make_resident
+from jaxgpt.data.batches import Batches, make_resident
+from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime import device
 from jaxgpt.tools.bench.report import Bench, Report, call_ms, quartiles
 from jaxgpt.train import TRAIN
@@ -26,12 +26,11 @@ def bench_data(b: Bench) -> Report:
     M = sharding.num_microbatches(c, mesh)
     shape_KMB = 1, M, sharding.global_batch_size(c) // M
     rows, results = [], {}
-    windows = jax.jit(partial(gather, step=0, length=c.block_size + 1))
     for name, resident in ("resident", make_resident(tokens, mesh)), ("read from disk", None):
         keys = {"block_size": c.block_size, "seed": c.seed, "stream": TRAIN, "ahead": 2}
         batches = Batches(tokens, mesh, shape_KMB, resident=resident, **keys)
         steps = count()
-        ms = call_ms(lambda batches=batches, steps=steps: windows(batches.get(next(steps))))
+        ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
         windows_per_s = 1000 * sharding.global_batch_size(c) / quartiles(ms)["median"]
         tokens_per_s = windows_per_s * c.block_size
         rates = {"windows_per_s": windows_per_s, "tokens_per_s": tokens_per_s}
@@ -75,7 +74,8 @@ def attention_call(c: Config, B: int) -> Callable[[], Any]:
     weight_BTNH = jax.random.normal(weight_key, shapes[0], c.dtype)
 
     def loss(q, k, v) -> jax.Array:
-        out = attend(q, k, v, causal=c.causal, window=c.sliding_window, backend=c.attention)
+        keys = {"causal": c.causal, "window": c.sliding_window, "backend": c.attention}
+        out = dot_product_attention(q, k, v, **keys)
         return (out * weight_BTNH).astype(jnp.float32).sum()
 
     return partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), q_BTNH, k_BSKH, v_BSKH)

@@ -63,7 +63,7 @@ def bench_sampling(b: Bench) -> Report:
 
 def make_samplers(config: Config) -> dict[str, Sampler]:
     """Make the config's sampler, named "", and on a CPU one with weights in bfloat16."""
-    params = jax.jit(partial(model.init, config))(jax.random.key(config.seed))
+    params = jax.jit(partial(model.init_params, config))(jax.random.key(config.seed))
     samplers = {"": Sampler(config).load(params)}
     if device.is_cpu():
         narrow = Sampler(config.replace(dtype="bfloat16")).load(params)

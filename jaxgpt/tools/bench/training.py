@@ -77,7 +77,7 @@ class JaxGPT:
 
     def params(self) -> dict[str, Any]:
         """Copy the parameters to NumPy arrays."""
-        return jax.device_get(self.state["params"])
+        return jax.device_get(self.state.params)
 
     def round_steps(self) -> int:
         """Warm up -> how many steps make a round."""
