@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -295,8 +294,8 @@ def bench(argv: list[str]) -> None:
     args = _parse(BenchArgs, argv, "jaxgpt bench")
     from jaxgpt.tools.bench.command import bench
 
-    renamed = {"what": "benchmark", "vs": "compare_to", "pairs": "repeats"}
-    bench(SimpleNamespace(**{renamed.get(key, key): value for key, value in vars(args).items()}))
+    keys = dict(vars(args))
+    bench(json_file=keys.pop("json"), **keys)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def train_run(config: Config) -> int:
     """Train a run unless it is finished -> 0, or 128 + n if signal n stopped it."""
     if final_loss(config) is not None:
         return 0
-    code = train(config, {})
+    code = train(config)
     jax.clear_caches()  # dozens of compiled programs would pile up
     return code
 

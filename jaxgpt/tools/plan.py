@@ -4,7 +4,6 @@ XLA compiles for a GPU or TPU without one, given the extra that brings its compi
 kernels and collectives are read from the program; times are a roofline over data sheets.
 """
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -65,6 +64,7 @@ LIBTPU = {  # ask no network what this machine is; let several processes compile
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+FITTED = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
 TOPOLOGY = "a chip and its shape, as in h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4"
 
 
@@ -79,7 +79,7 @@ class Topology:
 
 
 class DoesNotFitError(Exception):
-    """XLA gave up: the program needs more memory than the device has."""
+    """The program needs more memory than the device has."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     inside = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
-        config=config,
-        topology=topology,
+        config,
+        topology,
         micro_batches=sharding.num_microbatches(config, mesh),
         params=params,
         opt_state=opt_state,
@@ -246,12 +246,9 @@ def seconds_to_send(c: Collective, topology: Topology) -> float:
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Count what one device holds of the parameters, and of the optimizer's state."""
-
-    def total(tree: Any) -> int:
-        shards = [(a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(tree)]
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
-
     state = abstract_state(config, mesh)
+    shard_bytes = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    total = lambda tree: sum(map(shard_bytes, jax.tree.leaves(tree)))
     return total(state.params), total(state.opt_state)
 
 
@@ -370,16 +367,15 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         params, opt_state = state_bytes(config, sharding.make_mesh(config, topology.devices))
         say(
             f"does not fit: {error}; parameters {params / GIB:.2f} GiB and optimizer state "
-            f"{opt_state / GIB:.2f} GiB a device. --fit looks for what would"
+            f"{opt_state / GIB:.2f} GiB a device. --search looks for what would"
         )
         if config.mesh:
             return False
         config, search = config.replace(mesh=f"fsdp:{len(topology.devices)}"), True
-        say(f"so with --mesh={config.mesh} --fit:")
+        say(f"so with --mesh={config.mesh} --search:")
         plan = fit(config, topology, say)
     say(format_plan(plan))
     if search:
-        keys = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
-        values = dataclasses.asdict(plan.config)
-        say("use: " + " ".join(f"--{key}={values[key]}" for key in keys if values[key]))
+        found = {key: getattr(plan.config, key) for key in FITTED}
+        say("use: " + " ".join(f"--{key}={value}" for key, value in found.items() if value))
     return plan.fits

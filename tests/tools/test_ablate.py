@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.cli.command_line import load as load_config_file
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.tools import ablate
 from jaxgpt.train import train
@@ -158,7 +158,7 @@ def test_an_unknown_feature_is_refused(config, tmp_path):
         ablate.ablate(config, ["rop"], 1, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["config", "on_cpu"])
+@pytest.mark.parametrize("name", ["config", "cpu_config"])
 def test_the_speedrun_is_the_quick_start_with_the_winners(name):
     speedrun = load_config_file(str(CONFIGS / "speedrun.py"))[name].to_dict()
     quick = load_config_file(str(CONFIGS / "shakespeare.py"))[name].to_dict()

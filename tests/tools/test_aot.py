@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import model, sample, sharding
-from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config, UserError
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Op, Program
 from jaxgpt.train_step import abstract_state
@@ -47,7 +47,7 @@ def compile_for(devices: list, config: Config) -> Step:
 @cache
 def compiled(topology: str, layers: int, mesh: str = "") -> Step:
     """GPT-2's step with two micro-batches a device, or a skip where its compiler is missing."""
-    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, mesh=mesh)
+    config = load_config_file("configs/gpt2.py")["config"].replace(n_layer=layers, mesh=mesh)
     over_batch = len(find(topology).devices) // (2 if "tensor:2" in mesh else 1)
     return absent_step(topology, config.replace(gradient_accumulation_steps=MICRO * over_batch))
 
@@ -181,7 +181,9 @@ def test_a_gpus_norms_hold_no_float32_array_of_the_streams_size():
 
 @aot
 def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
-    config = load("configs/gpt2.py")["config"].replace(n_layer=1, gradient_accumulation_steps=1)
+    config = load_config_file("configs/gpt2.py")["config"].replace(
+        n_layer=1, gradient_accumulation_steps=1
+    )
     erf, tanh = (absent_step("h100:1", config.replace(mlp=m)) for m in ("gelu", "gelu_tanh"))
     assert tanh.program.traffic() < 1.001 * erf.program.traffic()
 
@@ -190,7 +192,9 @@ def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
 @pytest.mark.parametrize(("batch", "keys"), [(32, {}), (48, BABY)], ids=["GPT-2", "the baby GPT"])
 def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
     """Of 32 sequences and more XLA would like to have the batch there."""
-    config = load("configs/gpt2.py")["config"].replace(n_layer=1, batch_size=batch, **keys)
+    config = load_config_file("configs/gpt2.py")["config"].replace(
+        n_layer=1, batch_size=batch, **keys
+    )
     step = absent_step("h100:1", config.replace(gradient_accumulation_steps=1))
     shapes = {dims for _, dims in step.program.arrays() if len(dims) > 1}
     stream = batch * config.block_size * config.n_embd
@@ -201,7 +205,7 @@ def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
 
 @aot
 def test_attention_with_dropout_holds_scores_alone_in_float32_on_a_gpu():
-    config = load("configs/gpt2.py")["config"].replace(**BABY, n_layer=2, dropout=0.2)
+    config = load_config_file("configs/gpt2.py")["config"].replace(**BABY, n_layer=2, dropout=0.2)
     step = absent_step("h100:1", config.replace(gradient_accumulation_steps=1))
     kernels = [op for op, _ in step.program.executed() if op.is_kernel]
     made = [kind for op in kernels for kind, dims in op.shapes if dims.count(256) == 2]
@@ -253,10 +257,10 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
 def decoding(topology: str, layers: int) -> Program:
     """A chunk of one sequence, from GPT-2's shape."""
     there, knobs = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
-    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
+    config = load_config_file("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
     config, _ = plan.resolve(config, there.chip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample.device, "on_cpu", lambda: False)
+        patch.setattr(sample.device, "cpu_config", lambda: False)
         sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
     params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
     carry = sampler._begin(text, text, knobs, 0)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.cli.command_line import load as load_config_file
 from jaxgpt.config import Config, RunConfig, UserError
 from jaxgpt.data.tokens import Dataset, TokenSplit
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench import command, nanogpt, report, training
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_presets_are_the_quick_start_at_nanogpts_learning_rate():
     own = {*RunConfig.__dataclass_fields__, "lr_decay_iters"} - {"max_iters"}
     shared = lambda c: {key: value for key, value in c.to_dict().items() if key not in own}
     assert shared(command.PRESETS["baby"]) == shared(quick["config"])
-    cpu = quick["on_cpu"].replace(learning_rate=1e-3)
+    cpu = quick["cpu_config"].replace(learning_rate=1e-3)
     assert shared(command.PRESETS["cpu"]) == shared(cpu)
 
 
@@ -217,7 +217,7 @@ def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_prints_a_table_and_writes_every_sample(tmp_path):
-    done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--pairs=2")
+    done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--repeats=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train, tiny.py: ")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -244,8 +244,14 @@ def test_gpt2_on_a_cpu_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("what", ["train", "sample"])
 def test_beside_the_real_nanogpt(tmp_path, what):
     torch = f"--torch_python={os.environ['JAXGPT_TORCH_PYTHON']}"
-    vs = f"--vs={os.environ['JAXGPT_NANOGPT']}"
-    flags = "--config=tiny.py", "--json=o.json", "--pairs=2", "--compile=eager", f"--what={what}"
+    vs = f"--compare_to={os.environ['JAXGPT_NANOGPT']}"
+    flags = (
+        "--config=tiny.py",
+        "--json=o.json",
+        "--repeats=2",
+        "--compile=eager",
+        f"--benchmark={what}",
+    )
     done = run_bench(tmp_path, vs, torch, *flags)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "o.json").read_text())["results"]

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,11 +13,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxgpt.cli.command_line import load as load_config_file
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
 from jaxgpt.tools.bench.parts import bench_attention, bench_data
 from jaxgpt.tools.bench.report import Bench, Report, describe_machine, show
@@ -46,11 +47,23 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 }
 
 
-def bench(options: Any) -> None:
-    """Run what the command line asks for, and print what was found. Raises `UserError`.
+@dataclass(frozen=True)
+class BenchOptions:
+    """The flags of `jaxgpt bench`, which its --help documents."""
 
-    `options` are the flags of `jaxgpt bench`, which `jaxgpt bench --help` documents.
-    """
+    benchmark: str
+    config: str
+    preset: str
+    compare_to: str
+    torch_python: str
+    compile: str
+    repeats: int
+    json: str
+    plot: str
+
+
+def bench(options: BenchOptions) -> None:
+    """Run what the command line asks for, and print what was found. Raises `UserError`."""
     for file in filter(None, (options.json, options.plot)):
         if not Path(file).parent.is_dir():
             raise UserError(f"{file}: there is no folder {Path(file).parent}")
@@ -67,7 +80,7 @@ def bench(options: Any) -> None:
     show(report, facts)
 
 
-def choose(options: Any) -> tuple[str, Config]:
+def choose(options: BenchOptions) -> tuple[str, Config]:
     """Start JAX -> the name of what is benchmarked, and its config for this device.
 
     The compilation cache is off: compile times are those of a first run. Beside nanoGPT, JAX takes
@@ -83,7 +96,7 @@ def choose(options: Any) -> tuple[str, Config]:
     device.start(c.device, float64=c.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
     if options.config:
-        c = variants.get("on_cpu", c) if device.is_cpu() and c.on_cpu else c
+        c = variants.get("cpu_config", c) if device.is_cpu() and c.use_cpu_variant else c
     else:
         check_preset(preset, options.benchmark)
         preset = preset or ("cpu" if device.is_cpu() else "gpt2")
@@ -105,7 +118,7 @@ def check_preset(preset: str, benchmark: str) -> None:
     print(f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr)
 
 
-def run(options: Any, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
+def run(options: BenchOptions, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
     """Run a benchmark, with its files in `folder` -> its report, and all of it for JSON."""
     beside_json = str(Path(options.json).with_suffix(".png")) if options.json else "bench.png"
     c, dataset = make_data(c, folder)

@@ -74,28 +74,25 @@ def interleaved(
     repeats: int,
     keys: tuple[str, str] = ("jaxgpt_s", "nanogpt_s"),
 ) -> list[dict[str, Any]]:
-    """Take turns: every one of `runs`, then `other`, all idle while one works.
+    """Time every one of `runs` and then `other`, in turn, all idle while one works.
 
-    Each turn returns its seconds. -> For each run its pairs with `other`, under these keys, and
-    the median and range of the ratios other / run.
+    -> For each run its pairs with `other`, in seconds under these keys, and the median and range
+    of the ratios other / run.
     """
     seconds = []
     for _ in range(repeats):
         for turn in (*runs, other):
             time.sleep(REST_S)
             seconds.append(turn())
-    table = np.reshape(seconds, (repeats, len(runs) + 1))
-    return [_compare(column, table[:, -1], keys) for column in table.T[:-1]]
-
-
-def _compare(run_s: np.ndarray, other_s: np.ndarray, keys: tuple[str, str]) -> dict[str, Any]:
-    ratios = other_s / run_s
-    rows = np.stack([run_s, other_s, ratios], axis=1).tolist()
-    return {
-        "pairs": [dict(zip((*keys, "ratio"), row, strict=True)) for row in rows],
-        "ratio": float(np.median(ratios)),
-        "range": [float(ratios.min()), float(ratios.max())],
-    }
+    *columns, other_s = np.reshape(seconds, (repeats, len(runs) + 1)).T
+    results = []
+    for run_s in columns:
+        ratios = other_s / run_s
+        rows = np.stack([run_s, other_s, ratios], axis=1).tolist()
+        pairs = [dict(zip((*keys, "ratio"), row, strict=True)) for row in rows]
+        spread = [float(ratios.min()), float(ratios.max())]
+        results.append({"pairs": pairs, "ratio": float(np.median(ratios)), "range": spread})
+    return results
 
 
 def format_ratios(name: str, result: dict[str, Any]) -> str:

@@ -75,9 +75,8 @@ def make_samplers(config: Config) -> dict[str, Sampler]:
 def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[float, float]:
     """Time a sampler -> the seconds until its first tokens, and until its last."""
     prompts, params = [np.zeros(1, np.int32)] * batch, SamplingParams(**OPTIONS)
-    context = {"truncate": "halve", "slide": "exact"}[overflow]
     began = time.perf_counter()
-    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, knobs=params, context=context)
+    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, params=params, overflow=overflow)
     next(chunks)
     first = time.perf_counter() - began
     for _ in chunks:

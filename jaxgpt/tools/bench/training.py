@@ -9,28 +9,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgpt import model, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config
-from jaxgpt.data.batches import Batches
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
-from jaxgpt.runtime import device
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError
 from jaxgpt.tools.bench.report import Bench, Report, format_ratios, interleaved, quartiles
 from jaxgpt.tools.hlo import Program
-from jaxgpt.train import TRAIN, Trainer
+from jaxgpt.train import TRAIN, make_batches, peak_tokens_per_s
 from jaxgpt.train_step import init_state, make_train_step
 
 ROUND_S = 1.5  # about what a round of steps takes
 PARITY_STEPS = 50
-
-
-def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batches]:
-    """Make the trainer's batches."""
-    unused: Any = None
-    return Trainer(config, mesh, dataset, unused, unused, unused).batches
 
 
 class JaxGPT:
@@ -48,8 +40,7 @@ class JaxGPT:
         self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
         self.sequences = sharding.global_batch_size(config)
-        peak = device.peak_flops() if config.dtype == "bfloat16" else None
-        self.peak_tokens_per_s = peak and peak * mesh.size / model.flops_per_token(config)
+        self.peak_tokens_per_s = peak_tokens_per_s(config, mesh)
 
     def train(self, steps: int) -> tuple[float, list[float]]:
         """Take steps -> seconds, losses. As in training, one call is always under way."""
