@@ -295,7 +295,7 @@ def _parse_shapes(text: str) -> list[Shape]:
 
 
 def _parse(name: str, text: str) -> Op:
-    """Read `type opcode(operands), attributes`; of these a type alone has no space before `(`."""
+    """Read `type opcode(operands), attributes`; a type has no word between a space and a `(`."""
     opcode = re.search(r" ([a-z][\w-]*)\(", text)
     if not opcode:
         raise ValueError(f"unknown form of instruction: {text[:80]}")

@@ -88,9 +88,9 @@ class Plan:
 
     config: Config
     topology: Topology
-    micro_batches: int
     params: int
     opt_state: int
+    micro_batches: int
     temporaries: int
     peak_memory: int
     flops: float
@@ -211,15 +211,13 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     compiled = compile_step(config, mesh)
     memory: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
-    params, opt_state = state_bytes(config, mesh)
     inside = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
         config,
         topology,
+        *state_bytes(config, mesh),
         micro_batches=sharding.num_microbatches(config, mesh),
-        params=params,
-        opt_state=opt_state,
         temporaries=memory.temp_size_in_bytes,
         peak_memory=inside + arguments + memory.output_size_in_bytes,
         flops=flops_per_step(config) / mesh.size,

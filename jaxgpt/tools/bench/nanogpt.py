@@ -87,15 +87,9 @@ class NanoGPT:
 
     def close(self) -> None:
         """End the process; a second call does nothing."""
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            with suppress(OSError):
-                if stream:
-                    stream.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.communicate()  # waits, and closes the pipes
+        self._log.close()
 
 
 def check_comparable(c: Config) -> None:

@@ -144,16 +144,13 @@ def bench_training(b: Bench) -> Report:
 def format_row(name: str, found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [name, *["n/a"] * 6]
-    ms, mfu, memory, seconds = (found[k] for k in ("step_ms", "mfu", "memory_bytes", "compile_s"))
-    return [
-        name,
-        f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]",
-        f"{found['tokens_per_s']:,.0f}",
-        f"{mfu:.1%}" if mfu else "n/a",
-        f"{memory / 2**20:,.0f} MiB" if memory else "n/a",
-        f"{seconds:.1f} s" if seconds else "",
-        f"{found['ratio']:.2f}" if "ratio" in found else "",
-    ]
+    ms, memory, seconds = found["step_ms"], found["memory_bytes"], found["compile_s"]
+    times = f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]"
+    mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a"
+    memory = f"{memory / 2**20:,.0f} MiB" if memory else "n/a"
+    compiling = f"{seconds:.1f} s" if seconds else ""
+    ratio = f"{found['ratio']:.2f}" if "ratio" in found else ""
+    return [name, times, f"{found['tokens_per_s']:,.0f}", mfu, memory, compiling, ratio]
 
 
 def format_kernels(kernels: dict[str, int]) -> str:
