@@ -50,6 +50,7 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("norm", ANY): norm.norm_reference,
     ("norm", "cpu"): norm.norm_cpu,
     ("norm", "gpu"): norm.norm_gpu,
+    ("norm", "tpu"): norm.norm_tpu,
 }
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import TokenSplit
-from jaxgpt.interop.export import EXPRESSIBLE, to_tensors
+from jaxgpt.interop.export import to_tensors
+from jaxgpt.interop.huggingface import REQUIRED_KEYS
 from jaxgpt.runtime import device
 from jaxgpt.tools.bench import torch_server
 
@@ -96,7 +97,7 @@ def check_comparable(c: Config) -> None:
     """Raise `UserError` for a model that nanoGPT does not have."""
     if type(c) is not Config:
         raise UserError(f"--compare_to: nanoGPT has no {type(c).__name__}; expected a plain Config")
-    has = EXPRESSIBLE | {
+    has = REQUIRED_KEYS | {
         "mlp": "gelu",
         "optimizer": "adamw",
         "qkv_bias": True,
