@@ -100,10 +100,7 @@ def check_comparable(c: Config) -> None:
     has = REQUIRED_KEYS | {
         "mlp": "gelu",
         "optimizer": "adamw",
-        "qkv_bias": True,
-        "embed_dropout": True,
         "attention_dropout": True,
-        "decay_all": False,
         "document_mask": False,
         "n_kv_head": c.n_kv_head and c.n_head,
         "mlp_dim": c.mlp_dim and 4 * c.n_embd,
