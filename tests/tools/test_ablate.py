@@ -7,23 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, make_data
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.prepare import prepare
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.tools import ablate
 from jaxgpt.train import train
 
-TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "tale.txt").write_text(TEXT)
-    prepare(str(folder / "tale.txt"), str(folder))
+    folder = make_data(tmp_path_factory.mktemp("data"))
     return Config(
         data_dir=str(folder), dataset="tale", n_layer=1, n_head=2, n_embd=16, block_size=8,
         batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=2,
@@ -47,18 +44,18 @@ def trained(monkeypatch) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_path, monkeypatch):
-    stop_at, log = [5], Log.train
+    stops, log = [5], Log.train
 
     def stop(self, row, left_s):
         log(self, row, left_s)
-        if row["step"] in stop_at and "rope" in str(self.folder):
-            stop_at.clear()
+        if row["step"] in stops and "rope" in str(self.folder):
+            stops.clear()
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Log, "train", stop)
     out_dir = str(tmp_path / "stopped")
-    assert ablate.ablate(config, ["rope"], 2, out_dir) == 128 + signal.SIGTERM
     first = ["baseline-x0.75/1", "baseline/1", "baseline-x1.5/1", "rope/1"]
+    assert ablate.ablate(config, ["rope"], 2, out_dir) == 128 + signal.SIGTERM
     assert trained == first
     assert not Path(out_dir, "menu.md").exists()
     assert ablate.ablate(config, ["rope"], 2, out_dir) == 0

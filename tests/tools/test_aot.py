@@ -8,7 +8,6 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import model, sample, sharding
@@ -25,7 +25,6 @@ from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Op, Program
 from jaxgpt.train_step import abstract_state, cast_params
 
-ROOT = Path(__file__).parents[2]
 B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from jaxgpt import model
 from jaxgpt.config import Config, RunConfig, UserError
@@ -17,7 +18,6 @@ from jaxgpt.data.tokens import Dataset, TokenSplit
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench import command, nanogpt, report, training
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "vocab_size": 20,
     "gradient_accumulation_steps": 2, "mlp": "gelu", "max_iters": 100, "warmup_iters": 0,
