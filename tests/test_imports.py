@@ -14,8 +14,7 @@ ORDER = [
     *("data.batches", "train_step", "runtime.distributed", "runtime.checkpoint", "runtime.run_dir"),
     *("interop.huggingface", "interop.export", "runtime.device", "sample", "evaluate"),
     *("cli.command_line", "tools.hlo", "tools.plan", "runtime.metrics", "train"),
-    *("tools.bench.torch_server", "tools.bench.nanogpt", "tools.bench.report"),
-    *("tools.bench.training", "tools.bench.sampling", "tools.bench.parts"),
+    *("tools.bench.torch_server", "tools.bench.nanogpt", "tools.bench.training"),
     *("tools.bench.command", "tools.ablate", "cli.commands"),
 ]
 MODULES = {
