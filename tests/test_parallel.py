@@ -19,7 +19,7 @@ from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.tools import plan
-from jaxgpt.tools.hlo import COLLECTIVES, Program, groups
+from jaxgpt.tools.hlo import COLLECTIVES, Program, replica_groups
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
 T, D, V, SEQUENCES, STEPS = 12, 40, 384, 16, 4
@@ -175,7 +175,7 @@ class Compiled:
         """(shape, devices of a group) of the floats that collectives of a kind return -> times."""
         found = Counter()
         for op, times in self.program.executed():
-            members = groups(op.attributes, self.program.devices).shape[1]
+            members = replica_groups(op.attributes, self.program.devices).shape[1]
             if op.opcode.removesuffix("-start") == kind and members > 1:
                 for element, dims in op.shapes:
                     found[dims, members] += times * element.startswith("f")
