@@ -118,8 +118,12 @@ def take_steps(config: Config, batches: Iterable) -> tuple:
 
 def value_and_grads(function: Callable, arrays: Sequence, weights) -> tuple:
     """The value of `function`, and the gradients of its sum weighted by `weights`."""
-    value, pull = jax.vjp(function, *map(jnp.asarray, arrays))
-    return value, *pull(jnp.asarray(weights, value.dtype))
+
+    def run(arrays, weights):
+        value, pull = jax.vjp(function, *arrays)
+        return value, *pull(weights.astype(value.dtype))
+
+    return jax.jit(run)([*map(jnp.asarray, arrays)], jnp.asarray(weights))
 
 
 def assert_all_close(ours: Iterable, theirs: Iterable, atol: float) -> None:

@@ -68,7 +68,7 @@ def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(variant, shi
     x_f64 = x.astype(np.float64)
     largest = x_f64.max(-1, keepdims=True)
     sums = np.exp(x_f64 - largest).sum(-1, keepdims=True)
-    got, grad = value_and_grads(jax.jit(variant), [x], np.ones(5))
+    got, grad = value_and_grads(variant, [x], np.ones(5))
     np.testing.assert_allclose(got, (np.log(sums) + largest)[:, 0], rtol=1e-6)
     softmax = np.exp(x_f64 - largest) / sums
     np.testing.assert_allclose(grad, softmax, atol=1e-5 + 1e-7 * abs(shift))
