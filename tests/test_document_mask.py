@@ -83,18 +83,6 @@ def test_loss_and_gradients_are_those_of_the_documents_one_by_one(options):
     assert abs(float(unmasked) - want_loss) > 1e-4
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_what_an_earlier_document_says_changes_no_bit_of_a_later_one(scan_layers):
-    """The end-of-text is the first token of the document that follows."""
-    config = make_config(scan_layers=scan_layers)
-    network = build_model(config, model.init_params(config, jax.random.key(0)))
-    logits = jax.jit(lambda tokens: network(tokens)[..., : config.vocab_size])
-    other = TOKENS[:1].copy()
-    other[:, :3] = [7, 7, 7]
-    changed = np.asarray(logits(other)) != np.asarray(logits(TOKENS[:1]))
-    np.testing.assert_array_equal(changed.any((0, 2)), np.arange(12) < 3)
-
-
 def test_a_cache_holds_one_text_however_many_documents_it_has():
     config = make_config()
     params = model.init_params(config, jax.random.key(0))

@@ -56,18 +56,6 @@ def test_warmup_stable_decay_is_three_straight_lines(warmup, fraction):
     assert {float(held(step)) for step in range(60)} == {2.0}
 
 
-def test_only_kernels_decay():
-    """With no gradient at all, decay is the only thing that moves a parameter."""
-    config = Config(learning_rate=0.1, decay_lr=False, weight_decay=0.5)
-    optimizer = make_optimizer(config)
-    params = jax.tree.map(np.float32, PARAMS)
-    nothing = jax.tree.map(np.zeros_like, params)
-    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
-    moved = ref.flatten(optax.apply_updates(params, updates))
-    for path, value in moved.items():
-        np.testing.assert_allclose(value, 0.95 if path.endswith("kernel") else 1, err_msg=path)
-
-
 class DecayAll(Config):
     """A config whose biases and norms decay too."""
 

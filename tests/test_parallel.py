@@ -76,7 +76,7 @@ def assert_same(ours: tuple[dict, list], theirs: tuple[dict, list], tolerance: f
     assert_trees_close(ours[0], theirs[0], tolerance)
 
 
-@pytest.mark.parametrize("mesh", [*SLOW_MESHES, ALL_AXES])
+@pytest.mark.parametrize("mesh", [*SLOW_MESHES, "data:2", "fsdp:2,tensor:2", ALL_AXES])
 def test_a_run_is_the_same_on_every_mesh(mesh):
     """Losses, gradient norms and parameters, with dropout, in float64."""
     assert_same(run(TINY.replace(mesh=mesh)), run(TINY), 1e-9)

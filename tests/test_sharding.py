@@ -84,10 +84,6 @@ def test_the_devices_can_be_named():
     assert list(make_mesh(make_config(mesh="data:2"), devices).devices.flat) == devices[:2]
 
 
-def test_local_mesh_is_a_mesh_of_one():
-    assert local_mesh().shape == dict.fromkeys(AXES, 1)
-
-
 # (keys, what the message says)
 REFUSED = [
     ({"mesh": "date:2"}, "mesh='date:2': date must be one of data, fsdp, tensor"),

@@ -106,22 +106,6 @@ def test_a_call_may_end_early():
     assert_trees_close(jax.device_get(state).params, want.params, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", ["data:2", "data:2,fsdp:2", "fsdp:2,tensor:2"])
-def test_a_mesh_changes_nothing_but_rounding(mesh):
-    config = make_config(dropout=0.1, learning_rate=1e-3)
-    batches = [make_windows(config, seed=i) for i in range(3)]
-    want = take_steps(config, batches)
-    assert_same(take_steps(config.replace(mesh=mesh), batches), want, atol=1e-5)
-
-
-def test_the_loss_falls_on_a_text_that_repeats():
-    config = make_config(max_iters=100)
-    text = np.tile(np.arange(9) % 7, 8).reshape(1, 1, 8, 9)
-    _, rows = take_steps(config, [jnp.asarray(text, jnp.int32)] * 100)
-    assert rows[0]["loss"] > 3
-    assert rows[-1]["loss"] < 0.1
-
-
 def test_evaluation_is_the_training_loss_without_dropout():
     config = make_config(dropout=0.0)
     batch = make_windows(config, micro=1)
