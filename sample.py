@@ -1,4 +1,4 @@
-"""python sample.py --out_dir=out/shakespeare [--start=TEXT ...]: streams samples of a run."""
+"""Stream samples of a run: python sample.py --out_dir=out/shakespeare [--start=TEXT ...]."""
 
 from jaxgpt.cli.commands import run, sample
 

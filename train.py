@@ -1,4 +1,4 @@
-"""python train.py --config configs/shakespeare.py [--key=value ...]: trains the GPT of a config."""
+"""Train a config's model: python train.py --config configs/shakespeare.py [--key=value ...]."""
 
 from jaxgpt.cli.commands import run, train
 

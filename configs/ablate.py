@@ -1,4 +1,4 @@
-"""The baseline of docs/menu.md: a GPT-2 so small that `jaxgpt ablate` trains dozens of it."""
+"""The baseline of docs/menu.md: a GPT-2 small enough for `jaxgpt ablate` to train dozens."""
 
 from jaxgpt.config import Config
 
@@ -16,7 +16,7 @@ config = Config(
     beta2=0.99,
     warmup_iters=50,
     max_iters=500,
-    eval_interval=100_000,  # only at the end, where the whole validation split is read
+    eval_interval=100_000,  # only at the end, on the whole validation split
     eval_iters=1,
     log_interval=50,
 )

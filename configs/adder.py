@@ -1,6 +1,6 @@
 """A GPT that adds, exercise 2 of nanoGPT's lecture: "123+456=" and the sum, units first.
 
-`jaxgpt eval --out_dir=out/adder` counts the exact sums among those held out; docs/exercises.md.
+`jaxgpt eval --out_dir=out/adder` counts correct answers to held-out sums; docs/exercises.md.
 """
 
 from jaxgpt.config import Config

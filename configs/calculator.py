@@ -1,14 +1,11 @@
 """A GPT that adds, subtracts, multiplies and divides: "12*34=" and the answer, units first.
 
-A quotient is a whole number; what remains is dropped. docs/exercises.md says what it learns.
+Division drops the remainder. docs/exercises.md says what the model learns.
 """
 
-from pathlib import Path
+from configs.adder import config as adder
 
-from jaxgpt.cli.command_line import load
-
-config = load(str(Path(__file__).with_name("adder.py")))["config"]
-config = config.replace(
+config = adder.replace(
     out_dir="out/calculator",
     dataset="calculator",
     digits=2,

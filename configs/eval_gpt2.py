@@ -6,6 +6,6 @@ config = Config(
     out_dir="out/eval_gpt2",
     init_from="gpt2",
     eval_only=True,
-    eval_iters=500,  # many, for a good estimate
+    eval_iters=500,  # many, for an accurate estimate
     batch_size=8,
 )

@@ -1,11 +1,5 @@
 """The losses of OpenAI's gpt2-medium (350M parameters); nanoGPT's config of this name."""
 
-from jaxgpt.config import Config
+from configs.eval_gpt2 import config as eval_gpt2
 
-config = Config(
-    out_dir="out/eval_gpt2-medium",
-    init_from="gpt2-medium",
-    eval_only=True,
-    eval_iters=500,  # many, for a good estimate
-    batch_size=8,
-)
+config = eval_gpt2.replace(out_dir="out/eval_gpt2-medium", init_from="gpt2-medium")

@@ -1,4 +1,4 @@
-"""GPT-2 XL learns Shakespeare's language; nanoGPT's config of this name.
+"""Finetune GPT-2 XL on Shakespeare; nanoGPT's config of this name.
 
 A smaller GPT-2 needs less memory: --init_from=gpt2, gpt2-medium or gpt2-large.
 """
@@ -10,10 +10,10 @@ config = Config(
     init_from="gpt2-xl",
     eval_interval=5,
     eval_iters=40,
-    always_save_checkpoint=False,  # it will overfit: keep what validates best
+    always_save_checkpoint=False,  # it will overfit: keep the best checkpoint
     dataset="shakespeare",
     batch_size=1,
-    gradient_accumulation_steps=32,  # x 1024 tokens: some nine steps see all of the text once
+    gradient_accumulation_steps=32,  # x 1024 tokens: about nine steps per epoch
     max_iters=20,
     learning_rate=3e-5,
     decay_lr=False,

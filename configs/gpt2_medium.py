@@ -1,15 +1,12 @@
 """A GPT of GPT-2 Medium's size, 350M parameters, on OpenWebText.
 
-Data, schedule and tokens a step are those of gpt2.py; the peak learning rate is lower, as GPT-3's
-table has it for a model of this size (Brown et al. 2020, table 2.1).
+Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: GPT-3's
+for a model of this size (Brown et al. 2020, table 2.1).
 """
 
-from pathlib import Path
+from configs.gpt2 import config as gpt2
 
-from jaxgpt.cli.command_line import load
-
-config = load(str(Path(__file__).with_name("gpt2.py")))["config"]
-config = config.replace(
+config = gpt2.replace(
     out_dir="out/gpt2_medium",
     n_layer=24,
     n_head=16,

@@ -1,17 +1,15 @@
 """A GPT of GPT-2 XL's size, 1.5 billion parameters, on OpenWebText.
 
-For GPUs of 80 GB. A TPU wants --scan_layers=True, or it compiles for minutes, and --remat=dots.
+For GPUs with 80 GB. On TPUs add --scan_layers=True, to compile in less than minutes, and
+--remat=dots.
 
-Data, schedule and tokens a step are those of gpt2.py; the peak learning rate is lower, as GPT-3's
-table has it for a model of this width (Brown et al. 2020, table 2.1).
+Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: GPT-3's
+for a model of this width (Brown et al. 2020, table 2.1).
 """
 
-from pathlib import Path
+from configs.gpt2 import config as gpt2
 
-from jaxgpt.cli.command_line import load
-
-config = load(str(Path(__file__).with_name("gpt2.py")))["config"]
-config = config.replace(
+config = gpt2.replace(
     out_dir="out/gpt2_xl",
     n_layer=48,
     n_head=25,

@@ -1,15 +1,12 @@
-"""The shape of Llama 2 70B (Touvron et al. 2023), to plan with."""
+"""The shape of Llama 2 70B (Touvron et al. 2023), for `jaxgpt plan`."""
 
-from pathlib import Path
+from configs.llama_7b_shape import config as llama_7b
 
-from jaxgpt.cli.command_line import load
-
-config = load(str(Path(__file__).with_name("llama_7b_shape.py")))["config"]
-config = config.replace(
+config = llama_7b.replace(
     out_dir="out/llama_70b",
     n_layer=80,
     n_head=64,
-    n_kv_head=8,  # grouped heads
+    n_kv_head=8,  # grouped-query attention
     n_embd=8192,
     mlp_dim=28_672,
     learning_rate=1.5e-4,

@@ -1,4 +1,4 @@
-"""The shape of Llama 2 7B (Touvron et al. 2023), to plan with: jaxgpt brings no data for it."""
+"""The shape of Llama 2 7B (Touvron et al. 2023), for `jaxgpt plan`; jaxgpt has no data for it."""
 
 from jaxgpt.config import Config
 
@@ -6,7 +6,7 @@ config = Config(
     out_dir="out/llama_7b",
     dataset="openwebtext",
     batch_size=1,
-    gradient_accumulation_steps=512,  # a step of 1M tokens
+    gradient_accumulation_steps=512,  # 1M tokens per step
     vocab_size=32_000,
     block_size=2048,
     n_layer=32,

@@ -1,10 +1,9 @@
-"""Pretraining on Shakespeare's plays, then finetuning on his sonnets; or the sonnets alone.
+"""Compare pretraining on Shakespeare's plays and finetuning on his sonnets with the sonnets alone.
 
     python configs/pretrain_then_finetune.py
 
-does all of it with three seeds and compares the losses on sonnets that were not trained on. What
-is done already is not done again, and what was stopped goes on. To train.py this file is the
-config of the pretraining.
+makes all runs with three seeds and compares their losses on held-out sonnets. Finished runs are
+not repeated and interrupted runs resume. For train.py this file is the pretraining config.
 """
 
 import statistics
@@ -37,27 +36,28 @@ config = Config(
 alone = config.replace(
     dataset="shakespeare_sonnets",  # 86 thousand characters
     eval_interval=50,
-    max_iters=1000,  # sees all of it nine times
-    early_stopping_patience=5,  # by then it overfits
+    max_iters=1000,  # nine epochs
+    early_stopping_patience=5,  # the model overfits by then
 )
 finetune = alone.replace(learning_rate=5e-4, max_iters=500)
 
 
 def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:
-    """Trains to the end, from wherever an earlier call was stopped -> the run directory."""
+    """Train to the end, resuming an interrupted run; return the run directory."""
     from jaxgpt import train
     from jaxgpt.runtime import run_dir
 
     config = config.replace(out_dir=f"{OUT}/{name}-{seed}", seed=seed, init_from=init_from)
     if run_dir.open_checkpoints(config).latest():
         config = config.replace(init_from="resume")
-    if code := train.train(config, {}):
-        sys.exit(code)  # it was stopped by a signal
+    code = train.train(config)
+    if code:
+        sys.exit(code)  # stopped by a signal
     return config.out_dir
 
 
 def compare(argv: list[str]) -> None:
-    """Makes the runs of every seed, and prints the losses of their best checkpoints."""
+    """Make the runs of every seed and print the losses of their best checkpoints."""
     from jaxgpt.evaluate import evaluate
     from jaxgpt.runtime import device
 
@@ -73,7 +73,7 @@ def compare(argv: list[str]) -> None:
         for name, out_dir in runs.items():
             found = evaluate(out_dir, "best", dataset=alone.dataset)
             losses.setdefault(name, []).append(found["val_loss"])
-    print(f"\nvalidation loss on {alone.dataset}, nats a token, by seed; mean and spread")
+    print(f"\nvalidation loss on {alone.dataset}, nats per token, by seed; mean and spread")
     for name, some in losses.items():
         by_seed = "  ".join(f"{loss:.4f}" for loss in some)
         print(f"{name:28}{by_seed}  {statistics.mean(some):.4f} +- {statistics.stdev(some):.4f}")

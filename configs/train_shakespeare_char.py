@@ -1,8 +1,5 @@
-"""nanoGPT's config of this name: the baby GPT of shakespeare.py, without its variant for a CPU."""
+"""nanoGPT's config of this name: the baby GPT of shakespeare.py, without a CPU variant."""
 
-from pathlib import Path
+from configs.shakespeare import config as baby_gpt
 
-from jaxgpt.cli.command_line import load
-
-config = load(str(Path(__file__).with_name("shakespeare.py")))["config"]
-config = config.replace(out_dir="out-shakespeare-char")
+config = baby_gpt.replace(out_dir="out-shakespeare-char")

@@ -1,3 +1,3 @@
-"""jaxgpt: nanoGPT rebuilt in JAX and Flax for accelerator throughput."""
+"""nanoGPT rebuilt in JAX and Flax for accelerator throughput."""
 
 __version__ = "0.1.0"

@@ -153,8 +153,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config):
     """SIGKILL in another process, at whatever moment; then the same digits as without it."""
     quiet, killed = make_config("quiet"), make_config("killed", init_from="auto", save_interval=3)
     train(quiet, {})
-    script = "import sys, json; from jaxgpt.config import build; from jaxgpt.train import train; "
-    script += "train(build(json.loads(sys.argv[1])), {})"
+    script = "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
+    script += "train(Config.from_dict(json.loads(sys.argv[1])))"
     command = [sys.executable, "-c", script, json.dumps(killed.to_dict())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:

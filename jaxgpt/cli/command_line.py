@@ -1,103 +1,57 @@
-"""A config file and a command line -> Config."""
+"""Parse a training command line: `[--config] FILE [--key=value ...]`."""
 
+import ast
 import dataclasses
-import re
-import runpy
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any
 
 import tyro
 
-from jaxgpt.config import GROUPS, Config, UserError, build, check
+from jaxgpt.config import GROUPS, Config, UserError, check_value, key_types
+from jaxgpt.runtime.config_file import load_config_file
 
-
-def load(path: str) -> dict[str, Config]:
-    """Runs a config file, and returns its `config` and, if there is one, its `on_cpu`.
-
-    Config files are the user's own Python and run as such. Raises `UserError` with the line of
-    the file that is to blame.
-    """
-    if not Path(path).is_file():
-        there = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.py")))
-        raise UserError(
-            f"--config {path}: no such file" + (f"; there are {there}" if there else "")
-        )
-    try:
-        names = runpy.run_path(path)
-    except Exception as error:
-        raise UserError(_blame(path, error)) from error
-    variants = {k: names[k] for k in ("config", "on_cpu") if k in names}
-    for name, value in ({"config": None} | variants).items():
-        if not isinstance(value, Config):
-            raise UserError(f"--config {path}: must build `{name} = Config(...)`")
-    return variants
-
-
-def _blame(path: str, error: Exception) -> str:
-    """One line for an error in a config file: where, the user's own line, and what is wrong."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        line = (error.text or "").strip()
-        return f"{error.filename or path}, line {error.lineno}: {line!r}: {error.msg}"
-    said = [str(error)] if isinstance(error, UserError) else traceback.format_exception_only(error)
-    message = " ".join("".join(said).split())
-    if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
-        try:
-            build({unknown[1]: None})
-        except UserError as named:
-            message = str(named)
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    if not frames:
-        return f"{path}: {message}"
-    first, last = frames[-1].lineno or 1, frames[-1].end_lineno or 1
-    key = re.match(r"\w+", message)
-    named = [n for n in range(first, last + 1) if key and re.search(rf"\b{key[0]}\b", lines[n - 1])]
-    line = named[0] if named else first
-    return f"{path}, line {line}: {lines[line - 1].strip()!r}: {message}"
-
-
-NOT_KEYS = {
-    "compile": "jaxgpt always compiles",
-    "backend": "JAX brings its own collectives",
+UNSUPPORTED_FLAGS = {
+    "--compile": "jaxgpt always compiles",
+    "--backend": "JAX brings its own collectives",
 }
 
 
-def from_command_line(
-    argv: Sequence[str], has_accelerator: Callable[[dict[str, Any]], bool]
-) -> tuple[Config, dict[str, Any]]:
-    """`[--config] FILE [--key=value ...]` -> the config, and the keys its `on_cpu` has changed.
+@dataclass(frozen=True)
+class CommandLine:
+    """A config file with its two variants, and the keys that the command line sets."""
 
-    `has_accelerator` starts JAX as the keys say, and tells whether an accelerator will run it.
-    Ends the process for `--help` (code 0) and for flags that do not parse (code 2);
-    raises `UserError` for what else is wrong.
+    config: Config
+    cpu_config: Config | None
+    overrides: dict[str, Any]
+    config_file: str
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Parse a command line without importing JAX.
+
+    Ends the process for `--help` (code 0) and for flags that do not parse (code 2). Raises
+    `UserError` for other mistakes.
     """
-    path, flags = _split_config_path(list(argv))
+    config_file, flags = split_config_file(list(argv))
     for flag in flags:
-        name = flag.removeprefix("--").split("=")[0]
-        if flag.startswith("--") and name in NOT_KEYS:
-            raise UserError(f"--{name}: {NOT_KEYS[name]}; leave this flag out")
-    variants = load(path) if path else {"config": Config()}
-    keys = _parse_flags(flags, variants["config"])
-    if not path:
+        name = flag.split("=")[0]
+        if name in UNSUPPORTED_FLAGS:
+            raise UserError(f"{name}: {UNSUPPORTED_FLAGS[name]}; leave this flag out")
+    configs = load_config_file(config_file) if config_file else {"config": Config()}
+    overrides = _parse_flags(flags, configs["config"])
+    if not config_file:
         raise UserError(
             "no config: name one, as in python train.py --config configs/shakespeare.py"
         )
-    accelerated = has_accelerator(keys)
-    if accelerated or "on_cpu" not in variants or not keys["on_cpu"]:
-        return build(keys), {}
-    on_cpu = _parse_flags(flags, variants["on_cpu"])
-    return build(on_cpu), {key: value for key, value in on_cpu.items() if value != keys[key]}
+    return CommandLine(configs["config"], configs.get("cpu_config"), overrides, config_file)
 
 
-def cli_keys(argv: Sequence[str]) -> frozenset[str]:
-    """The keys that a command line sets."""
-    flags = (arg[2:].split("=")[0] for arg in argv if arg.startswith("--"))
-    return frozenset(flag.replace("-", "_") for flag in flags)
-
-
-def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
+def split_config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """Split the config file, which comes first or after `--config`, from the other flags."""
     for i, arg in enumerate(argv):
         if arg.startswith("--config="):
             return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
@@ -110,26 +64,77 @@ def _split_config_path(argv: list[str]) -> tuple[str, list[str]]:
     return "", argv
 
 
-def _parse_flags(flags: list[str], base: Config) -> dict[str, Any]:
-    """The keys of `base` with the command line's over them; tyro types, documents, suggests."""
-    keys = base.to_dict()
-    groups = [
-        (g.__name__.lower(), g, g(**{f.name: keys[f.name] for f in dataclasses.fields(g)}))
-        for g in GROUPS
-    ]
-    switches = {f"--{key}" for key, value in keys.items() if isinstance(value, bool)}
+def _parse_flags(flags: list[str], config: Config) -> dict[str, Any]:
+    """Return the keys that the flags set; tyro checks types, prints help and suggests names."""
+    values = config.to_dict()
+    types = key_types(type(config))
+    switches = {f"--{key}" for key, value in values.items() if isinstance(value, bool)}
+    args = []
+    for flag, following in pairwise([*flags, "--"]):
+        is_alone = flag in switches and following.startswith("--")
+        args.append(f"{flag}=True" if is_alone else flag)
+    bases = [base for base in reversed(type(config).__mro__) if base not in GROUPS]
+    groups = [_key_group(group, types, values) for group in (*GROUPS, *bases)]
     parsed = tyro.cli(
-        dataclasses.make_dataclass("Keys", groups),
-        # a switch alone is on
-        args=[
-            f"{flag}=True" if flag in switches and following.startswith("--") else flag
-            for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
-        ],
+        dataclasses.make_dataclass("Keys", [(g.__name__, g) for g in groups if g]),
+        args=args,
         prog="train.py --config FILE",
-        description="Trains the GPT that FILE describes. Every key can be set here: --key=value.",
+        description="Trains the model that FILE describes. Every key can be set: --key=value.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
+    names = {arg.split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    overrides = {}
     for group in vars(parsed).values():
-        check(group)
-    return {k: v for group in vars(parsed).values() for k, v in vars(group).items()}
+        for key, value in vars(group).items():
+            if f"__{key}" in names:
+                overrides[key] = check_value(key, value, types[key])
+    return overrides
+
+
+def _key_group(group: type, types: dict[str, Any], values: dict[str, Any]) -> type | None:
+    """Make a dataclass of a class's own keys, with their help and these defaults, if it has any."""
+    inherited = {key for base in group.__mro__[1:] for key in inspect.get_annotations(base)}
+    own = [key for key in inspect.get_annotations(group) if key in types and key not in inherited]
+    if not own:
+        return None
+    help_texts, fields = _key_help(group), []
+    for key in own:
+        hint = Annotated[types[key], tyro.conf.arg(help=help_texts.get(key, ""))]
+        fields.append((key, hint, values[key]))
+    made = dataclasses.make_dataclass(group.__name__.removesuffix("Config").lower(), fields)
+    made.__doc__ = group.__doc__
+    return made
+
+
+def _key_help(group: type) -> dict[str, str]:
+    """Read the docstring under each key from the source of a config class."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(group)))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = {}
+    for field, text in pairwise(classes[0].body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(
+                value=ast.Constant(value=str(doc))
+            ):
+                found[key] = " ".join(doc.split())
+    return found
+
+
+def choose_config(command_line: CommandLine) -> tuple[Config, list[str]]:
+    """Start the processes and the device; return the config for that device, and log lines."""
+    from jaxgpt.runtime import device, distributed
+
+    overrides, cpu_config = command_line.overrides, command_line.cpu_config
+    keys = command_line.config.to_dict() | overrides
+    distributed.init_distributed(
+        keys["coordinator"], keys["num_processes"], keys["process_id"], keys["device"]
+    )
+    device.start(keys["device"], float64=keys["dtype"] == "float64")
+    if not device.is_cpu() or cpu_config is None or not keys["use_cpu_variant"]:
+        return command_line.config.replace(**overrides), []
+    config = cpu_config.replace(**overrides)
+    changed = [
+        f"{key}={value}" for key, value in config.to_dict().items() if keys.get(key) != value
+    ]
+    return config, ["no accelerator, so cpu_config is used: " + ", ".join(changed)]

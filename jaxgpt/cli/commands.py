@@ -1,6 +1,6 @@
-"""`jaxgpt <command>`, and what train.py and sample.py call.
+"""The commands: `jaxgpt <command>`, train.py and sample.py.
 
-Imports of JAX wait until a command line has been read: help and mistakes are answered at once.
+JAX is imported after the command line is parsed, so help and mistakes are answered at once.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt.cli.command_line import cli_keys, from_command_line, load
+from jaxgpt import __version__
+from jaxgpt.cli.command_line import choose_config, parse_command_line
 from jaxgpt.config import (
     Fraction,
     InitFrom,
@@ -29,14 +30,27 @@ from jaxgpt.config import (
     UserError,
     check,
 )
+from jaxgpt.runtime.config_file import load_config_file
 
-RULE = "-" * 15  # between samples, as in nanoGPT
+SEPARATOR = "-" * 15  # between samples, as in nanoGPT
 Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
+
+# Old names of flags -> their names now, and old names of their values.
+OLD_FLAGS: dict[str, tuple[str, dict[str, str]]] = {
+    "--what": ("--benchmark", {}),
+    "--pairs": ("--repeats", {}),
+    "--vs": ("--compare_to", {}),
+    "--fit": ("--search", {}),
+    "--context": ("--overflow", {"halve": "truncate", "exact": "slide"}),
+}
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     name, *argv = sys.argv[1:] or ["--help"]
+    if name == "--version":
+        print(f"jaxgpt {__version__}")
+        sys.exit(0)
     if name not in COMMANDS:
         print("usage: jaxgpt {" + ",".join(COMMANDS) + "} ...", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
@@ -44,7 +58,7 @@ def main() -> None:
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs a command and exits with its code: 2, after one line, for a mistake of the user's."""
+    """Run a command and exit with its code. A user's mistake is one line and code 2."""
     try:
         sys.exit(command(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -52,137 +66,121 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read along has left, as `head` does
+    except BrokenPipeError:  # the reader has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         sys.exit(141)
 
 
+def _parse(args_type: type, argv: list[str], prog: str) -> Any:
+    args = tyro.cli(args_type, args=translate_old_flags(argv), prog=prog, use_underscores=True)
+    check(args)
+    return args
+
+
+def translate_old_flags(argv: list[str]) -> list[str]:
+    """Replace old names of flags, and of their values, by the names now."""
+    translated, new_values = [], {}
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if name in OLD_FLAGS:
+            name, new_values = OLD_FLAGS[name]
+            translated.append(name + equals + new_values.get(value, value))
+        else:
+            translated.append(new_values.get(arg, arg))
+            new_values = {}
+    return translated
+
+
 def train(argv: list[str]) -> int:
-    """[--config] FILE [--key=value ...]: trains."""
-    config, on_cpu = from_command_line(argv, _start)
+    """Train: [--config] FILE [--key=value ...]."""
+    command_line = parse_command_line(argv)
+    config, notes = choose_config(command_line)
     from jaxgpt.train import train
 
-    return train(config, on_cpu, cli_keys(argv))
+    return train(config, cli_keys=frozenset(command_line.overrides), notes=notes)
 
 
-def _start(keys: dict[str, Any]) -> bool:
-    from jaxgpt.runtime import device, distributed
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    out_dir: NonEmptyStr = "out"
+    """The run directory."""
+    config: str = ""
+    """The run's config file; needed only if it defines a config class."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
 
-    names = ("coordinator", "num_processes", "process_id", "device")
-    distributed.init_distributed(*(keys[name] for name in names))
-    device.start(keys["device"], float64=keys["dtype"] == "float64")
-    return not device.is_cpu()
 
-
-@dataclass(frozen=True)
-class SampleArgs:
-    """Streams samples from a run directory, or from weights of a GPT-2."""
-
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs(RunArgs):
     init_from: InitFrom = "resume"
     """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
-    out_dir: NonEmptyStr = "out"
-    """The run to sample from."""
-    checkpoint: Checkpoint = "best"
-    """Which of its checkpoints."""
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
+    """Device to run on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs(ModelArgs):
+    """Stream samples from a run directory, or from GPT-2 weights."""
+
     start: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """The prompt; FILE:prompt.txt reads a file. Given several times, a batch. Default: \\n."""
+    """The prompt; FILE:prompt.txt reads a file. Several make a batch. Default: \\n."""
     num_samples: PositiveInt = 10
     """Samples of each prompt."""
     max_new_tokens: PositiveInt = 500
-    """TokenSplit of a sample."""
+    """Tokens per sample."""
     temperature: NonNegativeFloat = 0.8
-    """Below 1 is less random than the model; 0 takes the likeliest token."""
+    """Below 1 is less random than the model; 0 takes the most likely token."""
     top_k: NonNegativeInt = 200
-    """Draw among so many of the likeliest tokens; 0 is all."""
+    """Draw from this many of the most likely tokens; 0 means all."""
     top_p: Annotated[float, Range(0, 1)] = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Draw from the most likely tokens that together have this probability."""
     min_p: Fraction = 0.0
-    """Draw among tokens at least this probable beside the likeliest one."""
+    """Draw from tokens with at least this fraction of the top token's probability."""
     repetition_penalty: Annotated[float, Range(1)] = 1.0
-    """Above 1, makes tokens that were there before less likely."""
+    """Above 1, makes tokens that already occurred less likely."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End a sample before this text; may be given several times."""
     seed: Seed = 1337
-    """Decides the samples."""
-    context: Literal["halve", "exact"] = "halve"
-    """Past block_size: go on from the last half, or slide token by token as nanoGPT does."""
-    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
-    """What to run on."""
+    """Seed of the samples."""
+    overflow: Literal["truncate", "slide"] = "truncate"
+    """Past block_size: continue from the last half, or slide token by token as nanoGPT does."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute type; `auto` is the run's. On a CPU bfloat16 is for weights: faster, text by text."""
+    """Compute dtype; `auto` is the run's. On a CPU bfloat16 applies to weights and is faster."""
     interactive: bool = False
-    """Ask for prompts, one a line, until an empty one."""
+    """Ask for prompts, one per line, until an empty one."""
 
 
 def sample(argv: list[str]) -> None:
-    """--out_dir=DIR | --init_from=WEIGHTS [--start=TEXT ...]: streams samples."""
+    """Stream samples: --out_dir=DIR | --init_from=WEIGHTS [--start=TEXT ...]."""
     args = _parse(SampleArgs, argv, "sample.py")
-    prompts = [_read_prompt(start) for start in args.start or ("\n",)]
+    prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.interop import huggingface
     from jaxgpt.runtime import device
     from jaxgpt.sample import Sampler
     from jaxgpt.sharding import local_mesh
 
     config, load, tokenizer = huggingface.load_trained(
-        args.init_from, args.out_dir, args.checkpoint
+        args.init_from, args.out_dir, args.checkpoint, config_file=args.config
     )
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     device.start(args.device, float64="float64" in (config.dtype, dtype))
     params, step = load(local_mesh())
     resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
-    speak = partial(_speak, args, Sampler(resolved).load(params), tokenizer())
-    whose = args.init_from if step is None else f"{args.out_dir}, step {step}"
-    print(f"{whose}, {resolved.dtype}", file=sys.stderr)
-    if args.interactive:
-        while prompt := _ask():
-            try:
-                speak([prompt])
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-    else:
-        speak(prompts)
+    sampler, encoder = Sampler(resolved).load(params), tokenizer()
+    source = args.init_from if step is None else f"{args.out_dir}, step {step}"
+    print(f"{source}, {resolved.dtype}", file=sys.stderr)
+    if not args.interactive:
+        print_samples(args, sampler, encoder, prompts)
+        return
+    while prompt := read_prompt():
+        try:
+            print_samples(args, sampler, encoder, [prompt])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
-def _ask() -> str:
-    """A line of the user's, without its end; nothing where there are no more."""
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
-
-
-def _speak(args: SampleArgs, sampler, tokenizer, prompts: list[str]) -> None:
-    """Prints every sample of every prompt: the first as it comes, the rest when they are done."""
-    from jaxgpt.runtime.metrics import escape_controls
-    from jaxgpt.sample import SamplingParams, sample_text
-
-    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    texts, began = list(prompts), time.perf_counter()
-    stream = sample_text(
-        sampler,
-        tokenizer,
-        prompts,
-        args.max_new_tokens,
-        stop=args.stop,
-        knobs=SamplingParams(
-            **{f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingParams)}
-        ),
-        seed=args.seed,
-        context=args.context,
-    )
-    show = partial(escape_controls, on_terminal=sys.stdout.isatty())
-    print(show(texts[0]), end="", flush=True)
-    for pieces in stream:
-        print(show(pieces[0]), end="", flush=True)
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-    print(f"\n{RULE}", *(f"{show(text)}\n{RULE}" for text in texts[1:]), sep="\n")
-    seconds = time.perf_counter() - began
-    print(f"{sampler.num_generated / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
-
-
-def _read_prompt(start: str) -> str:
-    """`start` itself, or what the file says that it names, as in nanoGPT."""
+def read_start(start: str) -> str:
+    """Return a prompt: `start`, or the text of the file in FILE:name, as in nanoGPT."""
     if not start.startswith("FILE:"):
         return start
     file = Path(start.removeprefix("FILE:"))
@@ -192,199 +190,221 @@ def _read_prompt(start: str) -> str:
         raise UserError(f"start={start!r}: {error}") from error
 
 
+def read_prompt() -> str:
+    """Ask for a prompt; return "" at the end of the input."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return ""
+
+
+def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[str]) -> None:
+    """Print every sample of every prompt: stream the first, print the others when all are done."""
+    from jaxgpt.runtime.metrics import escape_controls
+    from jaxgpt.sample import SamplingParams, generate_text
+
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    show = partial(escape_controls, on_terminal=sys.stdout.isatty())
+    texts, began = list(prompts), time.perf_counter()
+    print(show(texts[0]), end="", flush=True)
+    for pieces in generate_text(
+        sampler,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        stop=args.stop,
+        params=params,
+        seed=args.seed,
+        overflow=args.overflow,
+    ):
+        print(show(pieces[0]), end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    print(f"\n{SEPARATOR}")
+    for text in texts[1:]:
+        print(f"{show(text)}\n{SEPARATOR}")
+    seconds = time.perf_counter() - began
+    print(f"{sampler.num_generated / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Turns a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
+    """Turn a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
 
     dataset: tyro.conf.Positional[NonEmptyStr]
     """A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
     shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
     completions, or documents: a parquet file, or a folder of .parquet or .txt files."""
     tokenizer: str = ""
-    """char, byte, gpt2, a tokenizer.json, or a corpus for its own. Default: the corpus's own; char
-    for a file, gpt2 for documents."""
+    """char, byte, gpt2, a tokenizer.json, or a corpus whose tokenizer to use. Default: the corpus's
+    own; char for a file, gpt2 for documents."""
     data_dir: NonEmptyStr = "data"
-    """Where datasets live."""
+    """Folder of all datasets."""
     val_share: Fraction = 0.0
-    """Of documents: how many are for validation. 0 is 0.0005 of a corpus, 0.01 of your own."""
+    """Documents only: fraction for validation. 0 means 0.0005 of a corpus, 0.01 of your own."""
     shard: str = ""
-    """Of documents: make every n-th piece, from the i-th on (i/n), so that machines share them."""
+    """Documents only: i/n makes every n-th piece from the i-th, to divide work among machines."""
     processes: NonNegativeInt = 0
-    """Of documents: how many tokenize side by side; 0 is one a core."""
+    """Documents only: number of tokenizing processes; 0 means one per core."""
 
 
 def prepare(argv: list[str]) -> None:
-    """DATASET-or-TEXT-FILE [--tokenizer=NAME]: writes token files."""
+    """Write token files: DATASET-or-TEXT-FILE [--tokenizer=NAME]."""
     args = _parse(PrepareArgs, argv, "jaxgpt prepare")
     from jaxgpt.data.prepare import prepare
 
     folder = prepare(**vars(args))
-    if (meta := folder / "meta.json").exists():
+    meta = folder / "meta.json"
+    if meta.exists():
         print(meta.read_text())
     print(folder)
 
 
-@dataclass(frozen=True)
-class EvalArgs:
-    """How good a run, or a GPT-2, is: the loss of a whole validation split, or HellaSwag."""
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(ModelArgs):
+    """Evaluate a run or GPT-2 weights: the loss on a whole validation split, or HellaSwag."""
 
-    init_from: InitFrom = "resume"
-    """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
     task: Literal["loss", "hellaswag"] = "loss"
-    """The loss of the validation split, or the share of HellaSwag's questions answered right."""
+    """The loss on the validation split, or the accuracy on HellaSwag."""
     dataset: str = ""
-    """Whose validation split; empty is the run's own."""
+    """Dataset of the validation split; empty means the run's."""
     hellaswag_file: str = ""
-    """HellaSwag's questions; empty is hellaswag/hellaswag_val.jsonl where datasets live."""
-    out_dir: NonEmptyStr = "out"
-    """The run to evaluate."""
-    checkpoint: Checkpoint = "best"
-    """Which of its checkpoints."""
+    """HellaSwag's questions; empty means DATA_DIR/hellaswag/hellaswag_val.jsonl."""
     data_dir: str = ""
-    """Where datasets live; empty is where the run found them, and data for weights."""
+    """Folder of all datasets; empty means the run's, or data for weights."""
     mesh: str = ""
-    """Devices by axis, as in training; empty is all of them on data."""
-    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
-    """What to run on."""
+    """Devices per axis, as in training; empty puts all on data."""
 
 
 def evaluate(argv: list[str]) -> None:
-    """--out_dir=DIR | --init_from=WEIGHTS [--task=NAME]: a whole split's loss, or HellaSwag."""
+    """Print how good a model is: --out_dir=DIR | --init_from=WEIGHTS [--task=NAME]."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
     from jaxgpt import evaluate
     from jaxgpt.runtime import device
 
     device.start(args.device)
-    whose: dict[str, Any] = {"init_from": args.init_from, "mesh": args.mesh}
-    whose |= {"data_dir": args.data_dir}
+    keys = {"init_from": args.init_from, "mesh": args.mesh, "data_dir": args.data_dir}
+    keys["config_file"] = args.config
     if args.task == "hellaswag":
-        found = evaluate.hellaswag(args.out_dir, args.checkpoint, args.hellaswag_file, **whose)
+        found = evaluate.hellaswag(args.out_dir, args.checkpoint, args.hellaswag_file, **keys)
     else:
-        found = evaluate.evaluate(args.out_dir, args.checkpoint, dataset=args.dataset, **whose)
+        found = evaluate.evaluate(args.out_dir, args.checkpoint, dataset=args.dataset, **keys)
     for name, value in found.items():
         print(f"{name}: {value}")
 
 
-@dataclass(frozen=True)
-class BenchArgs:
-    """Times jaxgpt, alone or in turn with PyTorch nanoGPT."""
-
-    what: Literal["train", "sample", "data", "attention"] = "train"
-    """Whole training steps, sampling, batches alone, or the attention back ends alone."""
-    config: str = ""
-    """A config file to time, instead of a preset."""
-    preset: Literal["", "cpu", "baby", "gpt2", "gpt2-xl"] = ""
-    """nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2."""
-    vs: str = ""
-    """A checkout of PyTorch nanoGPT to take turns with (what=train and sample)."""
-    torch_python: str = ""
-    """A Python that has torch; empty is this one."""
-    compile: Literal["both", "eager", "compiled"] = "both"
-    """How nanoGPT runs: as it is, under torch.compile, or each in turn."""
-    pairs: PositiveInt = 5
-    """Turns of each side; also the samples taken of other things."""
-    json: str = ""
-    """Write everything measured, every sample too, to this file."""
-    plot: str = ""
-    """Picture of both sides' losses. Default: beside the JSON file, or bench.png."""
-
-
-def bench(argv: list[str]) -> None:
-    """[--preset=NAME | --config FILE] [--vs NANOGPT]: times training, sampling and their parts."""
-    args = _parse(BenchArgs, argv, "jaxgpt bench")
-    from jaxgpt.tools.bench.command import bench
-
-    keys = dict(vars(args))
-    bench(json_file=keys.pop("json"), **keys)
-
-
-@dataclass(frozen=True)
-class AblateArgs:
-    """Trains a baseline and each feature of the menu, some seeds each, and compares them."""
-
-    config: NonEmptyStr = "configs/ablate.py"
-    """The baseline."""
-    features: tuple[str, ...] = ()
-    """Which of the menu; all of them if none is named."""
-    seeds: PositiveInt = 5
-    """Runs of each, with seeds 1, 2, ..."""
-    out_dir: NonEmptyStr = "out/ablate"
-    """Where runs are kept, and where menu.md, menu.png and menu.json go."""
-
-
-def ablate(argv: list[str]) -> int:
-    """[--config FILE] [--features NAME ...] [--seeds=N]: what each feature of the menu gains."""
-    args = _parse(AblateArgs, argv, "jaxgpt ablate")
-    variants = load(args.config)
-    from jaxgpt.runtime import device
-    from jaxgpt.tools.ablate import ablate
-
-    device.start(variants["config"].device)
-    config = variants.get("on_cpu" if device.is_cpu() else "config", variants["config"])
-    return ablate(config, list(args.features), args.seeds, args.out_dir)
-
-
-@dataclass(frozen=True)
-class ExportArgs:
-    """Writes a run as a folder that transformers loads as a GPT2LMHeadModel."""
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs(RunArgs):
+    """Write a run as a folder that transformers loads as a GPT2LMHeadModel."""
 
     to: NonEmptyStr
     """The folder to make: config.json, model.safetensors and the tokenizer's files."""
-    out_dir: NonEmptyStr = "out"
-    """The run to export."""
-    checkpoint: Checkpoint = "best"
-    """Which of its checkpoints."""
 
 
 def export(argv: list[str]) -> None:
-    """--out_dir=DIR --to=FOLDER: writes a run as a folder that transformers loads."""
+    """Write a folder that transformers loads: --out_dir=DIR --to=FOLDER."""
     args = _parse(ExportArgs, argv, "jaxgpt export")
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
     device.start("cpu")  # it only copies
-    step = export(args.out_dir, args.checkpoint, args.to)
+    step = export(args.out_dir, args.checkpoint, args.to, args.config)
     print(f"{args.to} holds step {step} of {args.out_dir}")
 
 
-TOPOLOGY_HELP = """\
-usage: jaxgpt plan --config FILE --topology=CHIP:SHAPE [--fit] [--key=value ...]
+@dataclass(frozen=True)
+class BenchArgs:
+    """Time jaxgpt, alone or alternating with PyTorch nanoGPT."""
 
-Compiles the run's training step for hardware that is not here, and says what it would need.
---topology  h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e
---fit       look for the least recomputation, then the largest batch_size, that fit
-Every key of a config can be set too; train.py --help lists them."""
+    benchmark: Literal["train", "sample", "data", "attention"] = "train"
+    """Whole training steps, sampling, batches alone, or the attention back ends alone."""
+    config: str = ""
+    """A config file to time, instead of a preset."""
+    preset: Literal["", "cpu", "baby", "gpt2", "gpt2-xl"] = ""
+    """nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2."""
+    compare_to: str = ""
+    """A checkout of PyTorch nanoGPT to alternate with (benchmark=train and sample)."""
+    torch_python: str = ""
+    """A Python that has torch; empty means this one."""
+    compile: Literal["both", "eager", "compiled"] = "both"
+    """How nanoGPT runs: eager, under torch.compile, or both."""
+    repeats: PositiveInt = 5
+    """Repeats of each side; also the number of samples of other measurements."""
+    json: str = ""
+    """Write all measurements, with every sample, to this file."""
+    plot: str = ""
+    """Plot of both sides' losses. Default: beside the JSON file, or bench.png."""
+
+
+def bench(argv: list[str]) -> None:
+    """Time training or sampling: [--preset=NAME | --config FILE] [--compare_to NANOGPT]."""
+    args = _parse(BenchArgs, argv, "jaxgpt bench")
+    from jaxgpt.tools.bench.command import BenchOptions, bench
+
+    bench(BenchOptions(**vars(args)))
+
+
+@dataclass(frozen=True)
+class AblateArgs:
+    """Train a baseline and each feature of the menu with several seeds, and compare them."""
+
+    config: NonEmptyStr = "configs/ablate.py"
+    """The baseline."""
+    features: tuple[str, ...] = ()
+    """Which features of the menu; all if none is named."""
+    seeds: PositiveInt = 5
+    """Runs of each feature, with seeds 1, 2, ..."""
+    out_dir: NonEmptyStr = "out/ablate"
+    """Folder of the runs, and of menu.md, menu.png and menu.json."""
+
+
+def ablate(argv: list[str]) -> int:
+    """Compare features with a baseline: [--config FILE] [--features NAME ...] [--seeds=N]."""
+    args = _parse(AblateArgs, argv, "jaxgpt ablate")
+    configs = load_config_file(args.config)
+    from jaxgpt.runtime import device
+    from jaxgpt.tools.ablate import ablate
+
+    config = configs["config"]
+    device.start(config.device)
+    if device.is_cpu():
+        config = configs.get("cpu_config", config)
+    return ablate(config, list(args.features), args.seeds, args.out_dir)
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Compile a run's training step for hardware that is not here, and print what it would need.
+
+    The config file and its keys follow, as for training: --config FILE [--key=value ...].
+    """
+
+    topology: str = ""
+    """h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e."""
+    search: bool = False
+    """Find the least recomputation, then the largest batch_size, that fit."""
 
 
 def plan(argv: list[str]) -> int:
-    """--config FILE --topology=CHIP:SHAPE [--fit] [--key=value ...]: what a run would need."""
-    if {"-h", "--help"} & set(argv):
-        print(TOPOLOGY_HELP)
-        return 0
-    flags, topology, search = [], "", False
-    rest = iter(argv)
-    for flag in rest:
-        name, _, value = flag.partition("=")
-        if name == "--topology":
-            topology = value or next(rest, "")
-        elif flag == "--fit":
-            search = True
-        else:
-            flags.append(flag)
-    config, _ = from_command_line(flags, lambda keys: True)
+    """Print what a run would need: --config FILE --topology=CHIP:SHAPE [--search] [--key=value]."""
+    args, flags = tyro.cli(
+        PlanArgs,
+        args=translate_old_flags(argv),
+        prog="jaxgpt plan --config FILE",
+        use_underscores=True,
+        return_unknown_args=True,
+    )
+    command_line = parse_command_line(flags)
+    config = command_line.config.replace(**command_line.overrides)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     from jaxgpt.tools import plan
 
-    fits = plan.run(config, topology, search, print)
+    fits = plan.run(config, args.topology, args.search, print)
     return 0 if fits else 1
-
-
-def _parse(args_type: type, argv: list[str], prog: str):
-    args = tyro.cli(args_type, args=argv, prog=prog, use_underscores=True)
-    check(args)
-    return args
 
 
 COMMANDS = {

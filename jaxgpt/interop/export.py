@@ -30,7 +30,7 @@ from jaxgpt.runtime import run_dir
 from jaxgpt.sharding import local_mesh
 
 
-def export(out_dir: str, checkpoint: str, to: str) -> int:
+def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int:
     """Writes a run as a folder that `transformers.GPT2LMHeadModel` loads -> its step.
 
     Raises `UserError` for a model that GPT-2's format cannot say, and for a folder in use.
@@ -39,7 +39,7 @@ def export(out_dir: str, checkpoint: str, to: str) -> int:
         from safetensors.numpy import save_file
     except ImportError as error:
         raise needs_extra("export") from error
-    config, folder = run_dir.load_config(out_dir), Path(to)
+    config, folder = run_dir.load_config(out_dir, config_file), Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={to!r}: is there already; name a new or an empty folder")

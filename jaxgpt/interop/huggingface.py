@@ -178,7 +178,7 @@ def resolve_init(
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
         return None, adopted, [f"the run's model: {', '.join(changed)}"] if changed else []
     if run_dir.is_run(Path(config.init_from)):
-        weights = run_dir.open_weights(config.init_from, config.out_dir)
+        weights = run_dir.open_weights(config)
     else:
         weights = open_weights(config.init_from)
     positions = weights.keys["block_size"]
@@ -353,10 +353,12 @@ class Trained(NamedTuple):
     tokenizer: Callable[[], Tokenizer]
 
 
-def load_trained(init_from: str, out_dir: str, checkpoint: str, data_dir: str = "") -> Trained:
+def load_trained(
+    init_from: str, out_dir: str, checkpoint: str, data_dir: str = "", config_file: str = ""
+) -> Trained:
     """The model of a run for `init_from` resume, else weights. Raises `UserError`."""
     if init_from == "resume":
-        config = run_dir.load_config(out_dir)
+        config = run_dir.load_config(out_dir, config_file)
         config = config.replace(data_dir=data_dir or config.data_dir)
         load = partial(run_dir.load_params, config, checkpoint)
         return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves on disk, who may write it, and how it is read again."""
+"""The run directory: its files, the lock that one writer holds, and how a run is read again."""
 
 import dataclasses
 import errno
@@ -17,28 +17,26 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, ModelConfig, UserError, build
+from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed
-from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint, atomic_write
+from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint
+from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.files import atomic_write
 from jaxgpt.train_step import abstract_params
 
 CONFIG, LOCK = "config.json", ".lock"
-OURS = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
-
-
-DEFAULTS = Config().to_dict()
+RUN_FILES = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
 
 
 @contextmanager
 def lock_run_dir(out_dir: str) -> Iterator[None]:
-    """Keeps other runs from writing to a run directory; the system lets go when a process dies.
+    """Keep other runs from writing to a run directory; the lock ends with the process.
 
-    Raises `UserError` if a run does, and where the disk is full.
+    Raises `UserError` if another run holds the lock, or if the disk is full.
     """
-    opened: list[int] = []
-    distributed.on_process_0(lambda: opened.append(_lock(out_dir)))
+    file = distributed.on_process_0(partial(_lock, out_dir))
     try:
         yield
     except OSError as error:
@@ -46,14 +44,13 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
             raise
         raise UserError(f"out_dir={out_dir!r}: {error.strerror}; what is saved is whole") from error
     finally:
-        for file in opened:
+        if distributed.is_process_0():
             os.close(file)
 
 
 def _lock(out_dir: str) -> int:
-    """An open file with the lock; it stays there, since deleting it would race with others."""
-    if Path(out_dir).exists() and not Path(out_dir).is_dir():
-        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
+    """Lock a run directory; return the open lock file. It is never deleted, to avoid a race."""
+    _check_is_folder(out_dir)
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = os.open(Path(out_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
@@ -72,19 +69,24 @@ def _lock(out_dir: str) -> int:
     return file
 
 
+def _check_is_folder(out_dir: str) -> None:
+    if Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
+
+
 def open_checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(Path(config.out_dir, "checkpoints"), config.keep_checkpoints)
 
 
 def resume_step(config: Config, checkpoints: Checkpoints) -> int:
-    """The step to go on from; 0 is a fresh run.
+    """Return the step to resume from; 0 is a fresh run.
 
     Raises `UserError` if `init_from` does not fit what the directory holds.
     """
     latest, out_dir = checkpoints.latest(), config.out_dir
-    if Path(out_dir).exists() and not Path(out_dir).is_dir():
-        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
-    if latest is None and not config.overwrite and (damaged := checkpoints.damaged()):
+    _check_is_folder(out_dir)
+    damaged = checkpoints.damaged()
+    if latest is None and not config.overwrite and damaged:
         raise UserError(
             f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} is; "
             "--overwrite deletes them and starts anew"
@@ -100,60 +102,76 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
         if config.init_from == "resume":
             raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
         return 0
-    saved = DEFAULTS | checkpoints.meta(latest)["config"]
-    names = (field.name for field in dataclasses.fields(ModelConfig))
-    for key in (*names, "scan_layers", "optimizer", "freeze"):
-        ours, theirs = getattr(config, key), saved[key]
+    saved = _saved_config(config, checkpoints, latest)
+    for key in (*config.model_keys(), "scan_layers", "optimizer", "freeze"):
+        ours, theirs = getattr(config, key), getattr(saved, key)
         if key != "dropout" and ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
 
 
 def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
-    """The model's keys of the run that is to go on; none where a fresh one begins."""
+    """Return the model's keys of the run to resume; none if a fresh run starts."""
     latest = checkpoints.latest()
     if config.init_from not in ("resume", "auto") or latest is None:
         return {}
-    return _model_keys(checkpoints.meta(latest)["config"])
+    return _model_values(_saved_config(config, checkpoints, latest))
 
 
-def _model_keys(saved: dict[str, Any]) -> dict[str, Any]:
-    names = (field.name for field in dataclasses.fields(ModelConfig))
-    return {name: saved[name] for name in names if name != "dropout" and name in saved}
+def _saved_config(config: Config, checkpoints: Checkpoints, step: int) -> Config:
+    saved = checkpoints.meta(step)["config"]
+    try:
+        return config.from_dict(saved)
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"out_dir={config.out_dir!r}: its run is not of class {type(config).__name__} ({error})"
+        ) from error
+
+
+def _model_values(config: Config) -> dict[str, Any]:
+    """Return the model's keys that cannot change between runs: all but dropout."""
+    return {key: getattr(config, key) for key in config.model_keys() if key != "dropout"}
 
 
 def merge_model_keys(
-    config: Config, theirs: dict[str, Any], whose: str, given: frozenset[str]
+    config: Config, theirs: dict[str, Any], whose: str, cli_keys: frozenset[str]
 ) -> Config:
-    """`config` with these keys of a model that is there already.
+    """Return `config` with the model's keys of an existing model.
 
-    What the user asked for stands: raises `UserError` where a key differs that is `given` on the
-    command line or is not at its default.
+    Raises `UserError` for a different key that the user has set: on the command line, or in the
+    config file to other than its default.
     """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in theirs.items():
         ours = getattr(config, key)
-        if ours != value and (key in given or ours != DEFAULTS[key]):
+        if ours != value and (key in cli_keys or ours != defaults[key]):
             raise UserError(f"{key}={ours!r}: {whose} has {value!r}")
     return config.replace(**theirs)
 
 
 def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
-    """Makes the directory ready: an old run's is cleared for a fresh one, others are left alone.
+    """Write a run's config and tokenizer; if it is `fresh`, delete an old run's files first.
 
-    Raises `UserError` rather than delete what only looks like a run's.
+    Raises `UserError` for files that only look like a run's.
     """
     folder = Path(config.out_dir)
-    there = [path for path in (folder / name for name in (*OURS, "checkpoints")) if path.exists()]
-    if fresh and there and not is_run(folder):
-        raise UserError(f"out_dir={config.out_dir!r}: {there[0].name} in it is not of a run")
+    existing = [folder / name for name in (*RUN_FILES, "checkpoints") if (folder / name).exists()]
+    if fresh and existing and not is_run(folder):
+        raise UserError(f"out_dir={config.out_dir!r}: {existing[0].name} in it is not of a run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
-    # first, so that a run killed in the midst of this leaves what is still a run's
-    atomic_write(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
-    for path in (path for path in there if fresh and path.name != CONFIG):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    # The config comes first: if the process is killed later, the folder is still a run's.
+    made_by = {"config_file": config.config_file, "config_class": type(config).__name__}
+    atomic_write(folder / CONFIG, json.dumps(made_by | config.to_dict(), indent=1))
+    for path in existing:
+        if not fresh or path.name == CONFIG:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     if dataset.tokenizer:
         atomic_write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
 
@@ -165,22 +183,38 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def load_config(out_dir: str) -> Config:
-    """The config of the run in `out_dir`. Raises `UserError` if there is none."""
+def load_config(out_dir: str, config_file: str = "") -> Config:
+    """Load the config of the run in `out_dir`, as the class that `config_file` defines.
+
+    A run of the class `Config` needs no file. Raises `UserError`.
+    """
+    config_class = type(load_config_file(config_file)["config"]) if config_file else Config
+    return _load_config(out_dir, config_class)
+
+
+def _load_config(out_dir: str, config_class: type[Config]) -> Config:
     file = Path(out_dir, CONFIG)
     if not file.is_file():
         raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
     try:
-        return build(json.loads(file.read_text(encoding="utf-8"))).replace(out_dir=out_dir)
+        saved = dict(json.loads(file.read_text(encoding="utf-8")))
+        class_name = saved.get("config_class", "Config")
+        if class_name == config_class.__name__:
+            return config_class.from_dict(saved).replace(out_dir=out_dir)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: not the config of a run ({error})") from error
+    message = f"out_dir={out_dir!r}: its config class {class_name} is "
+    if class_name == "Config":
+        raise UserError(message + f"not {config_class.__name__}; leave --config out")
+    config_file = saved.get("config_file") or "FILE"
+    raise UserError(message + f"defined in {config_file}; add --config {config_file}")
 
 
 def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, Any], int]:
-    """A run's parameters on the mesh, and the step they are from.
+    """Load a run's parameters onto the mesh; return them and their step.
 
-    `checkpoint` is best (the newest where there is none), latest, or a step. In the place of a
-    best or latest one that is damaged comes the newest that is not. Raises `UserError`.
+    `checkpoint` is best (the newest if there is no best), latest, or a step. If the best or the
+    latest is damaged, the newest intact one is loaded. Raises `UserError`.
     """
     checkpoints = open_checkpoints(config)
     steps = checkpoints.steps()
@@ -189,16 +223,14 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
     named = {"best": checkpoints.best() or steps[-1], "latest": steps[-1]}
     step = named[checkpoint] if checkpoint in named else int(checkpoint)
     if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"checkpoint={checkpoint!r}: {config.out_dir} has best, latest, {there}")
+        names = ", ".join(map(str, steps))
+        raise UserError(f"checkpoint={checkpoint!r}: {config.out_dir} has best, latest, {names}")
     abstract = {"params": abstract_params(config, mesh)}
     others = [other for other in steps if other != step] if checkpoint in named else []
     while True:
         try:
             return checkpoints.restore(abstract, step)["params"], step
-        except (
-            CorruptCheckpoint
-        ) as error:  # not moved aside: a reader leaves the directory as it is
+        except CorruptCheckpoint as error:  # not quarantined: readers leave the directory alone
             if not others:
                 raise
             step = others.pop()
@@ -207,25 +239,25 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The best weights of a run, to begin another one with."""
+    """The best weights of a run, to start another run from."""
 
     config: Config
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The model's keys, and how its blocks are kept."""
-        return _model_keys(self.config.to_dict()) | {"scan_layers": self.config.scan_layers}
+        """The model's keys, and how its blocks are stored."""
+        return _model_values(self.config) | {"scan_layers": self.config.scan_layers}
 
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
-        """The parameters on the mesh, without positions past the `block_size` of `config`."""
+        """Load the parameters onto the mesh, without positions past `config.block_size`."""
         params, _ = load_params(self.config, "best", mesh)
         shapes = abstract_params(config, mesh)
-        places = jax.tree.map(lambda p: p.sharding, shapes)
+        shardings = jax.tree.map(lambda p: p.sharding, shapes)
         cut = partial(jax.tree.map, lambda p, shape: p[: shape.shape[0]])
-        return jax.jit(lambda params: cut(params, shapes), out_shardings=places)(params)
+        return jax.jit(lambda params: cut(params, shapes), out_shardings=shardings)(params)
 
     def check_tokenizer(self, dataset: Dataset) -> None:
-        """Raises `UserError` if the ids of a dataset are not those that the run was trained on."""
+        """Raise `UserError` if a dataset's tokenizer is not the one that the run was trained on."""
         file = Path(self.config.out_dir, tokenizers.FILE)
         if not (dataset.tokenizer and file.is_file()):
             return
@@ -236,14 +268,15 @@ class RunWeights:
             )
 
 
-def open_weights(init_from: str, out_dir: str) -> RunWeights:
-    """The run that `init_from` names. Raises `UserError` if it is the one to be written."""
-    if Path(init_from).resolve() == Path(out_dir).resolve():
+def open_weights(config: Config) -> RunWeights:
+    """Open the run that `config.init_from` names. Raises `UserError` if it is `out_dir`."""
+    init_from = config.init_from
+    if Path(init_from).resolve() == Path(config.out_dir).resolve():
         raise UserError(
             f"init_from={init_from!r}: is out_dir too; --init_from=resume goes on with the run, "
             "another --out_dir begins a new one with its weights"
         )
-    config = load_config(init_from)
-    if open_checkpoints(config).latest() is None:
+    source = _load_config(init_from, type(config))
+    if open_checkpoints(source).latest() is None:
         raise UserError(f"init_from={init_from!r}: there is no checkpoint in it yet")
-    return RunWeights(config)
+    return RunWeights(source)

@@ -27,8 +27,9 @@ from jaxgpt.train_step import abstract_state
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
 ROOT = Path(__file__).parents[2]
 TRAIN = (
-    "import sys, json; from jaxgpt.config import build; from jaxgpt.train import train; "
-    "from jaxgpt.cli.commands import run; run(lambda argv: train(build(json.loads(argv[0])), {}))"
+    "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
+    "from jaxgpt.cli.commands import run; "
+    "run(lambda argv: train(Config.from_dict(json.loads(argv[0]))))"
 )
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])

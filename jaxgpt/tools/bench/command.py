@@ -28,12 +28,12 @@ from rich.table import Table
 
 from jaxgpt import model, sharding
 from jaxgpt.attention import attend
-from jaxgpt.cli import command_line
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
 from jaxgpt.tools.bench.nanogpt import (
     NanoGPT,
@@ -323,12 +323,12 @@ def choose(file: str, preset: str, *, single: bool) -> tuple[str, Config]:
     """
     if file and preset:
         raise UserError(f"--preset={preset}: name a preset or a config file, not both")
-    variants = command_line.load(file) if file else {}
+    variants = load_config_file(file) if file else {}
     c = variants.get("config", Config())
     device.start(c.device, float64=c.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
     if file:
-        c = variants.get("on_cpu", c) if device.is_cpu() and c.on_cpu else c
+        c = variants.get("cpu_config", c) if device.is_cpu() and c.use_cpu_variant else c
     else:
         preset = preset or ("cpu" if device.is_cpu() else "gpt2")
         c = PRESETS[preset]

@@ -1,0 +1,5 @@
+"""Run `python -m jaxgpt`."""
+
+from jaxgpt.cli.commands import main
+
+main()

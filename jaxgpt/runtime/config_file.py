@@ -1,0 +1,89 @@
+"""Run a config file, which is the user's own Python, and return the configs that it builds."""
+
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from jaxgpt.config import Config, UserError
+
+NAMES = ("config", "cpu_config")
+
+
+def load_config_file(path: str) -> dict[str, Config]:
+    """Run a config file; return its `config` and, if the file has one, its `cpu_config`.
+
+    Raises `UserError`, with the line of the file that is to blame.
+    """
+    if not Path(path).is_file():
+        files = ", ".join(str(file) for file in sorted(Path("configs").rglob("*.py")))
+        raise UserError(
+            f"--config {path}: no such file" + (f"; there are {files}" if files else "")
+        )
+    # Dataclasses, type hints and --help look a class up in the module that defines it.
+    name = "jaxgpt_config_" + re.sub(r"\W", "_", str(Path(path).resolve()))
+    module = ModuleType(name)
+    module.__file__ = str(Path(path).resolve())
+    with _importing_from(Path(path).resolve().parent):
+        sys.modules[name] = module
+        try:
+            SourceFileLoader(name, path).exec_module(module)
+        except Exception as error:
+            raise UserError(format_config_error(path, error)) from error
+    configs = {key: vars(module)[key] for key in NAMES if key in vars(module)}
+    for key, value in ({"config": None} | configs).items():
+        if not isinstance(value, Config):
+            raise UserError(f"--config {path}: must build `{key} = Config(...)`")
+    return {key: config.replace(config_file=path) for key, config in configs.items()}
+
+
+_imported: set[str] = set()
+"""Modules that config files imported from their own folders."""
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Put `folder` first on the import path, and read anew what earlier config files imported.
+
+    The imported modules stay until the next config file runs: --help reads their source.
+    """
+    for name in _imported:
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    modules, path, dont_write = set(sys.modules), list(sys.path), sys.dont_write_bytecode
+    sys.path[:] = [str(folder), str(Path.cwd()), *path]
+    sys.dont_write_bytecode = True  # leave no __pycache__ beside the user's files
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        sys.dont_write_bytecode = dont_write
+        for name in sys.modules.keys() - modules:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and folder in Path(file).parents:
+                _imported.add(name)
+
+
+def format_config_error(path: str, error: Exception) -> str:
+    """Format an error in a config file as one line: where, the user's own line, what is wrong."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        line = (error.text or "").strip()
+        return f"{error.filename or path}, line {error.lineno}: {line!r}: {error.msg}"
+    parts = [str(error)] if isinstance(error, UserError) else traceback.format_exception_only(error)
+    message = " ".join("".join(parts).split())
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
+        message = str(Config.unknown_key(unknown[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if not frames:
+        return f"{path}: {message}"
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    first, last = frames[-1].lineno or 1, frames[-1].end_lineno or 1
+    key = re.match(r"\w+", message)
+    named = [n for n in range(first, last + 1) if key and re.search(rf"\b{key[0]}\b", lines[n - 1])]
+    line = named[0] if named else first
+    return f"{path}, line {line}: {lines[line - 1].strip()!r}: {message}"
