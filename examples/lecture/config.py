@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import jax
 from flax import nnx
 
-from jaxgpt.config import Config, UserError, key_types
+from jaxgpt.config import Config, UserError
 
 # Keys of the core that the lecture's model does not read.
 ABSENT_KEYS = (
@@ -63,10 +63,7 @@ class LectureConfig(Config):
     @classmethod
     def from_dict(cls, keys: dict[str, Any]) -> Self:
         """Build a config from these keys, which may have their old names."""
-        known = key_types(cls)
-        return super().from_dict(
-            {key if key in known else OLD_KEYS.get(key, key): keys[key] for key in keys}
-        )
+        return super().from_dict({OLD_KEYS.get(key, key): keys[key] for key in keys})
 
     def validate(self) -> None:
         super().validate()
