@@ -4,18 +4,21 @@ K steps in a call, M micro-batches in a step, B sequences in a micro-batch, T le
 """
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
 from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.prepare import prepare
+from jaxgpt.loss import cross_entropy
+from jaxgpt.model import abstract_model
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import Log, read_metrics
@@ -99,7 +102,7 @@ def make_windows(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 
 
 def call_step(step, state, windows_KMBT):
     """Take all steps of the windows in one call."""
-    return step(state, {"windows": windows_KMBT}, jnp.int32(len(windows_KMBT)))
+    return step(state, windows_KMBT, jnp.int32(len(windows_KMBT)))
 
 
 def take_steps(config: Config, batches: Iterable) -> tuple:
@@ -111,6 +114,43 @@ def take_steps(config: Config, batches: Iterable) -> tuple:
         metrics = jax.device_get(metrics)
         rows += [{k: v[i] for k, v in metrics.items()} for i in range(len(windows_KMBT))]
     return jax.device_get(state), rows
+
+
+def value_and_grads(function: Callable, arrays: Sequence, weights) -> tuple:
+    """The value of `function`, and the gradients of its sum weighted by `weights`."""
+    value, pull = jax.vjp(function, *map(jnp.asarray, arrays))
+    return value, *pull(jnp.asarray(weights, value.dtype))
+
+
+def assert_all_close(ours: Iterable, theirs: Iterable, atol: float) -> None:
+    for i, (got, want) in enumerate(zip(ours, theirs, strict=True)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=f"array {i}")
+
+
+# ---- models ----------------------------------------------------------------------------------
+
+
+def random_params(config: Config, dtype: str = "float32", seed: int = 1) -> dict:
+    """Parameters without a zero in them, as the model without `scan_layers` keeps them."""
+    params = ref.init_params(config, np.random.default_rng(seed), np.dtype(dtype))
+    blocks = dict(enumerate(params.pop("blocks")))
+    return params | ({"blocks": blocks} if blocks else {})
+
+
+def build_model(config: Config, params: dict):
+    """The model of these parameters."""
+    return nnx.merge(abstract_model(config)[0], jax.tree.map(jnp.asarray, params))
+
+
+def loss_and_grads(config: Config, params: dict, tokens_BT, targets_BT) -> tuple:
+    """The mean cross-entropy of the model, and its gradients."""
+    graphdef, _, _ = abstract_model(config)
+
+    def loss(params):
+        total, count = cross_entropy(nnx.merge(graphdef, params)(tokens_BT), targets_BT)
+        return total / count
+
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 def stacked(params: dict) -> dict:
@@ -147,7 +187,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config(**checkpoints.meta(step)["config"])
     abstract = abstract_state(config, sharding.make_mesh(config))
-    items = {name: abstract[name] for name in ("params", "opt_state")}
+    items = {"params": abstract.params, "opt_state": abstract.opt_state}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
 

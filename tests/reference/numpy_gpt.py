@@ -47,7 +47,20 @@ ROPE_BASE = 10_000.0
 IGNORE = -1  # a target with this value takes no part in the loss
 VOCAB_MULTIPLE = 128
 
+LECTURE_DEFAULTS = {  # options that a config may lack
+    "residual": True,
+    "out_projection": True,
+    "score_scale": "head",
+    "qkv_bias": True,
+    "head_bias": False,
+}
+
 _erf = np.vectorize(math.erf, otypes=[float])
+
+
+def option(config: Config, name: str) -> Any:
+    """Return one of the lecture's options."""
+    return getattr(config, name, LECTURE_DEFAULTS[name])
 
 
 # --- Parameter trees ----------------------------------------------------------------------------
@@ -98,9 +111,9 @@ class _Draw:
 def _draw_attention(draw: _Draw, config: Config) -> Tree:
     D, N = config.n_embd, config.n_head
     K, H = config.n_kv_head or N, D // N
-    linear = partial(draw.linear, (D,), bias=config.qkv_bias)
+    linear = partial(draw.linear, (D,), bias=option(config, "qkv_bias"))
     p = {"qkv": linear((3, N, H))} if K == N else {"q": linear((N, H)), "kv": linear((2, K, H))}
-    if config.out_projection:
+    if option(config, "out_projection"):
         p["out"] = draw.linear((N, H), (D,))
     if config.qk_norm:
         p |= {name: draw.norm(H, "rmsnorm") for name in ("q_norm", "k_norm")}
@@ -136,7 +149,7 @@ def init_params(config: Config, rng: np.random.Generator, dtype: Any = np.float6
         params["ln_f"] = draw.norm(D, config.norm)
     if not config.tie_embeddings:
         params["lm_head"] = {"kernel": draw.normal(V, D, std=D**-0.5)}
-    if config.head_bias:
+    if option(config, "head_bias"):
         params["head_bias"] = draw.normal(V, std=0.1)
     return params
 
@@ -319,7 +332,7 @@ def _project_qkv_backward(
 
 
 def _attention_options(config: Config, H: int) -> dict[str, Any]:
-    width = config.n_embd if config.score_scale == "embedding" else H
+    width = config.n_embd if option(config, "score_scale") == "embedding" else H
     return {"scale": width**-0.5, "causal": config.causal, "window": config.sliding_window}
 
 
@@ -342,7 +355,7 @@ def self_attention(
     if config.value_residual:
         c.v = (1 - p["value_mix"]) * c.v_raw + p["value_mix"] * c.v_first
     c.out_BTNH = attention(c.q, c.k, c.v, **_attention_options(config, c.q.shape[-1]))
-    if not config.out_projection:
+    if not option(config, "out_projection"):
         return c.out_BTNH.reshape(x_BTD.shape), c
     return linear(c.out_BTNH, p["out"], n_in=2), c
 
@@ -355,7 +368,7 @@ def self_attention_backward(
     `dv_first` [B, T, K, H] collects in place what the layers, last to first, ask of layer 0's v.
     """
     dout, grads = dy_BTD.reshape(c.out_BTNH.shape), {}
-    if config.out_projection:
+    if option(config, "out_projection"):
         dout, grads["out"] = linear_backward(dy_BTD, c.out_BTNH, p["out"], n_in=2)
     options = _attention_options(config, c.q.shape[-1])
     dq, dk, dv = attention_backward(dout, c.q, c.k, c.v, **options)
@@ -451,7 +464,7 @@ def residual(
 
     Without `config.residual` there is no `x +`. Returns (out [B, T, D], cache).
     """
-    stream_BTD = x_BTD * config.residual
+    stream_BTD = x_BTD * option(config, "residual")
     if config.norm_position == "pre":
         y_BTD, cache = layer(norm(x_BTD, p_norm, config.norm))
         return stream_BTD + y_BTD, (x_BTD, cache)
@@ -472,10 +485,10 @@ def residual_backward(
     if config.norm_position == "pre":
         dy, g_layer = layer_backward(dout_BTD, layer_cache)
         dy, g_norm = norm_backward(dy, norm_input, p_norm, config.norm)
-        return dout_BTD * config.residual + dy, g_norm, g_layer
+        return dout_BTD * option(config, "residual") + dy, g_norm, g_layer
     dtotal, g_norm = norm_backward(dout_BTD, norm_input, p_norm, config.norm)
     dx, g_layer = layer_backward(dtotal, layer_cache)
-    return dtotal * config.residual + dx, g_norm, g_layer
+    return dtotal * option(config, "residual") + dx, g_norm, g_layer
 
 
 def block(
@@ -552,7 +565,7 @@ def embed_backward(dx_BTD: Array, params: Tree, tokens_BT: Array, config: Config
 def _head(params: Tree, config: Config) -> Tree:
     """The output projection [D, V], from the embedding's own rows if tied (Press and Wolf 2017)."""
     p = {"kernel": params["embed" if config.tie_embeddings else "lm_head"]["kernel"].T}
-    return p | ({"bias": params["head_bias"]} if config.head_bias else {})
+    return p | ({"bias": params["head_bias"]} if option(config, "head_bias") else {})
 
 
 def forward(
@@ -604,7 +617,7 @@ def backward(params: Tree, config: Config, cache: SimpleNamespace) -> Tree:
         grads["embed"]["kernel"] += g_head["kernel"].T
     else:
         grads["lm_head"] = {"kernel": g_head["kernel"].T}
-    if config.head_bias:
+    if option(config, "head_bias"):
         grads["head_bias"] = g_head["bias"]
     return grads
 

@@ -19,15 +19,7 @@ DEFAULTS = {
     "sliding_window": 0,
     "causal": True,
     "value_residual": False,
-    "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
-    "qkv_bias": True,
-    "head_bias": False,
 }
-# what the lecture's script has and what it has not
-LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, "head_bias": True}
-NO_QKV_BIAS = {"qkv_bias": False}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "relu2", "bias": False, "qk_norm": True}
 MODEL_CASES = [
     {},
@@ -46,6 +38,10 @@ MODEL_CASES = [
     MODERN | {"n_kv_head": 2, "value_residual": True, "sliding_window": 4, "logit_softcap": 2.0},
     {"n_layer": 0},
     {"n_layer": 0, "tie_embeddings": False, "norm": "rmsnorm", "position": "none"},
+]
+# Options that only the lecture's models have; numpy_gpt.py knows their defaults.
+LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, "head_bias": True}
+LECTURE_CASES = [
     LECTURE | {"mlp": "relu", "score_scale": "embedding"},
     LECTURE | {"norm": "none", "mlp": "none", "residual": False},
     {

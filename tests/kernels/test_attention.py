@@ -1,0 +1,176 @@
+"""Attention against the NumPy equations: every implementation and option, values and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_all_close, make_config, value_and_grads
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+from reference import numpy_gpt as ref
+
+from jaxgpt.kernels import ANY, TABLE, attention, dot_product_attention
+from jaxgpt.kernels.attention import AttentionOptions
+from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.sharding import BATCH, make_mesh, with_mesh
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+OWN = [  # those whose gradients are written by hand or by JAX's rules, not by a library
+    attention.attention_reference,
+    attention.attention_saved_weights,
+    attention.attention_cpu,
+]
+CASES = [
+    {},
+    {"causal": False},
+    {"window": 3},
+    {"window": 1},
+    {"kv_heads": 2},
+    {"kv_heads": 1, "window": 5},
+    {"documents": True},
+    {"documents": True, "window": 3, "kv_heads": 2},
+    {"documents": True, "causal": False, "kv_heads": 1},
+]
+name_of = lambda value: getattr(value, "__name__", str(value))
+interpreted = partial(attention.attention_splash, interpret=True)
+
+
+def operands(dtype: str = "float32", kv_heads: int = 4, length: int = 9, width: int = 8) -> list:
+    """q, k and v, and weights of the output."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, width) for heads in (4, kv_heads, kv_heads, 4)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def check(implementation, arrays, atol, *, causal=True, window=0, documents=False) -> None:
+    """Compare the output and the gradients with NumPy's; `documents` are three to a sequence."""
+    *qkv, weights = arrays
+    length, scale = qkv[0].shape[1], qkv[0].shape[-1] ** -0.5
+    segments_BT = mask_BTS = None
+    if documents:
+        segments_BT = np.arange(length)[None] // [[length // 3], [length // 2]]
+        mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        segments_BT = jnp.asarray(segments_BT, jnp.int32)
+    options = {"causal": causal, "window": window, "scale": scale}
+    run = lambda q, k, v: implementation(q, k, v, segments_BT, None, AttentionOptions(**options))
+    want = ref.attention(*qkv, **options, mask_BTS=mask_BTS)
+    want_grads = ref.attention_backward(weights, *qkv, **options, mask_BTS=mask_BTS)
+    assert_all_close(value_and_grads(run, qkv, weights), [want, *want_grads], atol)
+
+
+# JAX's own softmax is float32 whatever its input, so it cannot meet the float64 tolerance
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(own, dtype) for own in OWN for dtype in TOLERANCE] + [(attention.attention_xla, "float32")],
+    ids=name_of,
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_and_its_gradients_are_numpys(case, implementation, dtype):
+    options = dict(case)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = operands(dtype, options.pop("kv_heads", 4))
+        check(implementation, arrays, TOLERANCE[dtype], **options)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}], ids=str)
+def test_the_tpu_kernel_interpreted_is_numpys(options, documents):
+    arrays = operands(kv_heads=2, length=256, width=64)
+    check(interpreted, arrays, 1e-4, documents=documents, **options)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_tpu_kernel_maps_over_a_mesh(documents):
+    """On two devices, each of which sees the documents of its own sequences."""
+    *arrays, _ = operands(length=128, width=64)
+    if documents:
+        arrays.append(np.array([np.arange(128) // 50, np.arange(128) // 70], np.int32))
+    mesh = make_mesh(make_config(mesh="data:2"))
+    options = AttentionOptions(causal=True, window=0, scale=0.125)
+    run = lambda q, k, v, segments=None: interpreted(q, k, v, segments, None, options)
+    placed = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(BATCH)))
+    got = jax.jit(with_mesh(mesh, run))(*placed)
+    np.testing.assert_allclose(got, run(*map(jnp.asarray, arrays)), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", OWN, ids=name_of)
+def test_half_width_operands_keep_their_type_and_are_summed_in_float32(implementation):
+    qkv = [jnp.asarray(x, jnp.bfloat16) for x in operands()[:3]]
+    got = implementation(*qkv, None, None, AttentionOptions(True, 0, 8**-0.5))
+    assert got.dtype == jnp.bfloat16
+    want = ref.attention(*(np.asarray(x, np.float64) for x in qkv), scale=8**-0.5)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
+
+
+# ---- dropout of the weights ------------------------------------------------------------------
+
+
+def make_dropout(rate: float = 0.25) -> Partial:
+    dropout = Dropout(rate, jax.random.split(jax.random.key(0), 2))
+    return Partial(Dropout.__call__, dropout, layer=0, site=DropoutSite.ATTENTION_WEIGHTS)
+
+
+@pytest.mark.parametrize("implementation", OWN, ids=name_of)
+def test_dropout_acts_on_the_weights_alone(implementation):
+    """With values of one, the output is the sum of the weights that are left."""
+    q, k, _, _ = map(jnp.asarray, operands(length=64))
+    options = AttentionOptions(False, 0, 8**-0.5)
+    sums = implementation(q, k, jnp.ones_like(k), None, make_dropout(), options)[..., 0]
+    assert np.asarray(sums).std() > 0.01
+    assert np.asarray(sums).mean() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("implementation", OWN, ids=name_of)
+def test_gradients_drop_what_the_equations_drop(implementation):
+    *qkv, weights = operands(kv_heads=2)
+    dropout = make_dropout()
+
+    def equations(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(8)
+        probabilities = jax.nn.softmax(jnp.where(jnp.tri(9, dtype=bool), scores, -jnp.inf))
+        return jnp.einsum("BNTS,BSNH->BTNH", dropout(probabilities), v)
+
+    options = AttentionOptions(True, 0, 8**-0.5)
+    run = lambda q, k, v: implementation(q, k, v, None, dropout, options)
+    got, want = (value_and_grads(function, qkv, weights) for function in (run, equations))
+    assert_all_close(got, want, atol=1e-5)
+
+
+# ---- the choice ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "taken"),
+    [
+        ("splash", {"length": 128}, "splash"),
+        ("splash", {"length": 9}, "reference"),  # a prompt's, when a model is sampled
+        ("splash", {"length": 128, "dropout": True}, "reference"),
+        ("xla", {"length": 9, "dropout": True}, "reference"),
+        ("cudnn", {"length": 9, "dropout": True}, "reference"),
+        ("cpu", {"length": 9, "dropout": True}, "cpu"),
+        ("cpu", {"length": 9, "queries": 4}, "reference"),
+    ],
+    ids=str,
+)
+def test_the_reference_takes_the_place_of_what_lacks_an_option(backend, case, taken, monkeypatch):
+    called = []
+    for operation in [name for name, platform in TABLE if platform == ANY]:
+        if operation.startswith("attention"):
+            spy = lambda *args, name=operation: called.append(name)
+            monkeypatch.setitem(TABLE, (operation, ANY), spy)
+    q, k, v, _ = operands(length=case["length"])
+    dropout = make_dropout() if case.get("dropout") else None
+    q = q[:, : case.get("queries", case["length"])]
+    dot_product_attention(q, k, v, causal=True, backend=backend, dropout=dropout)
+    assert called == [f"attention {taken}"]
+
+
+def test_scores_are_scaled_by_the_root_of_the_heads_width_unless_said():
+    q, k, v, _ = operands()
+    for scale in (None, 0.7):
+        got = dot_product_attention(q, k, v, causal=True, scale=scale)
+        want = ref.attention(q, k, v, scale=scale or 8**-0.5)
+        np.testing.assert_allclose(got, want, atol=1e-5)

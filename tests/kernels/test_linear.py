@@ -1,0 +1,107 @@
+"""Linear maps against NumPy, by matrix products, by parts of one row, and by packed weights."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_all_close, value_and_grads
+
+from jaxgpt.kernels import linear
+from jaxgpt.kernels.embedding import embed_cpu
+from jaxgpt.kernels.linear import linear_cpu, linear_in_order, linear_reference, pack_bf16
+
+LARGE = [  # sizes that eight parts divide and ones that they do not
+    ("BTD,DCNH->BTCNH", [(1, 1, 96), (96, 3, 20, 60)]),
+    ("BTNH,NHD->BTD", [(1, 1, 20, 60), (20, 60, 250)]),
+    ("BTD,VD->BTV", [(1, 1, 100), (2777, 100)]),
+    ("BTD,VD->BTV", [(1, 1, 100), (2776, 100)]),
+]
+SMALL = [
+    ("BTD,DF->BTF", [(2, 3, 4), (4, 5)]),
+    ("BTD,DCNH->BTCNH", [(2, 3, 4), (4, 3, 2, 5)]),
+    ("BTNH,NHD->BTD", [(2, 3, 4, 5), (4, 5, 7)]),
+    ("BTD,VD->BTV", [(2, 3, 4), (11, 4)]),
+]
+
+
+def operands(shapes: list[tuple]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("variant", [linear_reference, linear_in_order, linear_cpu])
+@pytest.mark.parametrize(("equation", "shapes"), SMALL + LARGE, ids=str)
+def test_a_linear_map_and_its_gradients_are_numpys(equation, shapes, variant):
+    x, weight = operands(shapes)
+    if (equation, shapes) in LARGE:
+        assert weight.nbytes > linear.GEMV_MIN_BYTES
+    want = np.einsum(equation, x, weight)
+    x_axes, weight_axes, axes = equation.replace("->", ",").split(",")
+    wants = [
+        want,
+        np.einsum(f"{axes},{weight_axes}->{x_axes}", want, weight),
+        np.einsum(f"{axes},{x_axes}->{weight_axes}", want, x),
+    ]
+    got = value_and_grads(partial(variant, equation), (x, weight), want)
+    atol = 1e-5 * max(np.abs(wanted).max() for wanted in wants)
+    assert_all_close(got, wants, atol)
+
+
+@pytest.mark.parametrize("variant", [linear_reference, linear_in_order, linear_cpu])
+def test_weights_are_rounded_to_the_type_of_the_activations(variant):
+    x, weight = operands(SMALL[0][1])
+    got = variant("BTD,DF->BTF", jnp.asarray(x, jnp.bfloat16), weight)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), x @ weight, atol=0.05)
+
+
+@pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
+def test_a_sum_over_axes_in_the_middle_is_refused(variant):
+    with pytest.raises(ValueError, match="'D' must lead or end both operands"):
+        variant("BTD,NDH->BTNH", jnp.ones((1, 1, 2)), jnp.ones((3, 2, 4)))
+
+
+# ---- packed weights --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "summed_first"),
+    [
+        ("BTD,DCNH->BTCNH", [(1, 1, 48), (48, 3, 2, 5)], "DCNH"),  # a sum of 24 words, 3 at a time
+        ("BTD,DF->BTF", [(1, 1, 512), (512, 9)], "DF"),  # of 256 words, 16 at a time
+        ("BTD,DF->BTF", [(1, 1, 16), (16, 9)], "DF"),
+        ("BTNH,NHD->BTD", [(1, 1, 3, 16), (3, 16, 7)], "NHD"),
+        ("BTD,VD->BTV", [(1, 1, 32), (65, 32)], "DV"),
+    ],
+    ids=str,
+)
+def test_one_row_by_a_packed_weight_is_the_product_of_its_numbers(
+    equation, shapes, summed_first, monkeypatch
+):
+    monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
+    x, weight = operands(shapes)
+    rounded = weight.astype(jnp.bfloat16).astype(np.float32)
+    packed = pack_bf16(equation, jnp.array(rounded))
+    assert (packed.dtype, 2 * packed.nbytes) == (np.uint32, weight.nbytes)
+    axes = equation.replace("->", ",").split(",")[1]
+    numbers = np.concatenate(linear.unpack_bf16(packed)).ravel()
+    np.testing.assert_array_equal(numbers, np.einsum(f"{axes}->{summed_first}", rounded).ravel())
+    got = jax.jit(partial(linear_cpu, equation))(x, packed)
+    np.testing.assert_allclose(got, np.einsum(equation, x, rounded), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "min_bytes"), [(40, 0), (48, 1 << 17)])
+def test_a_weight_that_is_small_or_uneven_stays_as_it_is(width, min_bytes, monkeypatch):
+    monkeypatch.setattr(linear, "PACKED_MIN_BYTES", min_bytes)
+    weight = jnp.ones((width, 8))
+    assert pack_bf16("BTD,DF->BTF", weight) is weight
+
+
+def test_a_packed_table_is_looked_up_as_it_was(monkeypatch):
+    monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
+    table_VD = operands([(65, 32)])[0].astype(jnp.bfloat16).astype(np.float32)
+    tokens_BT = np.array([[3, 64, 0], [3, 3, 7]])
+    packed = pack_bf16("BTD,VD->BTV", jnp.array(table_VD))
+    np.testing.assert_array_equal(embed_cpu(packed, tokens_BT), table_VD[tokens_BT])

@@ -1,0 +1,68 @@
+"""The platform that is traced for, and what the mesh changes in a trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import make_config
+from jax.sharding import PartitionSpec
+
+from jaxgpt import kernels
+from jaxgpt.kernels import ANY, TABLE
+from jaxgpt.kernels.platform import current_platform, is_partitioned, target_platform
+from jaxgpt.sharding import BATCH, constrain, constrain_batch, make_mesh, with_mesh
+
+
+def test_the_platform_is_the_one_named_last_and_jaxs_default_outside():
+    assert current_platform() == "cpu"
+    with target_platform("gpu"):
+        assert current_platform() == "gpu"
+        with pytest.raises(RuntimeError), target_platform("tpu"):  # noqa: PT012
+            assert current_platform() == "tpu"
+            raise RuntimeError
+        assert current_platform() == "gpu"
+    assert current_platform() == "cpu"
+
+
+@pytest.mark.parametrize(("platform", "row"), [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", ANY)])
+def test_a_call_takes_the_tables_row_of_its_platform(platform, row, monkeypatch):
+    taken = []
+    for key in [key for key in TABLE if key[0] == "norm"]:
+        spy = lambda x, scale_D, centered, key=key: taken.append(key[1]) or x
+        monkeypatch.setitem(TABLE, key, spy)
+    with target_platform(platform):
+        jax.make_jaxpr(lambda x: kernels.normalize(x, x, centered=True))(jnp.ones(3))
+    assert taken == [row]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "is_split"), [("data:1", False), ("data:2", True), ("tensor:2", True)]
+)
+def test_a_function_is_traced_for_its_mesh_and_constrained_where_arrays_are_split(mesh, is_split):
+    mesh = make_mesh(make_config(mesh=mesh))
+    seen = []
+
+    def function(x: jax.Array) -> jax.Array:
+        seen.append((current_platform(), is_partitioned()))
+        return constrain(constrain_batch(x), None, "tensor")
+
+    with target_platform("tpu"):
+        text = str(jax.make_jaxpr(with_mesh(mesh, function))(jnp.ones((4, 8))))
+    assert seen == [("cpu", is_split)]
+    assert text.count("sharding_constraint") == 2 * is_split
+    assert not is_partitioned()
+
+
+def test_inside_shard_map_an_array_is_a_devices_own():
+    mesh = make_mesh(make_config(mesh="data:2"))
+    seen = []
+
+    def local(x: jax.Array) -> jax.Array:
+        seen.append(is_partitioned())
+        return constrain(x, BATCH)
+
+    spec = PartitionSpec(BATCH)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    x = np.arange(4.0, dtype=np.float32)
+    np.testing.assert_array_equal(jax.jit(with_mesh(mesh, mapped))(x), x)
+    assert seen == [False]
