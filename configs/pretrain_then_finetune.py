@@ -58,8 +58,8 @@ def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str
 
 def compare(argv: list[str]) -> None:
     """Make the runs of every seed and print the losses of their best checkpoints."""
-    from jaxgpt.evaluate import evaluate
     from jaxgpt.runtime import device
+    from jaxgpt.tools.evaluation import evaluate
 
     device.start()
     losses: dict[str, list[float]] = {}

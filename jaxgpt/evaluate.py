@@ -86,7 +86,6 @@ def evaluate(
     *,
     init_from: str = "resume",
     dataset: str = "",
-    config_file: str = "",
 ) -> dict[str, Any]:
     """The loss of a model on a whole validation split, also as perplexity and bits a byte.
 
@@ -96,7 +95,7 @@ def evaluate(
     """
     if init_from != "resume" and not dataset:
         raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
-    config, load, _ = _find(out_dir, checkpoint, data_dir, init_from, config_file)
+    config, load, _ = _find(out_dir, checkpoint, data_dir, init_from)
     config = config.replace(dataset=dataset or config.dataset)
     data = find_dataset(config, config.block_size)
     if config.vocab_size < data.vocab_size:
@@ -120,10 +119,8 @@ def evaluate(
     return found
 
 
-def _find(
-    out_dir: str, checkpoint: str, data_dir: str, init_from: str, config_file: str
-) -> huggingface.Trained:
-    trained = huggingface.load_trained(init_from, out_dir, checkpoint, data_dir, config_file)
+def _find(out_dir: str, checkpoint: str, data_dir: str, init_from: str) -> huggingface.Trained:
+    trained = huggingface.load_trained(init_from, out_dir, checkpoint, data_dir)
     if init_from == "resume":
         return trained
     sizes = {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
@@ -202,14 +199,13 @@ def hellaswag(
     mesh: str = "",
     *,
     init_from: str = "resume",
-    config_file: str = "",
 ) -> dict[str, Any]:
     """The share of questions whose right ending the model finds the likeliest.
 
     Scored as completions, as build-nanogpt does: `acc` takes the ending with the lowest summed
     loss, `acc_norm` that with the lowest mean loss a token. Raises `UserError`.
     """
-    config, load, tokenizer = _find(out_dir, checkpoint, data_dir, init_from, config_file)
+    config, load, tokenizer = _find(out_dir, checkpoint, data_dir, init_from)
     default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
     questions = read_questions(Path(file) if file else default)
     windows, encoder = [], tokenizer()

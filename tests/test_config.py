@@ -1,4 +1,4 @@
-"""What a Config may hold: every field, every rule between fields, and the way through JSON."""
+"""Config: every key, every rule between keys, the way through JSON, and subclasses."""
 
 import dataclasses
 import json
@@ -7,101 +7,66 @@ import re
 import typing
 
 import pytest
+from config_strategy import configs
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt.config import Config, Pattern, Range, UserError, build
+from jaxgpt.config import OLD_KEYS, Config, Range, UserError
+from jaxgpt.model import GPT
 
-FIELDS = [field.name for field in dataclasses.fields(Config)]
+KEYS = [field.name for field in dataclasses.fields(Config)]
 DEFAULTS = Config().to_dict()
 
 
-# ---- one field -------------------------------------------------------------------------------
+# ---- one key ---------------------------------------------------------------------------------
 
-# Field -> (a value that it may not have, what the message says is allowed).
-BAD = {
-    "out_dir": ("", "a folder"),
-    "init_from": ("", "scratch, resume, auto, or the name of weights"),
-    "overwrite": ("yes", "True or False"),
-    "max_iters": (-1, "a whole number at least 0"),
-    "eval_interval": (0, "a whole number at least 1"),
-    "eval_iters": (-1, "a whole number at least 0"),
-    "eval_only": (None, "True or False"),
-    "log_interval": (0, "a whole number at least 1"),
-    "sample_every": (-1, "a whole number at least 0"),
-    "always_save_checkpoint": ("False", "True or False"),
-    "save_interval": (-5, "a whole number at least 0"),
-    "keep_checkpoints": (0, "a whole number at least 1"),
-    "seed": (2**32, "a whole number from 0 to 4294967295"),
-    "tensorboard": (0, "True or False"),
-    "wandb_log": ("no", "True or False"),
-    "wandb_project": ("", "a folder"),
-    "wandb_run_name": (7, "text"),
-    "dataset": ("../shakespeare", "a name, or names joined by /"),
-    "data_dir": ("a\0b", "a folder"),
-    "batch_size": (0, "a whole number at least 1"),
-    "gradient_accumulation_steps": (0, "a whole number at least 1"),
-    "batch_tokens": (-1, "a whole number at least 0"),
-    "data_on_device": (True, "one of auto, always, never"),
-    "vocab_size": (-1, "a whole number at least 0"),
-    "block_size": (0, "a whole number at least 1"),
-    "n_layer": (1.5, "a whole number at least 0"),
-    "n_head": (0, "a whole number at least 1"),
-    "n_kv_head": (-1, "a whole number at least 0"),
-    "n_embd": (0, "a whole number at least 1"),
-    "mlp_dim": (-1, "a whole number at least 0"),
-    "dropout": (1.0, "a number from 0 to 1 exclusive"),
-    "embed_dropout": (0.2, "True or False"),
-    "attention_dropout": (1, "True or False"),
-    "bias": ("True", "True or False"),
-    "qkv_bias": (0, "True or False"),
-    "head_bias": (1, "True or False"),
-    "norm": ("batchnorm", "one of layernorm, rmsnorm, none"),
-    "norm_position": ("before", "one of pre, post"),
-    "position": ("alibi", "one of learned, sinusoidal, rope, none"),
-    "mlp": ("GELU", "one of gelu, gelu_tanh, relu, relu2, swiglu, none"),
-    "residual": ("no", "True or False"),
-    "out_projection": (None, "True or False"),
-    "score_scale": ("heads", "one of head, embedding"),
-    "init": ("xavier", "one of gpt2, torch"),
-    "tie_embeddings": (1.0, "True or False"),
-    "qk_norm": (1, "True or False"),
-    "logit_softcap": (-0.1, "a number at least 0"),
-    "sliding_window": (-1, "a whole number at least 0"),
-    "causal": ([], "True or False"),
-    "value_residual": ("", "True or False"),
-    "zero_init_projections": (0, "True or False"),
-    "optimizer": ("adam", "one of adamw, muon"),
-    "document_mask": (1, "True or False"),
-    "eot_id": (-2, "a whole number at least -1"),
-    "learning_rate": (-6e-4, "a number at least 0"),
-    "decay_lr": (2, "True or False"),
-    "lr_schedule": ("linear", "one of cosine, wsd"),
-    "decay_fraction": (1.5, "a number from 0 to 1"),
-    "warmup_iters": (-1, "a whole number at least 0"),
-    "lr_decay_iters": (-1, "a whole number at least 0"),
-    "min_lr": (-1e-9, "a number at least 0"),
-    "weight_decay": ("0.1", "a number at least 0"),
-    "decay_all": (0.1, "True or False"),
-    "beta1": (1.0, "a number from 0 to 1 exclusive"),
-    "beta2": (1.5, "a number from 0 to 1 exclusive"),
-    "grad_clip": (-1.0, "a number at least 0"),
-    "device": ("cuda:0", "one of auto, cpu, gpu, cuda, tpu"),
-    "on_cpu": ("auto", "True or False"),
-    "dtype": ("float16", "one of auto, float32, bfloat16, float64"),
-    "mesh": ("data=2", "axis:size[,axis:size]"),
-    "attention": ("flash", "one of auto, reference, cpu, xla, cudnn, splash"),
-    "remat": (False, "one of none, dots, full"),
-    "scan_layers": (0, "True or False"),
-    "digits": (0, "a whole number from 1 to 9"),
-    "early_stopping_patience": (-1, "a whole number at least 0"),
-    "freeze": (3, "text"),
-    "max_nonfinite_steps": (-1, "a whole number at least 0"),
-    "coordinator": ("localhost", "host:port"),
-    "num_processes": (-1, "a whole number at least 0"),
-    "process_id": (-2, "a whole number at least -1"),
-    "steps_per_call": (-1, "a whole number at least 0"),
-}
+# Keys of one kind, a value that they may not have, and what the message says is allowed.
+KINDS = [
+    (
+        "max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
+        "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
+        "max_nonfinite_steps num_processes steps_per_call",
+        *(-1, "a whole number at least 0"),
+    ),
+    (
+        "eval_interval log_interval keep_checkpoints batch_size gradient_accumulation_steps "
+        "block_size n_head n_embd",
+        *(0, "a whole number at least 1"),
+    ),
+    ("eot_id", -2, "a whole number at least -1"),
+    ("process_id", -2, "a whole number at least -1"),
+    ("digits", 10, "a whole number from 1 to 9"),
+    ("seed", 2**32, "a whole number from 0 to 4294967295"),
+    ("learning_rate min_lr weight_decay grad_clip logit_softcap", -1e-9, "a number at least 0"),
+    ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
+    ("decay_fraction", 1.5, "a number from 0 to 1"),
+    (
+        "overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
+        "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
+        "decay_lr use_cpu_variant scan_layers",
+        *("yes", "True or False"),
+    ),
+    ("out_dir wandb_project", "", "non-empty text"),
+    ("data_dir", "a\0b", "non-empty text"),
+    ("wandb_run_name freeze", 7, "text"),
+    ("init_from", "", "scratch, resume, auto, or the name of weights"),
+    ("dataset", "../shakespeare", "a name, or names joined by /"),
+    ("data_on_device", True, "one of auto, always, never"),
+    ("norm", "batchnorm", "one of layernorm, rmsnorm"),
+    ("norm_position", "before", "one of pre, post"),
+    ("position", "alibi", "one of learned, sinusoidal, rope, none"),
+    ("mlp", "GELU", "one of gelu, gelu_tanh, relu, relu2, swiglu"),
+    ("optimizer", "adam", "one of adamw, muon"),
+    ("lr_schedule", "linear", "one of cosine, wsd"),
+    ("device", "cuda:0", "one of auto, cpu, gpu, cuda, tpu"),
+    ("dtype", "float16", "one of auto, float32, bfloat16, float64"),
+    ("mesh", "data=2", "axis:size[,axis:size]"),
+    ("attention", "flash", "one of auto, reference, cpu, xla, cudnn, splash"),
+    ("remat", False, "one of none, dots, full"),
+    ("coordinator", "localhost", "host:port"),
+]
+BAD = {key: (value, allowed) for keys, value, allowed in KINDS for key in keys.split()}
 
 
 def refusal(**keys) -> str:
@@ -110,18 +75,18 @@ def refusal(**keys) -> str:
     return str(raised.value)
 
 
-def test_every_field_has_a_bad_value():
-    assert BAD.keys() == set(FIELDS)
+def test_every_key_has_a_bad_value():
+    assert BAD.keys() == set(KEYS)
 
 
-@pytest.mark.parametrize("field", BAD)
-def test_a_bad_value_is_refused_by_name_with_what_is_allowed(field):
-    value, allowed = BAD[field]
-    assert refusal(**{field: value}) == f"{field}={value!r}: must be {allowed}"
+@pytest.mark.parametrize("key", BAD)
+def test_a_bad_value_is_refused_by_name_with_what_is_allowed(key):
+    value, allowed = BAD[key]
+    assert refusal(**{key: value}) == f"{key}={value!r}: must be {allowed}"
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_no_value_of_another_type_is_taken_for_the_fields_own(field):
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_another_type_is_refused(key):
     """Python's True is 1, 1 == 1.0 and nan compares with nothing: none of it slips through."""
     others = {
         bool: [0, 1, 0.0, "True", None],
@@ -129,23 +94,23 @@ def test_no_value_of_another_type_is_taken_for_the_fields_own(field):
         float: [True, False, math.nan, math.inf, -math.inf, 10**400, "0.5", None],
         str: [0, True, None, b"auto", ["auto"], {}],
     }
-    for value in others[type(DEFAULTS[field])]:
-        assert refusal(**{field: value}).startswith(f"{field}={value!r}: must be ")
+    for value in others[type(DEFAULTS[key])]:
+        assert refusal(**{key: value}).startswith(f"{key}={value!r}: must be ")
 
 
-@pytest.mark.parametrize("field", [f for f in FIELDS if type(DEFAULTS[f]) is float])
-def test_a_whole_number_is_taken_for_a_real_one(field):
-    value = getattr(Config(**{"min_lr": 0, field: 0}), field)
+@pytest.mark.parametrize("key", [key for key in KEYS if type(DEFAULTS[key]) is float])
+def test_a_whole_number_may_stand_for_a_real_one(key):
+    value = getattr(Config(**{"min_lr": 0, key: 0}), key)
     assert value == 0
     assert type(value) is float
 
 
-def test_numbers_have_no_end_where_none_is_named():
+def test_numbers_without_a_bound_may_be_huge():
     assert Config(max_iters=10**400).max_iters == 10**400
     assert Config(learning_rate=1e308).learning_rate == 1e308
 
 
-# ---- fields together -------------------------------------------------------------------------
+# ---- keys together ---------------------------------------------------------------------------
 
 # (keys that do not go together, what the message says)
 TOGETHER = [
@@ -169,16 +134,16 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize(("keys", "message"), TOGETHER, ids=[m for _, m in TOGETHER])
-def test_keys_that_do_not_go_together_are_refused_whichever_comes_last(keys, message):
+def test_keys_that_do_not_fit_together_are_refused_whichever_is_set_last(keys, message):
     assert refusal(**keys) == message
     with pytest.raises(UserError, match=re.escape(message)):
-        build(keys)
+        Config.from_dict(keys)
     for last, value in keys.items():
         others = {k: v for k, v in keys.items() if k != last}
         try:
             config = Config(**others)
         except UserError:
-            continue  # refused already: beside the default of the last key
+            continue  # the default of the last key is refused too
         with pytest.raises(UserError, match=re.escape(message)):
             config.replace(**{last: value})
 
@@ -195,91 +160,65 @@ def test_keys_that_do_not_go_together_are_refused_whichever_comes_last(keys, mes
     ],
     ids=str,
 )
-def test_the_same_keys_are_allowed_where_the_rule_holds(keys):
+def test_keys_that_fit_together_are_allowed(keys):
     assert Config().replace(**keys).to_dict() == DEFAULTS | keys
 
 
+# ---- names of keys ---------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("key", "nearest"),
+    ("key", "hint"),
     [
-        ("n_heads", "n_head"),
-        ("lerning_rate", "learning_rate"),
-        ("batchsize", "batch_size"),
-        ("drop_out", "dropout"),
+        ("n_heads", ", did you mean n_head?"),
+        ("lerning_rate", ", did you mean learning_rate?"),
+        ("batchsize", ", did you mean batch_size?"),
+        ("zzzzzz", ""),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
-    for make in (build, lambda keys: Config().replace(**keys)):
-        with pytest.raises(UserError, match=f"^{key}: .*did you mean {nearest}\\?$"):
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, hint):
+    for make in Config.from_dict, lambda keys: Config().replace(**keys):
+        with pytest.raises(UserError) as raised:
             make({key: 1})
+        assert str(raised.value) == f"{key}: there is no such key{hint}"
 
 
-def test_a_key_like_no_other_is_refused_without_a_guess():
-    with pytest.raises(UserError) as raised:
-        build({"zzzzzz": 1})
-    assert str(raised.value) == "zzzzzz: there is no such key"
+def test_old_names_of_keys_are_read():
+    new = {new: BAD[new][0] for new in OLD_KEYS.values()}
+    for old, key in OLD_KEYS.items():
+        assert old not in KEYS
+        with pytest.raises(UserError, match=f"^{key}="):  # it reaches the new key, and its check
+            Config.from_dict({old: new[key]})
+    assert Config.from_dict({"n_inner": 5, "on_cpu": False}).to_dict() == DEFAULTS | {
+        "mlp_dim": 5,
+        "use_cpu_variant": False,
+    }
+
+
+def test_keys_of_the_lecture_are_dropped_where_they_are_gpt2s_and_else_refused():
+    assert Config.from_dict({"residual": True, "init": "gpt2"}) == Config()
+    with pytest.raises(UserError, match=r"^residual=False: .*--config configs/lecture/"):
+        Config.from_dict({"residual": False})
 
 
 # ---- all configs -----------------------------------------------------------------------------
 
 
-def allowed_values(hint) -> st.SearchStrategy:
-    """Values that an annotation allows."""
-    kind, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
-    if typing.get_origin(kind) is typing.Literal:
-        return st.sampled_from(typing.get_args(kind))
-    if kind is bool:
-        return st.booleans()
-    if not rules:
-        return st.text()
-    (rule,) = rules
-    if isinstance(rule, Pattern):
-        return st.from_regex(rule.pattern, fullmatch=True)
-    assert isinstance(rule, Range)
-    high = rule.high if rule.high < math.inf else None
-    if kind is int:
-        return st.integers(rule.low, high)
-    return st.floats(rule.low, high, exclude_max=rule.below_high, allow_infinity=False)
-
-
-HINTS = typing.get_type_hints(Config, include_extras=True)
-SMALL = st.integers(1, 9)
-
-
-@st.composite
-def configs(draw) -> Config:
-    """Any Config: fields at random, those that hang together made to fit."""
-    keys = {field: draw(allowed_values(HINTS[field])) for field in FIELDS}
-    kv_heads, group, width = draw(SMALL), draw(SMALL), draw(SMALL)
-    keys["n_head"] = kv_heads * group
-    keys["n_kv_head"] = draw(st.sampled_from([0, kv_heads]))
-    keys["n_embd"] = kv_heads * group * width * (1 + (keys["position"] == "rope"))
-    keys["sliding_window"] *= keys["causal"]
-    keys["zero_init_projections"] &= keys["init"] == "gpt2"
-    keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
-    keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
-    return Config(**keys)
-
-
 @given(configs())
-def test_a_config_is_the_same_after_a_way_through_json(config):
+def test_a_config_survives_json(config):
     text = json.dumps(config.to_dict(), allow_nan=False)
-    again = build(json.loads(text))
+    again = Config.from_dict(json.loads(text))
     assert again == config
     assert [type(v) for v in again.to_dict().values()] == [type(v) for v in DEFAULTS.values()]
-    assert list(json.loads(text)) == FIELDS
+    assert list(json.loads(text)) == KEYS
 
 
 @given(configs(), configs())
-def test_replace_takes_over_every_key(config, other):
+def test_replace_returns_another_config_with_every_key_given(config, other):
+    before = config.to_dict()
     assert config.replace(**other.to_dict()) == other
     assert config.replace() == config
-
-
-def test_replace_leaves_the_config_it_starts_from():
-    config = Config(n_layer=3)
-    assert config.replace(n_layer=4).n_layer == 4
-    assert config.n_layer == 3
+    assert config.to_dict() == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_layer = 5
 
@@ -311,3 +250,77 @@ def test_the_mlp_is_four_times_as_wide_and_swiglu_two_thirds_of_that(n_embd):
     assert 8 * n_embd <= 3 * width < 8 * n_embd + 3 * 64
     for mlp in "relu", "swiglu":
         assert config.replace(mlp=mlp, mlp_dim=5).mlp_hidden_dim == 5
+
+
+# ---- a config class of one's own -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WideConfig(Config):
+    """A model with a key of its own, and a key of the core with another default and range."""
+
+    width: typing.Annotated[int, Range(1, 64)] = 8
+    mode: typing.Literal["a", "b"] = "a"
+    n_layer: typing.Annotated[int, Range(1)] = 2
+
+    def validate(self) -> None:
+        super().validate()
+        if self.mode == "b" and self.width % 2:
+            raise UserError(f"width={self.width}: must be even with mode='b'")
+
+
+def test_a_subclass_keeps_its_class_and_its_keys():
+    config = WideConfig(width=9, seed=3)
+    assert config.to_dict() == DEFAULTS | {"width": 9, "mode": "a", "n_layer": 2, "seed": 3}
+    again = WideConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    wider = config.replace(width=10)
+    assert (type(wider), wider.width, wider.seed) == (WideConfig, 10, 3)
+    assert WideConfig.from_dict({"n_inner": 5}).mlp_dim == 5
+    own = set(WideConfig.model_keys()) - set(Config.model_keys())
+    assert own == {"width", "mode"}
+    assert not {"seed", "learning_rate", "device"} & set(WideConfig.model_keys())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"width": 65}, "width=65: must be a whole number from 1 to 64"),
+        ({"mode": "c"}, "mode='c': must be one of a, b"),
+        ({"n_layer": 0}, "n_layer=0: must be a whole number at least 1"),
+        ({"width": 9, "mode": "b"}, "width=9: must be even with mode='b'"),
+        ({"n_embd": 100}, "n_embd=100: must be a multiple of n_head=12"),
+        ({"widht": 9}, "widht: there is no such key, did you mean width?"),
+    ],
+    ids=str,
+)
+def test_a_subclass_checks_its_own_keys_too(keys, message):
+    for make in WideConfig.from_dict, lambda keys: WideConfig().replace(**keys):
+        with pytest.raises(UserError) as raised:
+            make(keys)
+        assert str(raised.value) == message
+
+
+def test_a_key_of_a_type_that_no_flag_can_have_is_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ListConfig(Config):
+        sizes: dict = dataclasses.field(default_factory=dict)
+
+    with pytest.raises(UserError, match=r"^sizes: a key's type must be int, float"):
+        ListConfig()
+
+
+def test_the_hooks_make_a_gpt_and_decay_kernels():
+    config = Config(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    model = config.make_model(nnx.Rngs(0))
+    assert type(model) is GPT
+    params = {"embed": {"kernel": 0}, "ln_f": {"scale": 1, "bias": 2}}
+    mask = {"embed": {"kernel": True}, "ln_f": {"scale": False, "bias": False}}
+    assert config.weight_decay_mask(params) == mask
+
+
+def test_the_config_file_goes_along_and_makes_no_difference():
+    config = Config().replace(config_file="mine.py")
+    assert config == Config()
+    assert config.replace(seed=3).config_file == "mine.py"
+    assert "config_file" not in config.to_dict()

@@ -145,7 +145,7 @@ class SampleArgs(ModelArgs):
     overflow: Literal["truncate", "slide"] = "truncate"
     """Past block_size: continue from the last half, or slide token by token as nanoGPT does."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute dtype; `auto` is the run's. On a CPU bfloat16 applies to weights and is faster."""
+    """Compute dtype; `auto` is the device's. On a CPU bfloat16 is for weights only, and faster."""
     interactive: bool = False
     """Ask for prompts, one per line, until an empty one."""
 
@@ -162,7 +162,8 @@ def sample(argv: list[str]) -> None:
     config, load, tokenizer = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
     )
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    own_dtype = "float64" if config.dtype == "float64" else "auto"  # else this device's
+    dtype = own_dtype if args.dtype == "auto" else args.dtype
     device.start(args.device, float64="float64" in (config.dtype, dtype))
     params, step = load(local_mesh())
     resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
@@ -281,17 +282,18 @@ class EvalArgs(ModelArgs):
 def evaluate(argv: list[str]) -> None:
     """Print how good a model is: --out_dir=DIR | --init_from=WEIGHTS [--task=NAME]."""
     args = _parse(EvalArgs, argv, "jaxgpt eval")
-    from jaxgpt import evaluate
     from jaxgpt.runtime import device
+    from jaxgpt.tools.evaluation import evaluate
+    from jaxgpt.tools.hellaswag import hellaswag
 
     device.start(args.device)
-    keys = {"init_from": args.init_from, "mesh": args.mesh, "data_dir": args.data_dir}
-    keys["config_file"] = args.config
+    model = args.out_dir, args.checkpoint, args.data_dir, args.config
+    options = {"init_from": args.init_from, "mesh": args.mesh}
     if args.task == "hellaswag":
-        found = evaluate.hellaswag(args.out_dir, args.checkpoint, args.hellaswag_file, **keys)
+        result = hellaswag(*model, file=args.hellaswag_file, **options)
     else:
-        found = evaluate.evaluate(args.out_dir, args.checkpoint, dataset=args.dataset, **keys)
-    for name, value in found.items():
+        result = evaluate(*model, dataset=args.dataset, **options)
+    for name, value in result.items():
         print(f"{name}: {value}")
 
 

@@ -1,4 +1,4 @@
-"""Config files, flags and exit codes: what a user can type, and what they are told."""
+"""Config files, flags, help and exit codes: what a user can type, and what is printed."""
 
 import json
 import os
@@ -9,20 +9,32 @@ import sys
 from pathlib import Path
 
 import pytest
+from config_strategy import HINTS, configs
+from helpers import ROOT
 from hypothesis import given, settings
-from test_config import FIELDS, configs
 
+from jaxgpt import __version__
 from jaxgpt.cli import commands as cli
-from jaxgpt.cli.command_line import from_command_line, load
+from jaxgpt.cli.command_line import choose_config, parse_command_line
 from jaxgpt.config import Config, UserError
+from jaxgpt.runtime import device, distributed
+from jaxgpt.runtime.config_file import load_config_file
 
-ROOT = Path(__file__).parents[2]
 SHAKESPEARE = str(ROOT / "configs" / "shakespeare.py")
 HEAD = "from jaxgpt.config import Config\n\n"
 
 
+def parse_with_notes(*argv: str, accelerator: bool = True) -> tuple[Config, list[str]]:
+    """Parse a command line and choose, as if JAX had found an accelerator or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "init_distributed", lambda *args: None)
+        patch.setattr(device, "start", lambda *args, **keys: None)
+        patch.setattr(device, "is_cpu", lambda: not accelerator)
+        return choose_config(parse_command_line(argv))
+
+
 def parse(*argv: str, accelerator: bool = True) -> Config:
-    return from_command_line(argv, lambda *_: accelerator)[0]
+    return parse_with_notes(*argv, accelerator=accelerator)[0]
 
 
 def refusal(*argv: str) -> str:
@@ -33,10 +45,11 @@ def refusal(*argv: str) -> str:
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a config file of this text into the working directory -> its name."""
+    """Write a config file of this text into the working directory; return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str, name: str = "mine.py") -> str:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(HEAD + text, encoding="utf-8")
         return name
 
@@ -67,7 +80,7 @@ MISTAKES = {
         "n_heads: there is no such key, did you mean n_head?",
     ),
     "replace": (
-        "config = Config()\non_cpu = config.replace(\n    n_layer=2,\n    batchsize=3,\n)\n",
+        "config = Config()\ncpu_config = config.replace(\n    n_layer=2,\n    batchsize=3,\n)\n",
         "batchsize=3,",
         "batchsize: there is no such key, did you mean batch_size?",
     ),
@@ -98,11 +111,20 @@ def test_a_mistake_in_a_file_is_shown_with_its_own_line(write, kind):
     assert "\n" not in message
 
 
-def test_a_mistake_in_a_file_that_the_config_imports_is_shown_there(write, monkeypatch):
-    monkeypatch.syspath_prepend(".")
-    write("sizes = {\n", "jaxgpt_test_sizes.py")
-    message = refusal(write("from jaxgpt_test_sizes import sizes\n"))
-    assert re.match(r"\S*jaxgpt_test_sizes.py, line 3: 'sizes = \{': ", message)
+def test_a_mistake_in_a_file_that_the_config_imports_is_shown_there(write):
+    write("sizes = {\n", "sizes.py")
+    message = refusal(write("from sizes import sizes\n"))
+    assert re.match(r"\S*sizes.py, line 3: 'sizes = \{': ", message)
+
+
+def test_a_file_imports_from_its_own_folder_and_an_edit_is_seen(write, tmp_path):
+    path = write("from base import config as base\nconfig = base.replace(seed=5)\n", "sub/mine.py")
+    folders = list(sys.path)
+    for n_layer in 3, 4:
+        write(f"config = Config(n_layer={n_layer})\n", "sub/base.py")
+        assert parse(path) == Config(n_layer=n_layer, seed=5)
+    assert sys.path == folders
+    assert not list(tmp_path.rglob("__pycache__"))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +133,8 @@ def test_a_mistake_in_a_file_that_the_config_imports_is_shown_there(write, monke
         ("n_layer = 6\n", "config"),  # as nanoGPT's files are
         ("config = {'n_layer': 6}\n", "config"),
         ("config = Config\n", "config"),
-        ("on_cpu = Config()\n", "config"),
-        ("config = Config()\non_cpu = {'n_layer': 6}\n", "on_cpu"),
+        ("cpu_config = Config()\n", "config"),
+        ("config = Config()\ncpu_config = {'n_layer': 6}\n", "cpu_config"),
     ],
 )
 def test_a_file_must_build_a_config(write, text, name):
@@ -122,7 +144,6 @@ def test_a_file_must_build_a_config(write, text, name):
 def test_a_missing_file_is_refused_with_those_that_there_are(write):
     assert refusal("--config", "nope.py") == "--config nope.py: no such file"
     for name in "configs/one.py", "configs/more/two.py":
-        Path(name).parent.mkdir(exist_ok=True)
         write("config = Config()\n", name)
     message = refusal("--config", "nope.py")
     assert message == (
@@ -246,140 +267,140 @@ def test_flags_that_do_not_parse_exit_with_2_and_run_nothing(write, capsys, argv
     assert os.listdir() == ["mine.py"]
 
 
+def test_the_parsed_command_line_has_the_keys_that_were_set_and_no_other(write):
+    path = write("config = Config(n_layer=5)\n")
+    parsed = parse_command_line([path, "--n_layer=5", "--min-lr", "0", "--overwrite"])
+    assert parsed.overrides == {"n_layer": 5, "min_lr": 0.0, "overwrite": True}
+    assert (parsed.config, parsed.cpu_config, parsed.config_file) == (Config(n_layer=5), None, path)
+    assert parsed.config.config_file == path
+
+
 # ---- the variant for a CPU -------------------------------------------------------------------
 
-VARIANTS = "config = Config(n_layer=6, n_head=6, n_embd=384)\non_cpu = config.replace(n_layer=4)\n"
+VARIANTS = (
+    "config = Config(n_layer=6, n_head=6, n_embd=384)\ncpu_config = config.replace(n_layer=4)\n"
+)
+NOTE = "no accelerator, so cpu_config is used: n_layer=4"
 
 
 @pytest.mark.parametrize("accelerator", [True, False])
-@pytest.mark.parametrize("flags", [[], ["--on_cpu=True"], ["--on_cpu=False"]], ids=str)
-def test_on_cpu_is_for_want_of_an_accelerator_unless_it_is_declined(write, accelerator, flags):
+@pytest.mark.parametrize("flags", [[], ["--use_cpu_variant"], ["--use_cpu_variant=False"]], ids=str)
+def test_the_cpu_variant_runs_without_an_accelerator_unless_declined(write, accelerator, flags):
     path = write(VARIANTS)
-    config, changed = from_command_line([path, *flags], lambda *_: accelerator)
-    small = not accelerator and flags != ["--on_cpu=False"]
-    assert config.n_layer == (4 if small else 6)
-    assert changed == ({"n_layer": 4} if small else {})
+    config, notes = parse_with_notes(path, *flags, accelerator=accelerator)
+    is_small = not accelerator and flags != ["--use_cpu_variant=False"]
+    assert config.n_layer == (4 if is_small else 6)
+    assert notes == ([NOTE] if is_small else [])
 
 
-def test_the_file_itself_can_decline_on_cpu(write):
-    path = write(VARIANTS + "config = config.replace(on_cpu=False)\n")
+def test_the_file_itself_can_decline_its_cpu_variant(write):
+    path = write(VARIANTS + "config = config.replace(use_cpu_variant=False)\n")
     assert parse(path, accelerator=False).n_layer == 6
 
 
-def test_flags_win_over_both_variants(write):
-    path = write(VARIANTS + "on_cpu = on_cpu.replace(dropout=0.5)\n")
-    flags = ["--n_layer=3", "--seed=7"]
+def test_flags_override_both_variants(write):
+    path = write(VARIANTS + "cpu_config = cpu_config.replace(dropout=0.5)\n")
     for accelerator, dropout in (True, 0.0), (False, 0.5):
-        config, changed = from_command_line([path, *flags], lambda *_, a=accelerator: a)
-        assert (config.n_layer, config.seed, config.dropout) == (3, 7, dropout)
-        assert changed == ({} if accelerator else {"dropout": 0.5})
+        config, notes = parse_with_notes(path, "--n_layer=6", "--seed=7", accelerator=accelerator)
+        assert (config.n_layer, config.seed, config.dropout) == (6, 7, dropout)
+        assert notes == ([] if accelerator else [NOTE.replace("n_layer=4", "dropout=0.5")])
 
 
 def test_flags_need_to_fit_only_the_variant_that_runs(write):
-    """256 is a multiple of on_cpu's 4 heads, and not of the other's 6."""
-    path = write("config = Config(n_head=6)\non_cpu = config.replace(n_head=4)\n")
+    """256 is a multiple of cpu_config's 4 heads, and not of the other's 6."""
+    path = write("config = Config(n_head=6)\ncpu_config = config.replace(n_head=4)\n")
     assert parse(path, "--n_embd=256", accelerator=False).n_embd == 256
     with pytest.raises(UserError, match="n_embd=256: must be a multiple of n_head=6"):
         parse(path, "--n_embd=256", accelerator=True)
 
 
-def test_a_file_without_on_cpu_is_the_same_everywhere(write):
+def test_a_file_without_a_cpu_variant_is_the_same_everywhere(write):
     path = write("config = Config(n_layer=5)\n")
     for accelerator in True, False:
-        found = from_command_line([path], lambda *_, a=accelerator: a)
-        assert found == (Config(n_layer=5), {})
+        assert parse_with_notes(path, accelerator=accelerator) == (Config(n_layer=5), [])
 
 
-def test_jax_starts_as_the_command_line_wants_it(write):
+def test_processes_and_device_start_as_the_command_line_says(write, monkeypatch):
     seen = []
-    path = write(VARIANTS)
-    from_command_line([path, "--device=cpu", "--dtype=float64"], lambda *asked: seen.append(asked))
-    assert [(keys["device"], keys["dtype"]) for (keys,) in seen] == [("cpu", "float64")]
+    monkeypatch.setattr(distributed, "init_distributed", lambda *args: seen.append(args))
+    monkeypatch.setattr(device, "start", lambda *args, **keys: seen.append((*args, keys)))
+    flags = ["--device=cpu", "--dtype=float64", "--coordinator=a:1", "--num_processes=2"]
+    choose_config(parse_command_line([write(VARIANTS), *flags, "--process_id=1"]))
+    assert seen == [("a:1", 2, 1, "cpu"), ("cpu", {"float64": True})]
+
+
+# ---- a config class of one's own -------------------------------------------------------------
+
+OWN = """
+from dataclasses import dataclass
+from typing import Annotated
+
+from jaxgpt.config import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideConfig(Config):
+    \"\"\"A model of mine.\"\"\"
+
+    width: Annotated[int, Range(1, 64)] = 8
+    \"\"\"Width of
+    every layer.\"\"\"
+    gated: bool = False
+
+
+config = WideConfig(width=9)
+cpu_config = config.replace(width=4)
+"""
+
+
+def test_keys_of_a_subclass_are_flags_with_help(write, capsys):
+    path = write(OWN)
+    config = parse(path, "--width=12", "--gated", "--n_layer=3")
+    assert type(config).__name__ == "WideConfig"
+    assert (config.width, config.gated, config.n_layer) == (12, True, 3)
+    assert parse(path, "--seed=2", accelerator=False).width == 4
+    assert refusal(path, "--width=65") == "width=65: must be a whole number from 1 to 64"
+    with pytest.raises(SystemExit) as exit:
+        parse(path, "--help")
+    assert exit.value.code == 0
+    words = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().out).split())
+    assert "wide options" in words
+    assert "A model of mine." in words
+    assert "--width INT Width of every layer. (default: 9)" in words
+    assert "--gated {True,False} (default: False)" in words
 
 
 # ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------
 
-BABY_GPT = {  # nanoGPT's config/train_shakespeare_char.py, over the defaults of its train.py
-    "eval_interval": 250,
-    "eval_iters": 200,
-    "log_interval": 10,
-    "always_save_checkpoint": False,
-    "eval_only": False,
-    "init_from": "scratch",
-    "wandb_log": False,
-    "wandb_project": "shakespeare-char",
-    "dataset": "shakespeare_char",
-    "gradient_accumulation_steps": 1,
-    "batch_size": 64,
-    "block_size": 256,
-    "n_layer": 6,
-    "n_head": 6,
-    "n_embd": 384,
-    "dropout": 0.2,
-    "bias": False,
-    "learning_rate": 1e-3,
-    "max_iters": 5000,
-    "lr_decay_iters": 5000,
-    "min_lr": 1e-4,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "decay_lr": True,
-    "warmup_iters": 100,
-    "seed": 1337,
-}
-BABY_GPT_MODEL = {  # what nanoGPT's model.py and train.py do without a key for it
-    "vocab_size": 0,
-    "n_kv_head": 0,
-    "mlp_dim": 0,
-    "norm": "layernorm",
-    "norm_position": "pre",
-    "position": "learned",
-    "mlp": "gelu",
-    "tie_embeddings": True,
-    "qk_norm": False,
-    "logit_softcap": 0.0,
-    "sliding_window": 0,
-    "causal": True,
-    "value_residual": False,
-    "document_mask": False,
-    "eot_id": -1,
-    "embed_dropout": True,
-    "attention_dropout": True,
-    "qkv_bias": True,
-    "head_bias": False,
-    "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
-    "init": "gpt2",
-    "zero_init_projections": False,
-    "optimizer": "adamw",
-    "lr_schedule": "cosine",
-    "decay_all": False,
-    "batch_tokens": 0,
-}
-FREE = {  # says nothing of the result: where it lives, what it tells, what runs it
-    *("out_dir", "data_dir", "overwrite", "save_interval", "keep_checkpoints", "sample_every"),
-    *("tensorboard", "wandb_run_name", "data_on_device", "device", "on_cpu", "dtype", "mesh"),
-    *("attention", "remat", "scan_layers", "steps_per_call"),
-    *(
-        "coordinator",
-        "num_processes",
-        "process_id",
-        "max_nonfinite_steps",
-        "early_stopping_patience",
-        "freeze",
-    ),
-    *("decay_fraction", "digits"),
-}
+# nanoGPT's config/train_shakespeare_char.py over the defaults of its train.py, then what its
+# model.py and train.py do without a key for it.
+BABY_GPT = """
+--eval_interval=250 --eval_iters=200 --log_interval=10 --always_save_checkpoint=False
+--eval_only=False --init_from=scratch --wandb_log=False --wandb_project=shakespeare-char
+--dataset=shakespeare_char --gradient_accumulation_steps=1 --batch_size=64 --block_size=256
+--n_layer=6 --n_head=6 --n_embd=384 --dropout=0.2 --bias=False --learning_rate=1e-3
+--max_iters=5000 --lr_decay_iters=5000 --min_lr=1e-4 --beta1=0.9 --beta2=0.99 --weight_decay=0.1
+--grad_clip=1.0 --decay_lr=True --warmup_iters=100 --seed=1337
+
+--vocab_size=0 --n_kv_head=0 --mlp_dim=0 --norm=layernorm --norm_position=pre --position=learned
+--mlp=gelu --tie_embeddings=True --qk_norm=False --logit_softcap=0 --sliding_window=0
+--causal=True --value_residual=False --document_mask=False --eot_id=-1 --attention_dropout=True
+--zero_init_projections=False --optimizer=adamw --lr_schedule=cosine --batch_tokens=0
+"""
+# keys that do not change the result: files, logs, hardware, what is off
+FREE = """
+out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboard wandb_run_name
+data_on_device device use_cpu_variant dtype mesh attention remat scan_layers steps_per_call
+coordinator num_processes process_id max_nonfinite_steps early_stopping_patience freeze
+decay_fraction digits
+"""
 
 
 def test_the_shakespeare_config_is_nanogpts_baby_gpt_key_by_key():
-    config = parse(SHAKESPEARE).to_dict()
-    expected = BABY_GPT | BABY_GPT_MODEL
-    assert expected.keys() | FREE == set(FIELDS)
-    assert {key: config[key] for key in expected} == expected
+    keys = {flag.split("=")[0].removeprefix("--") for flag in BABY_GPT.split()}
+    assert keys | set(FREE.split()) == set(HINTS)
+    parsed = parse_command_line([SHAKESPEARE, *BABY_GPT.split()])
+    assert parsed.config.replace(**parsed.overrides) == parsed.config
 
 
 # nanoGPT's README, for an accelerator and for a laptop, with the config's own name
@@ -404,7 +425,7 @@ def test_nanogpts_readme_commands_parse(monkeypatch, command, accelerator):
         assert str(config[key]) == value
 
 
-def test_the_laptops_command_is_what_on_cpu_holds_but_for_the_learning_rate(monkeypatch):
+def test_the_laptop_command_is_the_cpu_variant_except_for_the_learning_rate(monkeypatch):
     monkeypatch.chdir(ROOT)
     typed = parse(*shlex.split(README["laptop"]))
     ours = parse("configs/shakespeare.py", "--device=cpu", "--log_interval=1", accelerator=False)
@@ -413,43 +434,42 @@ def test_the_laptops_command_is_what_on_cpu_holds_but_for_the_learning_rate(monk
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.name)
 def test_every_config_that_comes_with_jaxgpt_loads(path):
-    variants = load(str(path))
-    assert isinstance(variants["config"], Config)
+    assert isinstance(load_config_file(str(path))["config"], Config)
 
 
 # ---- exit codes ------------------------------------------------------------------------------
+
+
+def exit_code(function, *args):
+    with pytest.raises(SystemExit) as exit:
+        function(*args)
+    return exit.value.code
 
 
 def test_a_users_mistake_is_one_line_and_code_2(capsys):
     def command(argv):
         raise UserError("n_layer=-1: must be at least 0")
 
-    with pytest.raises(SystemExit) as exit:
-        cli.run(command, [])
+    assert exit_code(cli.run, command, []) == 2
     told = capsys.readouterr()
-    assert exit.value.code == 2
     assert told.err == "error: n_layer=-1: must be at least 0\n"
     assert not told.out
-
-
-@pytest.mark.parametrize(("returned", "code"), [(None, None), (0, 0), (143, 143)])
-def test_the_commands_own_code_is_the_processes(returned, code):
-    with pytest.raises(SystemExit) as exit:
-        cli.run(lambda argv: returned, [])
-    assert exit.value.code == code
 
 
 def test_an_interrupt_is_code_130():
     def command(argv):
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as exit:
-        cli.run(command, [])
-    assert exit.value.code == 130
+    assert exit_code(cli.run, command, []) == 130
+
+
+@pytest.mark.parametrize("code", [None, 0, 143])
+def test_the_commands_code_is_the_exit_code(code):
+    assert exit_code(cli.run, lambda argv: code, []) == code
 
 
 def test_a_reader_who_leaves_is_code_141_and_no_traceback():
-    code = "from jaxgpt.cli import commands as cli; cli.run(lambda argv: [print(n) for n in range(10**5)])"
+    code = "from jaxgpt.cli.commands import run; run(lambda _: [print(n) for n in range(10**5)])"
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as talk:
         assert talk.stdout.readline() == b"0\n"
@@ -459,7 +479,7 @@ def test_a_reader_who_leaves_is_code_141_and_no_traceback():
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, AssertionError])
-def test_a_mistake_of_ours_keeps_its_traceback(error):
+def test_an_unexpected_error_keeps_its_traceback(error):
     def command(argv):
         raise error("ours")
 
@@ -470,18 +490,45 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
 def test_the_command_gets_the_processes_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", "--n_layer=2"])
     seen = []
-    with pytest.raises(SystemExit):
-        cli.run(seen.append)
+    assert exit_code(cli.run, seen.append) is None
     assert seen == [["mine.py", "--n_layer=2"]]
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 0), (["--help"], 0), (["-h"], 0), (["fly"], 2)])
 def test_the_console_script_names_its_commands(monkeypatch, capsys, argv, code):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", *argv])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert exit.value.code == code
+    assert exit_code(cli.main) == code
     assert "{train,sample,prepare,eval," in capsys.readouterr().err
+
+
+def test_python_m_jaxgpt_prints_the_version():
+    command = [sys.executable, "-m", "jaxgpt", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"jaxgpt {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--what=sample --vs=x --pairs 3", "--benchmark=sample --compare_to=x --repeats 3"),
+        ("--fit --topology=h100:8", "--search --topology=h100:8"),
+        ("--context=exact --start=halve", "--overflow=slide --start=halve"),
+        ("--context halve --start exact", "--overflow truncate --start exact"),
+    ],
+)
+def test_old_spellings_of_flags_still_work(old, new):
+    assert cli.translate_old_flags(old.split()) == new.split()
+    assert cli.translate_old_flags(new.split()) == new.split()
+
+
+def test_plan_takes_its_own_flags_and_those_of_the_config(write, monkeypatch):
+    plan = pytest.importorskip("jaxgpt.tools.plan")
+    seen = []
+    monkeypatch.setattr(plan, "run", lambda *args: seen.append(args))
+    path = write(VARIANTS)
+    assert cli.plan([path, "--topology=h100:8", "--n_layer", "3", "--fit"]) == 1
+    ((config, topology, search, _),) = seen
+    assert (config.n_layer, topology, search) == (3, "h100:8", True)
 
 
 # ---- help ------------------------------------------------------------------------------------
@@ -498,7 +545,7 @@ HEAVY = {"jax", "flax", "orbax", "numpy", "matplotlib"}
 
 
 def run_process(folder: Path, *argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
-    """Runs a command in a process of its own -> what it said, and what it imported."""
+    """Run a command in a process of its own; return its output and the modules it imported."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
     done = subprocess.run(
@@ -513,7 +560,7 @@ def test_help_lists_every_key_with_the_files_value_and_does_not_wait_for_jax(wri
     assert done.returncode == 0
     assert not done.stderr
     assert not HEAVY & modules
-    for key, value in load(path)["config"].to_dict().items():
+    for key, value in load_config_file(path)["config"].to_dict().items():
         entry = rf"--{key} .*?\(default: (.*?)\)"
         found = re.search(entry, re.sub(r"[│\s]+", " ", done.stdout))
         assert found, key
@@ -553,9 +600,8 @@ def test_prepare_writes_a_dataset_or_says_in_a_line_why_not(tmp_path, capsys, co
     file = tmp_path / "verse.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(SystemExit) as exit:
-        cli.run(cli.prepare, [str(file), f"--data_dir={tmp_path / 'data'}"])
-    assert (exit.value.code or 0) == code
+    argv = [str(file), f"--data_dir={tmp_path / 'data'}"]
+    assert (exit_code(cli.run, cli.prepare, argv) or 0) == code
     last = (capsys.readouterr().err.splitlines() or [""])[-1]
     assert last.startswith(told.format(file=file)) if told else (tmp_path / "data/verse").is_dir()
     assert list(tmp_path.glob("data/*")) == ([tmp_path / "data/verse"] if code == 0 else [])

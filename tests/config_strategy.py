@@ -1,0 +1,44 @@
+"""A Hypothesis strategy: any Config that is allowed."""
+
+import math
+import typing
+
+from hypothesis import strategies as st
+
+from jaxgpt.config import Config, Pattern, Range, key_types
+
+HINTS = key_types(Config)
+SMALL = st.integers(1, 9)
+
+
+def allowed_values(hint) -> st.SearchStrategy:
+    """Values that an annotation allows."""
+    kind, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if kind is bool:
+        return st.booleans()
+    if not rules:
+        return st.text()
+    (rule,) = rules
+    if isinstance(rule, Pattern):
+        return st.from_regex(rule.pattern, fullmatch=True)
+    assert isinstance(rule, Range)
+    high = rule.high if rule.high < math.inf else None
+    if kind is int:
+        return st.integers(rule.low, high)
+    return st.floats(rule.low, high, exclude_max=rule.below_high, allow_infinity=False)
+
+
+@st.composite
+def configs(draw) -> Config:
+    """Any Config: fields at random, those that hang together made to fit."""
+    keys = {field: draw(allowed_values(HINTS[field])) for field in HINTS}
+    kv_heads, group, width = draw(SMALL), draw(SMALL), draw(SMALL)
+    keys["n_head"] = kv_heads * group
+    keys["n_kv_head"] = draw(st.sampled_from([0, kv_heads]))
+    keys["n_embd"] = kv_heads * group * width * (1 + (keys["position"] == "rope"))
+    keys["sliding_window"] *= keys["causal"]
+    keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
+    keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
+    return Config(**keys)

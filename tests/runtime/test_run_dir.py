@@ -1,0 +1,76 @@
+"""A run's config class: it is recorded by name, and loaded by the config file that defines it."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import tiny_run
+
+from jaxgpt.config import UserError
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.config_file import load_config_file
+
+FILE = """
+from dataclasses import dataclass
+
+from jaxgpt.config import Config
+
+raise_if_imported = {raises}
+
+
+@dataclass(frozen=True, kw_only=True)
+class {name}(Config):
+    width: int = 8
+
+
+config = {name}(width=9)
+"""
+
+
+@pytest.fixture
+def own_run(tmp_path, monkeypatch):
+    """A run whose config class is in mine.py."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(FILE.format(name="WideConfig", raises=0))
+    config = load_config_file("mine.py")["config"].replace(out_dir="run", n_layer=1)
+    run_dir.create(config, SimpleNamespace(tokenizer=None), fresh=True)
+    return config
+
+
+def test_a_run_records_its_config_class_and_file(own_run):
+    saved = json.loads(Path("run/config.json").read_text())
+    assert saved == {"config_file": "mine.py", "config_class": "WideConfig"} | own_run.to_dict()
+    again = run_dir.load_config("run", "mine.py")
+    assert again.to_dict() == own_run.to_dict()
+    assert (type(again).__name__, again.config_file) == ("WideConfig", "mine.py")
+
+
+def test_a_config_class_is_never_imported_unasked(own_run):
+    Path("mine.py").write_text(FILE.format(name="WideConfig", raises="1 / 0"))
+    with pytest.raises(UserError) as raised:
+        run_dir.load_config("run")
+    assert str(raised.value) == (
+        "out_dir='run': its config class WideConfig is defined in mine.py; add --config mine.py"
+    )
+    with pytest.raises(UserError, match="division by zero"):
+        run_dir.load_config("run", "mine.py")
+
+
+def test_a_config_file_of_another_class_is_refused(own_run):
+    Path("other.py").write_text(FILE.format(name="OtherConfig", raises=0))
+    with pytest.raises(UserError, match="its config class WideConfig is defined in mine.py"):
+        run_dir.load_config("run", "other.py")
+    plain = tiny_run("plain", "data")
+    run_dir.create(plain, SimpleNamespace(tokenizer=None), fresh=True)
+    assert run_dir.load_config("plain") == plain
+    with pytest.raises(UserError, match="is not WideConfig; leave --config out"):
+        run_dir.load_config("plain", "mine.py")
+
+
+def test_an_existing_models_keys_are_taken_over_unless_the_user_set_them(own_run):
+    unset = own_run.replace(width=8)
+    assert run_dir.merge_model_keys(unset, {"width": 5}, "it", frozenset()).width == 5
+    for config, cli_keys in (own_run, frozenset()), (unset, frozenset({"width"})):
+        with pytest.raises(UserError, match=f"^width={config.width}: it has 5$"):
+            run_dir.merge_model_keys(config, {"width": 5}, "it", cli_keys)
