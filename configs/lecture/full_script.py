@@ -1,11 +1,11 @@
-"""A GPT as one PyTorch script of the lecture's time writes it, slip included, key by key.
+"""A GPT as a PyTorch script from the time of the lecture writes it, with its slip, key by key.
 
-`tests/golden/make_full_script.py` holds such a script; a test compares 20 steps with it.
+`tests/golden/make_full_script.py` is such a script; a test compares 20 steps with it.
 """
 
-from jaxgpt.config import Config
+from examples.lecture.config import LectureConfig
 
-config = Config(
+config = LectureConfig(
     out_dir="out/lecture/full_script",
     eval_interval=500,
     eval_iters=200,
@@ -21,29 +21,29 @@ config = Config(
     dropout=0.2,
     embed_dropout=False,
     qkv_bias=False,
-    head_bias=True,
+    lm_head_bias=True,
     tie_embeddings=False,
     mlp="relu",
-    out_projection=False,  # heads are concatenated, and that is all
-    score_scale="embedding",  # C**-0.5 with C = 384, where a head is 96 wide
+    attention_output_proj=False,  # heads are only concatenated
+    attention_scale="embedding",  # C**-0.5 with C = 384, but a head is 96 wide
     init="torch",
     learning_rate=3e-4,
     decay_lr=False,
     max_iters=5000,
-    weight_decay=0.01,  # from here on: torch.optim.AdamW, left at its defaults
-    decay_all=True,
+    weight_decay=0.01,  # from here on: the defaults of torch.optim.AdamW
+    decay_bias_and_norm=True,
     beta1=0.9,
     beta2=0.999,
     grad_clip=0.0,
 )
 
-on_cpu = config.replace(
+cpu_config = config.replace(
     eval_iters=20,
     eval_interval=250,
     batch_size=16,
     block_size=64,
     n_embd=64,
-    dropout=0.0,  # so small a network, trained so briefly, does not overfit
+    dropout=0.0,  # this small network, trained so briefly, does not overfit
     learning_rate=1e-3,
     max_iters=1000,
 )

@@ -1,0 +1,60 @@
+"""Cross-attention, to build an encoder-decoder from: queries of one sequence, keys of another.
+
+B batch, T query length, S key length, D embedding, N heads, K key-value heads, H head dim,
+C parts of a fused map (key, value).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.tree_util import Partial
+
+from jaxgpt import kernels
+from jaxgpt.config import ModelConfig
+from jaxgpt.kernels.dropout import Dropout
+from jaxgpt.model import Linear, Norm, residual_std
+
+# Dropout sites of its own, so that its masks are not those of self-attention in the same layer.
+WEIGHTS_SITE, OUTPUT_SITE = 4, 5
+
+
+class CrossAttention(nnx.Module):
+    """Attention whose keys and values come from a source, such as the output of an encoder.
+
+    Every query sees the whole source. Its positions are not the source's, so there is no rotary
+    encoding, no causal mask and no window (Vaswani et al. 2017).
+    """
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_dim
+        linear = partial(Linear, bias=c.bias, rngs=rngs)
+        self.q = linear("BTD,DNH->BTNH", D, N, H)
+        self.kv = linear("BSD,DCKH->BSCKH", D, 2, K, H)
+        self.out = linear("BTNH,NHD->BTD", N, H, D, std=residual_std(c))
+        if c.qk_norm:
+            self.q_norm = Norm("rmsnorm", H, "H")
+            self.k_norm = Norm("rmsnorm", H, "H")
+        self.config: Any = c
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        source_BSD: jax.Array,
+        layer: int | jax.Array = 0,
+        dropout: Dropout = Dropout(),
+    ) -> jax.Array:
+        c, weights_dropout = self.config, None
+        q_BTNH = self.q(x_BTD)
+        k_BSCKH, v_BSCKH = jnp.split(self.kv(source_BSD), 2, axis=2)
+        k_BSKH, v_BSKH = k_BSCKH.squeeze(2), v_BSCKH.squeeze(2)
+        if c.qk_norm:
+            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+        if c.attention_dropout and dropout.rate:
+            weights_dropout = Partial(Dropout.__call__, dropout, layer=layer, site=WEIGHTS_SITE)
+        heads_BTNH = kernels.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, causal=False, dropout=weights_dropout, backend=c.attention
+        )
+        return dropout(self.out(heads_BTNH), layer, OUTPUT_SITE)
