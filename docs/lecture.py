@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxgpt.attention import attention_mask
 from matplotlib.figure import Figure
 
 from jaxgpt import model
-from jaxgpt.attention import attention_mask
 from jaxgpt.interop.huggingface import Trained, load_trained
 from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.sample import Sampler, generate_text

@@ -27,7 +27,6 @@ from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.sharding import constrain, constrain_batch
 
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
-LM_HEAD = "BTD,VD->BTV"
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": kernels.gelu_tanh,
@@ -80,6 +79,8 @@ class Linear(nnx.Module):
 
 class Embedding(nnx.Module):
     """A row of width D for each token or position."""
+
+    equation = ""  # of the output map, if the table is it
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
@@ -249,6 +250,11 @@ class GPT(nnx.Module):
             self.ln_f = Norm(c.norm, D, bias=c.bias)
         if not c.tie_embeddings:
             self.lm_head = Embedding("VD", V, D, rngs=rngs)
+        self.output_map.equation = "BTD,VD->BTV"
+
+    @property
+    def output_map(self) -> Embedding:
+        return self.embed if self.config.tie_embeddings else self.lm_head
 
     def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
         return self.logits(self.hidden_states(tokens_BT, dropout)[0])
@@ -300,8 +306,8 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits [B, T, V]; those of padded ids are -inf."""
         c = self.config
-        head = self.embed if c.tie_embeddings else self.lm_head
-        logits_BTV: Any = kernels.linear_map(LM_HEAD, x_BTD, head.kernel[...])
+        head = self.output_map
+        logits_BTV: Any = kernels.linear_map(head.equation, x_BTD, head.kernel[...])
         if c.logit_softcap:  # Gemma team 2024
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size

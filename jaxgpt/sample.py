@@ -214,7 +214,7 @@ class Sampler:
         self._has_cache = hasattr(nnx.merge(graphdef, shapes), "init_cache")
         self._is_stacked = config.scan_layers and self._has_cache
         cast = jax.jit(cast_params, static_argnums=1)
-        pack = jax.jit(partial(model.pack_kernels, self.config)) if self._has_cache else cast
+        pack = jax.jit(lambda params: decode.pack_weights(nnx.merge(graphdef, params)))
         self._weights_for = partial(decode.weights_for, config.dtype, cast=cast, pack=pack)
         jit = partial(decode.data_parallel_jit, partial(nnx.merge, graphdef))
         self.prefill, self.decode_chunk = jit(prefill), jit(decode_chunk)

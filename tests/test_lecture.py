@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxgpt.layers import ATTENTION, EMBEDDING, MLP, WEIGHTS, Dropout
 from reference import numpy_gpt as ref
 
 from jaxgpt import model, sharding
 from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config
-from jaxgpt.layers import ATTENTION, EMBEDDING, MLP, WEIGHTS, Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.train_step import init_state, make_train_step
 

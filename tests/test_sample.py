@@ -69,7 +69,9 @@ def next_logits(config: Config, params: dict, text: list[int]) -> np.ndarray:
     return ref.forward({"blocks": {}} | params, np.array([text]), config)[0][0, -1]
 
 
-def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, overflow: str, penalty=1):
+def greedy_loop(
+    config: Config, params: dict, prompt: list[int], new: int, overflow: str, penalty=1
+):
     """What `generate` must draw, by one whole forward per token."""
     size, text, seen = config.block_size, list(prompt), set(prompt)
     for _ in range(new):
@@ -102,7 +104,12 @@ def logits(monkeypatch) -> list[np.ndarray]:
 
 
 def check_logits(
-    logits: list, params: dict, sampler: Sampler, sampling: SamplingParams, atol: float, lengths=(2, 4)
+    logits: list,
+    params: dict,
+    sampler: Sampler,
+    sampling: SamplingParams,
+    atol: float,
+    lengths=(2, 4),
 ) -> None:
     """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
     c = sampler.config
@@ -342,7 +349,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
 
-def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
+def probabilities(
+    logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None
+) -> np.ndarray:
     """What each token's probability is to be: one filter after the other, one token at a time."""
     logits = logits.copy()
     for token in np.flatnonzero(seen) if seen is not None else ():
@@ -883,7 +892,9 @@ def test_options_mean_what_they_mean_in_the_library(command, options):
     sampler = Sampler(config).load(params)
     sampling = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
     rest = {k: options[k] for k in options.keys() - KNOBS}
-    pieces = generate_text(sampler, SIXTY_FIVE, ["abc"] * 2, params=SamplingParams(**sampling), **rest)
+    pieces = generate_text(
+        sampler, SIXTY_FIVE, ["abc"] * 2, params=SamplingParams(**sampling), **rest
+    )
     texts = ["".join(of_sample) for of_sample in zip(*pieces, strict=True)]
     assert (code, out) == (0, "".join(f"abc{text}\n{RULE}" for text in texts))
 

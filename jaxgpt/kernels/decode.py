@@ -11,7 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec
+
+from jaxgpt.kernels.linear import pack_bf16
 
 SHARED_READ_BYTES = 1 << 27  # a CPU's cores read larger weights together, not each its own copy
 MIN_KV_LEN = 128
@@ -44,6 +47,15 @@ def weights_for(dtype: str, params: Any, *, cast: Callable, pack: Callable) -> t
         return params, params
     params = cast(params, compute_dtype(dtype))
     return params, pack(params)
+
+
+def pack_weights(model: nnx.Module) -> Any:
+    """Pack the weight of every module that has an `equation`, by `linear.pack_bf16`."""
+    for _, module in nnx.iter_modules(model):
+        if getattr(module, "equation", ""):
+            packed = pack_bf16(module.equation, module.kernel[...])
+            module.kernel.set_value(packed)
+    return nnx.to_pure_dict(nnx.split(model)[1])
 
 
 # ---- devices ---------------------------------------------------------------------------------
