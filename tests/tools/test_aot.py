@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxgpt import model, sample, sharding
 from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config, UserError
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Op, Program
-from jaxgpt.train_step import abstract_state
+from jaxgpt.train_step import abstract_state, cast_params
 
 B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
 
@@ -252,23 +253,25 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
 
 def decoding(topology: str, layers: int) -> Program:
     """A chunk of one sequence, from GPT-2's shape."""
-    there, knobs = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
+    there, sampling = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
     config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
     config, _ = plan.resolve(config, there.chip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample.device, "on_cpu", lambda: False)
-        sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
-    params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
-    carry = sampler._begin(text, text, knobs, 0)
-    carry = jax.eval_shape(partial(sampler._fill_fn, width=2), params, carry)
+        patch.setattr(sample.decode, "is_cpu", lambda: False)
+        sampler = sample.Sampler(config)
+    graphdef, shapes, _ = model.split(sampler.config)
+    params = jax.eval_shape(partial(cast_params, dtype=sampler.config.dtype), shapes)
+    state = sample.initial_state([np.zeros(1, np.int32)], sampling, 0, sampler.config, 1)
+    prefill = lambda params, state: sample.prefill(nnx.merge(graphdef, params), state, 2)
+    carry = jax.eval_shape(prefill, params, state)
     mesh = sharding.make_mesh(config, there.devices)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params, carry, wanted = jax.tree.map(
+    params, carry, active = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         (params, carry, np.ones(1, bool)),
     )
     with optimized():
-        lowered = sampler._decode.lower((mesh, knobs, T), params, carry, wanted)
+        lowered = sampler.decode_chunk.lower(mesh, (sampling, T), params, carry, active)
         return Program(plan.compile_absent(lowered, mesh).as_text() or "")
 
 
