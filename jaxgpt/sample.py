@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.text_stream import TextStream, encode_prompts
+from jaxgpt.data.text_stream import TextStream, stream_texts
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.kernels import decode
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, flush_chunk
@@ -40,9 +40,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides the odds of tokens seen before; Keskar et al. 2019
 
 
-def sample_token(
-    logits_BV: jax.Array, uniform_B: jax.Array, params: SamplingParams, seen_BV: jax.Array | None
-) -> jax.Array:
+def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> jax.Array:
     """Draws one token id per sequence, int32 [B], by inverse CDF from uniform draws in (0, 1].
 
     Padded ids have logits of -inf and are never drawn.
@@ -139,7 +137,8 @@ def decode_chunk(network: Any, state: DecodeState, past, active_B, params: Sampl
     last_B = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)[:, 0]
 
     def decode_one_token(carry: tuple, inputs: tuple):
-        (state, chunk, last_B), (number, uniform_B) = carry, inputs
+        state, chunk, last_B = carry
+        number, uniform_B = inputs
         cache, position = list(map(KVCache, visible, chunk)), DecodePosition(start_B, number)
         last_B1 = jnp.maximum(last_B, 0)[:, None]
         x_BTD, cache = network.hidden_states(last_B1, cache=cache, position=position)
@@ -161,9 +160,10 @@ def decode_uncached(network: Any, state: DecodeState, active_B, params: Sampling
     """Draws CHUNK tokens, each by a forward of the last whole block -> state, tokens [B, n]."""
 
     def decode_one_token(state: DecodeState, uniform_B: jax.Array):
-        size, tokens_BS = state.block_size, state.tokens_BS
+        size = state.block_size
         is_full_B1 = (state.lengths_B > size)[:, None]
-        tokens_BS = jnp.where(is_full_B1, jnp.roll(tokens_BS, -1, axis=1), tokens_BS)
+        slid_BS = jnp.roll(state.tokens_BS, -1, axis=1)
+        tokens_BS = jnp.where(is_full_B1, slid_BS, state.tokens_BS)
         length_B = jnp.minimum(state.lengths_B, size)
         logits_BV = logits_at(network, tokens_BS[:, :size], length_B - 1)
         state = replace(state, lengths_B=length_B)
@@ -188,7 +188,8 @@ def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, params: Samplin
     """Draws where a sequence is drawing, elsewhere NO_TOKEN -> state, token ids int32 [B]."""
     token_B = sample_token(logits_BV, uniform_B, params, state.seen_BV)
     token_B = jnp.where(is_drawing_B, token_B, NO_TOKEN).astype(jnp.int32)
-    num_drawn_B, lengths_B = state.num_drawn_B + is_drawing_B, state.lengths_B + is_drawing_B
+    num_drawn_B = state.num_drawn_B + is_drawing_B
+    lengths_B = state.lengths_B + is_drawing_B
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].max(is_drawing_B)
@@ -257,12 +258,16 @@ class Sampler:
 
     def _launch(self, prompts, max_new_tokens, params, seed, overflow, active):
         """Launches chunks without a host sync: lengths alone say how many tokens each draws."""
-        size, uses_cache, past = self.config.block_size, self._has_cache, None
+        size = self.config.block_size
+        uses_cache = self._has_cache
         truncates = uses_cache and overflow == "truncate"
         mesh, weights = self._replicate(len(prompts))
+        row_weights = self.row_params if len(prompts) == 1 else weights
         longest = truncated_len(size) if truncates else size
         state = initial_state(prompts, params, seed, self.config, longest)
-        lengths_B, left_B = np.array(state.lengths_B), np.full(len(prompts), max_new_tokens)
+        past = None
+        lengths_B = np.array(state.lengths_B)
+        left_B = np.full(len(prompts), max_new_tokens)
         state = jax.device_put(state, NamedSharding(mesh, PartitionSpec("data")))
         while (active_B := active & (left_B > 0)).any():
             is_full = (lengths_B[active_B] > size).any()
@@ -272,20 +277,19 @@ class Sampler:
                 length = decode.prefill_len(lengths_B[active_B], size)
                 state, past = self.prefill(mesh, (length,), weights, (state,))
             if uses_cache:
-                options = params, decode.kv_len(lengths_B[active_B], size)
-                row = self.row_params if len(prompts) == 1 else weights
+                kv_len = decode.kv_len(lengths_B[active_B], size)
                 state, past, tokens_Bn = self.decode_chunk(
-                    mesh, options, row, (state, past), active_B
+                    mesh, (params, kv_len), row_weights, (state, past), active_B
                 )
+                grown_B = np.minimum(lengths_B + CHUNK, size + 1)
             else:
                 past = None  # frees its memory
                 state, tokens_Bn = self.decode_uncached(
                     mesh, (params,), weights, (state,), active_B
                 )
-            grown_B = lengths_B + CHUNK
-            if uses_cache:
-                grown_B = np.minimum(grown_B, size + 1)
-            lengths_B, left_B = grown_B, left_B - (grown_B - lengths_B)
+                grown_B = lengths_B + CHUNK
+            left_B = left_B - (grown_B - lengths_B)
+            lengths_B = grown_B
             yield tokens_Bn
 
     def _replicate(self, batch: int) -> tuple[Mesh, Any]:
@@ -306,18 +310,10 @@ def generate_text(
     Raises `UserError`, before the first piece is asked for, for a prompt without tokens, a
     character without a token, or an empty stop string.
     """
-    ids, active = encode_prompts(tokenizer, prompts), np.ones(len(prompts), bool)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    if any(len(i) == 0 for i in ids):
+        raise UserError("start='': a prompt needs at least one character; a line break will do")
     streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
-    options |= {"max_new_tokens": max_new_tokens, "active": active}
-
-    def pieces() -> Iterator[list[str]]:
-        texts = [[] for _ in prompts]
-        for tokens_Bn in sampler.generate(ids, **options):
-            new = [""] * len(prompts)
-            for row in np.flatnonzero(active):
-                texts[row] += tokens_Bn[row][tokens_Bn[row] != NO_TOKEN].tolist()
-                new[row] = streams[row].push(texts[row], last=len(texts[row]) == max_new_tokens)
-                active[row] = not streams[row].stopped
-            yield new
-
-    return pieces()
+    active = np.ones(len(prompts), bool)
+    chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, active=active, **options)
+    return stream_texts(chunks, streams, active, max_new_tokens)

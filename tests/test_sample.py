@@ -1,4 +1,4 @@
-"""The sampler against NumPy: what is drawn from, what is drawn, and what a stream shows of it."""
+"""The sampler against NumPy: the logits it draws from, its draws, and the text it streams."""
 
 import dataclasses
 import io
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, MODEL_CASES, MODERN
 
-from jaxgpt import layers, sample
+from jaxgpt import sample
+from jaxgpt.kernels import linear
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.kernels import decode
 from jaxgpt.runtime.checkpoint import Checkpoints
@@ -44,7 +44,7 @@ def make_case(**options) -> tuple[Config, dict]:
 
 
 def lively_case(**options) -> tuple[Config, dict]:
-    """Likewise; louder blocks and an untied output map keep greedy texts from standing still."""
+    """Likewise; louder blocks and an untied output map keep greedy texts from repeating a token."""
     sizes = {"vocab_size": 65, "n_embd": 32, "block_size": 8, "tie_embeddings": False}
     config, params = make_case(**sizes | options)
     loud = {
@@ -54,6 +54,12 @@ def lively_case(**options) -> tuple[Config, dict]:
     return config, ref.unflatten(loud, params)
 
 
+@cache
+def small_sampler() -> Sampler:
+    config, params = lively_case(n_layer=1)
+    return Sampler(config).load(params)
+
+
 def random_prompts(*lengths: int, vocab_size: int = 65) -> list[list[int]]:
     rng = np.random.default_rng(2)
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
@@ -61,23 +67,21 @@ def random_prompts(*lengths: int, vocab_size: int = 65) -> list[list[int]]:
 
 def generate(sampler: Sampler, prompts: list[list[int]], **options) -> list[list[int]]:
     chunks = list(sampler.generate([np.array(p) for p in prompts], **options))
-    return [[int(t) for t in row if t >= 0] for row in np.concatenate(chunks, axis=1)]
+    return [[int(t) for t in row if t != NO_TOKEN] for row in np.concatenate(chunks, axis=1)]
 
 
 def next_logits(config: Config, params: dict, text: list[int]) -> np.ndarray:
-    """The reference's logits [V] of what follows a text."""
+    """The reference's logits [V] after a text."""
     return ref.forward({"blocks": {}} | params, np.array([text]), config)[0][0, -1]
 
 
-def greedy_loop(
-    config: Config, params: dict, prompt: list[int], new: int, overflow: str, penalty=1
-):
-    """What `generate` must draw, by one whole forward per token."""
-    size, text, seen = config.block_size, list(prompt), set(prompt)
+def greedy_loop(logits_after, prompt: list[int], new: int, size: int, overflow: str, penalty=1.0):
+    """The tokens that `generate` must draw, by one whole forward per token."""
+    text, seen = list(prompt), set(prompt)
     for _ in range(new):
         if overflow == "truncate" and len(text) > size:
             text = text[-min(size, size // 2 + 1) :]
-        logits = next_logits(config, params, text[-size:])
+        logits = logits_after(text[-size:])
         for token in seen:
             logits[token] *= 1 / penalty if logits[token] > 0 else penalty
         text.append(int(logits.argmax()))
@@ -85,17 +89,17 @@ def greedy_loop(
         yield text[-1]
 
 
-# ---- what is drawn from ----------------------------------------------------------------------
+# ---- the logits that tokens are drawn from ---------------------------------------------------
 
 
 @pytest.fixture
 def logits(monkeypatch) -> list[np.ndarray]:
-    """Collects the logits [B, V] that tokens are drawn from, one token per chunk."""
-    kept, draw_token = [], sample.sample_token
+    """Collects the logits [B, V] of every draw, with chunks of one token."""
+    kept, plain = [], sample.sample_token
 
     def spy(logits_BV: jax.Array, *rest):
         jax.debug.callback(lambda x: kept.append(np.array(x)), logits_BV, ordered=True)
-        return sample_token(logits_BV, *rest)
+        return plain(logits_BV, *rest)
 
     monkeypatch.setattr(sample, "sample_token", spy)
     monkeypatch.setattr(sample, "CHUNK", 1)
@@ -103,15 +107,18 @@ def logits(monkeypatch) -> list[np.ndarray]:
     return kept
 
 
+@pytest.fixture
+def x64():
+    """Types of 64 bits in every thread, also in those that run callbacks."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 def check_logits(
-    logits: list,
-    params: dict,
-    sampler: Sampler,
-    sampling: SamplingParams,
-    atol: float,
-    lengths=(2, 4),
+    logits: list, params: dict, sampler: Sampler, sampling=GREEDY, atol=1e-4, lengths=(2, 4)
 ) -> None:
-    """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
+    """Compares all draws of a ragged batch, up to the last position that the cache holds."""
     c = sampler.config
     new = c.block_size + 1 - max(lengths)
     prompts = random_prompts(*lengths, vocab_size=c.vocab_size)
@@ -131,13 +138,13 @@ def test_cached_decoding_is_the_whole_forward(options, logits):
     config, params = make_case(**options)
     sampler = Sampler(config).load(params)
     for sampling in (GREEDY, SamplingParams(temperature=3.0)):
-        check_logits(logits, params, sampler, sampling, 1e-4)
+        check_logits(logits, params, sampler, sampling)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2,), (1, 1), (1, 7), (5, 6)], ids=str)
-def test_prompts_of_one_token_and_of_a_whole_block_decode_from_the_right_logits(lengths, logits):
+def test_cached_decoding_after_prompts_of_one_token_and_of_a_whole_block(lengths, logits):
     config, params = make_case()
-    check_logits(logits, params, Sampler(config).load(params), GREEDY, 1e-4, lengths)
+    check_logits(logits, params, Sampler(config).load(params), lengths=lengths)
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
@@ -145,33 +152,40 @@ def test_scanned_layers_are_unstacked_to_be_sampled(options, logits):
     config, params = make_case(**options)
     blocks = jax.tree.map(lambda *layers: np.stack(layers), *params["blocks"].values())
     sampler = Sampler(config.replace(scan_layers=True)).load(params | {"blocks": blocks})
-    check_logits(logits, params, sampler, GREEDY, 1e-4)
+    check_logits(logits, params, sampler)
 
 
-@pytest.mark.parametrize("lengths", [(4,), (2, 4)], ids=["packed", "wide"])
+@pytest.mark.parametrize("lengths", [(4,), (2, 4)], ids=["packed", "float32"])
 @pytest.mark.parametrize(
     "options", [{}, MODERN, {"tie_embeddings": False, "n_layer": 1}, {"n_layer": 0}], ids=str
 )
 def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, logits, monkeypatch):
-    monkeypatch.setattr(layers, "PACKED", 0)
+    monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
     config, params = make_case(**{"n_embd": 32} | options)
     sampler = Sampler(config.replace(dtype="bfloat16")).load(params)
     types = {str(p.dtype) for p in jax.tree.leaves(sampler.row_params)}
     assert types == {"float32", "uint32"}
-    narrow = {
+    rounded = {
         path: p.astype(jnp.bfloat16).astype(p.dtype) if path.endswith("kernel") else p
         for path, p in ref.flatten(params).items()
     }
-    check_logits(logits, ref.unflatten(narrow, params), sampler, GREEDY, 1e-4, lengths)
+    check_logits(logits, ref.unflatten(rounded, params), sampler, lengths=lengths)
 
 
-def test_float64_is_sampled_in_float64(logits):
+def test_float64_is_sampled_in_float64(logits, x64):
     config, params = make_case(dtype="float64")
-    with jax.enable_x64(True):
-        check_logits(logits, params, Sampler(config).load(params), GREEDY, 1e-10)
+    check_logits(logits, params, Sampler(config).load(params), atol=1e-10)
 
 
-def test_new_parameters_count_from_then_on():
+def test_an_encoder_cannot_be_sampled():
+    with pytest.raises(UserError, match="causal=False"):
+        Sampler(make_case(causal=False)[0])
+
+
+# ---- parameters and devices ------------------------------------------------------------------
+
+
+def test_loaded_parameters_replace_those_before():
     config, params = lively_case()
     other = jax.tree.map(lambda p: -p, params)
     sampler, texts = Sampler(config), []
@@ -183,11 +197,10 @@ def test_new_parameters_count_from_then_on():
 def test_parameters_spread_over_devices_are_gathered():
     """As training hands them over."""
     config, params = lively_case(n_layer=1, mesh="data:2,fsdp:2,tensor:2", batch_size=8)
-    places = jax.tree.map(lambda p: p.sharding, abstract_params(config, make_mesh(config)))
-    sampler = Sampler(config)
+    shardings = jax.tree.map(lambda p: p.sharding, abstract_params(config, make_mesh(config)))
     here, there = (
-        generate(sampler.load(tree), [[1], [2, 3]], max_new_tokens=20)
-        for tree in (params, jax.device_put(params, places))
+        generate(Sampler(config).load(tree), [[1], [2, 3]], max_new_tokens=20)
+        for tree in (params, jax.device_put(params, shardings))
     )
     assert here == there
 
@@ -195,18 +208,13 @@ def test_parameters_spread_over_devices_are_gathered():
 @pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (9, 3), (10, 5), (11, 1), (16, 8)])
 def test_devices_share_sequences_and_change_no_token(rows, devices, monkeypatch):
     config, params = lively_case(n_layer=1)
-    assert decode.num_replicas(rows, params) == devices
     sampler, prompts = Sampler(config).load(params), random_prompts(*range(1, rows + 1))
     run = partial(generate, sampler, prompts, max_new_tokens=20)
+    assert decode.num_replicas(rows, params) == devices
     texts = run()
     monkeypatch.setattr(decode, "SHARED_READ_BYTES", 0)  # now the weights count as large
     assert decode.num_replicas(rows, params) == 1
     assert run() == texts
-
-
-def test_an_encoder_cannot_be_sampled():
-    with pytest.raises(UserError, match="causal=False"):
-        Sampler(make_case(causal=False)[0])
 
 
 # ---- past block_size, and side by side -------------------------------------------------------
@@ -227,7 +235,7 @@ LIVELY = [
     [*((options, 1.0) for options in LIVELY), ({"n_layer": 1}, 2.5)],
     ids=str,
 )
-def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, penalty, overflow, monkeypatch):
+def test_past_block_size_generate_is_the_plain_loop(options, penalty, overflow, monkeypatch):
     """Rows get there at different times: in a chunk's middle, at once, or before they begin."""
     monkeypatch.setattr(sample, "CHUNK", 5)
     config, params = lively_case(**options)
@@ -235,42 +243,33 @@ def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, penalty, ove
     sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = Sampler(config).load(params)
     got = generate(sampler, prompts, max_new_tokens=new, params=sampling, overflow=overflow)
+    logits_after = partial(next_logits, config, params)
     for prompt, text in zip(prompts, got, strict=True):
-        want = greedy_loop(config, params, prompt, new, overflow, penalty)
+        want = greedy_loop(logits_after, prompt, new, config.block_size, overflow, penalty)
         assert text == list(want), len(prompt)
     assert config.block_size == 1 or len({token for text in got for token in text}) > 6
 
 
 @each_overflow
-def test_a_prompt_gets_beside_others_what_it_gets_alone(overflow):
+def test_a_text_depends_on_its_prompt_and_index_but_not_on_its_neighbours(overflow):
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
-    run = partial(generate, sampler, max_new_tokens=25, params=GREEDY, overflow=overflow)
-    assert run(prompts) == [text for prompt in prompts for text in run([prompt])]
-
-
-@each_overflow
-def test_what_a_prompt_gets_depends_on_its_place_but_not_on_the_others(overflow):
-    """Also drawn at random: a place has a seed of its own, and here other neighbours."""
-    config, params = lively_case(n_layer=1, position="rope")
-    sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
-    sampling = SamplingParams(repetition_penalty=1.3, top_p=0.9)
-    run = partial(generate, sampler, max_new_tokens=25, params=sampling, overflow=overflow)
+    run = partial(generate, sampler, max_new_tokens=25, overflow=overflow)
+    assert run(prompts, params=GREEDY) == [run([p], params=GREEDY)[0] for p in prompts]
+    run = partial(run, params=SamplingParams(repetition_penalty=1.3, top_p=0.9))
     texts = run(prompts)
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         others = random_prompts(5, 3, 1, 2)
-        others[place] = prompt
-        assert run(others)[place] == texts[place], place
+        others[index] = prompt
+        assert run(others)[index] == texts[index], index
     assert len({tuple(text) for text in run(4 * [[0, 1]])}) == 4
 
 
 @each_overflow
 def test_padding_is_never_seen(overflow, monkeypatch):
     """Garbage after the end of each prompt changes no token."""
-    config, params = lively_case(n_layer=1)
-    run = partial(generate, Sampler(config).load(params), random_prompts(1, 5, 2))
-    clean, initial_state = run(max_new_tokens=20, overflow=overflow), sample.initial_state
-    filled = []
+    run = partial(generate, small_sampler(), random_prompts(1, 5, 2), max_new_tokens=20)
+    clean, initial_state, filled = run(overflow=overflow), sample.initial_state, []
 
     def with_garbage(*args):
         state = initial_state(*args)
@@ -279,15 +278,15 @@ def test_padding_is_never_seen(overflow, monkeypatch):
         return dataclasses.replace(state, tokens_BS=np.where(is_padding, 42, state.tokens_BS))
 
     monkeypatch.setattr(sample, "initial_state", with_garbage)
-    assert run(max_new_tokens=20, overflow=overflow) == clean
+    assert run(overflow=overflow) == clean
     assert filled[0] > 0
 
 
 # ---- a user's own model ----------------------------------------------------------------------
 
 
-class Bigram(nnx.Module):
-    """A model without a cache: the embedding of each token, and a linear output map."""
+class MeanModel(nnx.Module):
+    """A model without a cache: a linear map of the last token's row and of the mean row so far."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.embed = nnx.Embed(config.vocab_size, config.n_embd, rngs=rngs)
@@ -299,37 +298,33 @@ class Bigram(nnx.Module):
         return self.head(jnp.concatenate([x_BTD, mean_BTD], axis=-1))
 
 
-class BigramConfig(Config):
+class MeanConfig(Config):
     def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        return Bigram(self, rngs)
+        return MeanModel(self, rngs)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @each_overflow
 def test_a_model_without_a_cache_is_sampled_as_numpy_samples_it(overflow, penalty):
-    config = BigramConfig(vocab_size=65, block_size=8, n_embd=16, n_head=2, dtype="float32")
-    params = nnx.to_pure_dict(nnx.split(Bigram(config, nnx.Rngs(0)))[1])
-    prompts = random_prompts(1, 5, 8, 12)
-    got = generate(
-        Sampler(config).load(params),
-        prompts,
-        max_new_tokens=25,
-        params=SamplingParams(temperature=0, repetition_penalty=penalty),
-        overflow=overflow,
-    )
+    config = MeanConfig(vocab_size=65, block_size=8, n_embd=16, n_head=2, dtype="float32")
+    params = nnx.to_pure_dict(nnx.split(MeanModel(config, nnx.Rngs(0)))[1])
+    prompts, sampler = random_prompts(1, 5, 8, 12), Sampler(config).load(params)
+    sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
+    got = generate(sampler, prompts, max_new_tokens=25, params=sampling, overflow=overflow)
     embed, head = np.array(params["embed"]["embedding"]), jax.tree.map(np.array, params["head"])
+
+    def logits_after(text: list[int]) -> np.ndarray:
+        x_TD = embed[text]
+        return np.concatenate([x_TD[-1], x_TD.mean(0)]) @ head["kernel"] + head["bias"]
+
     for prompt, text in zip(prompts, got, strict=True):
-        said = list(prompt)
-        for _ in range(25):
-            x_TD = embed[said[-8:]]
-            logits = np.concatenate([x_TD[-1], x_TD.mean(0)]) @ head["kernel"] + head["bias"]
-            for token in set(said):
-                logits[token] *= 1 / penalty if logits[token] > 0 else penalty
-            said.append(int(logits.argmax()))
-        assert text == said[len(prompt) :]
+        assert text == list(greedy_loop(logits_after, prompt, 25, 8, "slide", penalty))
+    assert generate(sampler, prompts, max_new_tokens=25) != got
+    narrow = Sampler(config.replace(dtype="bfloat16")).load(params)
+    assert len(generate(narrow, [[1]], max_new_tokens=20)[0]) == 20
 
 
-# ---- what is drawn ---------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------
 
 DRAWS = 10_000
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
@@ -341,25 +336,18 @@ def draw_often(logits, sampling: SamplingParams, seen=None, draws: int = DRAWS) 
     pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
     logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (draws, 1))
     seen_BV = None if seen is None else jnp.tile(pad(seen), (draws, 1))
-    chance_B = 1 - jax.random.uniform(jax.random.key(0), (draws,))
-    return np.bincount(sample_token(logits_BV, chance_B, sampling, seen_BV), minlength=128)
+    uniform_B = 1 - jax.random.uniform(jax.random.key(0), (draws,))
+    return np.bincount(sample_token(logits_BV, uniform_B, sampling, seen_BV), minlength=128)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-
-
-def probabilities(
-    logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None
-) -> np.ndarray:
-    """What each token's probability is to be: one filter after the other, one token at a time."""
+def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None):
+    """What each token's probability must be: one filter after the other, token by token."""
     logits = logits.copy()
     for token in np.flatnonzero(seen) if seen is not None else ():
-        if logits[token] > 0:
-            logits[token] /= sampling.repetition_penalty
-        else:
-            logits[token] *= sampling.repetition_penalty
-    probs = softmax(logits / sampling.temperature)
+        penalty = sampling.repetition_penalty
+        logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+    probs = np.exp(logits / sampling.temperature)
+    probs /= probs.sum()
     ranked = [int(token) for token in np.argsort(-probs)]
     ranked = [token for token in ranked if probs[token] >= sampling.min_p * probs[ranked[0]]]
     ranked = ranked[: sampling.top_k or None]
@@ -376,43 +364,34 @@ def probabilities(
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({}, 12),
-        ({"temperature": 0.6}, 12),
-        ({"temperature": 1.7}, 12),
-        ({"top_k": 1}, 1),
-        ({"top_k": 5}, 5),
+        ({}, 12), ({"temperature": 0.6}, 12), ({"temperature": 1.7}, 12),
+        ({"top_k": 1}, 1), ({"top_k": 5}, 5), ({"top_k": 200}, 12),
         ({"top_k": 11, "temperature": 1.3}, 11),
-        ({"top_k": 200}, 12),
-        ({"top_p": 0.0}, 1),
-        ({"top_p": 0.1}, 1),
-        ({"top_p": 0.5}, 4),
-        ({"top_p": 0.97}, 11),
-        ({"min_p": 0.3}, 7),
-        ({"min_p": 0.99}, 1),
-        ({"repetition_penalty": 1.8}, 12),
-        ({"repetition_penalty": 3.0, "top_k": 6}, 6),
+        ({"top_p": 0.0}, 1), ({"top_p": 0.1}, 1), ({"top_p": 0.5}, 4), ({"top_p": 0.97}, 11),
+        ({"min_p": 0.3}, 7), ({"min_p": 0.99}, 1),
+        ({"repetition_penalty": 1.8}, 12), ({"repetition_penalty": 3.0, "top_k": 6}, 6),
         ({"top_k": 6, "top_p": 0.7}, 4),
         ({"temperature": 0.7, "min_p": 0.2, "top_k": 6, "top_p": 0.9}, 5),
         ({"temperature": 1.5, "min_p": 0.3, "top_p": 0.8, "repetition_penalty": 1.5}, 9),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
     sampling = SamplingParams(**options)
     seen = SEEN if sampling.repetition_penalty != 1 else None
     want = DRAWS * np.pad(probabilities(LOGITS, sampling, seen), (0, 116))
     got = draw_often(LOGITS, sampling, seen)
-    assert np.count_nonzero(want) == left  # the case is about what it seems to be about
+    assert np.count_nonzero(want) == left  # the case tests what it seems to test
     np.testing.assert_array_equal(got > 0, want > 0)
     chi_square = ((got - want) ** 2 / np.maximum(want, 1)).sum()
     assert chi_square < left + 5 * np.sqrt(2 * left)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=str)
-def test_the_least_and_the_greatest_chance_draw_what_may_be_drawn(filters):
+def test_the_least_and_the_greatest_uniform_draw_give_a_possible_token(filters):
     logits_V = jnp.pad(LOGITS, (60, 56), constant_values=-jnp.inf)
-    chance_B = jnp.array([2.0**-24, 1 - 2.0**-24, 1])
-    drawn = sample_token(jnp.tile(logits_V, (3, 1)), chance_B, SamplingParams(**filters), None)
+    uniform_B = jnp.array([2.0**-24, 1 - 2.0**-24, 1])
+    drawn = sample_token(jnp.tile(logits_V, (3, 1)), uniform_B, SamplingParams(**filters), None)
     assert np.isfinite(logits_V[drawn]).all()
 
 
@@ -443,142 +422,107 @@ def test_padded_ids_are_never_drawn(temperature, filters):
     assert np.all(got[:65] > 0)
 
 
-# ---- seeds -----------------------------------------------------------------------------------
-
-
-@cache
-def small_sampler() -> Sampler:
-    config, params = lively_case(n_layer=1)
-    return Sampler(config).load(params)
-
-
-@pytest.fixture
-def sampler() -> Sampler:
-    return small_sampler()
-
-
-def test_the_seed_decides(sampler):
-    run = partial(generate, sampler, [[1, 2], [1, 2]], max_new_tokens=15)
-    first, again, other = run(seed=5), run(seed=5), run(seed=6)
-    assert first == again
-    assert first[0] != first[1]
-    assert not {tuple(t) for t in first} & {tuple(t) for t in other}
+def test_draws_of_a_chunk_are_those_of_each_key_and_number():
+    keys_B, first_B = jax.random.key_data(jax.random.split(jax.random.key(3), 2)), jnp.array([0, 7])
+    got_nB = decode.uniform_draws(keys_B, first_B, 3)
+    for n, row in np.ndindex(3, 2):
+        assert got_nB[n, row] == decode.uniform_draw(keys_B[row], first_B[row] + n)
 
 
 def test_draws_are_independent_of_each_other():
     """Where all five tokens are equally likely, so are all pairs of neighbours."""
     config, params = make_case(n_layer=0, vocab_size=5, block_size=1000, tie_embeddings=False)
     params["lm_head"] = {"kernel": np.zeros_like(params["lm_head"]["kernel"])}
-    texts = generate(Sampler(config).load(params), [[0]] * 4, max_new_tokens=999)
-    tokens = np.array(texts)
+    tokens = np.array(generate(Sampler(config).load(params), [[0]] * 4, max_new_tokens=999))
     for first, second in (tokens[:, :-1], tokens[:, 1:]), (tokens[:-1], tokens[1:]):
         pairs = np.bincount((5 * first + second).ravel(), minlength=25)
         expected = first.size / 25
         assert ((pairs - expected) ** 2 / expected).sum() < 24 + 5 * np.sqrt(2 * 24)
 
 
-@each_overflow
-def test_a_sample_does_not_depend_on_how_many_there_are(sampler, overflow):
-    run = partial(generate, sampler, max_new_tokens=30, overflow=overflow)
-    texts = run(5 * [[1, 2, 3]])
-    for count in (1, 2):
-        assert run(count * [[1, 2, 3]]) == texts[:count]
+def test_the_seed_decides():
+    run = partial(generate, small_sampler(), [[1, 2], [1, 2]], max_new_tokens=15)
+    first, again, other = run(seed=5), run(seed=5), run(seed=6)
+    assert first == again
+    assert first[0] != first[1]
+    assert not {tuple(t) for t in first} & {tuple(t) for t in other}
 
 
 @each_overflow
-def test_a_shorter_text_is_the_beginning_of_a_longer_one(sampler, overflow):
-    run = partial(generate, sampler, [[1, 2, 3], [4]], overflow=overflow)
-    texts = run(max_new_tokens=45)
-    for length in (1, 5, 6, 19, 20, 21, 40):
-        assert run(max_new_tokens=length) == [text[:length] for text in texts]
-
-
-@each_overflow
-def test_the_chunk_size_changes_nothing(monkeypatch, overflow):
-    config, params = lively_case(n_layer=1)
-    sampling, texts = SamplingParams(top_k=9, repetition_penalty=1.2), []
+def test_neither_the_number_of_samples_nor_their_length_nor_the_chunk_changes_a_token(
+    overflow, monkeypatch
+):
+    options = {"params": SamplingParams(top_k=9, repetition_penalty=1.2), "overflow": overflow}
+    run = partial(generate, small_sampler(), **options)
+    prompts = 5 * [[1, 2, 3]]
+    texts = run(prompts, max_new_tokens=45)
+    for count, new in [(1, 45), (2, 45), (5, 1), (5, 5), (5, 6), (5, 19), (5, 20), (5, 21)]:
+        want = [text[:new] for text in texts[:count]]
+        assert run(prompts[:count], max_new_tokens=new) == want
     for chunk in (1, 3, 20, 64):
         monkeypatch.setattr(sample, "CHUNK", chunk)
-        texts.append(
-            generate(
-                Sampler(config).load(params),
-                random_prompts(2, 7),
-                max_new_tokens=30,
-                params=sampling,
-                overflow=overflow,
-            )
-        )
-    assert all(text == texts[0] for text in texts)
+        sampler = Sampler(small_sampler().config).load(small_sampler().params)
+        assert generate(sampler, prompts, max_new_tokens=45, **options) == texts
 
 
-# ---- chunks, and how often it compiles -------------------------------------------------------
+# ---- chunks, the mask, and how often it compiles ---------------------------------------------
 
 
 @settings(max_examples=25)
 @given(
-    ends=st.lists(st.integers(0, 4), min_size=3, max_size=3),
-    new=st.integers(1, 50),
-    overflow=st.sampled_from(["truncate", "slide"]),
+    st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    st.integers(1, 50),
+    st.sampled_from(["truncate", "slide"]),
 )
 def test_clearing_an_entry_of_active_ends_that_sequence_alone(ends, new, overflow):
-    """Row r is cleared after its chunk number ends[r], or before the first one for 0."""
+    """Row r is cleared after its chunk number ends[r]; before the first chunk if that is 0."""
     sampler, prompts = small_sampler(), [np.array([1, 2])] * 3
-    options = {"max_new_tokens": new, "overflow": overflow, "seed": 3}
+    run = partial(sampler.generate, prompts, max_new_tokens=new, overflow=overflow, seed=3)
+    whole = np.array(list(run()))
+    assert sampler.num_generated == (whole != NO_TOKEN).sum() == 3 * new
     active, chunks = np.array(ends) > 0, []
-    for number, chunk in enumerate(sampler.generate(prompts, active=active, **options), 1):
-        assert chunk.shape == (3, sample.CHUNK)
+    for chunk in run(active=active):
         chunks.append(chunk)
-        active &= np.array(ends) > number
-    num_generated, whole = sampler.num_generated, list(sampler.generate(prompts, **options))
-    chunks, drawn = np.array(chunks), 0
-    for row, end in enumerate(ends):
-        for number, want in enumerate(whole):
-            if number >= end:
-                want = np.full_like(want, NO_TOKEN)
-            if number < len(chunks):
-                np.testing.assert_array_equal(chunks[number, row], want[row])
-                drawn += (want[row] != NO_TOKEN).sum()
-    assert num_generated == drawn
-    assert len(chunks) == min(len(whole), max(ends))  # no chunk once every sequence has ended
+        active &= np.array(ends) > len(chunks)
+    is_ended = np.arange(len(whole))[:, None] >= ends
+    want = np.where(is_ended[:, :, None], NO_TOKEN, whole)[: max(ends)]
+    np.testing.assert_array_equal(np.array(chunks).reshape(want.shape), want)
+    assert sampler.num_generated == (want != NO_TOKEN).sum()
 
 
-def test_the_device_is_one_chunk_ahead_and_no_more(monkeypatch):
+@each_overflow
+def test_the_device_is_one_chunk_ahead(overflow, monkeypatch):
     launched, sampler = [], small_sampler()
-    decode_uncached = sampler.decode_uncached
-
-    def spy(*args):
-        launched.append(args)
-        return decode_uncached(*args)
-
-    monkeypatch.setattr(sampler, "decode_uncached", spy)
-    texts = sampler.generate([np.arange(9)], max_new_tokens=100, overflow="slide")
-    next(texts)
-    first = len(launched)
-    next(texts)
-    assert len(launched) == first + 1
+    for name in ("decode_chunk", "decode_uncached"):
+        spy = lambda *args, run=getattr(sampler, name): launched.append(1) or run(*args)
+        monkeypatch.setattr(sampler, name, spy)
+    texts = sampler.generate([np.arange(9)], max_new_tokens=100, overflow=overflow)
+    for number, _ in zip(range(1, 4), texts, strict=False):
+        assert len(launched) == number + 1
 
 
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(), SamplingParams(repetition_penalty=1.5)], ids=str
 )
 @pytest.mark.parametrize("placed", [False, True])
-def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, sampling):
+def test_one_program_serves_a_bucket_of_prompt_lengths(placed, sampling):
     """Also where the parameters are bound to a device, as those of a checkpoint are."""
     config, params = lively_case(block_size=64, n_layer=1)
     if placed:
         spec = jax.sharding.PartitionSpec()
         params = jax.device_put(params, jax.sharding.NamedSharding(local_mesh(), spec))
     sampler = Sampler(config).load(params)
-    compiled = lambda: [f._cache_size() for f in (sampler.prefill, sampler.decode_chunk)]
+    programs = [sampler.prefill, sampler.decode_chunk, sampler.decode_uncached]
+    compiled = lambda: [program._cache_size() for program in programs]
     run = partial(generate, sampler, params=sampling)
     for lengths, new in [((5, 9), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
         run(random_prompts(*lengths), max_new_tokens=new, seed=new)
-        assert compiled() == [1, 1], (lengths, new)
+        assert compiled() == [1, 1, 0], (lengths, new)
     run(random_prompts(4, 3), max_new_tokens=5)
-    assert compiled() == [2, 1]
+    assert compiled() == [2, 1, 0]
     for new in (100, 150):
         run(random_prompts(8, 5), max_new_tokens=new, overflow="slide")
-        assert [sampler.decode_uncached._cache_size(), compiled()[1]] == [1, 1]
+        assert compiled() == [2, 1, 1]
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"sliding_window": 150}], ids=str)
@@ -592,91 +536,12 @@ def test_buckets_of_the_past_change_no_token(options, monkeypatch):
     assert run(Sampler(config).load(params)) == texts
 
 
-@given(st.integers(1, 2000), st.data())
-def test_buckets_of_lengths_are_wide_enough_and_few(block_size, data):
-    length = data.draw(st.integers(1, block_size))
-    past, prompt = (
-        {bucket(np.array([1, n]), block_size) for n in (length, *range(1, block_size + 1))}
-        for bucket in (decode.kv_len, decode.prefill_len)
-    )
-    assert len(past) <= 4
-    assert len(prompt) <= 2 + block_size.bit_length()
-    for bucket in (decode.kv_len, decode.prefill_len):
-        assert length - 1 <= bucket(np.array([1, length]), block_size) <= block_size
-
-
-# ---- text, as it comes -----------------------------------------------------------------------
-
-
-def until_stop(text: str, stops: tuple[str, ...]) -> str:
-    """Reads on, one character at a time, until a stop string has been read."""
-    for read in range(1, len(text) + 1):
-        ended = [stop for stop in stops if text[:read].endswith(stop)]
-        if ended:
-            return text[: read - max(map(len, ended))]
-    return text
-
-
-def push_all(stream: TextStream, ids: list[int], cuts: list[int]):
-    """-> ids so far and all that was shown, after each piece; ends where the stream stops."""
-    shown = ""
-    for end in [*sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]:
-        shown += stream.push(ids[:end], last=False)
-        yield ids[:end], shown
-        if stream.stopped:
-            return
-    yield ids, shown + stream.push(ids, last=True)
-
-
-CUTS = st.lists(st.integers(0, 1000), max_size=12)
-
-
-@given(
-    st.text("ab.", max_size=20),
-    st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3).map(tuple),
-    CUTS,
-)
-@example("xab", ("abc", "b"), [2])
-@example("aabaab.", ("aab.",), [1, 2, 3, 4, 5, 6])
-def test_text_ends_before_a_stop_string_however_it_comes_in(text, stops, cuts):
-    """And what is held back on the way is the beginning of one."""
-    tokenizer = CharTokenizer("ab.cx")
-    stream = TextStream(tokenizer, stops)
-    for ids, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
-        so_far = until_stop(tokenizer.decode(ids), stops)
-        assert so_far.startswith(shown)
-        held = so_far[len(shown) :]
-        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
-    assert shown == until_stop(text, stops)
-    assert stream.stopped == any(stop in text for stop in stops)
-
-
-@given(st.text("aé€😀", max_size=8), CUTS)
-def test_half_a_character_is_held_back_and_a_whole_one_is_not(text, cuts):
-    tokenizer = ByteTokenizer()
-    for ids, shown in push_all(TextStream(tokenizer), tokenizer.encode(text).tolist(), cuts):
-        assert shown == bytes(ids).decode(errors="ignore")
-    assert shown == text
-
-
-@given(st.text("aé€\x80", max_size=10), st.lists(st.text("aé€", min_size=1), max_size=2), CUTS)
-@example("aé", ["aé"], [2])
-@example("a€aé", ["aé"], [3, 5, 6])
-def test_stop_strings_end_the_text_of_bytes_too(text, stops, cuts):
-    tokenizer = ByteTokenizer()
-    stream = TextStream(tokenizer, tuple(stops))
-    for _, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
-        assert until_stop(text, tuple(stops)).startswith(shown)
-    assert shown == until_stop(text, tuple(stops))
-
-
-@given(st.binary(max_size=12), CUTS)
-@example(b"\xe2\x82", [1])
-@example(b"\xff\xe2\x82A", [1, 2, 3])
-def test_pieces_make_up_the_text_whatever_the_bytes(ids, cuts):
-    for _, shown in push_all(TextStream(ByteTokenizer()), list(ids), cuts):
-        assert ids.decode(errors="replace").startswith(shown)
-    assert shown == ids.decode(errors="replace")
+@given(st.integers(1, 2000))
+def test_buckets_of_lengths_are_wide_enough_and_few(block_size):
+    for bucket, most in (decode.kv_len, 4), (decode.prefill_len, 2 + block_size.bit_length()):
+        widths = [bucket(np.array([1, n]), block_size) for n in range(1, block_size + 1)]
+        assert all(n <= width <= block_size for n, width in enumerate(widths))
+        assert len(set(widths)) <= most
 
 
 # ---- models whose text is known --------------------------------------------------------------
@@ -684,18 +549,9 @@ def test_pieces_make_up_the_text_whatever_the_bytes(ids, cuts):
 
 def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dict]:
     """A bigram model that says these tokens, each of them different, round and round."""
-    config = Config(
-        vocab_size=vocab_size,
-        block_size=8,
-        n_layer=0,
-        n_head=1,
-        n_embd=len(ids),
-        position="none",
-        norm="rmsnorm",
-        bias=False,
-        tie_embeddings=False,
-        **{"dtype": "float32"} | options,
-    )
+    sizes = {"vocab_size": vocab_size, "block_size": 8, "n_layer": 0, "n_head": 1}
+    kinds = {"position": "none", "norm": "rmsnorm", "bias": False, "tie_embeddings": False}
+    config = Config(n_embd=len(ids), **sizes | kinds | {"dtype": "float32"} | options)
     rows = np.zeros((config.padded_vocab_size, len(ids)), np.float32)
     rows[ids] = np.eye(len(ids))
     nexts = np.zeros_like(rows)
@@ -708,7 +564,7 @@ LETTERS = CharTokenizer("\nabcdefgh")
 SIXTY_FIVE = CharTokenizer("".join(map(chr, range(48, 48 + 65))))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alphabet() -> Sampler:
     """Says abcdefgh and a line break, over and over."""
     config, params = cyclic_case(LETTERS.encode("abcdefgh\n").tolist(), LETTERS.vocab_size)
@@ -717,64 +573,48 @@ def alphabet() -> Sampler:
 
 def say(sampler: Sampler, tokenizer, prompts: list[str], new: int, **options) -> list[str]:
     pieces = list(generate_text(sampler, tokenizer, prompts, new, params=GREEDY, **options))
-    assert all(len(piece) == len(prompts) for piece in pieces)
     return ["".join(of_prompt) for of_prompt in zip(*pieces, strict=True)]
 
 
-def test_text_goes_on_from_each_prompt(alphabet):
-    assert say(alphabet, LETTERS, ["a", "hgf", "\n"], 12) == [
-        "bcdefgh\nabcd",
-        "gh\nabcdefgh\n",
-        "abcdefgh\nabc",
-    ]
+def test_text_goes_on_from_each_prompt_to_its_stop_string(alphabet):
+    want = ["bcdefgh\nabcd", "gh\nabcdefgh\n", "abcdefgh\nabc"]
+    assert say(alphabet, LETTERS, ["a", "hgf", "\n"], 12) == want
+    assert say(alphabet, LETTERS, ["a", "g"], 100, stop=("defgh", "fe")) == ["bc", "h\nabc"]
+    assert alphabet.num_generated <= 2 * sample.CHUNK  # a sequence that stopped draws no more
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6, 20])
-def test_a_stop_string_ends_the_text(chunk, monkeypatch):
+def test_a_stop_string_ends_the_text(chunk, monkeypatch, alphabet):
     monkeypatch.setattr(sample, "CHUNK", chunk)
-    config, params = cyclic_case(LETTERS.encode("abcdefgh\n").tolist(), LETTERS.vocab_size)
-    run = partial(say, Sampler(config).load(params), LETTERS, ["a", "\na"], 12)
-    for stop, want in {
-        ("h",): "bcdefg",
-        ("efgh", "d"): "bc",
-        ("h\nab",): "bcdefg",  # over the end of a chunk of three, and of six
-        ("ag", "h\na", "gh\nabc"): "bcdefg",
-        ("bcdefgh\nabcd",): "",
-        ("abcde", "ba"): "bcdefgh\nabcd",  # begun, and let go at the end
-    }.items():
-        assert run(stop=stop) == [want, want]
-
-
-def test_a_sequence_that_stopped_draws_no_more(alphabet):
-    texts = say(alphabet, LETTERS, ["a", "g"], 100, stop=("defgh", "fe"))
-    assert texts == ["bc", "h\nabc"]
-    assert alphabet.num_generated <= 2 * sample.CHUNK
+    run = partial(say, alphabet, LETTERS, ["a", "\na"], 12)
+    assert run(stop=("h",)) == ["bcdefg"] * 2
+    assert run(stop=("efgh", "d")) == ["bc"] * 2
+    assert run(stop=("h\nab",)) == ["bcdefg"] * 2  # over the end of a chunk of three, and of six
+    assert run(stop=("ag", "h\na", "gh\nabc")) == ["bcdefg"] * 2
+    assert run(stop=("bcdefgh\nabcd",)) == [""] * 2
+    assert run(stop=("abcde", "ba")) == ["bcdefgh\nabcd"] * 2  # begun, and let go at the end
 
 
 def test_characters_of_several_tokens_come_whole():
     config, params = cyclic_case(list("aé😀".encode()), 256)
-    sampler = Sampler(config).load(params)
-    assert say(sampler, ByteTokenizer(), ["a"], 13) == ["é😀aé😀"]
-    assert say(sampler, ByteTokenizer(), ["a"], 12) == ["é😀aé\ufffd"]
-    assert say(sampler, ByteTokenizer(), ["a"], 13, stop=("é😀a",)) == [""]
+    run = partial(say, Sampler(config).load(params), ByteTokenizer(), ["a"])
+    assert run(13) == ["é😀aé😀"]
+    assert run(12) == ["é😀aé\ufffd"]
+    assert run(13, stop=("é😀a",)) == [""]
 
 
 @pytest.mark.parametrize(
     ("prompts", "stop", "message"),
-    [
-        (["a", "bZaY"], (), "'YZ'"),
-        (["a", ""], (), "start=''"),
-        (["a"], ("b", ""), "stop=''"),
-    ],
+    [(["a", "bZaY"], (), "'YZ'"), (["a", ""], (), "start=''"), (["a"], ("b", ""), "stop=''")],
 )
-def test_prompts_that_cannot_be_are_refused_before_anything_runs(alphabet, prompts, stop, message):
+def test_an_impossible_prompt_is_refused_before_anything_runs(alphabet, prompts, stop, message):
     with pytest.raises(UserError, match=message):
         generate_text(alphabet, LETTERS, prompts, 10, stop=stop)
 
 
 # ---- the command -----------------------------------------------------------------------------
 
-RULE = "-" * 15 + "\n"
+SEPARATOR = "-" * 15 + "\n"
 ROOT = Path(__file__).parent.parent
 
 
@@ -805,6 +645,7 @@ def runs(tmp_path_factory) -> Path:
     write_run(folder / "random", config, {1: params}, SIXTY_FIVE)
     config, params = cyclic_case(list("a\x1b[é\x07\r\n\t".encode()), 256)
     write_run(folder / "bytes", config, {1: params}, ByteTokenizer())
+    (folder / "prompt.txt").write_bytes(b"f\ng")
     return folder
 
 
@@ -823,127 +664,79 @@ def command(runs, capsys, monkeypatch):
     jax.config.update("jax_enable_x64", False)
 
 
-KNOBS = vars(SamplingParams()).keys()
 SHORT = ("--temperature=0", "--max_new_tokens=5", "--num_samples=1")
 
 
-def test_every_sample_of_every_prompt_is_printed_after_it(command):
-    starts = ("--start=a", "--start=hg")
-    code, out, err = command("--out_dir=letters", *SHORT, *starts, "--num_samples=2")
-    want = ["abcdef\n", "abcdef\n", "hgh\nabc\n", "hgh\nabc\n"]
-    assert (code, out) == (0, "".join(text + RULE for text in want))
-    assert err.startswith("letters, step 10, float32\n")
-    assert "tokens/s" in err
-
-
-def test_a_prompt_is_a_line_break_or_what_a_file_says(command, tmp_path):
-    file = tmp_path / "prompt.txt"
-    file.write_bytes(b"f\ng")
-    code, out, _ = command("--out_dir=letters", *SHORT)
-    assert (code, out) == (0, "\nabcde\n" + RULE)
-    code, out, _ = command("--out_dir=letters", *SHORT, f"--start=FILE:{file}", "--start=b")
-    assert (code, out) == (0, "f\ngh\nabc\n" + RULE + "bcdefg\n" + RULE)
-
-
-def test_stop_strings_end_a_sample(command):
-    stops = ("--stop=d", "--stop=gh\n")
-    code, out, _ = command("--out_dir=letters", *SHORT, *stops, "--start=a", "--start=e")
-    assert (code, out) == (0, "abc\n" + RULE + "ef\n" + RULE)
-
-
 @pytest.mark.parametrize(
-    ("run", "checkpoint", "step", "text"),
+    ("run", "argv", "texts", "line"),
     [
-        ("letters", "best", 10, "cdefgh"),
-        ("letters", "latest", 20, "cba\nhg"),
-        ("letters", "10", 10, "cdefgh"),
-        ("letters", "20", 20, "cba\nhg"),
-        ("no_best", "best", 20, "cba\nhg"),
+        ("letters", "--start=a --start=hg --num_samples=2",
+         ["abcdef", "abcdef", "hgh\nabc", "hgh\nabc"], "step 10, float32"),
+        ("letters", "", ["\nabcde"], "step 10, float32"),
+        ("letters", "--start=FILE:prompt.txt --start=b", ["f\ngh\nabc", "bcdefg"], "step 10"),
+        ("letters", "--stop=d --stop=gh\n --start=a --start=e", ["abc", "ef"], "step 10"),
+        ("letters", "--start=c --checkpoint=best", ["cdefgh"], "step 10,"),
+        ("letters", "--start=c --checkpoint=latest", ["cba\nhg"], "step 20,"),
+        ("letters", "--start=c --checkpoint=10", ["cdefgh"], "step 10,"),
+        ("letters", "--start=c --checkpoint=20", ["cba\nhg"], "step 20,"),
+        ("no_best", "--start=c --checkpoint=best", ["cba\nhg"], "step 20,"),
+        ("float64", "--start=c", ["cdefgh"], "step 10, float64"),
+        *((run, f"--start=c --dtype={dtype}", ["cdefgh"], f"step 10, {dtype}")
+          for run in ("letters", "float64") for dtype in ("float32", "bfloat16", "float64")),
     ],
-)
-def test_a_checkpoint_is_named_or_numbered(command, run, checkpoint, step, text):
-    argv = (f"--out_dir={run}", *SHORT, "--start=c", f"--checkpoint={checkpoint}")
-    code, out, err = command(*argv)
-    assert (code, out) == (0, text + "\n" + RULE)
-    assert f"step {step}," in err
+    ids=str,
+)  # fmt: skip
+def test_samples_are_printed_after_their_prompts(command, run, argv, texts, line):
+    code, out, err = command(f"--out_dir={run}", *SHORT, *argv.split(" ") * bool(argv))
+    assert (code, out) == (0, "".join(f"{text}\n{SEPARATOR}" for text in texts))
+    assert err.startswith(f"{run}, {line}")
+    assert "tokens/s" in err
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"max_new_tokens": 40},
-        {
-            "temperature": 1.3,
-            "top_k": 9,
-            "top_p": 0.8,
-            "min_p": 0.4,
-            "repetition_penalty": 1.4,
-            "seed": 5,
-            "overflow": "slide",
-            "max_new_tokens": 29,
-        },
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.4, "repetition_penalty": 1.4,
+         "seed": 5, "overflow": "slide", "max_new_tokens": 29},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_options_mean_what_they_mean_in_the_library(command, options):
     flags = [f"--{key}={value}" for key, value in options.items()]
     code, out, _ = command("--out_dir=random", "--start=abc", "--num_samples=2", *flags)
     config, params = lively_case(n_layer=0)
-    sampler = Sampler(config).load(params)
-    sampling = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
-    rest = {k: options[k] for k in options.keys() - KNOBS}
-    pieces = generate_text(
-        sampler, SIXTY_FIVE, ["abc"] * 2, params=SamplingParams(**sampling), **rest
-    )
+    names = vars(SamplingParams()).keys()
+    sampling = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in names & options.keys()}
+    rest = {k: options[k] for k in options.keys() - names}
+    rest["params"] = SamplingParams(**sampling)
+    pieces = generate_text(Sampler(config).load(params), SIXTY_FIVE, ["abc"] * 2, **rest)
     texts = ["".join(of_sample) for of_sample in zip(*pieces, strict=True)]
-    assert (code, out) == (0, "".join(f"abc{text}\n{RULE}" for text in texts))
-
-
-def test_a_float64_run_is_sampled_as_such(command):
-    code, out, err = command("--out_dir=float64", *SHORT, "--start=c")
-    assert (code, out) == (0, "cdefgh\n" + RULE)
-    assert "step 10, float64" in err
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("run", ["letters", "float64"])
-def test_a_run_is_sampled_in_any_type(command, run, dtype):
-    code, out, err = command(f"--out_dir={run}", *SHORT, "--start=c", f"--dtype={dtype}")
-    assert (code, out) == (0, "cdefgh\n" + RULE)
-    assert err.startswith(f"{run}, step 10, {dtype}\n")
+    assert (code, out) == (0, "".join(f"abc{text}\n{SEPARATOR}" for text in texts))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--out_dir=nowhere"], "nowhere"),
-        (["--out_dir=untrained"], "no checkpoint"),
-        (["--out_dir=letters", "--checkpoint=15"], "best, latest, 10, 20"),
-        (["--out_dir=letters", "--checkpoint=newest"], "best, latest, or a step"),
-        (["--out_dir=letters", "--start=FILE:nowhere"], "FILE:nowhere"),
-        (["--out_dir=letters", "--start=FILE:letters"], "FILE:letters"),
-        (["--out_dir=letters", "--temperature=nan"], "temperature=nan"),
-        (["--out_dir=encoder"], "causal=False"),
+        ("--out_dir=nowhere", "nowhere"),
+        ("--out_dir=untrained", "no checkpoint"),
+        ("--out_dir=encoder", "causal=False"),
+        ("--out_dir=letters --checkpoint=15", "best, latest, 10, 20"),
+        ("--out_dir=letters --checkpoint=newest", "best, latest, or a step"),
+        ("--out_dir=letters --start=FILE:nowhere", "FILE:nowhere"),
+        ("--out_dir=letters --start=FILE:letters", "FILE:letters"),
+        ("--out_dir=letters --temperature=nan", "temperature=nan"),
+        ("--out_dir=letters --start=a --start=aZ", "'Z'"),
+        ("--out_dir=letters --start=", "start=''"),
+        ("--out_dir=letters --stop=", "stop=''"),
     ],
-    ids=str,
 )
-def test_a_mistake_is_one_line(command, argv, message):
-    code, out, err = command(*argv)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ")
-    assert message in err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [(["--start=a", "--start=aZ"], "'Z'"), (["--start="], "start=''"), (["--stop="], "stop=''")],
-    ids=str,
-)
-def test_nothing_is_printed_before_a_prompt_is_refused(command, argv, message):
-    code, out, err = command("--out_dir=letters", *argv)
-    assert (code, out) == (2, "")
-    assert message in err.splitlines()[-1]
-    assert "Traceback" not in err
+def test_a_mistake_is_one_line_and_no_text(command, argv, message):
+    code, out, err = command(*argv.split())
+    lines = [line for line in err.splitlines() if line != "letters, step 10, float32"]
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\nb\n"], ids=["EOF", "empty line", "empty line first"])
@@ -951,8 +744,7 @@ def test_prompts_are_asked_for_until_there_are_no_more(command, monkeypatch, end
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nZ\nfgh\n" + end))
     code, out, err = command("--out_dir=letters", *SHORT, "--interactive")
     last = "" if end else "\n"
-    want = f"> abcdef\n{RULE}> > fgh\nabcd\n{RULE}> {last}"
-    assert (code, out) == (0, want)
+    assert (code, out) == (0, f"> abcdef\n{SEPARATOR}> > fgh\nabcd\n{SEPARATOR}> {last}")
     assert err.count("error: no token for 'Z'") == 1
     assert "Traceback" not in err
 
@@ -975,20 +767,20 @@ def test_a_terminal_gets_control_characters_spelled_out(runs):
     os.close(ours)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert shown.decode().replace("\r\n", "\n") == 2 * ("a\\x1b[é\\x07\\r\n" + RULE)
-
-
-def test_what_is_not_a_terminal_gets_them_as_they_are(command):
-    code, out, _ = command("--out_dir=bytes", *CONTROLS)
-    assert (code, out) == (0, 2 * ("a\x1b[é\x07\r\n" + RULE))
+    assert shown.decode().replace("\r\n", "\n") == 2 * ("a\\x1b[é\\x07\\r\n" + SEPARATOR)
 
 
 def read_terminal(file: int) -> bytes:
-    """What there is to read; nothing at the end, which Linux reports as an error."""
+    """Reads on; at the end, which Linux reports as an error, returns nothing."""
     try:
         return os.read(file, 4096)
     except OSError:
         return b""
+
+
+def test_what_is_not_a_terminal_gets_control_characters_as_they_are(command):
+    code, out, _ = command("--out_dir=bytes", *CONTROLS)
+    assert (code, out) == (0, 2 * ("a\x1b[é\x07\r\n" + SEPARATOR))
 
 
 def test_the_script_ends_with_code_2_and_one_line():

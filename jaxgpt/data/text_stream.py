@@ -1,17 +1,11 @@
-"""Turns the token ids of one sequence into text while they arrive."""
+"""Turns the token ids of sequences into text while they arrive."""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import Tokenizer
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[np.ndarray]:
-    """Token ids of each prompt. Raises `UserError` for one without tokens."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    if any(len(i) == 0 for i in ids):
-        raise UserError("start='': a prompt needs at least one character; a line break will do")
-    return ids
 
 
 class TextStream:
@@ -48,3 +42,20 @@ class TextStream:
         """The length of the longest beginning of a stop string that the text ends with."""
         begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return max(begun, default=0)
+
+
+def stream_texts(
+    chunks: Iterable[np.ndarray], streams: list[TextStream], active: np.ndarray, max_new_tokens: int
+) -> Iterator[list[str]]:
+    """Yields each sequence's new text per chunk of ids [B, n], where a negative id is none.
+
+    Clears a sequence's entry in `active`, bool [B], once its stream has stopped.
+    """
+    ids: list[list[int]] = [[] for _ in streams]
+    for ids_Bn in chunks:
+        texts = [""] * len(streams)
+        for row in np.flatnonzero(active):
+            ids[row] += ids_Bn[row][ids_Bn[row] >= 0].tolist()
+            texts[row] = streams[row].push(ids[row], last=len(ids[row]) == max_new_tokens)
+            active[row] = not streams[row].stopped
+        yield texts

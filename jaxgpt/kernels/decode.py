@@ -1,8 +1,8 @@
-"""What makes decoding fast and changes no token: weights, devices, lengths, uniform draws.
+"""What makes decoding fast and changes no token: weights, devices, lengths, random draws.
 
-Each function names its plain reference first. Most variants are for a CPU, where a decoding step
+Each docstring names the plain reference first. Most variants are for a CPU, where a decoding step
 spends its time on reading weights and on starting small operations.
-B sequences, n draws of one chunk.
+B sequences, n draws of one chunk, k candidates.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.kernels.linear import pack_bf16
 
 SHARED_READ_BYTES = 1 << 27  # a CPU's cores read larger weights together, not each its own copy
-MIN_KV_LEN = 128
 
 
-def _is_cpu() -> bool:
+def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
-
-
-# ---- weights ---------------------------------------------------------------------------------
 
 
 def compute_dtype(dtype: str) -> str:
@@ -32,7 +28,7 @@ def compute_dtype(dtype: str) -> str:
 
     XLA:CPU emulates bfloat16 arithmetic, so on a CPU bfloat16 computes in float32.
     """
-    return "float32" if dtype == "bfloat16" and _is_cpu() else dtype
+    return "float32" if dtype == "bfloat16" and is_cpu() else dtype
 
 
 def weights_for(dtype: str, params: Any, *, cast: Callable, pack: Callable) -> tuple[Any, Any]:
@@ -64,11 +60,11 @@ def pack_weights(model: nnx.Module) -> Any:
 def num_replicas(batch: int, params: Any) -> int:
     """How many local devices share `batch` sequences evenly. Reference: as many as divide it.
 
-    The devices of a CPU are its cores. They share one memory bus, so large weights stay on one
-    device, which all cores then read together.
+    A CPU's devices are its cores, on one memory bus. So large weights stay on one device, whose
+    operations use all cores.
     """
     limit = jax.local_device_count()
-    if _is_cpu() and sum(p.nbytes for p in jax.tree.leaves(params)) > SHARED_READ_BYTES:
+    if is_cpu() and sum(p.nbytes for p in jax.tree.leaves(params)) > SHARED_READ_BYTES:
         limit = 1
     return next(n for n in range(limit, 0, -1) if batch % n == 0)
 
@@ -80,47 +76,36 @@ def data_parallel_jit(merge: Callable, function: Callable) -> Callable:
     its own sequences, which are the first axis of every array but `params`.
     """
 
-    def run(mesh, options: tuple, params: Any, donated: tuple, *rows: Any):
+    def run(mesh: Mesh, options: tuple, params: Any, donated: tuple, *rows: Any):
         def local(params: Any, donated: tuple, *rows: Any):
             return function(merge(params), *donated, *rows, *options)
 
-        replicated, by_sequence = PartitionSpec(), PartitionSpec("data")
-        in_specs = replicated, by_sequence, *(by_sequence for _ in rows)
-        mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=in_specs, out_specs=by_sequence, check_vma=False
-        )
-        return mapped(params, donated, *rows)
+        by_sequence = PartitionSpec("data")
+        in_specs = PartitionSpec(), by_sequence, *(by_sequence for _ in rows)
+        specs = {"in_specs": in_specs, "out_specs": by_sequence}
+        return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, donated, *rows)
 
     return jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
 
 
-# ---- lengths ---------------------------------------------------------------------------------
-
-
 def prefill_len(lengths: np.ndarray, block_size: int) -> int:
-    """How many tokens to prefill. Reference: `block_size`.
+    """How many tokens to prefill for texts of these lengths. Reference: `block_size`.
 
-    A power of two, because each length is compiled; 0 if every text is one token, which decoding
-    itself caches.
+    A power of two, because each length is compiled; 0 if every text is one token.
     """
     cached = int(lengths.max()) - 1
     return min(block_size, 1 << (cached - 1).bit_length()) if cached else 0
 
 
 def kv_len(lengths: np.ndarray, block_size: int) -> int:
-    """How many cached positions a chunk attends to. Reference: `block_size`, masked.
+    """How many cached positions a chunk attends to. Reference: `block_size`.
 
-    One of at most four lengths, because each is compiled. Five eighths of the block and not a
-    half: XLA:CPU reads 512 of 1,024 positions with one core, slower than 640.
+    One of at most four lengths, because each is compiled. Five eighths of the block, not a half:
+    XLA:CPU reads 512 of 1,024 positions with one core, slower than 640.
     """
-    least = max(MIN_KV_LEN, int(lengths.max()) - 1)
-    for length in (block_size // 8, block_size // 4, block_size * 5 // 8):
-        if length >= least:
-            return length
-    return block_size
-
-
-# ---- random draws ----------------------------------------------------------------------------
+    least = max(128, int(lengths.max()) - 1)
+    buckets = block_size // 8, block_size // 4, block_size * 5 // 8
+    return next((length for length in buckets if length >= least), block_size)
 
 
 def uniform_draw(key_data: jax.Array, number: jax.Array) -> jax.Array:
@@ -130,7 +115,7 @@ def uniform_draw(key_data: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def uniform_draws(keys_B: jax.Array, first_B: jax.Array, count: int) -> jax.Array:
-    """`uniform_draw` of each sequence's next `count` draws, float32 [n, B].
+    """`uniform_draw` for each sequence's next `count` draws, float32 [n, B].
 
     All at once: XLA:CPU makes keys in a loop, which took a third of a decoding step.
     """

@@ -1,0 +1,74 @@
+"""`TextStream`: in whatever pieces token ids come, it shows the same text."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jaxgpt.data.text_stream import TextStream
+from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+
+
+def until_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Reads on, one character at a time, until a stop string has been read."""
+    for read in range(1, len(text) + 1):
+        ended = [stop for stop in stops if text[:read].endswith(stop)]
+        if ended:
+            return text[: read - max(map(len, ended))]
+    return text
+
+
+def push_all(stream: TextStream, ids: list[int], cuts: list[int]):
+    """-> ids so far and the whole text shown, after each piece; ends where the stream stops."""
+    shown = ""
+    for end in [*sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]:
+        shown += stream.push(ids[:end], last=False)
+        yield ids[:end], shown
+        if stream.stopped:
+            return
+    yield ids, shown + stream.push(ids, last=True)
+
+
+CUTS = st.lists(st.integers(0, 1000), max_size=12)
+
+
+@given(
+    st.text("ab.", max_size=20),
+    st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3).map(tuple),
+    CUTS,
+)
+@example("xab", ("abc", "b"), [2])
+@example("aabaab.", ("aab.",), [1, 2, 3, 4, 5, 6])
+def test_text_ends_before_a_stop_string_in_whatever_pieces_it_comes(text, stops, cuts):
+    """And the text that is held back on the way is the beginning of one."""
+    tokenizer = CharTokenizer("ab.cx")
+    stream = TextStream(tokenizer, stops)
+    for ids, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
+        so_far = until_stop(tokenizer.decode(ids), stops)
+        assert so_far.startswith(shown)
+        held = so_far[len(shown) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+    assert shown == until_stop(text, stops)
+    assert stream.stopped == any(stop in text for stop in stops)
+
+
+@given(
+    st.text("aé€😀\x80", max_size=10),
+    st.lists(st.text("aé€", min_size=1), max_size=2).map(tuple),
+    CUTS,
+)
+@example("aé", ("aé",), [2])
+@example("a€aé", ("aé",), [3, 5, 6])
+def test_half_a_character_is_held_back_and_a_whole_one_is_not(text, stops, cuts):
+    ids = ByteTokenizer().encode(text).tolist()
+    for so_far, shown in push_all(TextStream(ByteTokenizer(), stops), ids, cuts):
+        assert until_stop(text, stops).startswith(shown)
+        assert stops or shown == bytes(so_far).decode(errors="ignore")
+    assert shown == until_stop(text, stops)
+
+
+@given(st.binary(max_size=12), CUTS)
+@example(b"\xe2\x82", [1])
+@example(b"\xff\xe2\x82A", [1, 2, 3])
+def test_pieces_make_up_the_text_whatever_the_bytes(ids, cuts):
+    for _, shown in push_all(TextStream(ByteTokenizer()), list(ids), cuts):
+        assert ids.decode(errors="replace").startswith(shown)
+    assert shown == ids.decode(errors="replace")
