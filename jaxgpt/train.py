@@ -64,7 +64,7 @@ def train_loop(run: ResolvedRun, log: Log, stop: distributed.StopSignal) -> int:
     if step == 0 or config.eval_only:
         events.evaluate(state, step, is_last=config.eval_only)
     if config.eval_only or step >= config.max_iters:
-        return 0
+        return stop.signal
     distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
     train_step = compile_train_step(run, state, batches[TRAIN].get(step), log)
     peak = peak_tokens_per_s(config, run.mesh)
