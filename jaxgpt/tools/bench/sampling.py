@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxgpt import model
 from jaxgpt.config import Config
@@ -90,6 +91,9 @@ def decode_bytes(sampler: Sampler, batch: int) -> float:
     weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
     T = c.block_size
     lengths = [n if n <= T else T // 2 + (n - T) % -(-T // 2) for n in range(1, NEW_TOKENS + 1)]
+    graphdef, shapes, _ = model.abstract_model(c)
+    if not hasattr(nnx.merge(graphdef, shapes), "init_cache"):
+        return weights
     width = 2 * c.n_layer * c.kv_heads * c.head_dim
     return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(c.dtype).itemsize
 
