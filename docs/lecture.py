@@ -19,7 +19,7 @@ from jaxgpt import model
 from jaxgpt.attention import attention_mask
 from jaxgpt.interop.huggingface import Trained, load_trained
 from jaxgpt.runtime.metrics import read_metrics
-from jaxgpt.sample import Sampler, sample_text
+from jaxgpt.sample import Sampler, generate_text
 from jaxgpt.sharding import local_mesh
 
 STAGES = {
@@ -72,7 +72,7 @@ def print_sample(stage: str, found: Trained) -> None:
     params, step = found.load(local_mesh())
     config = found.config.replace(dtype="float32", attention="reference")
     sampler, tokenizer = Sampler(config).load(params), found.tokenizer()
-    text = "".join(new for (new,) in sample_text(sampler, tokenizer, ["\n"], 160, seed=1))
+    text = "".join(new for (new,) in generate_text(sampler, tokenizer, ["\n"], 160, seed=1))
     print(f"\n{stage}, step {step}:\n{text}")
 
 

@@ -150,32 +150,18 @@ class ModelConfig:
     dropout: Fraction = 0.0
     """Fraction of activations zeroed: embeddings, attention weights and the output of each
     residual branch."""
-    embed_dropout: bool = True
-    """Dropout of embeddings too, as in GPT-2; the lecture has none there."""
     attention_dropout: bool = True
     """Also apply dropout to attention weights, as GPT-2 does. Flash kernels do not support it."""
     bias: bool = True
     """Biases in linear layers and layer norms. GPT-2 has them; nanoGPT's default is False."""
-    qkv_bias: bool = True
-    """With `bias`: biases of query, key and value too. The lecture's heads have none."""
-    head_bias: bool = False
-    """A bias of the output map, one number a token; GPT-2 has none."""
-    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Type of normalisation."""
     norm_position: Literal["pre", "post"] = "pre"
     """Normalise the input of each branch (GPT-2) or the sum after it (the 2017 paper)."""
     position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
     """Position encoding."""
-    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "none"] = "gelu_tanh"
-    """Non-linearity; `none` leaves the MLP out. GPT-2's is gelu_tanh, nanoGPT's is gelu."""
-    residual: bool = True
-    """Add a branch to what entered it; False, as in the lecture's first stages, replaces that."""
-    out_projection: bool = True
-    """Mix attention's heads by an output map; False only concatenates them."""
-    score_scale: Literal["head", "embedding"] = "head"
-    """Whose width's square root divides attention scores; `embedding` is a slip of the lecture."""
-    init: Literal["gpt2", "torch"] = "gpt2"
-    """Initial weights: GPT-2's, or what PyTorch's Linear and Embedding start with."""
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu_tanh"
+    """Non-linearity of the MLP. GPT-2's is gelu_tanh, nanoGPT's is gelu."""
     tie_embeddings: bool = True
     """Share the token embedding with the output layer."""
     qk_norm: bool = False
@@ -243,8 +229,6 @@ class OptimizerConfig:
     """Learning rate at the end of the decay."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
-    decay_all: bool = False
-    """Decay biases and norms too, as PyTorch's AdamW does unless told which."""
     beta1: Fraction = 0.9
     """Decay rate of Adam's first moment."""
     beta2: Fraction = 0.95
@@ -394,8 +378,6 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
             )
         if c.sliding_window and not c.causal:
             raise UserError(f"sliding_window={c.sliding_window}: needs causal=True")
-        if c.init != "gpt2" and c.zero_init_projections:
-            raise UserError(f"init={c.init!r}: must be gpt2 with zero_init_projections=True")
         if c.decay_lr and c.min_lr > c.learning_rate:
             raise UserError(f"min_lr={c.min_lr}: must be at most learning_rate={c.learning_rate}")
         if c.batch_tokens % step_size:

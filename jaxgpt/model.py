@@ -22,13 +22,7 @@ from jaxgpt import kernels
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.kernels.activation import gelu, relu2
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
-from jaxgpt.kernels.kv_cache import (
-    DecodePosition,
-    KVCache,
-    decode_attention,
-    empty_cache,
-    update_kv,
-)
+from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
 from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.sharding import constrain, constrain_batch
 
@@ -56,7 +50,7 @@ REMAT_POLICIES = {
 class Context:
     """What a layer knows beside its input: its number, masks and, in sampling, its cache."""
 
-    dropout: Dropout = Dropout()
+    dropout: Dropout
     layer: int | jax.Array = 0
     segment_ids_BT: jax.Array | None = None
     first_v_BTKH: jax.Array | None = None
@@ -144,16 +138,10 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = apply_rope(q_BTNH, positions_BT), apply_rope(k_BTKH, positions_BT)
         if c.value_residual:
             v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
+        ctx = replace(ctx, cache=append(ctx.cache, k_BTKH, v_BTKH, ctx.position))
         if ctx.cache is not None and ctx.position is not None:
-            chunk = update_kv(ctx.cache.chunk, k_BTKH, v_BTKH, ctx.position.step)
-            cache = ctx.cache._replace(chunk=chunk)
-            scale = c.head_dim**-0.5
-            o_BTNH = decode_attention(q_BTNH, cache, ctx.position, c.sliding_window, scale)
-            ctx = replace(ctx, cache=cache)
+            o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, c.sliding_window)
         else:
-            if ctx.cache is not None:
-                past = update_kv(ctx.cache.past, k_BTKH, v_BTKH, 0)
-                ctx = replace(ctx, cache=ctx.cache._replace(past=past))
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, ctx)
         o_BTD = self.out(o_BTNH)
         return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
@@ -278,10 +266,10 @@ class GPT(nnx.Module):
         `position` too they are one token for each sequence, which joins the cache's chunk.
         """
         c = self.config
-        context = Context(dropout, position=position)
+        segment_ids_BT = None
         if c.document_mask and cache is None:
             segment_ids_BT = jnp.cumsum(tokens_BT == c.eot_id, axis=1)
-            context = replace(context, segment_ids_BT=segment_ids_BT)
+        context = Context(dropout, segment_ids_BT=segment_ids_BT, position=position)
         x_BTD = constrain_batch(self.embed_tokens(tokens_BT, position))
         x_BTD = dropout(x_BTD, c.n_layer, DropoutSite.EMBEDDING)
         new_cache = []
@@ -290,7 +278,7 @@ class GPT(nnx.Module):
         else:
             for layer, block in enumerate(self.blocks):
                 context = replace(context, layer=layer, cache=cache and cache[layer])
-                x_BTD, context = self.remat(block)(x_BTD, context)
+                x_BTD, context = with_remat(c, block)(x_BTD, context)
                 new_cache.append(context.cache)
         return self.ln_f(x_BTD) if c.norm_position == "pre" else x_BTD, new_cache
 
@@ -323,27 +311,19 @@ class GPT(nnx.Module):
         """Run one compiled block over the stacked layers."""
         c = self.config
         graphdef, stacked = nnx.split(self.blocks)
-        first_v = jnp.zeros((*x_BTD.shape[:2], c.kv_heads, c.head_dim), x_BTD.dtype)
-        first_v = first_v if c.value_residual else None
+        first_v = None
+        if c.value_residual:
+            first_v = jnp.zeros((*x_BTD.shape[:2], c.kv_heads, c.head_dim), x_BTD.dtype)
 
         def step(carry: tuple, layer_params: tuple) -> tuple[tuple, None]:
             (x_BTD, first_v), (layer, params) = carry, layer_params
-            block = self.remat(nnx.merge(graphdef, params))
+            block = with_remat(c, nnx.merge(graphdef, params))
             x_BTD, new = block(x_BTD, replace(context, layer=layer, first_v_BTKH=first_v))
             return (x_BTD, new.first_v_BTKH), None
 
         layers = jnp.arange(c.n_layer), stacked
         (x_BTD, _), _ = jax.lax.scan(step, (x_BTD, first_v), layers)
         return x_BTD
-
-    def remat(self, block: Block) -> Callable:
-        """Return the block, which recomputes in its gradient what `remat` says."""
-        c = self.config
-        if c.remat == "none":
-            return block
-        # a scan's body cannot be merged with its recomputation
-        policy, prevent_cse = REMAT_POLICIES[c.remat], not c.scan_layers
-        return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
 
     def init_cache(self, batch: int, chunk: int) -> list[KVCache]:
         """Return an empty cache for each layer, for sequences decoded `chunk` tokens at a time.
@@ -367,6 +347,14 @@ def token_positions(length: int, position: DecodePosition | None) -> jax.Array:
     """Return the tokens' positions, [1 or B, T]: from 0, or that of the token decoded."""
     start_B = jnp.zeros(1, jnp.int32) if position is None else position.start_B + position.step
     return start_B[:, None] + jnp.arange(length)
+
+
+def with_remat(c: Config, block: Block) -> Callable:
+    """Return the block, which recomputes in its gradient what `remat` says."""
+    if c.remat == "none":
+        return block
+    # a scan's body cannot be merged with its recomputation
+    return jax.checkpoint(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
 
 
 def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:

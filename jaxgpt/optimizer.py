@@ -93,25 +93,23 @@ def where_finite(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array
 
 
 def partition_by_kind(config: Config, adam: optax.GradientTransformation):
-    """Give the blocks' matrices to Muon if it is chosen, no update to what is frozen, Adam the rest."""
+    """Give Muon the blocks' matrices if it is chosen, and what is frozen no update."""
     _, shapes, letters = model.abstract_model(config)
     is_frozen = frozen_mask(config, shapes)
     axes = muon_dimension_numbers(config, letters, is_frozen)
-    muon = optax.chain(
-        skip_if_nonfinite(scale_by_muon(weight_dimension_numbers=axes)), consistent_rms(axes)
-    )
     kinds: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
     if config.optimizer == "muon":
-        kinds["muon"] = muon
+        muon = skip_if_nonfinite(scale_by_muon(weight_dimension_numbers=axes))
+        kinds["muon"] = optax.chain(muon, consistent_rms(axes))
     if config.freeze:
         kinds["frozen"] = optax.set_to_zero()
-    return optax.partition(kinds, jax.tree.map(param_label, is_frozen, axes))
 
+    def label(frozen: bool, axes: MuonDimensionNumbers | optax.MaskedNode) -> str:
+        if frozen:
+            return "frozen"
+        return "muon" if isinstance(axes, MuonDimensionNumbers) else "adamw"
 
-def param_label(is_frozen: bool, axes: MuonDimensionNumbers | optax.MaskedNode) -> str:
-    if is_frozen:
-        return "frozen"
-    return "muon" if isinstance(axes, MuonDimensionNumbers) else "adamw"
+    return optax.partition(kinds, jax.tree.map(label, is_frozen, axes))
 
 
 def frozen_mask(config: Config, params: dict) -> dict:

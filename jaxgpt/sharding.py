@@ -47,7 +47,7 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
 
 def parse_mesh(text: str) -> dict[str, int]:
     """Return the size of each axis for a text such as data:2,fsdp:4; axes not named have size 1."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     entries = [part.split(":") for part in text.split(",")] if text else []
     for axis, size in entries:
         if axis not in AXES:

@@ -3,6 +3,7 @@
 K steps of a call, M micro-batches of a step, B sequences of a micro-batch, T length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
 from jaxgpt.sharding import param_sharding, with_mesh
 
 
-@partial(register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
 @dataclass
 class TrainState:
     """All that a step changes."""
@@ -71,7 +72,6 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Return where each array of the state lives on the mesh."""
     return jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
 
 
@@ -110,17 +110,16 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     return jax.jit(with_mesh(mesh, train_step), donate_argnums=0, out_shardings=shardings)
 
 
-def make_one_step(config: Config, mesh: Mesh):
+def make_one_step(config: Config, mesh: Mesh) -> Callable:
     """Return `(state, windows_MBT) -> (state, metrics)`: accumulate, clip, update."""
     optimizer, learning_rate = make_optimizer(config), schedule(config)
-    loss_fn = make_loss_fn(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
     is_tied = ties_embedding(config)
+    grad_fn = jax.value_and_grad(make_loss_fn(config, is_frozen, is_tied), has_aux=True)
 
     def one_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         weights = weights_by_use(state.params, config.dtype, is_tied)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (total, targets), grads = kernels.accumulate_gradients(
             grad_fn, weights, windows_MBT, keys_MB, mesh
         )
@@ -128,12 +127,11 @@ def make_one_step(config: Config, mesh: Mesh):
         if is_tied:
             grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
         grads = jax.tree.map(lambda g: g / targets, grads)
-        metrics = {
-            "loss": total / targets,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(learning_rate(state.step)),
-        }
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        loss, norm = total / targets, optax.tree.norm(grads)
+        metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
+        return update(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm)), metrics
+
+    def update(state: TrainState, grads: dict, is_finite: jax.Array) -> TrainState:
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, is_finite=is_finite
         )
@@ -143,15 +141,17 @@ def make_one_step(config: Config, mesh: Mesh):
 
         params = optax.apply_updates(state.params, updates)
         params = jax.tree.map(keep_or_take, is_frozen, params, state.params)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1)
 
     return one_step
 
 
-def make_loss_fn(config: Config):
-    """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`."""
-    is_frozen = frozen_mask(config, abstract_model(config)[1])
-    if ties_embedding(config):
+def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:
+    """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`.
+
+    The weights are those of `weights_by_use`, so the model is one whose embedding is not tied.
+    """
+    if is_tied:
         is_frozen = is_frozen | {"lm_head": is_frozen["embed"]}
         config = config.replace(tie_embeddings=False)
     graphdef, _, _ = abstract_model(config)
@@ -213,13 +213,13 @@ def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return tokens, and the token after each. In a window `~id` is a token that is not a target."""
+    """Return tokens, and the token after each; in a window `~id` is a token but no target."""
     windows_BT = windows_BT.astype(jnp.int32)
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]
 
 
-def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return a key for every sequence of a step, by its number in the step, [M, B]."""
     seed = config.seed if config.dropout else 0  # so that without dropout seeds share a program
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)

@@ -3,20 +3,26 @@
 K steps in a call, M micro-batches in a step, B sequences in a micro-batch, T length.
 """
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
 from jaxgpt import sharding
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluate import Evaluator
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
 from jaxgpt.runtime import run_dir
@@ -90,6 +96,18 @@ def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str
     return folder
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal(function, *args) -> str:
+    """The one line of the `UserError` that a call must raise."""
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 # ---- steps by hand ---------------------------------------------------------------------------
 
 
@@ -118,8 +136,12 @@ def take_steps(config: Config, batches: Iterable) -> tuple:
 
 def value_and_grads(function: Callable, arrays: Sequence, weights) -> tuple:
     """The value of `function`, and the gradients of its sum weighted by `weights`."""
-    value, pull = jax.vjp(function, *map(jnp.asarray, arrays))
-    return value, *pull(jnp.asarray(weights, value.dtype))
+
+    def run(arrays, weights):
+        value, pull = jax.vjp(function, *arrays)
+        return value, *pull(weights.astype(value.dtype))
+
+    return jax.jit(run)([*map(jnp.asarray, arrays)], jnp.asarray(weights))
 
 
 def assert_all_close(ours: Iterable, theirs: Iterable, atol: float) -> None:
@@ -210,3 +232,29 @@ def stop_at(monkeypatch, *steps: int) -> None:
             left.pop(0)
 
     monkeypatch.setattr(Log, "train", train)
+
+
+def set_val_losses(monkeypatch, by_step: dict[int, float]) -> None:
+    """Make the validation loss a function of the step; other losses are 9."""
+
+    def losses(self, params, step):
+        return {"train_loss": 9.0, "val_loss": by_step[step]}
+
+    monkeypatch.setattr(Evaluator, "losses", losses)
+    monkeypatch.setattr(Evaluator, "full_loss", lambda self, params: 9.0)
+
+
+TRAIN_SCRIPT = (
+    "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
+    "from jaxgpt.cli.commands import run; run(lambda argv: train(Config(**json.loads(argv[0]))))"
+)
+
+
+def start(
+    config: Config, script: str = TRAIN_SCRIPT, prefix: tuple[str, ...] = (), **options
+) -> subprocess.Popen:
+    """Start a run in a process of its own."""
+    command = [*prefix, sys.executable, "-c", script, json.dumps(config.to_dict())]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{"cwd": ROOT, "env": env} | pipes | options)

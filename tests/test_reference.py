@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
-from reference.options import DEFAULTS, MODEL_CASES
+from reference.options import DEFAULTS, LECTURE_CASES, MODEL_CASES
 
 GOLDEN = Path(__file__).parent / "golden" / "gpt2_tiny.npz"
 
@@ -97,7 +97,7 @@ def check_gradients(loss, params: dict, grads: dict, step: float = 1e-5) -> None
 # --- The whole model ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("options", MODEL_CASES + LECTURE_CASES, ids=str)
 def test_model_gradients_are_finite_differences(options):
     config = SimpleNamespace(**DEFAULTS | options)
     rng = np.random.default_rng(1)

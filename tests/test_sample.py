@@ -1,19 +1,21 @@
 """The sampler against NumPy: what is drawn from, what is drawn, and what a stream shows of it."""
 
+import dataclasses
 import io
 import json
 import os
 import pty
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
+from flax import nnx
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, MODEL_CASES, MODERN
@@ -21,14 +23,16 @@ from reference.options import DEFAULTS, MODEL_CASES, MODERN
 from jaxgpt import layers, sample
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
+from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxgpt.kernels import decode
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.sample import Sampler, SamplingParams, TextStream, sample_text, sample_token
+from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams, generate_text, sample_token
 from jaxgpt.sharding import local_mesh, make_mesh
 from jaxgpt.train_step import abstract_params
 
 GREEDY = SamplingParams(temperature=0)
-CONTEXTS = ["halve", "exact"]
+each_overflow = pytest.mark.parametrize("overflow", ["truncate", "slide"])
 
 
 def make_case(**options) -> tuple[Config, dict]:
@@ -50,12 +54,6 @@ def lively_case(**options) -> tuple[Config, dict]:
     return config, ref.unflatten(loud, params)
 
 
-def stacked(params: dict) -> dict:
-    """The parameters as `scan_layers` keeps them."""
-    blocks = params["blocks"].values()
-    return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
-
-
 def random_prompts(*lengths: int, vocab_size: int = 65) -> list[list[int]]:
     rng = np.random.default_rng(2)
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
@@ -71,11 +69,11 @@ def next_logits(config: Config, params: dict, text: list[int]) -> np.ndarray:
     return ref.forward({"blocks": {}} | params, np.array([text]), config)[0][0, -1]
 
 
-def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, context: str, penalty=1):
-    """What `generate` is to say, one token and one whole forward at a time."""
+def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, overflow: str, penalty=1):
+    """What `generate` must draw, by one whole forward per token."""
     size, text, seen = config.block_size, list(prompt), set(prompt)
     for _ in range(new):
-        if context == "halve" and len(text) > size:
+        if overflow == "truncate" and len(text) > size:
             text = text[-min(size, size // 2 + 1) :]
         logits = next_logits(config, params, text[-size:])
         for token in seen:
@@ -90,7 +88,7 @@ def greedy_loop(config: Config, params: dict, prompt: list[int], new: int, conte
 
 @pytest.fixture
 def logits(monkeypatch) -> list[np.ndarray]:
-    """Those [B, V] that tokens are drawn from, with chunks of one token."""
+    """Collects the logits [B, V] that tokens are drawn from, one token per chunk."""
     kept, draw_token = [], sample.sample_token
 
     def spy(logits_BV: jax.Array, *rest):
@@ -99,38 +97,38 @@ def logits(monkeypatch) -> list[np.ndarray]:
 
     monkeypatch.setattr(sample, "sample_token", spy)
     monkeypatch.setattr(sample, "CHUNK", 1)
-    monkeypatch.setattr(sample, "CPU_BYTES", 0)  # one device: of several, nothing has an order
+    monkeypatch.setattr(decode, "SHARED_READ_BYTES", 0)  # one device, so that draws have an order
     return kept
 
 
 def check_logits(
-    logits: list, params: dict, sampler: Sampler, knobs: SamplingParams, atol: float, lengths=(2, 4)
+    logits: list, params: dict, sampler: Sampler, sampling: SamplingParams, atol: float, lengths=(2, 4)
 ) -> None:
     """Every draw of a ragged batch, up to the last place in the cache, is from the right logits."""
     c = sampler.config
     new = c.block_size + 1 - max(lengths)
     prompts = random_prompts(*lengths, vocab_size=c.vocab_size)
     logits.clear()
-    texts = generate(sampler, prompts, max_new_tokens=new, knobs=knobs)
+    texts = generate(sampler, prompts, max_new_tokens=new, params=sampling)
     jax.effects_barrier()
     assert [of_all.shape for of_all in logits] == new * [(len(lengths), c.padded_vocab_size)]
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for n in range(new):
             want = next_logits(c, params, prompt + text[:n])
             np.testing.assert_allclose(logits[n][row], want, rtol=0, atol=atol, err_msg=str(n))
-            assert knobs.temperature or text[n] == want.argmax()
+            assert sampling.temperature or text[n] == want.argmax()
 
 
 @pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
 def test_cached_decoding_is_the_whole_forward(options, logits):
     config, params = make_case(**options)
     sampler = Sampler(config).load(params)
-    for knobs in (GREEDY, SamplingParams(temperature=3.0)):
-        check_logits(logits, params, sampler, knobs, 1e-4)
+    for sampling in (GREEDY, SamplingParams(temperature=3.0)):
+        check_logits(logits, params, sampler, sampling, 1e-4)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2,), (1, 1), (1, 7), (5, 6)], ids=str)
-def test_so_it_is_for_prompts_of_one_token_and_of_a_whole_block(lengths, logits):
+def test_prompts_of_one_token_and_of_a_whole_block_decode_from_the_right_logits(lengths, logits):
     config, params = make_case()
     check_logits(logits, params, Sampler(config).load(params), GREEDY, 1e-4, lengths)
 
@@ -138,7 +136,8 @@ def test_so_it_is_for_prompts_of_one_token_and_of_a_whole_block(lengths, logits)
 @pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
 def test_scanned_layers_are_unstacked_to_be_sampled(options, logits):
     config, params = make_case(**options)
-    sampler = Sampler(config.replace(scan_layers=True)).load(stacked(params))
+    blocks = jax.tree.map(lambda *layers: np.stack(layers), *params["blocks"].values())
+    sampler = Sampler(config.replace(scan_layers=True)).load(params | {"blocks": blocks})
     check_logits(logits, params, sampler, GREEDY, 1e-4)
 
 
@@ -170,7 +169,7 @@ def test_new_parameters_count_from_then_on():
     other = jax.tree.map(lambda p: -p, params)
     sampler, texts = Sampler(config), []
     for tree in (params, other, params):
-        texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, knobs=GREEDY)
+        texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, params=GREEDY)
     assert texts[0] == texts[2] != texts[1]
 
 
@@ -187,15 +186,15 @@ def test_parameters_spread_over_devices_are_gathered():
 
 
 @pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (9, 3), (10, 5), (11, 1), (16, 8)])
-def test_devices_share_sequences_and_change_nothing(rows, devices, monkeypatch):
+def test_devices_share_sequences_and_change_no_token(rows, devices, monkeypatch):
     config, params = lively_case(n_layer=1)
+    assert decode.num_replicas(rows, params) == devices
     sampler, prompts = Sampler(config).load(params), random_prompts(*range(1, rows + 1))
     run = partial(generate, sampler, prompts, max_new_tokens=20)
     texts = run()
-    assert [mesh.size for mesh in sampler._copies] == [devices]
-    monkeypatch.setattr(sample, "CPU_BYTES", 0)  # now the model counts as large
+    monkeypatch.setattr(decode, "SHARED_READ_BYTES", 0)  # now the weights count as large
+    assert decode.num_replicas(rows, params) == 1
     assert run() == texts
-    assert {mesh.size for mesh in sampler._copies} == {devices, 1}
 
 
 def test_an_encoder_cannot_be_sampled():
@@ -215,41 +214,41 @@ LIVELY = [
 ]
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@each_overflow
 @pytest.mark.parametrize(
     ("options", "penalty"),
     [*((options, 1.0) for options in LIVELY), ({"n_layer": 1}, 2.5)],
     ids=str,
 )
-def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, penalty, context, monkeypatch):
+def test_past_block_size_it_goes_on_as_the_plain_loop_does(options, penalty, overflow, monkeypatch):
     """Rows get there at different times: in a chunk's middle, at once, or before they begin."""
     monkeypatch.setattr(sample, "CHUNK", 5)
     config, params = lively_case(**options)
     prompts, new = random_prompts(1, 2, 5, 7, 8, 9, 17), 23
-    knobs = SamplingParams(temperature=0, repetition_penalty=penalty)
+    sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = Sampler(config).load(params)
-    got = generate(sampler, prompts, max_new_tokens=new, knobs=knobs, context=context)
+    got = generate(sampler, prompts, max_new_tokens=new, params=sampling, overflow=overflow)
     for prompt, text in zip(prompts, got, strict=True):
-        want = greedy_loop(config, params, prompt, new, context, penalty)
+        want = greedy_loop(config, params, prompt, new, overflow, penalty)
         assert text == list(want), len(prompt)
     assert config.block_size == 1 or len({token for text in got for token in text}) > 6
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_prompt_gets_beside_others_what_it_gets_alone(context):
+@each_overflow
+def test_a_prompt_gets_beside_others_what_it_gets_alone(overflow):
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
-    run = partial(generate, sampler, max_new_tokens=25, knobs=GREEDY, context=context)
+    run = partial(generate, sampler, max_new_tokens=25, params=GREEDY, overflow=overflow)
     assert run(prompts) == [text for prompt in prompts for text in run([prompt])]
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_what_a_prompt_gets_depends_on_its_place_but_not_on_the_others(context):
+@each_overflow
+def test_what_a_prompt_gets_depends_on_its_place_but_not_on_the_others(overflow):
     """Also drawn at random: a place has a seed of its own, and here other neighbours."""
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
-    knobs = SamplingParams(repetition_penalty=1.3, top_p=0.9)
-    run = partial(generate, sampler, max_new_tokens=25, knobs=knobs, context=context)
+    sampling = SamplingParams(repetition_penalty=1.3, top_p=0.9)
+    run = partial(generate, sampler, max_new_tokens=25, params=sampling, overflow=overflow)
     texts = run(prompts)
     for place, prompt in enumerate(prompts):
         others = random_prompts(5, 3, 1, 2)
@@ -258,21 +257,69 @@ def test_what_a_prompt_gets_depends_on_its_place_but_not_on_the_others(context):
     assert len({tuple(text) for text in run(4 * [[0, 1]])}) == 4
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_padding_is_never_seen(context):
-    class PadsWithGarbage(Sampler):
-        def _pad(self, texts, *, bucket):
-            tokens_BT, lengths_B = super()._pad(texts, bucket=bucket)
-            tokens_BT[np.arange(tokens_BT.shape[1]) >= lengths_B[:, None]] = 42
-            return tokens_BT, lengths_B
-
+@each_overflow
+def test_padding_is_never_seen(overflow, monkeypatch):
+    """Garbage after the end of each prompt changes no token."""
     config, params = lively_case(n_layer=1)
-    prompts = random_prompts(1, 5, 2)
-    clean, dirty = (
-        generate(kind(config).load(params), prompts, max_new_tokens=20, context=context)
-        for kind in (Sampler, PadsWithGarbage)
+    run = partial(generate, Sampler(config).load(params), random_prompts(1, 5, 2))
+    clean, initial_state = run(max_new_tokens=20, overflow=overflow), sample.initial_state
+    filled = []
+
+    def with_garbage(*args):
+        state = initial_state(*args)
+        is_padding = np.arange(state.tokens_BS.shape[1]) >= state.lengths_B[:, None]
+        filled.append(is_padding.sum())
+        return dataclasses.replace(state, tokens_BS=np.where(is_padding, 42, state.tokens_BS))
+
+    monkeypatch.setattr(sample, "initial_state", with_garbage)
+    assert run(max_new_tokens=20, overflow=overflow) == clean
+    assert filled[0] > 0
+
+
+# ---- a user's own model ----------------------------------------------------------------------
+
+
+class Bigram(nnx.Module):
+    """A model without a cache: the embedding of each token, and a linear output map."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(config.vocab_size, config.n_embd, rngs=rngs)
+        self.head = nnx.Linear(2 * config.n_embd, config.vocab_size, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = self.embed(tokens_BT)
+        mean_BTD = x_BTD.cumsum(1) / jnp.arange(1, x_BTD.shape[1] + 1)[:, None]
+        return self.head(jnp.concatenate([x_BTD, mean_BTD], axis=-1))
+
+
+class BigramConfig(Config):
+    def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        return Bigram(self, rngs)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@each_overflow
+def test_a_model_without_a_cache_is_sampled_as_numpy_samples_it(overflow, penalty):
+    config = BigramConfig(vocab_size=65, block_size=8, n_embd=16, n_head=2, dtype="float32")
+    params = nnx.to_pure_dict(nnx.split(Bigram(config, nnx.Rngs(0)))[1])
+    prompts = random_prompts(1, 5, 8, 12)
+    got = generate(
+        Sampler(config).load(params),
+        prompts,
+        max_new_tokens=25,
+        params=SamplingParams(temperature=0, repetition_penalty=penalty),
+        overflow=overflow,
     )
-    assert clean == dirty
+    embed, head = np.array(params["embed"]["embedding"]), jax.tree.map(np.array, params["head"])
+    for prompt, text in zip(prompts, got, strict=True):
+        said = list(prompt)
+        for _ in range(25):
+            x_TD = embed[said[-8:]]
+            logits = np.concatenate([x_TD[-1], x_TD.mean(0)]) @ head["kernel"] + head["bias"]
+            for token in set(said):
+                logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+            said.append(int(logits.argmax()))
+        assert text == said[len(prompt) :]
 
 
 # ---- what is drawn ---------------------------------------------------------------------------
@@ -282,35 +329,35 @@ LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
 SEEN = np.arange(12) % 3 == 0
 
 
-def draw_often(logits, knobs: SamplingParams, seen=None, draws: int = DRAWS) -> np.ndarray:
+def draw_often(logits, sampling: SamplingParams, seen=None, draws: int = DRAWS) -> np.ndarray:
     """How often each id is drawn from logits that are padded to 128."""
     pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
     logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (draws, 1))
     seen_BV = None if seen is None else jnp.tile(pad(seen), (draws, 1))
     chance_B = 1 - jax.random.uniform(jax.random.key(0), (draws,))
-    return np.bincount(sample_token(logits_BV, chance_B, knobs, seen_BV), minlength=128)
+    return np.bincount(sample_token(logits_BV, chance_B, sampling, seen_BV), minlength=128)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
 
-def probabilities(logits: np.ndarray, knobs: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
+def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None) -> np.ndarray:
     """What each token's probability is to be: one filter after the other, one token at a time."""
     logits = logits.copy()
     for token in np.flatnonzero(seen) if seen is not None else ():
         if logits[token] > 0:
-            logits[token] /= knobs.repetition_penalty
+            logits[token] /= sampling.repetition_penalty
         else:
-            logits[token] *= knobs.repetition_penalty
-    probs = softmax(logits / knobs.temperature)
+            logits[token] *= sampling.repetition_penalty
+    probs = softmax(logits / sampling.temperature)
     ranked = [int(token) for token in np.argsort(-probs)]
-    ranked = [token for token in ranked if probs[token] >= knobs.min_p * probs[ranked[0]]]
-    ranked = ranked[: knobs.top_k or None]
+    ranked = [token for token in ranked if probs[token] >= sampling.min_p * probs[ranked[0]]]
+    ranked = ranked[: sampling.top_k or None]
     nucleus, total = [], sum(probs[ranked])
     for token in ranked:
         nucleus.append(token)
-        if sum(probs[nucleus]) >= knobs.top_p * total:
+        if sum(probs[nucleus]) >= sampling.top_p * total:
             break
     kept = np.zeros(len(probs))
     kept[nucleus] = probs[nucleus] / sum(probs[nucleus])
@@ -342,10 +389,10 @@ def probabilities(logits: np.ndarray, knobs: SamplingParams, seen: np.ndarray | 
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
-    knobs = SamplingParams(**options)
-    seen = SEEN if knobs.repetition_penalty != 1 else None
-    want = DRAWS * np.pad(probabilities(LOGITS, knobs, seen), (0, 116))
-    got = draw_often(LOGITS, knobs, seen)
+    sampling = SamplingParams(**options)
+    seen = SEEN if sampling.repetition_penalty != 1 else None
+    want = DRAWS * np.pad(probabilities(LOGITS, sampling, seen), (0, 116))
+    got = draw_often(LOGITS, sampling, seen)
     assert np.count_nonzero(want) == left  # the case is about what it seems to be about
     np.testing.assert_array_equal(got > 0, want > 0)
     chi_square = ((got - want) ** 2 / np.maximum(want, 1)).sum()
@@ -364,16 +411,16 @@ def test_the_least_and_the_greatest_chance_draw_what_may_be_drawn(filters):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
 def test_without_temperature_the_likeliest_token_is_drawn(temperature, filters):
     for shift in (-100, 0, 100):
-        knobs = SamplingParams(temperature=temperature, **filters)
-        assert draw_often(LOGITS + shift, knobs, draws=99)[LOGITS.argmax()] == 99
+        sampling = SamplingParams(temperature=temperature, **filters)
+        assert draw_often(LOGITS + shift, sampling, draws=99)[LOGITS.argmax()] == 99
 
 
 def test_the_penalty_counts_without_temperature_too():
     second, best = np.argsort(LOGITS)[-2:]
     for penalty in (9.0, 1e300):
-        knobs = SamplingParams(temperature=0, repetition_penalty=penalty)
-        assert draw_often(LOGITS, knobs, np.arange(12) == best, draws=9)[second] == 9
-        assert draw_often(LOGITS, knobs, np.arange(12) == second, draws=9)[best] == 9
+        sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
+        assert draw_often(LOGITS, sampling, np.arange(12) == best, draws=9)[second] == 9
+        assert draw_often(LOGITS, sampling, np.arange(12) == second, draws=9)[best] == 9
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
@@ -390,10 +437,15 @@ def test_padded_ids_are_never_drawn(temperature, filters):
 # ---- seeds -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sampler() -> Sampler:
+@cache
+def small_sampler() -> Sampler:
     config, params = lively_case(n_layer=1)
     return Sampler(config).load(params)
+
+
+@pytest.fixture
+def sampler() -> Sampler:
+    return small_sampler()
 
 
 def test_the_seed_decides(sampler):
@@ -416,26 +468,26 @@ def test_draws_are_independent_of_each_other():
         assert ((pairs - expected) ** 2 / expected).sum() < 24 + 5 * np.sqrt(2 * 24)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_sample_does_not_depend_on_how_many_there_are(sampler, context):
-    run = partial(generate, sampler, max_new_tokens=30, context=context)
+@each_overflow
+def test_a_sample_does_not_depend_on_how_many_there_are(sampler, overflow):
+    run = partial(generate, sampler, max_new_tokens=30, overflow=overflow)
     texts = run(5 * [[1, 2, 3]])
     for count in (1, 2):
         assert run(count * [[1, 2, 3]]) == texts[:count]
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_shorter_text_is_the_beginning_of_a_longer_one(sampler, context):
-    run = partial(generate, sampler, [[1, 2, 3], [4]], context=context)
+@each_overflow
+def test_a_shorter_text_is_the_beginning_of_a_longer_one(sampler, overflow):
+    run = partial(generate, sampler, [[1, 2, 3], [4]], overflow=overflow)
     texts = run(max_new_tokens=45)
     for length in (1, 5, 6, 19, 20, 21, 40):
         assert run(max_new_tokens=length) == [text[:length] for text in texts]
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_the_chunk_size_changes_nothing(monkeypatch, context):
+@each_overflow
+def test_the_chunk_size_changes_nothing(monkeypatch, overflow):
     config, params = lively_case(n_layer=1)
-    knobs, texts = SamplingParams(top_k=9, repetition_penalty=1.2), []
+    sampling, texts = SamplingParams(top_k=9, repetition_penalty=1.2), []
     for chunk in (1, 3, 20, 64):
         monkeypatch.setattr(sample, "CHUNK", chunk)
         texts.append(
@@ -443,8 +495,8 @@ def test_the_chunk_size_changes_nothing(monkeypatch, context):
                 Sampler(config).load(params),
                 random_prompts(2, 7),
                 max_new_tokens=30,
-                knobs=knobs,
-                context=context,
+                params=sampling,
+                overflow=overflow,
             )
         )
     assert all(text == texts[0] for text in texts)
@@ -453,60 +505,95 @@ def test_the_chunk_size_changes_nothing(monkeypatch, context):
 # ---- chunks, and how often it compiles -------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_finished_sequence_draws_nothing_while_others_go_on(sampler, context):
-    ends = {0: 3, 1: 28, 2: 11}
-    seen: dict[int, list[int]] = {}
+@settings(max_examples=25)
+@given(
+    ends=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    new=st.integers(1, 50),
+    overflow=st.sampled_from(["truncate", "slide"]),
+)
+def test_clearing_an_entry_of_active_ends_that_sequence_alone(ends, new, overflow):
+    """Row r is cleared after its chunk number ends[r], or before the first one for 0."""
+    sampler, prompts = small_sampler(), [np.array([1, 2])] * 3
+    options = {"max_new_tokens": new, "overflow": overflow, "seed": 3}
+    active, chunks = np.array(ends) > 0, []
+    for number, chunk in enumerate(sampler.generate(prompts, active=active, **options), 1):
+        assert chunk.shape == (3, sample.CHUNK)
+        chunks.append(chunk)
+        active &= np.array(ends) > number
+    num_generated, whole = sampler.num_generated, list(sampler.generate(prompts, **options))
+    chunks, drawn = np.array(chunks), 0
+    for row, end in enumerate(ends):
+        for number, want in enumerate(whole):
+            if number >= end:
+                want = np.full_like(want, NO_TOKEN)
+            if number < len(chunks):
+                np.testing.assert_array_equal(chunks[number, row], want[row])
+                drawn += (want[row] != NO_TOKEN).sum()
+    assert num_generated == drawn
+    assert len(chunks) == min(len(whole), max(ends))  # no chunk once every sequence has ended
 
-    def is_done(row: int, new: list[int]) -> bool:
-        assert len(seen.get(row, ())) < ends[row], "asked again after it said yes"
-        seen[row] = list(new)
-        return len(new) >= ends[row]
 
-    options = {"max_new_tokens": 40, "context": context, "seed": 3}
-    chunks = list(sampler.generate([np.array([1, 2])] * 3, is_done=is_done, **options))
-    assert all(chunk.shape == (3, sample.CHUNK) for chunk in chunks)
-    drawn = [[int(t) for t in row if t >= 0] for row in np.concatenate(chunks, axis=1)]
-    assert sampler.drawn == sum(map(len, drawn)) < 3 * 40
-    whole = generate(sampler, [[1, 2]] * 3, **options)
-    for row, text in enumerate(drawn):
-        assert text == seen[row] == whole[row][: len(text)]
-        assert ends[row] <= len(text) < ends[row] + sample.CHUNK
+def test_the_device_is_one_chunk_ahead_and_no_more(monkeypatch):
+    launched, sampler = [], small_sampler()
+    decode_uncached = sampler.decode_uncached
+
+    def spy(*args):
+        launched.append(args)
+        return decode_uncached(*args)
+
+    monkeypatch.setattr(sampler, "decode_uncached", spy)
+    texts = sampler.generate([np.arange(9)], max_new_tokens=100, overflow="slide")
+    next(texts)
+    first = len(launched)
+    next(texts)
+    assert len(launched) == first + 1
 
 
 @pytest.mark.parametrize(
-    "knobs", [SamplingParams(), SamplingParams(repetition_penalty=1.5)], ids=str
+    "sampling", [SamplingParams(), SamplingParams(repetition_penalty=1.5)], ids=str
 )
 @pytest.mark.parametrize("placed", [False, True])
-def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, knobs):
+def test_it_compiles_once_for_a_bucket_of_prompt_lengths(placed, sampling):
     """Also where the parameters are bound to a device, as those of a checkpoint are."""
     config, params = lively_case(block_size=64, n_layer=1)
     if placed:
         spec = jax.sharding.PartitionSpec()
         params = jax.device_put(params, jax.sharding.NamedSharding(local_mesh(), spec))
     sampler = Sampler(config).load(params)
-    compiled = lambda: [f._cache_size() for f in (sampler._fill, sampler._decode)]
-    run = partial(generate, sampler, knobs=knobs)
+    compiled = lambda: [f._cache_size() for f in (sampler.prefill, sampler.decode_chunk)]
+    run = partial(generate, sampler, params=sampling)
     for lengths, new in [((5, 9), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
         run(random_prompts(*lengths), max_new_tokens=new, seed=new)
         assert compiled() == [1, 1], (lengths, new)
     run(random_prompts(4, 3), max_new_tokens=5)
     assert compiled() == [2, 1]
     for new in (100, 150):
-        run(random_prompts(8, 5), max_new_tokens=new, context="exact")
-        assert [sampler._slide._cache_size(), sampler._decode._cache_size()] == [1, 1]
+        run(random_prompts(8, 5), max_new_tokens=new, overflow="slide")
+        assert [sampler.decode_uncached._cache_size(), compiled()[1]] == [1, 1]
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"sliding_window": 150}], ids=str)
-def test_of_the_past_no_more_is_looked_at_than_its_bucket(options):
-    """A program for each; texts are those of looking at the whole cache."""
+def test_buckets_of_the_past_change_no_token(options, monkeypatch):
     config, params = lively_case(**options | {"block_size": 520, "n_layer": 1})
-    narrow, wide = (Sampler(config).load(params) for _ in range(2))
-    wide._width = lambda lengths: config.block_size
-    prompts = random_prompts(1, 117)
-    texts = [generate(sampler, prompts, max_new_tokens=250) for sampler in (narrow, wide)]
-    assert texts[0] == texts[1]
-    assert [narrow._decode._cache_size(), wide._decode._cache_size()] == [3, 1]
+    run = partial(generate, prompts=random_prompts(1, 117), max_new_tokens=250)
+    bucketed = Sampler(config).load(params)
+    texts = run(bucketed)
+    assert bucketed.decode_chunk._cache_size() == 3
+    monkeypatch.setattr(decode, "kv_len", lambda lengths, block_size: block_size)
+    assert run(Sampler(config).load(params)) == texts
+
+
+@given(st.integers(1, 2000), st.data())
+def test_buckets_of_lengths_are_wide_enough_and_few(block_size, data):
+    length = data.draw(st.integers(1, block_size))
+    past, prompt = (
+        {bucket(np.array([1, n]), block_size) for n in (length, *range(1, block_size + 1))}
+        for bucket in (decode.kv_len, decode.prefill_len)
+    )
+    assert len(past) <= 4
+    assert len(prompt) <= 2 + block_size.bit_length()
+    for bucket in (decode.kv_len, decode.prefill_len):
+        assert length - 1 <= bucket(np.array([1, length]), block_size) <= block_size
 
 
 # ---- text, as it comes -----------------------------------------------------------------------
@@ -620,7 +707,7 @@ def alphabet() -> Sampler:
 
 
 def say(sampler: Sampler, tokenizer, prompts: list[str], new: int, **options) -> list[str]:
-    pieces = list(sample_text(sampler, tokenizer, prompts, new, knobs=GREEDY, **options))
+    pieces = list(generate_text(sampler, tokenizer, prompts, new, params=GREEDY, **options))
     assert all(len(piece) == len(prompts) for piece in pieces)
     return ["".join(of_prompt) for of_prompt in zip(*pieces, strict=True)]
 
@@ -652,7 +739,7 @@ def test_a_stop_string_ends_the_text(chunk, monkeypatch):
 def test_a_sequence_that_stopped_draws_no_more(alphabet):
     texts = say(alphabet, LETTERS, ["a", "g"], 100, stop=("defgh", "fe"))
     assert texts == ["bc", "h\nabc"]
-    assert alphabet.drawn <= 2 * sample.CHUNK
+    assert alphabet.num_generated <= 2 * sample.CHUNK
 
 
 def test_characters_of_several_tokens_come_whole():
@@ -673,7 +760,7 @@ def test_characters_of_several_tokens_come_whole():
 )
 def test_prompts_that_cannot_be_are_refused_before_anything_runs(alphabet, prompts, stop, message):
     with pytest.raises(UserError, match=message):
-        sample_text(alphabet, LETTERS, prompts, 10, stop=stop)
+        generate_text(alphabet, LETTERS, prompts, 10, stop=stop)
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -783,7 +870,7 @@ def test_a_checkpoint_is_named_or_numbered(command, run, checkpoint, step, text)
             "min_p": 0.4,
             "repetition_penalty": 1.4,
             "seed": 5,
-            "context": "exact",
+            "overflow": "slide",
             "max_new_tokens": 29,
         },
     ],
@@ -794,9 +881,9 @@ def test_options_mean_what_they_mean_in_the_library(command, options):
     code, out, _ = command("--out_dir=random", "--start=abc", "--num_samples=2", *flags)
     config, params = lively_case(n_layer=0)
     sampler = Sampler(config).load(params)
-    knobs = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
+    sampling = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in KNOBS & options.keys()}
     rest = {k: options[k] for k in options.keys() - KNOBS}
-    pieces = sample_text(sampler, SIXTY_FIVE, ["abc"] * 2, knobs=SamplingParams(**knobs), **rest)
+    pieces = generate_text(sampler, SIXTY_FIVE, ["abc"] * 2, params=SamplingParams(**sampling), **rest)
     texts = ["".join(of_sample) for of_sample in zip(*pieces, strict=True)]
     assert (code, out) == (0, "".join(f"abc{text}\n{RULE}" for text in texts))
 

@@ -29,7 +29,7 @@ ANY = "any platform without a row of its own"
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("accumulate", ANY): accumulate.accumulate_reference,
     ("accumulate", "cpu"): accumulate.accumulate_cpu,
-    ("adam_direction", ANY): adamw.adam_direction_reference,
+    ("adam_direction", ANY): adamw.adam_direction_folded,
     ("adam_direction", "cpu"): adamw.adam_direction_cpu,
     ("add_positions", ANY): embedding.add_positions_reference,
     ("add_positions", "gpu"): embedding.add_positions_gpu,
@@ -50,6 +50,7 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("norm", ANY): norm.norm_reference,
     ("norm", "cpu"): norm.norm_cpu,
     ("norm", "gpu"): norm.norm_gpu,
+    ("norm", "tpu"): norm.norm_tpu,
 }
 
 

@@ -1,7 +1,7 @@
 """Softmax attention: the equations, and what runs them fast on each platform.
 
 B batch, T query length, S key length, N heads, K key-value heads, H head dim.
-Each implementation takes q [B, T, N, H], k and v [B, S, K, H] and returns [B, T, N, H] in q's dtype.
+Each implementation maps q [B, T, N, H], k and v [B, S, K, H] to [B, T, N, H] in q's dtype.
 Query head n uses key-value head n // (N // K) (grouped heads: Ainslie et al. 2023).
 """
 
@@ -245,11 +245,12 @@ def _splash_local(
         mask = splash.LocalMask((T, T), (options.window - 1 if options.window else None, 0), 0)
     block = next(size for size in (512, 256, 128) if T % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * N),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**blocks),
         interpret=interpret,
     )
     q_BTNH = q_BTNH * jnp.asarray(options.scale, q_BTNH.dtype)  # the kernel does not scale

@@ -49,9 +49,18 @@ def empty_cache(rows: int, past: int, chunk: int, head_dim: int, dtype) -> KVCac
     return KVCache(empty(past), empty(chunk))
 
 
-def update_kv(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, start: int | jax.Array) -> KV:
-    """Write keys and values of T tokens at position `start` of every row."""
+def append(
+    cache: KVCache | None, k_BTKH: jax.Array, v_BTKH: jax.Array, position: DecodePosition | None
+) -> KVCache | None:
+    """Write the tokens' keys and values into the chunk at `position`, else into the past."""
+    if cache is None:
+        return None
+    if position is None:
+        return cache._replace(past=_write(cache.past, k_BTKH, v_BTKH, 0))
+    return cache._replace(chunk=_write(cache.chunk, k_BTKH, v_BTKH, position.step))
 
+
+def _write(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, start: int | jax.Array) -> KV:
     def write(into_RSH: jax.Array, x_BTKH: jax.Array) -> jax.Array:
         x_BKTH = x_BTKH.swapaxes(1, 2).astype(into_RSH.dtype)
         x_RTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:])
@@ -73,9 +82,9 @@ def flush_chunk(cache: KVCache, start_B: jax.Array) -> KV:
 
 
 def decode_attention(
-    q_B1NH: jax.Array, cache: KVCache, position: DecodePosition, window: int, scale: float
+    q_B1NH: jax.Array, cache: KVCache, position: DecodePosition, window: int
 ) -> jax.Array:
-    """Attend from one query a sequence to its past and to the chunk up to itself -> [B, 1, N, H]."""
+    """Attend from one query per sequence to its past and to the chunk up to itself."""
     B, _, N, H = q_B1NH.shape
     R, S, _ = cache.past.k_RSH.shape
     W = cache.chunk.k_RSH.shape[1]
@@ -86,7 +95,7 @@ def decode_attention(
     key_RS = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
     mask_RS = attention_mask(start_R1 + position.step, key_RS, True, window)
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_B1NH))
-    q_RQH = q_B1NH.reshape(R, -1, H) * scale
+    q_RQH = q_B1NH.reshape(R, -1, H) * H**-0.5
     scores = [product("RQH,RSH->RQS", q_RQH, part.k_RSH) for part in cache]
     scores_RQS = jnp.where(mask_RS[:, None], jnp.concatenate(scores, axis=2), -jnp.inf)
     weights_RQS = jnp.exp(scores_RQS - scores_RQS.max(-1, keepdims=True))

@@ -1,6 +1,6 @@
-"""Several processes, one run: how they find each other, who does what only one should, who stops.
+"""Several processes, one run: finding each other, what only the first does, stopping together.
 
-XLA's collectives do the rest: every process runs the same program on its own devices.
+Every process runs the same program on its own devices; XLA's collectives do the rest.
 """
 
 import os
@@ -12,25 +12,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
 
-HEARTBEAT_S = 30  # a process that is silent for so long is given up, and the rest leave
+HEARTBEAT_S = 30  # a process that is silent for longer is given up, and the others exit
+_max = jax.jit(jnp.max)
 
 
 def init_distributed(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, device: str = "auto"
 ) -> None:
-    """Connects this process to the others of its run, if it has any; call it before JAX computes.
+    """Connect this process to the others of its run, if any; call it before JAX computes.
 
-    Slurm, Open MPI 4, Kubernetes and TPU pods say themselves who takes part; elsewhere every
-    process names the coordinator's `host:port`, their number, and its own. `device` is the
-    config's. Raises `UserError`.
+    Slurm, Open MPI 4, Kubernetes and TPU pods say who takes part. Elsewhere every process names
+    the coordinator's `host:port`, the number of processes, and its own. Raises `UserError`.
     """
-    # JAX names the TPU here where it has seen one's chips. It then asks the metadata server or
-    # the environment for the other hosts; without chips nothing is asked of a network.
+    # JAX lists the TPU platform only where it has seen TPU chips, so that no network is asked
+    # about other hosts without them.
     on_tpu = device in ("auto", "tpu") and "tpu" in (jax.config.values["jax_platforms"] or "")
     launched = _launched_with_others()
     if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
@@ -60,7 +62,7 @@ def init_distributed(
 
 
 def _launched_with_others() -> bool:
-    """Whether a launcher that JAX knows has started more than this process."""
+    """Tell whether a launcher that JAX knows has started more than this process."""
     env = os.environ
     counts = (env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     return any(int(count) > 1 for count in counts) or (
@@ -70,10 +72,10 @@ def _launched_with_others() -> bool:
 
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """Ends this process at once when the run fails in it, or when another process is gone.
+    """End this process at once when the run fails in it, or when another process is gone.
 
-    The usual way out would wait for processes that will not answer. They in turn see their next
-    collective fail, or miss this one's heartbeat, and leave by the same way.
+    A normal exit would wait for processes that do not answer. Those see their next collective
+    fail, or miss this heartbeat, and end in the same way.
     """
     try:
         yield
@@ -90,33 +92,48 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 def is_process_0() -> bool:
-    """Whether this process writes what only one should write."""
+    """Tell whether this process writes what only one should write."""
     return jax.process_index() == 0
 
 
 def on_process_0(function: Callable[[], int | None]) -> int:
-    """Runs `function` in the first process alone -> its number (None is 0), in every process.
+    """Run `function` in the first process only; return its number (None is 0) in every process.
 
-    A `UserError` there is one in every process, so that none waits for the rest in vain.
+    A `UserError` in the first process is raised in every process, so that none waits in vain.
     """
     if jax.process_count() == 1:
         return function() or 0
-    error, failed, value = None, 0, 0
+    error, value = None, 0
     if is_process_0():
         try:
             value = function() or 0
         except UserError as raised:
-            error, failed = raised, 1
-    failed, value = multihost_utils.broadcast_one_to_all(np.array([failed, value], np.int32))
+            error = raised
+    outcome = np.array([error is not None, value], np.int32)
+    failed, value = multihost_utils.broadcast_one_to_all(outcome)
     if failed:
-        raise error or UserError("the first process could not go on; it has said why")
+        raise error or UserError("process 0 failed; see its log")
     return int(value)
 
 
 class StopSignal:
     """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
 
-    signal = 0
+    received = 0
+    """The signal that this process was sent, or 0."""
+    agreed = 0
+    """The signal that all processes have read, so that they stop at the same step."""
+
+    @property
+    def signal(self) -> int:
+        """The signal that ends the run, or 0."""
+        return self.received if jax.process_count() == 1 else self.agreed
+
+    def highest(self) -> jax.Array:
+        """Start to find the highest signal that any process was sent; all can read the result."""
+        mesh, mine = Mesh(np.array(jax.devices()), ("all",)), np.full(1, self.received, np.int32)
+        one_each = NamedSharding(mesh, PartitionSpec("all"))
+        return _max(jax.make_array_from_callback((mesh.size,), one_each, lambda _: mine))
 
     def __enter__(self) -> "StopSignal":
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -127,7 +144,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signal:
+        if self.received:
             os._exit(128 + number)
-        self.signal = number
+        self.received = number
         os.write(2, b"stopping: saves first; the same signal again leaves at once\n")

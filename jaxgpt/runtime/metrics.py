@@ -1,9 +1,8 @@
-"""What a run says of itself: a live line or plain lines, metrics.jsonl, loss.png, and trackers."""
+"""What a run reports: a live line or plain lines, metrics.jsonl, loss.png, and trackers."""
 
 import importlib
 import json
 import math
-import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,39 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxgpt.config import Config, UserError
+from jaxgpt.runtime.files import atomic_path, atomic_write
 
 Row = dict[str, Any]
 
 
 def escape_controls(text: str, on_terminal: bool) -> str:
-    """Text for a terminal: control characters, which could steer it, are spelled out."""
+    """Spell out control characters in a text for a terminal, which they could steer."""
     if not on_terminal:
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class Log:
-    """Everything a run tells, for people and for programs.
+    """Everything a run reports, for people and for programs.
 
-    On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line
-    to grep. `metrics.jsonl` and `log.txt` get them in any case, TensorBoard and Weights & Biases
-    when asked. `first_step` is where the run starts: what an interrupted run had written of
-    later steps is forgotten, since those steps are about to be taken again.
+    On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line.
+    `metrics.jsonl` and `log.txt` get the rows too, and the trackers that the config asks for.
+    Rows after `first_step`, where the run starts, are deleted: their steps are taken again.
+    A log that is not `enabled` drops everything.
     """
 
-    def __init__(self, config: Config, first_step: int):
-        self.folder = Path(config.out_dir)
-        self._console = Terminal(highlight=False, emoji=False, soft_wrap=True)
+    def __init__(self, config: Config, first_step: int, *, enabled: bool = True):
+        self.folder, self.enabled = Path(config.out_dir), enabled
+        self._stack, self._live = ExitStack(), None
+        if not enabled:
+            return
         with ExitStack() as stack:
-            metrics = _forget_after(first_step, self.folder / "metrics.jsonl")
+            metrics = truncate_after(first_step, self.folder / "metrics.jsonl")
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
             self._text = stack.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
-            self._trackers = [
-                stack.enter_context(closing(t)) for t in _trackers(config, first_step)
-            ]
-            self._live = None
+            trackers = _trackers(config, first_step)
+            self._trackers = [stack.enter_context(closing(tracker)) for tracker in trackers]
+            self._console = Terminal(highlight=False, emoji=False, soft_wrap=True)
             if self._console.is_interactive:
                 self._live = stack.enter_context(_live_line(config, self._console))
             self._stack = stack.pop_all()
@@ -54,12 +55,15 @@ class Log:
         self._stack.close()
 
     def info(self, text: str) -> None:
-        """A line for people."""
-        self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
-        self._write(text)
+        """Log a line for people."""
+        if self.enabled:
+            self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
+            self._write(text)
 
     def train(self, row: Row, left_s: float) -> None:
-        """A training step's numbers, and the seconds until the last step."""
+        """Log a training step's numbers, and the seconds until the last step."""
+        if not self.enabled:
+            return
         mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] is not None else "n/a"
         text = (
             f"step {row['step']}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
@@ -67,14 +71,16 @@ class Log:
         )
         self._record(row)
         if self._live:
-            text_left = f"{_duration(left_s)}, {text}"  # a narrow terminal cuts its end
-            self._live.update(self._live.task_ids[0], completed=row["step"], text=text_left)
+            time_first = f"{_duration(left_s)}, {text}"  # a narrow terminal cuts the end
+            self._live.update(self._live.task_ids[0], completed=row["step"], text=time_first)
             self._write(text)
         else:
             self.info(text)
 
     def eval(self, row: Row) -> None:
-        """An evaluation's losses; redraws the picture."""
+        """Log an evaluation's losses, and redraw loss.png."""
+        if not self.enabled:
+            return
         losses = [f"{k.replace('_', ' ')} {row[k]:.4f}" for k in row if k.endswith("loss")]
         self._record(row)
         self.info(f"step {row['step']}: " + ", ".join(losses))
@@ -92,36 +98,20 @@ class Log:
             tracker.log(row)
 
 
-class NullLog:
-    """The log of a process that leaves the telling to the first."""
-
-    def __enter__(self) -> "NullLog":
-        return self
-
-    def __exit__(self, *error) -> None: ...
-
-    def info(self, text: str) -> None: ...
-
-    def train(self, row: Row, left_s: float) -> None: ...
-
-    def eval(self, row: Row) -> None: ...
-
-
 def _finite(value: Any) -> Any:
-    """The value, or None for a number that JSON has no word for."""
+    """Return the value, or None for a number that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(step: int, file: Path) -> Path:
-    """Rewrites the metrics file without rows past a step, and without a half-written last one."""
+def truncate_after(step: int, file: Path) -> Path:
+    """Delete the rows of a metrics file that are past a step, and a last one that is cut short."""
     rows = [row for row in read_metrics(file) if row["step"] <= step]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return partial.replace(file)
+    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def read_metrics(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Read the rows of a metrics.jsonl, without a last line that a crash cut short."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
@@ -132,7 +122,7 @@ def read_metrics(file: Path) -> list[Row]:
 
 
 class Terminal(Console):
-    """Where whoever read along leaves, as `head` does, the run goes on; its files tell the rest."""
+    """A console whose reader may leave, as `head` does: the run continues, and so do its files."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
@@ -153,7 +143,7 @@ def _duration(seconds: float) -> str:
 
 
 def draw_losses(folder: Path) -> None:
-    """Redraws loss.png from metrics.jsonl: the loss of steps, and of both splits at evaluations."""
+    """Redraw loss.png from metrics.jsonl: the losses of steps, and of both splits."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder / "metrics.jsonl")
@@ -172,48 +162,22 @@ def draw_losses(folder: Path) -> None:
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = folder / "loss.partial.png"
-    figure.savefig(partial, dpi=120)
-    partial.replace(folder / "loss.png")
-
-
-class Stopwatch:
-    """Time a step takes, over the steps since the last reading and without pauses."""
-
-    def __init__(self):
-        self._steps, self._spent, self._seconds = 0, 0.0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """The time since the last lap was a pause."""
-        self._lap = time.perf_counter()
-
-    def lap(self, steps: int) -> None:
-        """So many steps have just ended."""
-        before, self._lap = self._lap, time.perf_counter()
-        self._spent += self._lap - before
-        self._steps += steps
-
-    def read(self) -> float:
-        """Seconds a step; steps of one lap that are read one by one share its mean."""
-        if self._steps:
-            self._seconds = self._spent / self._steps
-        self._steps, self._spent = 0, 0.0
-        return self._seconds
+    with atomic_path(folder / "loss.png") as file:
+        figure.savefig(file, dpi=120)
 
 
 def _trackers(config: Config, first_step: int) -> list:
-    found = []
+    trackers = []
     if config.tensorboard:
-        found.append(_TensorBoard(Path(config.out_dir, "tensorboard"), first_step))
+        trackers.append(_TensorBoard(Path(config.out_dir, "tensorboard"), first_step))
     if config.wandb_log:
-        found.append(_Wandb(config))
-    return found
+        trackers.append(_Wandb(config))
+    return trackers
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, first_step: int):
-        writer = _need("tensorboardX", "tensorboard").SummaryWriter
+        writer = import_optional("tensorboardX", "tensorboard").SummaryWriter
         self._writer = writer(str(folder), purge_step=first_step + 1)
 
     def log(self, row: Row) -> None:
@@ -227,7 +191,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, config: Config):
-        self._run = _need("wandb", "wandb_log").init(
+        self._run = import_optional("wandb", "wandb_log").init(
             project=config.wandb_project,
             name=config.wandb_run_name or Path(config.out_dir).name,
             dir=config.out_dir,
@@ -241,7 +205,8 @@ class _Wandb:
         self._run.finish()
 
 
-def _need(package: str, key: str):
+def import_optional(package: str, key: str):
+    """Import a package that only this key needs."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

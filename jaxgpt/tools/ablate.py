@@ -1,13 +1,14 @@
-"""`jaxgpt ablate`: trains a baseline and each feature of a menu alike, and says what each gains.
+"""`jaxgpt ablate`: train a baseline and each feature alike, and compare what each feature gains.
 
-A cell is one run: a feature and a seed, in `out_dir/<feature>/<seed>/`. Cells that are done are
-not run again, and one that was stopped goes on. All cells of a seed see the same batches, so
-that losses are compared seed by seed.
+A run trains one feature with one seed, in `out_dir/<feature>/<seed>/`. A finished run is not
+repeated, a stopped one resumes. All runs of a seed see the same batches, so losses are compared
+seed by seed.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from jaxgpt.data.prepare import find_dataset
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.device import resolve_auto
 from jaxgpt.runtime.metrics import read_metrics
-from jaxgpt.tools.bench.nanogpt import interleaved
+from jaxgpt.tools.bench.report import interleaved
 from jaxgpt.tools.bench.training import JaxGPT
 from jaxgpt.train import train
 
-BASELINE, TOGETHER = "baseline", "together"
+BASELINE, COMBINED = "baseline", "together"
 
 # Feature -> the keys that switch it on, and where it comes from.
-MENU: dict[str, tuple[dict[str, Any], str]] = {
+FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "rope": ({"position": "rope"}, "Su et al. 2021, RoFormer"),
     "rmsnorm": ({"norm": "rmsnorm"}, "Zhang & Sennrich 2019"),
     "swiglu": ({"mlp": "swiglu"}, "Shazeer 2020, GLU Variants"),
@@ -42,57 +43,57 @@ MENU: dict[str, tuple[dict[str, Any], str]] = {
     "zero_init": ({"zero_init_projections": True}, "Zhang et al. 2019, Fixup"),
 }
 WINNERS = ("rope", "muon", "wsd", "zero_init")
-MENU[TOGETHER] = ({k: v for name in WINNERS for k, v in MENU[name][0].items()}, ", ".join(WINNERS))
+_KEYS = {key: value for name in WINNERS for key, value in FEATURES[name][0].items()}
+FEATURES[COMBINED] = (_KEYS, ", ".join(WINNERS))
 
-# Runs of other lengths, as shares of the steps, each with a schedule of its own: what the
-# baseline reaches in another time, and how soon all winners together are where it ends.
-LENGTHS = {BASELINE: (0.75, 1.0, 1.5), TOGETHER: (0.2, 0.4, 1.0)}
-PAIRS, ROUND = 7, 40  # of turns that time a step; steps of each
+# Lengths of runs, as shares of the config's steps; each has a schedule of its own. They show what
+# the baseline reaches in another time, and how soon the winners reach the baseline's end.
+LENGTHS = {BASELINE: (0.75, 1.0, 1.5), COMBINED: (0.2, 0.4, 1.0)}
+ONE_LENGTH = (1.0,)
+REPEATS, ROUND_STEPS = 7, 40  # turns that time a step, and the steps of a turn
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the seeds of a feature came to; arrays have an element a seed, losses are in nats."""
+class Result:
+    """What a feature's runs came to: arrays with one element per seed, losses in nats."""
 
     losses: np.ndarray
-    difference: np.ndarray
-    """To the baseline's loss after as many steps."""
-    cost: float
-    """A step's time over that of the baseline's."""
-    same_time: np.ndarray
-    """To the loss of a baseline that trains as long as this did."""
+    difference: np.ndarray  # to the baseline's loss after as many steps
+    cost: float  # the time of a step over that of a baseline's step
+    same_time: np.ndarray  # difference to the loss of a baseline that trains as long
 
 
 def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int:
-    """Trains what is not trained yet, times steps, and writes menu.md, menu.png and menu.json.
+    """Train what is not trained yet, time steps, and write menu.md, menu.png and menu.json.
 
-    -> 0, or 128 + n if signal n ended it: the same command goes on from there. Raises
-    `UserError` for a feature that is not on the menu, and for cells of another config.
+    -> 0, or 128 + n if signal n stopped a run; the same command then resumes it. Raises
+    `UserError` for an unknown feature, and for runs of another config in `out_dir`.
     """
     for name in features:
-        if name not in MENU:
-            raise UserError(f"features={name!r}: must be among {', '.join(MENU)}")
-    names = [BASELINE, *(features or MENU)]
+        if name not in FEATURES:
+            raise UserError(f"features={name!r}: must be among {', '.join(FEATURES)}")
+    names = [BASELINE, *(features or FEATURES)]
     for seed in range(1, seeds + 1):
         for name in names:
-            for share in LENGTHS.get(name, (1.0,)):
-                if code := train_cell(cell(config, name, seed, share, out_dir)):
+            for share in LENGTHS.get(name, ONE_LENGTH):
+                code = train_run(run_config(config, name, seed, share, out_dir))
+                if code:
                     return code
     costs = {name: step_cost(config, name, out_dir) for name in names}
-    found = compare(config, costs, seeds, out_dir)
-    text = table(found) + "\n" + head_start(config, found, seeds, out_dir)
+    results = compare(config, costs, seeds, out_dir)
+    text = format_table(results) + "\n" + format_speedup(config, results, seeds, out_dir)
     Path(out_dir, "menu.md").write_text(text, encoding="utf-8")
-    draw(found, Path(out_dir, "menu.png"))
-    numbers = {name: {k: np.asarray(v).tolist() for k, v in vars(f).items()} for name, f in found}
-    Path(out_dir, "menu.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    draw(results, Path(out_dir, "menu.png"))
+    numbers = json.dumps({name: asdict(r) for name, r in results.items()}, indent=1, default=list)
+    Path(out_dir, "menu.json").write_text(numbers, encoding="utf-8")
     print(text)
     return 0
 
 
-def cell(config: Config, name: str, seed: int, share: float, out_dir: str) -> Config:
-    """The run of a feature and a seed, over this share of the config's steps."""
+def run_config(config: Config, name: str, seed: int, share: float, out_dir: str) -> Config:
+    """Return the config of a feature's run with a seed, over a share of the config's steps."""
     folder = name if share == 1 else f"{name}-x{share:g}"
-    return keys_of(config, name).replace(
+    return with_feature(config, name).replace(
         out_dir=str(Path(out_dir, folder, str(seed))),
         init_from="auto",
         seed=seed,
@@ -100,23 +101,23 @@ def cell(config: Config, name: str, seed: int, share: float, out_dir: str) -> Co
     )
 
 
-def keys_of(config: Config, name: str) -> Config:
-    return config.replace(**MENU[name][0]) if name in MENU else config
+def with_feature(config: Config, name: str) -> Config:
+    return config.replace(**FEATURES[name][0]) if name in FEATURES else config
 
 
-def train_cell(config: Config) -> int:
-    """Runs a cell unless it is done -> 0, or 128 + n if signal n ended it."""
+def train_run(config: Config) -> int:
+    """Train a run unless it is finished -> 0, or 128 + n if signal n stopped it."""
     if final_loss(config) is not None:
         return 0
-    code = train(config, {})
+    code = train(config)
     jax.clear_caches()  # dozens of compiled programs would pile up
     return code
 
 
 def final_loss(config: Config) -> float | None:
-    """Of the whole validation split, or None for a cell that is not done.
+    """Read a run's loss on the whole validation split; None if the run is not finished.
 
-    Raises `UserError` if what lies there is of another config.
+    Raises `UserError` if the run in its folder has another config.
     """
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
@@ -133,92 +134,93 @@ def final_loss(config: Config) -> float | None:
 
 
 def step_cost(config: Config, name: str, out_dir: str) -> float:
-    """A step's time over the baseline's: median of pairs taken in turn, kept in cost.json."""
+    """Time a step in turn with the baseline's -> the median ratio, kept in cost.json."""
     file = Path(out_dir, name, "cost.json")
     if not file.exists():
-        dataset = find_dataset(config, config.block_size)
-        sides = []
-        for one in (BASELINE, name):
-            known = keys_of(config, one).replace(vocab_size=dataset.vocab_size)
-            sides.append(JaxGPT(resolve_auto(known)[0], dataset))
-        baseline, feature = (lambda side=side: side.train(ROUND)[0] for side in sides)
-        for turn in (baseline, feature):
+        turns = [round_of_steps(config, one) for one in (BASELINE, name)]
+        for turn in turns:
             turn()  # the first steps are slower
-        (found,) = interleaved([baseline], feature, PAIRS)
+        keys = "baseline_s", "feature_s"
+        (found,) = interleaved(turns[:1], turns[1], REPEATS, keys)
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
 
 
-def curves(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:
-    """Final losses after each of the feature's lengths, [seeds, lengths]."""
-    lengths = LENGTHS.get(name, (1.0,))
-    cells = [
-        [cell(config, name, seed, share, out_dir) for share in lengths]
+def round_of_steps(config: Config, name: str) -> Callable[[], float]:
+    """Compile a feature's step -> a function that takes some steps and returns their seconds."""
+    dataset = find_dataset(config, config.block_size)
+    config = with_feature(config, name).replace(vocab_size=dataset.vocab_size)
+    jaxgpt = JaxGPT(resolve_auto(config)[0], dataset)
+    return lambda: jaxgpt.train(ROUND_STEPS)[0]
+
+
+def read_losses(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:
+    """Read the final losses of all of a feature's runs, [seeds, lengths]."""
+    losses = [
+        final_loss(run_config(config, name, seed, share, out_dir))
         for seed in range(1, seeds + 1)
+        for share in LENGTHS.get(name, ONE_LENGTH)
     ]
-    return np.array([[final_loss(one) for one in row] for row in cells], float)
+    return np.array(losses, float).reshape(seeds, -1)
 
 
-def compare(
-    config: Config, costs: dict[str, float], seeds: int, out_dir: str
-) -> list[tuple[str, Found]]:
-    """What each feature came to beside the baseline, in the menu's order.
+def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -> dict[str, Result]:
+    """Compare each feature with the baseline, seed by seed.
 
-    A baseline of other lengths than those trained is read off between them, along the
-    logarithm of the steps; beyond them it cannot be told.
+    The baseline's loss after another time is interpolated between its lengths, along the
+    logarithm of the steps; beyond them it is not known (NaN).
     """
     lengths = np.log(LENGTHS[BASELINE])
-    base = curves(config, BASELINE, seeds, out_dir)
-    same_steps, found = base[:, LENGTHS[BASELINE].index(1.0)], []
+    baseline = read_losses(config, BASELINE, seeds, out_dir)
+    same_steps, results = baseline[:, LENGTHS[BASELINE].index(1.0)], {}
     for name, cost in costs.items():
-        losses = curves(config, name, seeds, out_dir)[:, LENGTHS.get(name, (1.0,)).index(1.0)]
-        read = lambda row, at=math.log(cost): np.interp(at, lengths, row, math.nan, math.nan)
-        same_time = losses - np.array([read(row) for row in base])
-        found.append((name, Found(losses, losses - same_steps, cost, same_time)))
-    return found
+        whole = LENGTHS.get(name, ONE_LENGTH).index(1.0)
+        losses = read_losses(config, name, seeds, out_dir)[:, whole]
+        at_time = [np.interp(math.log(cost), lengths, row, math.nan, math.nan) for row in baseline]
+        results[name] = Result(losses, losses - same_steps, cost, losses - np.array(at_time))
+    return results
 
 
-def head_start(config: Config, found: list[tuple[str, Found]], seeds: int, out_dir: str) -> str:
-    """How soon the winners together are where the baseline ends, if they were trained."""
-    both = dict(found)
-    if TOGETHER not in both:
+def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_dir: str) -> str:
+    """Tell how soon the winners combined reach the baseline's final loss, if they were trained."""
+    if COMBINED not in results:
         return ""
-    steps, goals = np.log(LENGTHS[TOGETHER]), both[BASELINE].losses
-    rows = curves(config, TOGETHER, seeds, out_dir)
-    shares = [
-        math.exp(np.interp(goal, row[::-1], steps[::-1], math.nan, math.nan))
-        for goal, row in zip(goals, rows, strict=True)
-    ]
+    steps = np.log(LENGTHS[COMBINED])[::-1]
+    losses = read_losses(config, COMBINED, seeds, out_dir)[:, ::-1]
+    pairs = zip(results[BASELINE].losses, losses, strict=True)
+    shares = np.exp([np.interp(goal, row, steps, math.nan, math.nan) for goal, row in pairs])
     if np.isnan(shares).any():
-        return f"\n`{TOGETHER}` meets the baseline's final loss at none of the lengths tried.\n"
+        return f"\n`{COMBINED}` meets the baseline's final loss at none of the lengths tried.\n"
     return (
-        f"\n`{TOGETHER}` has the baseline's final loss after {_spread(shares, '.0%')} of its "
-        f"steps, which take {np.mean(shares) * both[TOGETHER].cost:.0%} of its time.\n"
+        f"\n`{COMBINED}` has the baseline's final loss after {_spread(shares, '.0%')} of its "
+        f"steps, which take {np.mean(shares) * results[COMBINED].cost:.0%} of its time.\n"
     )
 
 
-def table(found: list[tuple[str, Found]]) -> str:
-    """Markdown, a row a feature. Bold is a mean beyond three standard errors."""
+def format_table(results: dict[str, Result]) -> str:
+    """Write a Markdown table, a row per feature; a mean beyond 3 standard errors is bold."""
     lines = [
         "| feature | keys | validation loss | to the baseline | better | step time | "
         "at equal time | source |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, f in found:
-        keys, source = MENU.get(name, ({}, ""))
+    for name, r in results.items():
+        keys, source = FEATURES.get(name, ({}, ""))
         flags = " ".join(f"`{key}={value}`" for key, value in keys.items())
-        cells = [name, flags, _spread(f.losses, ".4f")]
-        if name != BASELINE:
-            better = f"{(f.difference < 0).sum()} of {len(f.difference)}"
-            cells += [_difference(f.difference), better, f"{f.cost:.2f}"]
-            cells += [_difference(f.same_time), source]
-        lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+        cells = [name, flags, _spread(r.losses, ".4f")]
+        if name == BASELINE:
+            cells += [""] * 5
+        else:
+            better = f"{(r.difference < 0).sum()} of {len(r.difference)}"
+            cells += [_difference(r.difference), better, f"{r.cost:.2f}"]
+            cells += [_difference(r.same_time), source]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: Any, form: str) -> str:
-    """Mean and standard deviation."""
+def _spread(values: np.ndarray, form: str) -> str:
+    """Write mean and standard deviation."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
     return f"{np.mean(values):{form}} ± {deviation:{form}}"
 
@@ -231,24 +233,24 @@ def _difference(values: np.ndarray) -> str:
     return f"**{text}**" if clear else text
 
 
-def draw(found: list[tuple[str, Found]], file: Path) -> None:
-    """Differences to the baseline, a small dot a seed and a large one for their mean."""
+def draw(results: dict[str, Result], file: Path) -> None:
+    """Plot differences to the baseline: a small dot per seed, a large one for their mean."""
     from matplotlib.figure import Figure
 
-    shown = [(name, f) for name, f in found if name != BASELINE]
+    shown = {name: r for name, r in results.items() if name != BASELINE}
     figure = Figure(figsize=(8.5, 1.2 + 0.3 * len(shown)), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, title, color in zip(
-        panels, ("after as many steps", "after as much time"), ("C0", "C1"), strict=True
-    ):
-        for y, (_, f) in enumerate(shown):
-            values = f.difference if color == "C0" else f.same_time
+    titles = "after as many steps", "after as much time"
+    columns = [r.difference for r in shown.values()], [r.same_time for r in shown.values()]
+    for axes, title, column, color in zip(panels, titles, columns, ("C0", "C1"), strict=True):
+        for y, values in enumerate(column):
             axes.plot(values, np.full(len(values), y), "o", color=color, alpha=0.35, markersize=3)
             axes.plot(values.mean(), y, "o", color=color, markersize=7)
         axes.axvline(0, color="0.4", linewidth=1)
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(shown)), [f"{name}  x{f.cost:.2f}" for name, f in shown])
+    labels = [f"{name}  x{r.cost:.2f}" for name, r in shown.items()]
+    panels[0].set_yticks(range(len(shown)), labels)
     panels[0].invert_yaxis()
     figure.supxlabel("validation loss minus the baseline's (nats); left is better")
     figure.savefig(file, dpi=100)

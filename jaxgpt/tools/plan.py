@@ -1,10 +1,9 @@
-"""What a run would need on hardware that is not here: its training step, compiled ahead of time.
+"""Plan a run for hardware that is not here: compile its training step ahead of time.
 
 XLA compiles for a GPU or TPU without one, given the extra that brings its compiler. Memory,
-kernels and collectives are what the program says; times are a roofline over data sheets.
+kernels and collectives are read from the program; times are a roofline over data sheets.
 """
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -33,14 +32,14 @@ EFFICIENCY = {"matmuls": 0.7, "memory": 0.8, "links": 0.8}  # of a data sheet's 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device: rates in bytes/s and in one direction, as its maker's data sheet has them."""
+    """One device; rates are those of its data sheet, in bytes/s and in one direction."""
 
     kind: str  # as JAX names it
     memory: float  # bytes
     memory_rate: float
     link_rate: float  # of all its links within a machine, or within a TPU slice
     network_rate: float = 0.0  # its share of the network between machines
-    cores: str = ""  # of a GPU, see _target
+    cores: str = ""  # of a GPU, see _gpu_description
 
     @property
     def platform(self) -> str:
@@ -65,6 +64,7 @@ LIBTPU = {  # ask no network what this machine is; let several processes compile
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+FITTED = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
 TOPOLOGY = "a chip and its shape, as in h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4"
 
 
@@ -75,84 +75,78 @@ class Topology:
     name: str
     chip: Chip
     devices: list
-    machine: int  # devices that its links join; beyond is network
+    machine: int  # devices that links join; beyond them is the network
 
 
 class DoesNotFitError(Exception):
-    """XLA gave up: the program needs more memory than the device has."""
+    """The program needs more memory than the device has."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of `config` needs of each device; bytes, FLOPs and seconds."""
+    """What one step of `config` needs of each device, in bytes, FLOPs and seconds."""
 
     config: Config
     topology: Topology
-    micro_batches: int
     params: int
     opt_state: int
+    micro_batches: int
     temporaries: int
     peak_memory: int
     flops: float
     traffic: int
     kernels: int
-    collectives: dict[str, tuple[int, int]]  # kind -> how many, bytes sent
-    link_seconds: float
+    collectives: list[Collective]
 
     @property
     def fits(self) -> bool:
         return self.peak_memory <= usable_memory(self.topology.chip)
 
     @property
-    def seconds(self) -> tuple[float, float]:
-        """Of a step: if all work overlaps, and if none does."""
-        times = *self.busy, self.link_seconds
-        return max(times), sum(times)
-
-    @property
-    def busy(self) -> tuple[float, float]:
-        """Seconds for matmuls, and for memory traffic."""
+    def work_seconds(self) -> tuple[float, float, float]:
+        """Seconds per step for matmuls, for memory traffic, and for the links."""
         chip = self.topology.chip
         compute = self.flops / (device.PEAK_FLOPS[chip.kind] * EFFICIENCY["matmuls"])
-        return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"])
+        links = sum(c.times * seconds_to_send(c, self.topology) for c in self.collectives)
+        return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"]), links
 
 
 def find_topology(name: str) -> Topology:
-    """The devices that `name` means. Raises `UserError`: no such thing, or no compiler for it."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    chip = CHIPS.get(found[1]) if found else None
-    shape = [int(size) for size in found[2].split("x")] if found else []
+    """Look up the devices that `name` means.
+
+    Raises `UserError` if there are no such devices, or there is no compiler for them.
+    """
+    chip_name, _, sizes = name.partition(":")
+    chip = CHIPS.get(chip_name)
+    shape = [int(size) for size in sizes.split("x")] if re.fullmatch(r"\d+(x\d+)*", sizes) else []
     dims = {"gpu": (1, 2), "tpu": (2, 3)}[chip.platform] if chip else ()
-    if not chip or not found or len(shape) not in dims or not all(shape):
+    if not chip or len(shape) not in dims or not all(shape):
         raise UserError(f"topology={name!r}: must be {TOPOLOGY}; chips: {', '.join(CHIPS)}")
     extra, module = {"gpu": ("cuda", "jax_plugins"), "tpu": ("tpu", "libtpu")}[chip.platform]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{extra}]'")
+    cards, keys = math.prod(shape), {}
+    if chip.platform == "gpu":
+        machines, cards = [1, *shape][-2:]
+        keys |= {"platform": "cuda", "topology": f"1x{machines}x{cards}"}
+        keys |= {"target_config": _gpu_description(chip)}
+    else:
+        for variable, value in LIBTPU.items():
+            os.environ.setdefault(variable, value)
+        keys |= {"platform": "tpu", "topology_name": name}
+        keys |= {"chips_per_host_bounds": [1, 1, 1]} if cards == 1 else {}
     try:
-        if chip.platform == "gpu":
-            machines, cards = [1, *shape][-2:]
-            desc = topologies.get_topology_desc(
-                platform="cuda", topology=f"1x{machines}x{cards}", target_config=_target(chip)
-            )
-            return Topology(name, chip, desc.devices, cards)
-        for key, value in LIBTPU.items():
-            os.environ.setdefault(key, value)
-        one = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(shape) == 1 else {}
-        desc = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
-        return Topology(name, chip, desc.devices, len(desc.devices))
+        devices = topologies.get_topology_desc(**keys).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"topology={name!r}: {str(error).splitlines()[0]}") from error
+    return Topology(name, chip, devices, cards)
 
 
-def _target(chip: Chip) -> str:
-    """XLA's description of a GPU, in the text form of its GpuTargetConfigProto.
-
-    The figures are those of the specs that XLA keeps for these cards.
-    """
+def _gpu_description(chip: Chip) -> str:
+    """Write XLA's GpuTargetConfigProto of a GPU, with the figures of XLA's own specs."""
     capability, count, fpus, shared, clock, l2 = chip.cores.split()
     major, minor = capability.split(".")
-    return f"""
-    gpu_device_info {{
+    return f"""gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
       shared_memory_per_block: 49152 shared_memory_per_core: {shared}
       shared_memory_per_block_optin: {int(shared) - 1024} core_count: {count}
@@ -167,33 +161,35 @@ def _target(chip: Chip) -> str:
 
 
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
-    """`config` as it would be on this chip, and lines that say what was assumed."""
+    """Resolve `config` for this chip -> the config, and notes on what was assumed."""
     config, notes = device.resolve_auto(config, chip.platform)
-    if not config.vocab_size:
-        meta = Path(config.data_dir, config.dataset, "meta.json")
-        known = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCAB
-        config = config.replace(vocab_size=known)
-        if not meta.is_file():
-            notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
-    return config, notes
+    if config.vocab_size:
+        return config, notes
+    meta, known = Path(config.data_dir, config.dataset, "meta.json"), GPT2_VOCAB
+    if meta.is_file():
+        known = json.loads(meta.read_text())["vocab_size"]
+    else:
+        notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
+    return config.replace(vocab_size=known), notes
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step of a resolved config for this mesh, with batches read from disk.
+    """Compile the training step of a resolved config, for batches that are read from disk.
 
     Raises `DoesNotFitError` where XLA finds that the devices have too little memory.
     """
     micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-    shape = (1, micro, total // micro, config.block_size + 1)
-    windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(None, None, sharding.BATCH))
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
-    arguments = abstract_state(config, mesh), windows, count
-    return compile_absent(make_train_step(config, mesh).lower(*arguments), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
+    shape_KMBT = (1, micro, total // micro, config.block_size + 1)
+    windows_KMBT = jax.ShapeDtypeStruct(shape_KMBT, jnp.int32, sharding=over_batch)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    step = make_train_step(config, mesh)
+    return compile_absent(step.lower(abstract_state(config, mesh), windows_KMBT, count), mesh)
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """What was lowered for a mesh of devices that are not here. Raises `DoesNotFitError`."""
+    """Compile for a mesh of devices that are not here. Raises `DoesNotFitError`."""
     gpu = mesh.devices.flat[0].platform == "gpu"
     seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     try:  # tuning would need the card; a kept program could not be read back without one
@@ -210,39 +206,32 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compiles a resolved config's step and reads off what it needs."""
+    """Compile a resolved config's step and read off what it needs."""
     mesh = sharding.make_mesh(config, topology.devices)
     compiled = compile_step(config, mesh)
     memory: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
-    params, opt_state = state_bytes(config, mesh)
-    kinds: dict[str, tuple[int, int]] = {}
-    link_seconds = 0.0
-    for c in program.collectives():
-        count, total = kinds.get(c.kind, (0, 0))
-        kinds[c.kind] = count + c.times, total + c.times * c.bytes
-        link_seconds += c.times * _seconds_to_send(c, topology)
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    inside = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
-        config=config,
-        topology=topology,
+        config,
+        topology,
+        *state_bytes(config, mesh),
         micro_batches=sharding.num_microbatches(config, mesh),
-        params=params,
-        opt_state=opt_state,
         temporaries=memory.temp_size_in_bytes,
-        peak_memory=peak - memory.alias_size_in_bytes,
-        flops=_flops(config) / mesh.size,
+        peak_memory=inside + arguments + memory.output_size_in_bytes,
+        flops=flops_per_step(config) / mesh.size,
         traffic=program.traffic(),
         kernels=program.kernels().total(),
-        collectives=kinds,
-        link_seconds=link_seconds,
+        collectives=program.collectives(),
     )
 
 
-def _seconds_to_send(c: Collective, topology: Topology) -> float:
-    """By the slower of links and network. Of a machine's members each has a port of its own to the
-    network; rings that span machines use all of these, other collectives one a device.
+def seconds_to_send(c: Collective, topology: Topology) -> float:
+    """Estimate one collective's time over the slower of links and network.
+
+    Each device has its own port to the network. A ring that spans machines uses the ports of all
+    its members in a machine, another collective only one.
     """
     rate = topology.chip.link_rate
     machines = len({member // topology.machine for member in c.group})
@@ -254,15 +243,15 @@ def _seconds_to_send(c: Collective, topology: Topology) -> float:
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Of the parameters and of the optimizer's state, on one device."""
+    """Count what one device holds of the parameters, and of the optimizer's state."""
     state = abstract_state(config, mesh)
-    on_one = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    total = lambda tree: sum(map(on_one, jax.tree.leaves(tree)))
-    return total(state["params"]), total(state["opt_state"])
+    shard_bytes = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    total = lambda tree: sum(map(shard_bytes, jax.tree.leaves(tree)))
+    return total(state.params), total(state.opt_state)
 
 
-def _flops(config: Config) -> float:
-    """Of a step on all devices: the formula of MFU, and what `remat` computes a second time."""
+def flops_per_step(config: Config) -> float:
+    """Count a step's FLOPs on all devices: MFU's formula, and what `remat` computes twice."""
     tokens = sharding.global_batch_size(config) * config.block_size
     attention = 4 * config.n_layer * config.n_embd * config.block_size  # its forward pass
     once = model.flops_per_token(config)
@@ -271,15 +260,15 @@ def _flops(config: Config) -> float:
 
 
 def usable_memory(chip: Chip) -> float:
-    """Bytes of a device that JAX gives to arrays: on a GPU three quarters, unless told."""
+    """Count the bytes of a device that JAX gives to arrays: by default 3/4 of a GPU's."""
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
 
 
 def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
-    """The plan with the least recomputation that fits and then the largest micro-batch.
+    """Find the plan with the least recomputation that fits, then with the largest micro-batch.
 
-    Sequences a step stay as they are. Raises `UserError` if no micro-batch fits.
+    The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
     total = sharding.global_batch_size(config)
     mesh = sharding.make_mesh(config, topology.devices)
@@ -288,13 +277,13 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
     def attempt(remat: str, size: int) -> Plan | None:
         keys = {"remat": remat, "batch_size": size, "batch_tokens": 0}
-        tried = config.replace(**keys, gradient_accumulation_steps=total // size)
+        keys["gradient_accumulation_steps"] = total // size
         try:
-            plan = make_plan(tried, topology)
-            said, fits = f"{plan.peak_memory / GIB:.2f} GiB", plan.fits
+            plan = make_plan(config.replace(**keys), topology)
+            needs, fits = f"{plan.peak_memory / GIB:.2f} GiB", plan.fits
         except DoesNotFitError as error:
-            plan, said, fits = None, str(error), False
-        say(f"remat={remat} batch_size={size}: {said}: {'fits' if fits else 'does not fit'}")
+            plan, needs, fits = None, str(error), False
+        say(f"remat={remat} batch_size={size}: {needs}: {'fits' if fits else 'does not fit'}")
         return plan if fits else None
 
     for remat in ("none", "dots", "full"):
@@ -303,61 +292,65 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
         while best and high - low > 1:
             middle = (low + high) // 2
             plan = attempt(remat, sizes[middle])
-            best, low, high = (plan, middle, high) if plan else (best, low, middle)
+            if plan:
+                best, low = plan, middle
+            else:
+                high = middle
         if best:
             return best
     raise UserError(
-        f"topology={topology.name!r}: one sequence a device does not fit, whatever is recomputed; "
+        f"topology={topology.name!r}: one sequence per device does not fit even with full remat; "
         "split the state over more devices with --mesh=fsdp:N"
     )
 
 
-def describe(plan: Plan) -> str:
-    """The plan as lines for people."""
-    c, topology, mesh = plan.config, plan.topology, plan.config.mesh or "data"
-    devices, chip = len(topology.devices), topology.chip
+def format_plan(plan: Plan) -> str:
+    """Write the plan as lines for people."""
+    c, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     tokens = sharding.global_batch_size(c) * c.block_size
-    wanted = tokens * model.flops_per_token(c) / devices / device.PEAK_FLOPS[chip.kind]
-    mfu = [100 * wanted / seconds for seconds in plan.seconds]
-    fast, slow = (1000 * seconds for seconds in plan.seconds)
-    compute, memory = (1000 * s for s in plan.busy)
+    peak = devices * device.PEAK_FLOPS[chip.kind]
+    fast, slow = max(plan.work_seconds), sum(plan.work_seconds)
+    fast_mfu, slow_mfu = (tokens * model.flops_per_token(c) / peak / s for s in (fast, slow))
+    compute, memory, links = (1000 * seconds for seconds in plan.work_seconds)
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
-        f"{devices} x {chip.kind}, mesh {mesh}, {c.dtype}, {c.attention} attention, "
+        f"{devices} x {chip.kind}, mesh {c.mesh or 'data'}, {c.dtype}, {c.attention} attention, "
         f"remat={c.remat}, scan_layers={c.scan_layers}",
         f"model: {model.count_params(c) / 1e6:,.1f}M parameters; step: {tokens:,} tokens in "
         f"{plan.micro_batches} micro-batches",
         "per device:",
-        f"  parameters        {_size(plan.params)}",
-        f"  optimizer state   {_size(plan.opt_state)}",
-        f"  temporaries       {_size(plan.temporaries)}  activations, gradients, casts",
-        f"  peak memory       {_size(plan.peak_memory)}  of {_size(usable_memory(chip))} that JAX "
-        f"may use of {_size(chip.memory)}: {verdict}",
+        f"  parameters        {_gib(plan.params)}",
+        f"  optimizer state   {_gib(plan.opt_state)}",
+        f"  temporaries       {_gib(plan.temporaries)}  activations, gradients, casts",
+        f"  peak memory       {_gib(plan.peak_memory)}  of {_gib(usable_memory(chip))} that JAX "
+        f"may use of {_gib(chip.memory)}: {verdict}",
         f"  FLOPs a step      {plan.flops / 1e12:10.1f} T    by formula, recomputation included",
-        f"  memory traffic    {_size(plan.traffic)}  a step, what kernels read and write",
+        f"  memory traffic    {_gib(plan.traffic)}  a step, what kernels read and write",
         f"  kernels a step    {plan.kernels:10,}",
     ]
-    for kind, (count, sent) in sorted(plan.collectives.items()):
-        lines.append(f"  {kind:<17} {_size(sent)}  sent a step, in {count:,}")
+    for kind in sorted({c.kind for c in plan.collectives}):
+        of_kind = [c for c in plan.collectives if c.kind == kind]
+        sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
+        lines.append(f"  {kind:<17} {_gib(sent)}  sent a step, in {count:,}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
-        f"estimate: {fast:,.0f} ms a step if all overlaps, {slow:,.0f} ms if nothing does; MFU "
-        f"{mfu[0]:.0f}% to {mfu[1]:.0f}%",
-        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links "
-        f"{1000 * plan.link_seconds:,.0f} ms; assumed, of the data sheet's rates: {shares}",
+        f"estimate: {1000 * fast:,.0f} ms a step if all overlaps, {1000 * slow:,.0f} ms if nothing "
+        f"does; MFU {100 * fast_mfu:.0f}% to {100 * slow_mfu:.0f}%",
+        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links {links:,.0f} ms; assumed, of "
+        f"the data sheet's rates: {shares}",
     ]
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def _gib(count: float) -> str:
     return f"{count / GIB:10.3f} GiB"
 
 
 def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
-    """Prints the plan of a config on a topology; False if it does not fit.
+    """Print the plan of a config on a topology -> whether it fits.
 
-    A config that names no mesh is planned with its state split over all devices, and with what
-    `fit` finds, if whole copies of the state do not fit.
+    If whole copies of the state do not fit, and the config names no mesh, the plan is what `fit`
+    finds with the state split over all devices.
     """
     topology = find_topology(topology_name)
     config, notes = resolve(config, topology.chip)
@@ -372,16 +365,15 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         params, opt_state = state_bytes(config, sharding.make_mesh(config, topology.devices))
         say(
             f"does not fit: {error}; parameters {params / GIB:.2f} GiB and optimizer state "
-            f"{opt_state / GIB:.2f} GiB a device. --fit looks for what would"
+            f"{opt_state / GIB:.2f} GiB a device. --search looks for what would"
         )
         if config.mesh:
             return False
         config, search = config.replace(mesh=f"fsdp:{len(topology.devices)}"), True
-        say(f"so with --mesh={config.mesh} --fit:")
+        say(f"so with --mesh={config.mesh} --search:")
         plan = fit(config, topology, say)
-    say(describe(plan))
+    say(format_plan(plan))
     if search:
-        keys = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
-        values = dataclasses.asdict(plan.config)
-        say("use: " + " ".join(f"--{key}={values[key]}" for key in keys if values[key]))
+        found = {key: getattr(plan.config, key) for key in FITTED}
+        say("use: " + " ".join(f"--{key}={value}" for key, value in found.items() if value))
     return plan.fits

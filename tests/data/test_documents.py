@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers as library
+from helpers import read_files
 
 import jaxgpt
 from jaxgpt.config import UserError
@@ -62,10 +63,6 @@ def is_val(text: str, share: float) -> bool:
     return int.from_bytes(head, "little") / 2**64 < share
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def assert_holds(folder: Path, texts: list[str], bpe_file: str, share: float) -> None:
     """The ids are those of each document by itself, in order, an end-of-text after each."""
     plain = library.Tokenizer.from_file(bpe_file)
@@ -100,11 +97,10 @@ def test_ids_are_those_of_each_document_by_itself(tmp_path, bpe_file):
 def test_gpt2_is_the_default(tmp_path, gpt2_data, gpt2):
     texts = make_texts(9)
     folder = prepare(write_texts(tmp_path / "plays", texts), str(gpt2_data), val_share=0.5)
-    dataset = open_dataset(folder, gpt2_data, 0)
-    for tokens, val in ((dataset.train, False), (dataset.val, True)):
-        kept = [text for text in texts if is_val(text, 0.5) == val]
-        expected = [id for text in kept for id in [*gpt2.encode(text), 50256]]
-        np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
+    train = open_dataset(folder, gpt2_data, 0).train
+    kept = [text for text in texts if not is_val(text, 0.5)]
+    expected = [id for text in kept for id in [*gpt2.encode(text), 50256]]
+    np.testing.assert_array_equal(train.read(0, len(train)), expected)
 
 
 def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, capsys):
@@ -122,13 +118,10 @@ def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, 
 
 def test_copies_of_a_document_are_on_one_side(tmp_path, bpe_file):
     texts = make_texts(40) * 2
-    folder = prepare(
-        write_texts(tmp_path / "plays", texts), str(tmp_path / "d"), bpe_file, val_share=0.3
-    )
+    source = write_texts(tmp_path / "plays", texts)
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.3)
     assert_holds(folder, texts, bpe_file, 0.3)
-    dataset = open_dataset(folder, folder, 0)
-    val = dataset.val.read(0, len(dataset.val))
-    assert len(val) % 2 == 0
+    assert len(open_dataset(folder, folder, 0).val) % 2 == 0
 
 
 # --- Interruptions ------------------------------------------------------------------------------
@@ -136,15 +129,16 @@ def test_copies_of_a_document_are_on_one_side(tmp_path, bpe_file):
 PREPARE = """
 import sys, time
 from jaxgpt.data import documents
-split = documents._split
-documents._split = lambda *args: time.sleep(0.1) or split(*args)  # in workers too
+from jaxgpt.data.tokenizer import BpeTokenizer
+encode = BpeTokenizer.encode_documents
+BpeTokenizer.encode_documents = lambda *args: time.sleep(0.05) or encode(*args)  # in workers too
 if __name__ == "__main__":
     documents.PIECE_BYTES = 1500
     documents.prepare(*sys.argv[1:], val_share=0.2, processes=2)
 """
 
 
-def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, bpe_file):
+def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path, bpe_file):
     """Each time as soon as one more piece is there; no worker goes on without its parent."""
     texts = make_texts(150)
     source = write_texts(tmp_path / "plays", texts)
@@ -235,7 +229,7 @@ def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, m
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", list(texts))
     monkeypatch.setitem(documents.HUB, "bard", HubSet(source, "default", "abc", 4))
-    monkeypatch.setitem(documents.VAL_SHARE, True, 0.2)
+    monkeypatch.setitem(documents.VAL_FRACTION, True, 0.2)
     folder = prepare("bard", str(tmp_path / "data"), bpe_file)
     assert folder == tmp_path / "data" / "bard"
     assert_holds(folder, texts, bpe_file, 0.2)
@@ -287,26 +281,24 @@ def test_a_prepared_text_is_left_alone(tmp_path, bpe_file):
     assert read_files(folder) == files
 
 
-@pytest.mark.parametrize("shard", ["1", "3/3", "-1/3", "0/0", "a/b"])
-def test_a_shard_that_cannot_be_is_named(tmp_path, bpe_file, shard):
+@pytest.mark.parametrize(
+    ("tokenizer", "options", "said"),
+    [
+        *((None, {"shard": shard}, rf"shard='{shard}': must be i/n")
+          for shard in ("1", "3/3", "-1/3", "0/0", "a/b")),
+        *((name, {}, rf"tokenizer='{name}': documents need gpt2")
+          for name in ("char", "byte", "none.json")),
+        (None, {}, r"val_share=0\.01: leaves no document for val"),
+    ],
+)  # fmt: skip
+def test_options_that_will_not_do_are_named(tmp_path, bpe_file, tokenizer, options, said):
     source = write_texts(tmp_path / "plays", ["a"])
-    with pytest.raises(UserError, match=rf"shard='{shard}': must be i/n"):
-        prepare(source, str(tmp_path / "data"), bpe_file, shard=shard)
-
-
-@pytest.mark.parametrize("name", ["char", "byte", "none.json"])
-def test_a_tokenizer_without_an_end_of_text_is_named(tmp_path, name):
-    source = write_texts(tmp_path / "plays", ["a"])
-    with pytest.raises(UserError, match=rf"tokenizer='{name}': documents need gpt2"):
-        prepare(source, str(tmp_path / "data"), name)
-
-
-def test_a_split_without_documents_is_named(tmp_path, bpe_file):
-    source = write_texts(tmp_path / "plays", ["a"])
-    with pytest.raises(UserError, match=r"val_share=0\.01: leaves no document for val"):
-        prepare(source, str(tmp_path / "data"), bpe_file)
-    with pytest.raises(UserError, match="interrupted"):
-        open_dataset(tmp_path / "data" / "plays", tmp_path, 0)
+    with pytest.raises(UserError, match=said):
+        prepare(source, str(tmp_path / "data"), tokenizer or bpe_file, **options)
+    folder = tmp_path / "data" / "plays"
+    if folder.exists():
+        with pytest.raises(UserError, match="interrupted"):
+            open_dataset(folder, tmp_path, 0)
 
 
 def test_options_for_documents_are_refused_for_a_text(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 
-from jaxgpt import evaluate, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import examples
 from jaxgpt.data import tokenizer as tokenizers
@@ -18,6 +18,7 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.data.tokens import TokenSplit, open_dataset
 from jaxgpt.runtime import run_dir
+from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
 
 SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(8) for b in range(8)]
@@ -45,13 +46,13 @@ def test_examples_in_pieces_are_those_of_json_line_by_line(pairs, size):
     text = "\n" + lines(pairs).replace("\n", " \n\n")
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     assert list(examples.read_examples(pieces)) == pairs
-    chars, count = examples.survey(pieces)
+    chars, count = examples.scan_examples(pieces)
     assert (chars, count) == ({"\n"}.union(*"".join(map("".join, pairs))), len(pairs))
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5), st.integers(0, 5))
 def test_prompts_are_masked_and_completions_with_their_end_are_not(pairs, train_examples):
-    found = list(examples.encode([lines(pairs)], BYTES, train_examples))
+    found = list(examples.encode_examples([lines(pairs)], BYTES, train_examples))
     assert [split for split, _ in found] == [
         "train" if i < train_examples else "val" for i in range(len(pairs))
     ]
@@ -67,7 +68,7 @@ def test_after_a_completion_of_a_bpe_comes_its_end_of_text():
         tokenizers.tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
     )
     bpe.add_special_tokens(["<|endoftext|>"])
-    ((_, ids),) = examples.encode([lines([("a", "b")])], tokenizers.BpeTokenizer(bpe), 1)
+    ((_, ids),) = examples.encode_examples([lines([("a", "b")])], tokenizers.BpeTokenizer(bpe), 1)
     assert ids.tolist() == [~0, 1, 3]
 
 
@@ -89,7 +90,7 @@ def test_token_files_hold_what_was_encoded(sums):
     data = open_dataset(sums / "sums", sums, 8)
     assert isinstance(data.tokenizer, CharTokenizer)
     assert data.tokenizer.chars == "\n+0123456789="
-    all_ids = [ids for _, ids in examples.encode([lines(SUMS)], data.tokenizer, 0)]
+    all_ids = [ids for _, ids in examples.encode_examples([lines(SUMS)], data.tokenizer, 0)]
     train, val = (t.read(0, len(t)) for t in (data.train, data.val))
     np.testing.assert_array_equal(train, np.concatenate(all_ids[:57]))
     np.testing.assert_array_equal(val, np.concatenate(all_ids[57:]))
@@ -120,7 +121,7 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
     """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
     config = make_config(sums, tmp_path, data_on_device=where)
     assert train(config, {}) == 0
-    found = evaluate.evaluate(config.out_dir, "latest")
+    found = evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)
     params = jax.device_get(run_dir.load_params(config, "latest", sharding.local_mesh())[0])
     data = open_dataset(sums / "sums", sums, 8)
@@ -152,7 +153,7 @@ def test_another_prompt_target_is_the_same_loss_but_another_completion_is_not(su
         ids = np.fromfile(folder / "val.bin", "<i4")
         ids[-1] = last
         ids.tofile(folder / "val.bin")
-        return evaluate.evaluate(config.out_dir, "latest", str(tmp_path))["val_loss"]
+        return evaluate(config.out_dir, "latest", str(tmp_path))["val_loss"]
 
     assert loss(~3) == loss(~7)
     assert loss(3) != loss(7)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import evaluate
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
@@ -18,8 +17,10 @@ from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset, prepare
 from jaxgpt.data.tasks import TASKS, Arithmetic, Problems, TrainProblems, ValProblems
 from jaxgpt.data.tokenizer import ArithmeticTokenizer
+from jaxgpt.evaluate import full_split
 from jaxgpt.sample import TextStream
 from jaxgpt.sharding import make_mesh
+from jaxgpt.tools import evaluation
 from jaxgpt.train import train
 
 PYTHON = {
@@ -150,7 +151,7 @@ def test_the_held_out_split_is_walked_problem_by_problem(first, count):
 def test_the_whole_split_has_every_held_out_answer_once():
     task, mesh = task_of("calculator", 1), make_mesh(make_config())
     windows = []
-    for batch, count in evaluate.full_split(ValProblems(task, 9), mesh, 4, 9):
+    for batch, count in full_split(ValProblems(task, 9), mesh, 4, 9):
         windows.append(np.asarray(batch)[:count].reshape(-1, 10))
     windows = np.concatenate(windows)
     expected = task.windows(task.held_out, 10)
@@ -241,7 +242,7 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
 def test_endless_problems_cannot_be_evaluated_whole():
     dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
     with pytest.raises(UserError, match="eval_iters=0: must be at least 1"):
-        next(evaluate.full_split(dataset.train, mesh, 4, 9))
+        next(full_split(dataset.train, mesh, 4, 9))
 
 
 @pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
@@ -267,14 +268,14 @@ def test_exactness_counts_the_answers_that_are_right(monkeypatch):
         return said
 
     wrong = (kind == 1) & (a >= 90)
-    monkeypatch.setattr(evaluate, "answer", answer)
-    found = evaluate.accuracy(None, task)
+    monkeypatch.setattr(evaluation, "greedy_answers", answer)
+    found = evaluation.accuracy(None, task)
     assert found["problems"] == len(a)
     assert found["exact"] == pytest.approx(1 - wrong.mean())
     two = (kind == 1) & (np.maximum(a, b) >= 10)
     assert found["exact - of 2 digits"] == f"{1 - wrong.sum() / two.sum():.2%} of {two.sum():,}"
     assert found["exact * of 1 digits"].startswith("100.00% of ")
-    listed = {f"{a[n]}-{b[n]}" for n in np.flatnonzero(wrong)[: evaluate.ERRORS_SHOWN]}
+    listed = {f"{a[n]}-{b[n]}" for n in np.flatnonzero(wrong)[: evaluation.ERRORS_SHOWN]}
     assert listed == {name for name in found if re.fullmatch(r"\d+\D\d+", name)}
 
 
@@ -297,7 +298,7 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
         eval_iters=2,
     )
     assert train(config, {}) == 0
-    found = evaluate.evaluate(config.out_dir, "latest")
+    found = evaluation.evaluate(config.out_dir, "latest")
     assert found["problems"] == 505
     assert found["exact"] == 1
     capsys.readouterr()

@@ -84,10 +84,8 @@ def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
     for name, part in zip(names, np.split(ids, [5, 9]), strict=True):
         write_ids(tmp_path / name, part)
     tokens = TokenSplit([tmp_path / name for name in names], "uint16", vocab_size=10)
-    name, place = [(n, i) for n, size in zip(names, (5, 4, 3), strict=True) for i in range(size)][
-        at
-    ]
-    expected = rf"{name}: id 10 at token {place} is not below vocab_size=10"
+    file = int(np.searchsorted([5, 9], at, "right"))
+    expected = rf"{names[file]}: id 10 at token {at - [0, 5, 9][file]} is not below vocab_size=10"
     for start in range(at + 1):
         with pytest.raises(UserError, match=expected):
             tokens.read(start, at + 1 - start)
@@ -179,16 +177,11 @@ def test_nanogpt_characters_are_those_that_python_reads(tmp_path, content):
     assert dataset.tokenizer.decode(range(len(chars))) == "".join(chars)
 
 
-def test_nanogpt_characters_without_their_text_have_no_tokenizer(tmp_path):
-    """GPT-2's would make words of them."""
+def test_nanogpt_characters_need_their_text(tmp_path):
+    """Without it, GPT-2's tokenizer would make words of them."""
     write_nanogpt(tmp_path, 65)
     (tmp_path / "meta.pkl").write_bytes(b"")
     assert open_folder(tmp_path).tokenizer is None
-
-
-def test_nanogpt_text_that_is_not_utf8_is_named(tmp_path):
-    write_nanogpt(tmp_path, 65)
-    (tmp_path / "meta.pkl").write_bytes(b"")
     (tmp_path / "input.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match=r"input\.txt: byte 3 \(0xff\) is not UTF-8"):
         open_folder(tmp_path)
@@ -242,11 +235,7 @@ def test_prepared_folder_of_wide_ids(prepared):
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {"vocab_size": 4},
-        {"counts": {"train": 8, "val": 5}},
-        {"sha256": {"train": "", "val": "0"}},
-    ],
+    [{"vocab_size": 4}, {"counts": {"train": 8, "val": 5}}, {"sha256": {"train": "", "val": "0"}}],
 )
 def test_fingerprint_tells_datasets_apart(prepared, fields):
     fingerprint = open_folder(prepared).fingerprint
@@ -262,51 +251,46 @@ def test_fingerprint_tells_datasets_apart(prepared, fields):
 # --- Damage -------------------------------------------------------------------------------------
 
 
-def without(field: str):
-    def damage(folder: Path) -> None:
-        meta = {key: value for key, value in META.items() if key != field}
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-    return damage
-
-
-DAMAGE = {
-    "missing": (lambda f: (f / "val.bin").unlink(), r"val\.bin: no such file"),
-    "empty": (lambda f: write_ids(f / "val.bin", []), r"val\.bin: holds no tokens"),
-    "odd": (lambda f: (f / "val.bin").write_bytes(b"\0" * 11), r"val\.bin: 11 bytes"),
-    "short": (lambda f: write_ids(f / "val.bin", [0] * 5), r"val\.bin: 5 tokens, .* says 6"),
-    "long": (lambda f: write_ids(f / "train.bin", [0] * 9), r"train\.bin: 9 tokens, .* says 8"),
-    "no JSON": (lambda f: (f / "meta.json").write_text("{"), r"meta\.json: not the meta"),
-    "no text": (lambda f: (f / "meta.json").write_bytes(b"\xff"), r"meta\.json: not the meta"),
-    "list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json: not the meta"),
-    "null": (lambda f: (f / "meta.json").write_text("null"), r"meta\.json: not the meta"),
-    "other dtype": (lambda f: change_meta(f, dtype="int16"), r"meta\.json: dtype='int16'"),
-    "no dtype": (lambda f: change_meta(f, dtype=None), r"meta\.json: dtype=None"),
-    "half counts": (lambda f: change_meta(f, counts={"train": 8}), r"meta\.json: .*'val'"),
-    "odd counts": (lambda f: change_meta(f, counts=[8, 6]), r"meta\.json: not the meta"),
-    "odd vocab": (lambda f: change_meta(f, vocab_size="many"), r"meta\.json: .*many"),
-    "wrong width": (
-        lambda f: change_meta(f, dtype="uint32"),
-        r"train\.bin: 4 tokens, but meta\.json says 8",
-    ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: not a token"),
-    "bad tokenizer": (
-        lambda f: (f / "tokenizer.json").write_text("{}"),
-        r"tokenizer\.json: not a tokenizer",
-    ),
-    "partial ids": (lambda f: (f / "val.bin.partial").touch(), "interrupted"),
-    "partial meta": (lambda f: (f / "meta.json.partial").touch(), "interrupted"),
+NOT_META = r"meta\.json: not the meta"
+BAD_FILES = {  # file, its content (None: it is gone), what is said
+    "missing": ("val.bin", None, r"val\.bin: no such file"),
+    "empty": ("val.bin", b"", r"val\.bin: holds no tokens"),
+    "odd": ("val.bin", b"\0" * 11, r"val\.bin: 11 bytes"),
+    "short": ("val.bin", b"\0" * 10, r"val\.bin: 5 tokens, .* says 6"),
+    "long": ("train.bin", b"\0" * 18, r"train\.bin: 9 tokens, .* says 8"),
+    "no JSON": ("meta.json", b"{", NOT_META),
+    "no text": ("meta.json", b"\xff", NOT_META),
+    "list": ("meta.json", b"[]", NOT_META),
+    "null": ("meta.json", b"null", NOT_META),
+    "no tokenizer": ("tokenizer.json", None, r"tokenizer\.json: not a token"),
+    "bad tokenizer": ("tokenizer.json", b"{}", r"tokenizer\.json: not a tokenizer"),
+    "partial ids": ("val.bin.partial", b"", "interrupted"),
+    "partial meta": ("meta.json.partial", b"", "interrupted"),
+}
+BAD_META = {  # the meta's fields, what is said
+    "other dtype": (META | {"dtype": "int16"}, r"meta\.json: dtype='int16'"),
+    "null dtype": (META | {"dtype": None}, r"meta\.json: dtype=None"),
+    "half counts": (META | {"counts": {"train": 8}}, r"meta\.json: .*'val'"),
+    "odd counts": (META | {"counts": [8, 6]}, NOT_META),
+    "odd vocab": (META | {"vocab_size": "many"}, r"meta\.json: .*many"),
+    "wrong width": (META | {"dtype": "uint32"}, r"train\.bin: 4 tokens, but meta\.json says 8"),
 } | {
-    f"no {key}": (without(key), rf"meta\.json: not the meta .*'{key}'")
+    f"no {key}": ({k: v for k, v in META.items() if k != key}, rf"{NOT_META} .*'{key}'")
     for key in META
     if key != "sha256"
+}
+DAMAGE = BAD_FILES | {
+    name: ("meta.json", json.dumps(meta).encode(), said) for name, (meta, said) in BAD_META.items()
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(prepared, name):
-    damage, expected = DAMAGE[name]
-    damage(prepared)
+    file, content, expected = DAMAGE[name]
+    if content is None:
+        (prepared / file).unlink()
+    else:
+        (prepared / file).write_bytes(content)
     with pytest.raises(UserError, match=rf"^{re.escape(str(prepared))}.*{expected}"):
         open_folder(prepared)
 
@@ -356,11 +340,8 @@ def test_folder_is_prepared_when_all_its_files_are_whole(tmp_path):
     assert not is_prepared(folder)
     folder.mkdir()
     assert not is_prepared(folder)
-    (folder / "input.txt").touch()
-    assert not is_prepared(folder)
-    (folder / "train.bin.partial").touch()
-    assert not is_prepared(folder)
-    (folder / "val.bin").touch()
-    assert not is_prepared(folder)
+    for name in "input.txt", "train.bin.partial", "val.bin":
+        (folder / name).touch()
+        assert not is_prepared(folder)
     (folder / "train.bin.partial").unlink()
     assert is_prepared(folder)

@@ -15,7 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from .harness import damage_at_random, fork, kill_at_random, make_data, tiny
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does, for `helpers`
+
+from helpers import make_data
+
+from .harness import damage_at_random, fork, kill_at_random, tiny
 from .soak import soak
 
 

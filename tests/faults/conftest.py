@@ -1,15 +1,16 @@
 """What the tests here share: a text, the run that is left alone, and steps that are traced once."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import make_data
 
-from jaxgpt import train as loop
 from jaxgpt.runtime import metrics, run_dir
 from jaxgpt.train import train
 
-from .harness import make_data, tiny
+from .harness import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,8 +24,9 @@ def no_pictures():
 def quick():
     """Runs that take the same steps trace them once."""
     with pytest.MonkeyPatch.context() as patched:
-        for name in "make_train_step", "make_eval_step":
-            patched.setattr(loop, name, _once(getattr(loop, name)))
+        for module, name in ("train", "make_train_step"), ("evaluate", "make_eval_step"):
+            owner = sys.modules[f"jaxgpt.{module}"]
+            patched.setattr(owner, name, _once(getattr(owner, name)))
         yield
 
 
@@ -52,6 +54,6 @@ def data(tmp_path_factory) -> Path:
 def quiet(quick, data, tmp_path_factory):
     """A run of 24 steps that was left alone; it holds steps 21 and 24, and the best."""
     config = tiny(tmp_path_factory.mktemp("quiet"), data)
-    assert train(config, {}) == 0
+    assert train(config) == 0
     assert run_dir.open_checkpoints(config).steps()[-2:] == [21, 24]
     return config

@@ -5,94 +5,27 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
+from helpers import make_data, rows_of, state_of, tiny_run
 
-from jaxgpt import sharding
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
-from jaxgpt.data.prepare import prepare
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.train import train
-from jaxgpt.train_step import abstract_state
 
-TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
-ROOT = Path(__file__).parents[2]
-TRAIN = (
-    "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
-    "from jaxgpt.cli.commands import run; "
-    "run(lambda argv: train(Config.from_dict(json.loads(argv[0]))))"
-)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
 
 
-def make_data(folder: Path) -> Path:
-    (folder / "tale.txt").write_text(TEXT)
-    prepare(str(folder / "tale.txt"), str(folder))
-    return folder
-
-
 def tiny(folder: Path, data: Path, name: str = "run", **keys) -> Config:
-    """A run with dropout and accumulation that saves at every third step."""
-    default = {
-        "out_dir": str(folder / name),
-        "data_dir": str(data),
-        "dataset": "tale",
-        "init_from": "auto",
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 16,
-        "block_size": 8,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "dropout": 0.2,
-        "learning_rate": 1e-2,
-        "warmup_iters": 3,
-        "max_iters": 24,
-        "lr_decay_iters": 24,
-        "eval_interval": 8,
-        "eval_iters": 2,
-        "save_interval": 3,
-        "mesh": "data:2",
-        "device": "cpu",
-        "dtype": "float32",
-        "attention": "reference",
-    }
-    return Config(**default | keys)
-
-
-def rows_of(config: Config) -> list[dict]:
-    """The metrics, without what a clock says."""
-    clock = ("tokens_per_s", "step_ms", "mfu", "time")
-    rows = read_metrics(Path(config.out_dir, "metrics.jsonl"))
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
-
-
-def state_of(checkpoints: Checkpoints, config: Config, step: int) -> list[bytes]:
-    """Every array of a checkpoint, as bytes."""
-    vocab_size = checkpoints.meta(step)["config"]["vocab_size"]
-    config = config.replace(vocab_size=vocab_size)
-    abstract = abstract_state(config, sharding.make_mesh(config))
-    del abstract["step"]
-    arrays = jax.tree.leaves(checkpoints.restore(abstract, step))
-    return [np.asarray(array).tobytes() for array in arrays]
-
-
-def start(config: Config, script: str = TRAIN, prefix: tuple[str, ...] = (), **env: str):
-    """The run in a process of its own."""
-    command = [*prefix, sys.executable, "-c", script, json.dumps(config.to_dict())]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **env}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    """A run of 24 steps that saves at every third and may be started again and again."""
+    return tiny_run(folder / name, data, **{"init_from": "auto", "save_interval": 3} | keys)
 
 
 def fork(config: Config, output: Path):
@@ -108,13 +41,12 @@ def _forked(config: Config, output: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     jax.config.update("jax_num_cpu_devices", 2)
-    cli.run(lambda argv: train(config, {}), [])
+    cli.run(lambda argv: train(config), [])
 
 
-def outcome(config: Config) -> tuple[list[dict], list[bytes]]:
+def outcome(config: Config) -> tuple[list[dict], dict[str, bytes]]:
     """All that a whole run leaves: its metrics, and every array of its last step."""
-    checkpoints = run_dir.open_checkpoints(config)
-    return rows_of(config), state_of(checkpoints, config, checkpoints.steps()[-1])
+    return rows_of(config), state_of(config, run_dir.open_checkpoints(config).steps()[-1])
 
 
 def again(config: Config) -> int:
@@ -190,6 +122,14 @@ def damage(newest: Path, before: Path, rng: random.Random) -> str:
     return f"{kind} {file.relative_to(newest)}"
 
 
+def sign_again(step: Path) -> None:
+    """Write the digest of what is there now, as whoever forges a checkpoint would."""
+    (step / "digest.json").unlink(missing_ok=True)
+    files = {str(p.relative_to(step)): p.read_bytes() for p in step.rglob("*") if p.is_file()}
+    sums = {name: {"size": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
+    (step / "digest.json").write_text(json.dumps(sums))
+
+
 def _same(file: Path, other: Path) -> bool:
     return not other.is_file() or file.read_bytes() == other.read_bytes()
 
@@ -209,7 +149,7 @@ def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random
     """
     source, missed, lost = run_dir.open_checkpoints(run), [], []
     before, newest = source.steps()[-2:]
-    whole = state_of(source, run, before)
+    whole = state_of(source, before)
     for _ in range(rounds):
         folder = scratch / "damaged" / "checkpoints"
         shutil.copytree(source.folder, folder, symlinks=True)
@@ -218,7 +158,7 @@ def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random
         checkpoints.quarantine_corrupt()
         if checkpoints.newest == newest:
             missed.append(what)
-        elif checkpoints.newest != before or state_of(checkpoints, run, before) != whole:
+        elif checkpoints.newest != before or state_of(checkpoints, before) != whole:
             lost.append(what)
         shutil.rmtree(folder)
     return Found(rounds, missed, lost)

@@ -6,9 +6,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from helpers import make_data
+
 from jaxgpt.runtime import run_dir
 
-from .harness import again, damage, fork, make_data, outcome, tiny
+from .harness import again, damage, fork, outcome, tiny
 
 SECONDS = 10  # until a fault, at most
 KEYS = {"save_interval": 5, "eval_interval": 500, "log_interval": 20, "lr_decay_iters": 10**5}

@@ -16,6 +16,7 @@ from jaxgpt import evaluate, sample
 from jaxgpt import train as loop
 from jaxgpt.cli import commands as cli
 from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluate import Evaluator
 from jaxgpt.model import GPT
 from jaxgpt.runtime import device
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a checkpoint is found, and the run goes on from the one before."""
+"""Damage to any file of a checkpoint is found, and the run resumes from the one before."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import rows_of
 
 from jaxgpt import sharding
 from jaxgpt.config import UserError
@@ -14,14 +15,14 @@ from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint
 from jaxgpt.train import train
 
-from .harness import damage_at_random, outcome, rows_of
+from .harness import damage_at_random, outcome, sign_again
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def run(quiet, tmp_path):
-    """A copy of that run, to damage."""
+    """A copy of the quiet run, to damage."""
     shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
     return quiet.replace(out_dir=str(tmp_path / "run"))
 
@@ -47,13 +48,13 @@ def test_random_faults_are_all_found(quiet, tmp_path, rounds):
 
 
 @pytest.mark.parametrize("target", ["data", "meta.json", "digest.json", "no digest"])
-def test_a_run_goes_on_from_the_step_before_with_the_same_digits(quiet, run, capsys, target):
+def test_a_run_resumes_from_the_step_before_with_the_same_digits(quiet, run, capsys, target):
     newest = step_of(run, 24)
     if target == "no digest":
         (newest / "digest.json").unlink()
     else:
         flip(data_file(newest) if target == "data" else newest / target)
-    assert train(run, {}) == 0
+    assert train(run) == 0
     said = capsys.readouterr()
     assert "going on from step 21" in said.out
     assert f"warning: {newest}" in said.err
@@ -77,21 +78,20 @@ def test_when_every_step_is_bad_nothing_is_deleted_unasked(run):
     rows = rows_of(run)
     for init_from in "auto", "auto", "resume", "scratch":
         with pytest.raises(UserError, match=r"all of its checkpoints are damaged.*--overwrite"):
-            train(run.replace(init_from=init_from), {})
+            train(run.replace(init_from=init_from))
     assert rows_of(run) == rows
     assert len(Checkpoints(folder).damaged()) >= 2
 
 
 def test_a_damaged_best_is_moved_and_the_next_evaluation_may_be_best(run):
     folder = step_of(run, 24).parent
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(
-        {"params": {"w": np.zeros(2)}}, {"step": 20, "best_val_loss": 0.0}, best=True
-    )  # an earlier step, better than any to come
+    checkpoints, state = Checkpoints(folder), {"params": {"w": np.zeros(2)}}
+    earlier = {"step": 20, "best_val_loss": 0.0}  # better than any to come
+    checkpoints.save(state, earlier, best=True)
     checkpoints.wait()
     assert checkpoints.best() == 20
     flip(data_file(folder / "20"))
-    assert train(run.replace(max_iters=32), {}) == 0
+    assert train(run.replace(max_iters=32)) == 0
     assert Checkpoints(folder).best() == 32
     assert (folder / "20.corrupt").exists()
 
@@ -122,12 +122,11 @@ def test_a_best_whose_link_was_never_made_is_found(run):
 
 def test_a_step_of_a_later_format_is_not_damage(run):
     step = step_of(run, 24)
-    meta, digest = step / "meta.json", step / "digest.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format_version": 99}))
-    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint._sums(meta)}
-    digest.write_text(json.dumps(sums))
+    meta = json.loads((step / "meta.json").read_text())
+    (step / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
+    sign_again(step)
     with pytest.raises(UserError, match="format 99"):
-        train(run, {})
+        train(run)
     assert step.exists()
 
 
@@ -136,14 +135,14 @@ def test_older_steps_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     state = {"params": {"w": np.arange(1000.0)}}
     checkpoints.save(state, {"step": 1}, best=False)
     checkpoints.wait()
-    digest = checkpoint._digest
+    write = checkpoint.atomic_write
 
-    def then_cut(step):
-        sums = digest(step)
-        data_file(step).write_bytes(b"")
-        return sums
+    def then_cut(file, text):
+        write(file, text)
+        if file.name == "digest.json":
+            data_file(file.parent).write_bytes(b"")
 
-    monkeypatch.setattr(checkpoint, "_digest", then_cut)
+    monkeypatch.setattr(checkpoint, "atomic_write", then_cut)
     checkpoints.save(state, {"step": 2}, best=False)
     with pytest.raises(CorruptCheckpoint):
         checkpoints.wait()

@@ -1,28 +1,30 @@
 """A disk that is full, and a run directory that another run writes to."""
 
 import errno
-import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import TRAIN_SCRIPT, rows_of, start
 
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.runtime import checkpoint, run_dir
-from jaxgpt.train import Trainer, train
+from jaxgpt.train import train
 
-from .harness import FORKS, TRAIN, start, tiny
+from .harness import FORKS, tiny
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def free(monkeypatch, *answers: float) -> None:
+def set_free(monkeypatch, *answers: float) -> None:
+    """What the disk has free each time it is asked; the last answer stays."""
     left = list(answers)
     usage = lambda path: SimpleNamespace(free=left.pop(0) if len(left) > 1 else left[0])
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -35,42 +37,41 @@ def sound_step(config) -> int | None:
     return checkpoints.newest
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_compiled(data, tmp_path, monkeypatch):
-    config = tiny(tmp_path, data)
-    free(monkeypatch, 10_000)
-    monkeypatch.setattr(Trainer, "_compile", lambda self: pytest.fail("compiles"))
+def test_a_disk_without_room_is_rejected_before_anything_is_compiled(data, tmp_path, monkeypatch):
+    set_free(monkeypatch, 10_000)
+    loop, fail = sys.modules["jaxgpt.train"], lambda *args: pytest.fail("compiles")
+    monkeypatch.setattr(loop, "compile_train_step", fail)
     with pytest.raises(UserError, match=r"needs 0\.000 GB and the disk has .* nothing is saved"):
-        train(config, {})
+        train(tiny(tmp_path, data))
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_the_step_before_whole(data, tmp_path, monkeypatch):
     config = tiny(tmp_path, data)
-    free(monkeypatch, 1e9, 1e9, 1e9, 10)  # at the start, and at steps 3 and 6; not at step 8
+    set_free(monkeypatch, 1e9, 1e9, 1e9, 10)  # at the start, and at steps 3 and 6; not at step 8
     with pytest.raises(UserError, match=r"a checkpoint needs .* step 6 is saved"):
-        train(config, {})
+        train(config)
     assert sound_step(config) == 6
     monkeypatch.undo()
-    assert train(config, {}) == 0
+    assert train(config) == 0
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")]
 )
-def test_a_save_that_fails_in_the_background_is_told_at_the_next(
+def test_a_save_that_fails_in_the_background_is_reported_at_the_next(
     data, tmp_path, monkeypatch, error
 ):
-    config, digest = tiny(tmp_path, data), checkpoint._digest
+    config, write = tiny(tmp_path, data), checkpoint.atomic_write
 
-    def full(step):
-        if step.name == "6":
+    def full(file, text):
+        if file.parent.name == "6":
             raise error
-        return digest(step)
+        write(file, text)
 
-    monkeypatch.setattr(checkpoint, "_digest", full)
+    monkeypatch.setattr(checkpoint, "atomic_write", full)
     with pytest.raises(UserError, match=r"6: could not be saved \([Nn]o space.*step 3 is saved"):
-        train(config, {})
-    last = json.loads(Path(config.out_dir, "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert last <= 8  # the next save
+        train(config)
+    assert rows_of(config)[-1]["step"] <= 8  # the next save
     assert sound_step(config) == 3
 
 
@@ -86,29 +87,23 @@ def test_a_real_disk_that_is_full_in_the_middle_of_a_save(data, tmp_path):
     """A tmpfs of its own that holds few checkpoints; the check before a save is taken out."""
     config = tiny(tmp_path, data, n_embd=64, keep_checkpoints=50, save_interval=1)
     Path(config.out_dir).mkdir()
-    mount = f"mount -t tmpfs -o size=6m none {config.out_dir}; "
-    prefix = (
-        "unshare",
-        "-rm",
-        "sh",
-        "-c",
-        mount + f'"$@"; r=$?; cp -r {config.out_dir} {tmp_path}/after; exit $r',
-        "sh",
-    )
-    script = "from jaxgpt.runtime.checkpoint import Checkpoints as C; C.check_disk_space = lambda *a: None; "
-    process = start(config, script + TRAIN, prefix)
+    shell = f"mount -t tmpfs -o size=6m none {config.out_dir}; "
+    shell += f'"$@"; r=$?; cp -r {config.out_dir} {tmp_path}/after; exit $r'
+    script = "from jaxgpt.runtime.checkpoint import Checkpoints as C; "
+    script += "C.check_disk_space = lambda *args: None; " + TRAIN_SCRIPT
+    process = start(config, script, ("unshare", "-rm", "sh", "-c", shell, "sh"))
     _, errors = process.communicate()
     assert process.returncode == 2, errors
     assert re.fullmatch(r"error: .*: could not be saved .*; step \d+ is saved\n", errors)
     after = config.replace(out_dir=str(tmp_path / "after"))
     assert (sound_step(after) or 0) > 1
-    assert train(after.replace(keep_checkpoints=2), {}) == 0
+    assert train(after.replace(keep_checkpoints=2)) == 0
 
 
 # ---- one run at a time -----------------------------------------------------------------------
 
 
-def test_a_run_directory_is_held_by_one_run(tmp_path):
+def test_a_run_directory_is_locked_by_one_run(tmp_path):
     out_dir = str(tmp_path / "run")
     with run_dir.lock_run_dir(out_dir):
         with pytest.raises(UserError) as raised, run_dir.lock_run_dir(out_dir):
@@ -118,19 +113,19 @@ def test_a_run_directory_is_held_by_one_run(tmp_path):
         pass
 
 
-def _hold(out_dir: str, is_held) -> None:
+def _lock(out_dir: str, is_locked) -> None:
     with run_dir.lock_run_dir(out_dir):
-        is_held.set()
+        is_locked.set()
         time.sleep(60)
 
 
-def test_a_second_run_is_refused_and_a_dead_one_lets_go(data, tmp_path):
-    config, is_held = tiny(tmp_path, data), FORKS.Event()
-    first = FORKS.Process(target=_hold, args=(config.out_dir, is_held))
+def test_a_second_run_is_rejected_and_a_dead_one_lets_go(data, tmp_path):
+    config, is_locked = tiny(tmp_path, data), FORKS.Event()
+    first = FORKS.Process(target=_lock, args=(config.out_dir, is_locked))
     first.start()
-    assert is_held.wait(60)
+    assert is_locked.wait(60)
     with pytest.raises(UserError, match=f"process {first.pid} is writing to it"):
-        train(config, {})
+        train(config)
     assert not Path(config.out_dir, "config.json").exists()
     first.kill()
     first.join()
@@ -144,8 +139,8 @@ def test_a_run_killed_while_it_clears_its_directory_can_be_started_again(
 ):
     """Between the files that it writes there: config.json is whole at any moment."""
     shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
-    config, left, write = quiet.replace(out_dir=str(tmp_path / "run")), [nth], run_dir.write
-    dataset = find_dataset(config, config.block_size)
+    config, left = quiet.replace(out_dir=str(tmp_path / "run")), [nth]
+    dataset, write = find_dataset(config, config.block_size), run_dir.atomic_write
 
     def killed(file, text):
         if not left[0]:
@@ -154,7 +149,7 @@ def test_a_run_killed_while_it_clears_its_directory_can_be_started_again(
         write(file, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_dir, "write", killed)
+        patched.setattr(run_dir, "atomic_write", killed)
         with pytest.raises(KeyboardInterrupt):
             run_dir.create(config, dataset, fresh=True)
     run_dir.create(config, dataset, fresh=True)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import math
 import re
 import resource
 import shutil
@@ -12,11 +11,14 @@ from pathlib import Path
 import pytest
 from golden.make_checkpoint_v1 import HERE, sums
 
+import jaxgpt
 from jaxgpt import sharding
 from jaxgpt.config import UserError
-from jaxgpt.runtime import checkpoint, run_dir
+from jaxgpt.runtime import run_dir
 
-PACKAGE = Path(checkpoint.__file__).parent
+from .harness import sign_again
+
+PACKAGE = Path(jaxgpt.__file__).parent
 
 
 def test_a_checkpoint_of_format_1_loads_for_ever():
@@ -26,13 +28,6 @@ def test_a_checkpoint_of_format_1_loads_for_ever():
     assert run_dir.open_checkpoints(config).meta(2)["format_version"] == 1
     assert sums(params) == pytest.approx(json.loads((HERE / "sums.json").read_text()), rel=1e-9)
     assert sum(p.stat().st_size for p in HERE.rglob("*") if p.is_file()) < 100_000
-
-
-def sign_again(step: Path) -> None:
-    """The digest of what is there now, as whoever makes up a checkpoint would write it."""
-    digest = step / "digest.json"
-    digest.unlink()
-    digest.write_text(json.dumps(checkpoint._digest(step)))
 
 
 @pytest.mark.parametrize("liar", ["config", "array"])
@@ -57,7 +52,6 @@ def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
     unit = 1 if sys.platform == "darwin" else 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     assert grown < 500e6
-    assert math.prod((2**30, 2**12)) * 4 > 1e12
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__"}

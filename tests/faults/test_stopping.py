@@ -1,20 +1,24 @@
-"""Runs that are killed, or told to stop, at whatever moment: nothing is lost, no digit differs."""
+"""Runs that are killed or told to stop, at any moment: nothing is lost, no digit differs."""
 
 import os
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from helpers import TEXT, rows_of, stop_at
 
-from jaxgpt import train as loop
+from jaxgpt.config import UserError
 from jaxgpt.data.prepare import prepare
-from jaxgpt.runtime import run_dir
+from jaxgpt.data.tokens import open_dataset
+from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.train import Trainer, train
+from jaxgpt.runtime.metrics import Log
+from jaxgpt.train import train
 
-from .harness import FORKS, TEXT, kill_at_random, outcome, rows_of, tiny
+from .harness import FORKS, kill_at_random, outcome, tiny
 from .soak import soak
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -33,71 +37,58 @@ def test_a_long_run_under_faults_ends_as_if_left_alone(tmp_path, capsys):
     assert soak(tmp_path, 0.5, random.Random(0)), capsys.readouterr().out
 
 
+LOOP, EVALUATE = sys.modules["jaxgpt.train"], sys.modules["jaxgpt.evaluate"]
+# what is under way -> what is called then, and at which call the signal comes
 PHASES = {
-    "compile": (Trainer, "_compile"),
-    "step": (Trainer, "_log_step"),
-    "evaluation": (loop, "mean_loss"),
-    "save": (Checkpoints, "save"),
-    "save in the background": (Checkpoints, "_prune"),
-    "sampling": (loop, "sample_text"),
+    "compile": (LOOP, "compile_train_step", 1),
+    "step": (Log, "train", 2),
+    "evaluation": (EVALUATE, "mean_loss", 4),
+    "save": (Checkpoints, "save", 2),
+    "save in the background": (checkpoint, "atomic_write", 4),
+    "sampling": (LOOP, "generate_text", 1),
 }
+SIGTERM, SIGINT = signal.SIGTERM, signal.SIGINT
+CASES = [(phase, (SIGTERM, SIGINT)[i % 2]) for i, phase in enumerate(PHASES)]
+OTHERS = [(phase, (SIGINT, SIGTERM)[i % 2]) for i, phase in enumerate(PHASES)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
-NUMBERS = signal.SIGTERM, signal.SIGINT
-
-
-@pytest.mark.parametrize(
-    ("phase", "number"),
-    [(phase, NUMBERS[i % 2]) for i, phase in enumerate(PHASES)]
-    + [
-        pytest.param(phase, NUMBERS[(i + 1) % 2], marks=pytest.mark.slow)
-        for i, phase in enumerate(PHASES)
-    ],
-)
+@pytest.mark.parametrize(("phase", "number"), CASES)
 def test_a_signal_in_any_phase_saves_the_last_step(
     quiet, data, tmp_path, monkeypatch, phase, number
 ):
     stopped = tiny(tmp_path, data, sample_every=int(phase == "sampling"))
-    owner, name = PHASES[phase]
+    owner, name, at = PHASES[phase]
     function, calls = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(name)
-        if len(calls) == {"compile": 1, "sampling": 1, "evaluation": 4}.get(phase, 2):
+        if len(calls) == at:
             signal.pthread_kill(threading.main_thread().ident, number)
         return function(*args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, interrupted)
-        code = train(stopped, {})
+        code = train(stopped)
     last = max(row["step"] for row in rows_of(stopped))
     assert code == 128 + number
     assert last < stopped.max_iters
     assert run_dir.open_checkpoints(stopped).latest() == last
-    assert train(stopped.replace(sample_every=0), {}) == 0
+    assert train(stopped.replace(sample_every=0)) == 0
     assert outcome(stopped) == outcome(quiet)
 
 
-def test_a_signal_in_a_dispatch_of_many_steps_saves_its_last(data, tmp_path, monkeypatch):
+def test_a_signal_in_a_call_of_many_steps_saves_its_last(data, tmp_path, monkeypatch):
     """The signal comes while the third step of ten is logged, and ten more are on their way."""
-    monkeypatch.setattr(Trainer, "_log_step", _then_stop(Trainer._log_step, at=3))
+    stop_at(monkeypatch, 3)
     config = tiny(tmp_path, data, save_interval=0, eval_interval=24)
-    assert train(config, {}) == 128 + signal.SIGTERM
+    assert train(config) == 128 + signal.SIGTERM
     assert rows_of(config)[-1]["step"] == 20
     assert run_dir.open_checkpoints(config).steps() == [20]
 
 
-def _then_stop(function, at: int):
-    def stop(self, step, numbers):
-        function(self, step, numbers)
-        if step == at:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-
-    return stop
-
-
 def _prepare(data_dir: Path, kill_at: int) -> None:
-    """Prepares the text, and gets SIGTERM before it gives a file its name, the n-th time."""
+    """Prepare the text, and get SIGTERM before the n-th file gets its name."""
     replace, left = Path.replace, [kill_at]
 
     def killing(self, target):
@@ -112,16 +103,18 @@ def _prepare(data_dir: Path, kill_at: int) -> None:
 
 @pytest.mark.parametrize("kill_at", range(4))
 def test_a_signal_while_data_is_prepared_leaves_nothing_half_written(data, tmp_path, kill_at):
-    """Killed before each of the renames; made again, the files are those of a quiet run."""
+    """Killed before each of the renames; prepared again, the files are those of a quiet run."""
     (tmp_path / "tale.txt").write_text(TEXT)
     process = FORKS.Process(target=_prepare, args=(tmp_path, kill_at))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGTERM
     folder, whole = tmp_path / "tale", data / "tale"
-    names = {p.name for p in folder.iterdir() if not p.name.endswith(".partial")}
+    names = {p.name for p in folder.iterdir() if ".partial" not in p.name}
     assert len(names) == kill_at
-    assert "meta.json" not in names
+    with pytest.raises(UserError, match="interrupted"):
+        open_dataset(folder, tmp_path, 8)
+    names -= {"meta.json"}  # names the text by its path
     assert all((folder / n).read_bytes() == (whole / n).read_bytes() for n in names)
     prepare(str(tmp_path / "tale.txt"), str(tmp_path))
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}

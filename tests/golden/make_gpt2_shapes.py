@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 PATH = Path(__file__).with_name("gpt2_shapes.npz")
-# vocab_size, n_positions, n_embd, n_layer, n_head, mlp_dim, activation_function
+# vocab_size, n_positions, n_embd, n_layer, n_head, n_inner, activation_function
 CASES = {
     "small": (11, 6, 8, 1, 1, None, "gelu_new"),
     "padded vocabulary": (130, 9, 20, 2, 5, None, "gelu_new"),  # past one row of 128
@@ -24,7 +24,7 @@ CASES = {
     "tanh by its other name": (40, 5, 24, 2, 3, 40, "gelu_pytorch_tanh"),
     "relu": (17, 7, 12, 1, 4, 10, "relu"),
 }
-KEYS = "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "mlp_dim", "activation_function"
+KEYS = "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"
 
 
 def main() -> None:

@@ -9,59 +9,50 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import (
+    ROOT,
+    all_rows,
+    call_step,
+    log_of,
+    make_config,
+    make_data,
+    make_windows,
+    params_of,
+    rows_of,
+    set_val_losses,
+    stop_at,
+    take_steps,
+    tiny_run,
+)
 from reference import numpy_gpt as ref
-from test_train import rows_of, stop_at
-from test_train_step import make_batch, make_config
-from test_train_step import train as take_steps
 
-from jaxgpt import model, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.prepare import prepare
-from jaxgpt.optimizer import frozen
+from jaxgpt.model import abstract_model
+from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import run_dir
-from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
-TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
 SONG = "full of fury, it is nothing.\n" * 40
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, text in {"tale": TEXT, "song": SONG}.items():
-        (folder / f"{name}.txt").write_text(text)
-    prepare(str(folder / "tale.txt"), str(folder))
-    prepare(str(folder / "song.txt"), str(folder), str(folder / "tale" / "tokenizer.json"))
-    return folder
+    folder = make_data(tmp_path_factory.mktemp("data"))
+    return make_data(folder, SONG, "song", tokenizer=str(folder / "tale" / "tokenizer.json"))
 
 
 @pytest.fixture
 def make_run(data_dir, tmp_path):
-    def make(name: str, **options) -> Config:
-        keys = {
-            "out_dir": str(tmp_path / name), "data_dir": str(data_dir), "dataset": "tale",
-            "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4,
-            "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "warmup_iters": 0,
-            "max_iters": 8, "eval_interval": 4, "eval_iters": 3, "mesh": "data:2",
-        }  # fmt: skip
-        return Config(**keys | options)
-
-    return make
+    keys = {"n_layer": 2, "dropout": 0.0, "warmup_iters": 0, "lr_decay_iters": 0}
+    keys |= {"max_iters": 8, "eval_interval": 4, "dtype": "auto", "attention": "auto"}
+    return lambda name, **others: tiny_run(tmp_path / name, data_dir, **keys | others)
 
 
-def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarray]:
-    params, _ = run_dir.load_params(
-        run_dir.load_config(config.out_dir), checkpoint, sharding.local_mesh()
-    )
-    return ref.flatten(jax.device_get(params))
-
-
-def refusal(*args) -> str:
+def refusal(config: Config) -> str:
     with pytest.raises(UserError) as raised:
-        train(*args)
+        train(config)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -73,19 +64,17 @@ SCANNED = pytest.param({"scan_layers": True, "mesh": "fsdp:2,tensor:2"}, marks=p
 
 
 @pytest.mark.parametrize("options", [{}, SCANNED], ids=str)
-def test_a_run_begins_with_the_best_weights_of_another_and_with_nothing_else_of_it(
-    make_run, options
-):
+def test_a_run_begins_with_the_best_weights_of_another_run_and_nothing_else(make_run, options):
     """The model's keys are theirs; weights to the bit; moments, steps and rates are fresh."""
     first = make_run("first", max_iters=12, **options)
-    train(first, {})
+    train(first)
     link = Path(first.out_dir, "checkpoints", "best")
     link.unlink()
     link.symlink_to("8")  # not the newest one
     model_keys = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 6}  # defaults, but one
     second = make_run("second", init_from=first.out_dir, dataset="song", learning_rate=0.0,
                       min_lr=0.0, weight_decay=0.0, dropout=0.1, **model_keys)  # fmt: skip
-    assert train(second.replace(max_iters=1), {}) == 0
+    assert train(second.replace(max_iters=1)) == 0
     config = run_dir.load_config(second.out_dir)
     assert (config.n_layer, config.n_embd, config.block_size) == (2, 16, 6)
     assert config.scan_layers == first.scan_layers
@@ -99,45 +88,43 @@ def test_a_run_begins_with_the_best_weights_of_another_and_with_nothing_else_of_
         for path, value in theirs.items()
         if "pos" not in path
     )
-    steps = [row for row in rows_of(second) if "loss" in row]
-    assert [row["step"] for row in steps] == [1]
-    assert f"weights of {first.out_dir}: " in Path(second.out_dir, "log.txt").read_text()
+    assert [row["step"] for row in rows_of(second) if "loss" in row] == [1]
+    assert f"weights of {first.out_dir}: " in log_of(second)
 
 
-def test_it_is_stopped_and_resumed_as_any_other(make_run, monkeypatch):
+def test_a_finetuning_run_is_stopped_and_resumed_as_any_other(make_run, monkeypatch):
     first = make_run("first")
-    train(first, {})
+    train(first)
     quiet, stopped = (
         make_run(name, init_from=first.out_dir, dataset="song", freeze="embed|blocks/0/")
         for name in ("quiet", "stopped")
     )
-    train(quiet, {})
+    train(quiet)
     stop_at(monkeypatch, 3)
-    assert train(stopped, {}) == 128 + signal.SIGTERM
-    assert train(stopped.replace(init_from="resume"), {}) == 0
+    assert train(stopped) == 128 + signal.SIGTERM
+    assert train(stopped.replace(init_from="resume")) == 0
     assert rows_of(stopped) == rows_of(quiet)
     for path, value in params_of(stopped).items():
         np.testing.assert_array_equal(value, params_of(quiet)[path], err_msg=path)
-    message = refusal(stopped.replace(init_from="resume", freeze="embed", max_iters=9), {})
+    message = refusal(stopped.replace(init_from="resume", freeze="embed", max_iters=9))
     assert message.startswith("freeze='embed': the run in ")
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(make_run, data_dir):
     first = make_run("first", max_iters=1)
-    train(first, {})
-    begin = lambda **keys: make_run("second", init_from=first.out_dir, **keys)
-    said = refusal(begin(n_embd=32), {})
+    train(first)
+    second = make_run("second", init_from=first.out_dir)
+    said = refusal(second.replace(n_embd=32))
     assert said == f"n_embd=32: {first.out_dir} has 16"
-    said = refusal(begin(out_dir=first.out_dir, overwrite=True), {})
+    said = refusal(second.replace(out_dir=first.out_dir, overwrite=True))
     assert said.startswith(f"init_from={first.out_dir!r}: is out_dir too")
-    (data_dir / "other.txt").write_text(SONG)  # with fewer characters
-    prepare(str(data_dir / "other.txt"), str(data_dir))
-    said = refusal(begin(dataset="other"), {})
+    make_data(data_dir, SONG, "other")  # with fewer characters
+    said = refusal(second.replace(dataset="other"))
     assert "the dataset has another tokenizer; prepare it with --tokenizer=" in said
     assert str(Path(first.out_dir, "tokenizer.json")) in said
-    assert not Path(first.out_dir).with_name("second").joinpath("config.json").exists()
+    assert not Path(second.out_dir, "config.json").exists()
     Path(first.out_dir, "checkpoints").rename(first.out_dir + "-gone")
-    assert refusal(begin(), {}).endswith("there is no checkpoint in it yet")
+    assert refusal(second).endswith("there is no checkpoint in it yet")
 
 
 # ---- frozen parameters -----------------------------------------------------------------------
@@ -161,11 +148,11 @@ def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pat
     with jax.enable_x64(True):
         config = make_config(**keys, tie_embeddings=tie)
         mesh = sharding.make_mesh(config)
-        params = jax.device_get(init_state(config, mesh)["params"])
-        batches = [make_batch(config, seed=i) for i in range(2)]
+        params = jax.device_get(init_state(config, mesh).params)
+        batches = [make_windows(config, seed=i) for i in range(2)]
         state, rows = take_steps(config, batches)
     is_frozen = PATTERNS[pattern]
-    initial, final = ref.flatten(params), ref.flatten(state["params"])
+    initial, final = ref.flatten(params), ref.flatten(state.params)
     assert {path for path in final if (final[path] == initial[path]).all()} == {
         path for path in final if is_frozen(path)
     }
@@ -191,14 +178,16 @@ def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pat
 def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed():
     """Where all but the last block is frozen, so is most of the backward pass."""
 
-    def compiled(freeze: str) -> tuple[int, float]:
+    def arrays_and_flops(freeze: str) -> tuple[int, float]:
         config = make_config(freeze=freeze, tie_embeddings=False, n_layer=4)
         mesh = sharding.make_mesh(config)
         state = init_state(config, mesh)
-        step = make_train_step(config, mesh).lower(state, make_batch(config), 1).compile()
-        return len(jax.tree.leaves(state["opt_state"])), step.cost_analysis()["flops"]
+        step = make_train_step(config, mesh)
+        compiled = call_step(step.lower, state, make_windows(config)).compile()
+        return len(jax.tree.leaves(state.opt_state)), compiled.cost_analysis()["flops"]
 
-    (all_arrays, all_flops), (arrays, flops) = compiled(""), compiled("embed|blocks/[0-2]/|ln_f")
+    all_arrays, all_flops = arrays_and_flops("")
+    arrays, flops = arrays_and_flops("embed|blocks/[0-2]/|ln_f")
     assert all_arrays - arrays == 2 * (2 + 3 * 12 + 2)  # embeddings, blocks, ln_f
     assert flops < 0.6 * all_flops
 
@@ -210,26 +199,24 @@ def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed(
 )
 def test_freezing_goes_with_every_mesh(make_run, options, mesh):
     config = make_run("run", mesh=mesh, freeze="embed|attn", weight_decay=0.5, **options)
-    train(config, {})
+    train(config)
     mesh = sharding.local_mesh()
-    initial = ref.flatten(
-        jax.device_get(init_state(run_dir.load_config(config.out_dir), mesh)["params"])
-    )
+    initial_state = init_state(run_dir.load_config(config.out_dir), mesh)
+    initial = ref.flatten(jax.device_get(initial_state.params))
     final = params_of(config)
     same = {path for path, value in final.items() if (value == initial[path]).all()}
     assert same == {path for path in final if "embed" in path or "attn" in path}
-    log = Path(config.out_dir, "log.txt").read_text()
     size = sum(final[path].size for path in same)
-    assert f"frozen: {size / 1e6:.2f}M parameters" in log
+    assert f"frozen: {size / 1e6:.2f}M parameters" in log_of(config)
 
 
 @pytest.mark.parametrize(("pattern", "which"), [("wte", "none"), ("", None), (".", "all")])
 def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
     config = make_run("run", freeze=pattern, vocab_size=30)
     if which is None:
-        assert not any(jax.tree.leaves(frozen(config, model.split(config)[1])))
+        assert not any(jax.tree.leaves(frozen_mask(config, abstract_model(config)[1])))
         return
-    said = refusal(config, {})
+    said = refusal(config)
     start = f"freeze={pattern!r}: is found in {which} of the parameters' paths, which are blocks/0/"
     assert said.startswith(start)
     assert "embed/kernel" in said
@@ -238,29 +225,16 @@ def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
 
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(UserError, match=re.escape("freeze='(': not a regular expression (")):
-        frozen(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
+        frozen_mask(Config(freeze="("), {"embed": {"kernel": np.zeros(3)}})
 
 
 def test_a_step_of_nothing_but_prompts_has_no_loss_and_no_gradient():
     config = make_config(weight_decay=0.0)
-    _, rows = take_steps(config, [~make_batch(config)])
+    _, rows = take_steps(config, [~make_windows(config)])
     assert (rows[0]["loss"], rows[0]["grad_norm"]) == (0, 0)
 
 
 # ---- early stop ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def val_losses(monkeypatch):
-    """Makes the validation loss a function of the step."""
-
-    def put(by_step: dict[int, float]) -> None:
-        monkeypatch.setattr(
-            "jaxgpt.train.Trainer._loss",
-            lambda self, stream, *, whole: 9.0 if stream == 1 or whole else by_step[self.step],
-        )
-
-    return put
 
 
 # losses by step, where the run ends, which step is best
@@ -274,51 +248,44 @@ CURVES = [
 @pytest.mark.parametrize(("losses", "end", "best"), CURVES)
 @pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
-    make_run, val_losses, monkeypatch, losses, end, best, every
+    make_run, monkeypatch, losses, end, best, every
 ):
     """Also when it is stopped at every place, and goes on: the count is not lost."""
-    val_losses(losses)
-    keys = {
-        "eval_interval": 2,
-        "max_iters": 12,
-        "early_stopping_patience": 3,
-        "always_save_checkpoint": every,
-    }
+    set_val_losses(monkeypatch, losses)
+    keys = {"eval_interval": 2, "max_iters": 12, "early_stopping_patience": 3}
+    keys |= {"always_save_checkpoint": every}
     quiet, stopped = make_run("quiet", **keys), make_run("stopped", **keys, init_from="auto")
-    assert train(quiet, {}) == 0
+    assert train(quiet) == 0
     stop_at(monkeypatch, 1, 3, 5)
-    codes = [train(stopped, {}) for _ in range(4)]
+    codes = [train(stopped) for _ in range(4)]
     assert codes == [128 + signal.SIGTERM] * 3 + [0]
     for config in quiet, stopped:
         checkpoints = run_dir.open_checkpoints(config)
         assert (checkpoints.latest(), checkpoints.best()) == (end, best)
-        log = Path(config.out_dir, "log.txt").read_text()
         said = f"the lowest validation loss, {losses[best or 0]:.4f} at step {best or 0}\n"
-        assert (f"early stop: 3 evaluations since {said}" in log) == (end < 12)
-        last = read_metrics(Path(config.out_dir, "metrics.jsonl"))[-1]
+        assert (f"early stop: 3 evaluations since {said}" in log_of(config)) == (end < 12)
+        last = all_rows(config)[-1]
         assert (last["step"], last["full_val_loss"]) == (end, 9.0)
     assert rows_of(stopped) == rows_of(quiet)
     rows = rows_of(quiet)
-    train(quiet.replace(init_from="resume"), {})  # it has ended, and stays so
+    train(quiet.replace(init_from="resume"))  # it has ended, and stays so
     assert rows_of(quiet) == rows
 
 
-def test_without_the_best_checkpoint_the_count_begins_anew(make_run, val_losses):
-    val_losses({step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
-    config = make_run(
-        "run", eval_interval=2, max_iters=6, early_stopping_patience=3, keep_checkpoints=1
-    )
-    train(config, {})
-    digest = Path(config.out_dir, "checkpoints/2/digest.json")
-    digest.write_text("{}")  # damaged
-    train(config.replace(init_from="resume", max_iters=18), {})
+def test_without_the_best_checkpoint_the_count_begins_anew(make_run, monkeypatch):
+    set_val_losses(monkeypatch, {step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
+    keys = {"eval_interval": 2, "early_stopping_patience": 3, "keep_checkpoints": 1}
+    config = make_run("run", max_iters=6, **keys)
+    train(config)
+    Path(config.out_dir, "checkpoints/2/digest.json").write_text("{}")  # damaged
+    train(config.replace(init_from="resume", max_iters=18))
     assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
 
 
-def test_without_early_stop_a_run_goes_on(make_run, val_losses):
-    val_losses({step: 1.0 + step for step in range(0, 10, 2)})
+def test_without_early_stop_a_run_goes_on(make_run, monkeypatch):
+    set_val_losses(monkeypatch, {step: 1.0 + step for step in range(0, 10, 2)})
     config = make_run("run", eval_interval=2)
-    train(config, {})
+    train(config)
     assert run_dir.open_checkpoints(config).latest() == 8
 
 
@@ -332,14 +299,9 @@ def test_the_comparison_runs_once_and_says_what_the_runs_did(
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(ROOT / "configs" / "pretrain_then_finetune.py"))
     names = script["compare"].__globals__
-    small = {
-        "data_dir": str(data_dir),
-        "max_iters": 4,
-        "eval_interval": 2,
-        "n_layer": 1,
-        "n_embd": 16,
-    }
-    small |= {"n_head": 2, "block_size": 8, "mesh": "data:2", "early_stopping_patience": 0}
+    small = {"data_dir": str(data_dir), "max_iters": 4, "eval_interval": 2, "n_layer": 1}
+    small |= {"n_head": 2, "n_embd": 16, "block_size": 8, "mesh": "data:2"}
+    small |= {"early_stopping_patience": 0}
     for name, dataset in {"config": "tale", "alone": "song", "finetune": "song"}.items():
         monkeypatch.setitem(names, name, names[name].replace(dataset=dataset, **small))
     names["compare"]([])
@@ -353,9 +315,8 @@ def test_the_comparison_runs_once_and_says_what_the_runs_did(
             out_dir = f"out/pretrain_then_finetune/{name}-{seed}"
             found = json.loads(Path(out_dir, "config.json").read_text())
             assert found["seed"] == seed
-            assert found["init_from"] == (
-                f"out/pretrain_then_finetune/pretrain-{seed}" if name == "finetune" else "scratch"
-            )
+            pretrained = f"out/pretrain_then_finetune/pretrain-{seed}"
+            assert found["init_from"] == (pretrained if name == "finetune" else "scratch")
         values = np.array(losses, float)
         assert float(mean) == pytest.approx(values.mean(), abs=1e-4)
         assert float(spread) == pytest.approx(values.std(ddof=1), abs=1e-4)

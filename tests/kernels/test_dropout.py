@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.kernels.dropout import Dropout, random_bits_hashed, random_bits_reference
+from jaxgpt.kernels.dropout import Dropout
 
 
 def keys(count: int) -> jax.Array:
@@ -38,19 +38,3 @@ def test_masks_differ_by_sequence_site_and_layer():
 def test_no_dropout_is_the_identity():
     x = jnp.ones((2, 3))
     assert Dropout()(x, 0, 0) is x
-
-
-@pytest.mark.parametrize("random_bits", [random_bits_reference, random_bits_hashed])
-def test_bits_are_fair_and_independent_of_each_other_and_of_the_key(random_bits):
-    """Each bit is one half the time, and agrees half the time with its neighbours'."""
-    count, tolerance = 1 << 16, 0.01  # five standard deviations
-    arrays = [np.asarray(random_bits(key, (count,))) for key in keys(2)]
-    assert arrays[0].dtype == np.uint32
-    bits = [(array[:, None] >> np.arange(32, dtype=np.uint32)) & 1 for array in arrays]
-    np.testing.assert_allclose(bits[0].mean(0), 0.5, atol=tolerance)
-    for a, b in [
-        (bits[0], bits[1]),
-        (bits[0][1:], bits[0][:-1]),
-        (bits[0], np.roll(bits[0], 1, 1)),
-    ]:
-        np.testing.assert_allclose((a == b).mean(0), 0.5, atol=tolerance)

@@ -1,6 +1,5 @@
-"""Every row of the table against its operation's reference: values, and gradients."""
+"""Every row of the kernels' table, and other small operations: values and gradients."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,131 +7,156 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_all_close, assert_trees_close
+from helpers import assert_all_close, assert_trees_close, make_config, value_and_grads
+from reference import numpy_gpt as ref
 
-from jaxgpt import kernels
-from jaxgpt.config import Config
-from jaxgpt.kernels import TABLE, accumulate, activation, adamw, attention, embedding, linear
-from jaxgpt.kernels import logsumexp, norm
-from jaxgpt.kernels.attention import AttentionOptions
+from jaxgpt.kernels import ADAM_EPSILON, TABLE
+from jaxgpt.kernels.logsumexp import logsumexp_reference
+from jaxgpt.kernels.position import apply_rope
+from jaxgpt.model import ACTIVATIONS
 from jaxgpt.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
-SEGMENTS_BT = jnp.asarray(RNG.integers(0, 3, (2, 128)).cumsum(axis=1) // 40)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))
+ELSEWHERE = {"linear", *(f"attention {b}" for b in ("cpu", "cudnn", "reference", "splash", "xla"))}
+OTHERWISE = {"accumulate", "adam_direction", "logsumexp"}  # by tests of their own, below
 
 
-def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+def draw(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
 
 
-def attend(variant: Callable, q, k, v) -> jax.Array:
-    options = AttentionOptions(causal=True, window=40, scale=0.1)
-    if variant is attention.attention_splash:
-        variant = partial(variant, interpret=True)
-    return variant(q, k, v, SEGMENTS_BT, None, options)
+def variants(operation: str) -> list:
+    return [pytest.param(row, id=": ".join(row)) for row in TABLE if row[0] == operation]
 
 
-QKV = [draw(2, 128, heads, 64) for heads in (2, 1, 1)]
-
-# operation -> its reference, how one of its implementations is called, and with which arrays
-OPERATIONS: dict[str, tuple[Callable, Callable, list[jax.Array]]] = {
-    "add_positions": (
-        embedding.add_positions_reference,
-        lambda variant, x, table: variant(x, table),
-        [draw(48, 5, 8), draw(5, 8)],
-    ),
-    "embed": (
-        embedding.embed_reference,
-        lambda variant, table: variant(table, TOKENS_BT),
-        [draw(11, 8)],
-    ),
-    "gelu_tanh": (activation.gelu_tanh_reference, lambda variant, x: variant(x), [draw(300)]),
-    "linear": (
-        linear.linear_reference,
-        lambda variant, x, weight: variant("BTNH,NHD->BTD", x, weight),
-        [draw(2, 3, 4, 5), draw(4, 5, 7)],
-    ),
-    "logsumexp": (logsumexp.logsumexp_reference, lambda variant, x: variant(x), [draw(3, 70)]),
-    "norm": (
-        norm.norm_reference,
-        lambda variant, x, scale: variant(x, scale, centered=True),
-        [draw(2, 3, 64), draw(64)],
-    ),
-} | {
-    f"attention {backend}": (attention.attention_reference, attend, QKV)
-    for backend in ("cpu", "cudnn", "reference", "splash", "xla")
-}  # fmt: skip
-NOT_DIFFERENTIATED = {"accumulate", "adam_direction"}
+# ---- value and gradients by NumPy ------------------------------------------------------------
 
 
-def test_every_operation_of_the_table_is_compared():
-    assert {operation for operation, _ in TABLE} == OPERATIONS.keys() | NOT_DIFFERENTIATED
+def norm(kind: str, dy, x, scale) -> list[np.ndarray]:
+    dx, grads = ref.norm_backward(dy, x, {"scale": scale}, kind)
+    return [ref.norm(x, {"scale": scale}, kind), dx, grads["scale"]]
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE if row[0] in OPERATIONS], ids=", for ".join)
-def test_values_and_gradients_are_the_references(row, monkeypatch):
-    if row[0] == "attention cudnn":  # as XLA computes what cuDNN is asked for
-        monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
-    reference, call, arrays = OPERATIONS[row[0]]
-    want, want_pull = jax.vjp(partial(call, reference), *arrays)
-    got, pull = jax.vjp(partial(call, TABLE[row]), *arrays)
-    weights = draw(*want.shape)
-    assert got.dtype == want.dtype
-    assert_all_close([got, *pull(weights)], [want, *want_pull(weights)], atol=1e-4)
+def embed(dy, table) -> list[np.ndarray]:
+    d_table = np.zeros_like(table)
+    np.add.at(d_table, TOKENS_BT, dy)
+    return [table[TOKENS_BT], d_table]
 
 
-def without_cudnn(*args, implementation: str, call=jax.nn.dot_product_attention, **options):
-    assert implementation == "cudnn"
-    return call(*args, implementation="xla", **options)
+def gelu_tanh(dy, x) -> list[np.ndarray]:
+    y, slope = ref.ACTIVATIONS["gelu_tanh"](x)
+    return [y, dy * slope]
 
 
-@pytest.mark.parametrize("platform", [kernels.ANY, "cpu"])
+def add_positions(dy, x, table) -> list[np.ndarray]:
+    return [x + table, dy, dy.sum(0)]
+
+
+CASES = [  # operation, options, operands, and its value and gradients from dy
+    ("norm", {"centered": True}, [draw(2, 3, 64), draw(64)], partial(norm, "layernorm")),
+    ("norm", {"centered": False}, [draw(2, 3, 64), draw(64)], partial(norm, "rmsnorm")),
+    ("embed", {"tokens_BT": TOKENS_BT}, [draw(11, 8)], embed),
+    ("gelu_tanh", {}, [8 * draw(300)], gelu_tanh),
+    *(("add_positions", {}, [draw(B, 5, 8), draw(5, 8)], add_positions) for B in (1, 6, 16, 48)),
+]
+ROWS = [(row, *case[1:]) for case in CASES for row in TABLE if row[0] == case[0]]
+
+
+def test_every_row_of_the_table_is_compared():
+    here = {row for row, *_ in ROWS}
+    assert here | {row for row in TABLE if row[0] in ELSEWHERE | OTHERWISE} == TABLE.keys()
+    assert not {row[0] for row in here} & (ELSEWHERE | OTHERWISE)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(("row", "options", "arrays", "numpys"), ROWS, ids=lambda x: str(x)[:40])
+def test_values_and_gradients_are_numpys(row, options, arrays, numpys, dtype, atol):
+    arrays = [array.astype(dtype) for array in arrays]
+    with jax.enable_x64(dtype == "float64"):
+        run = partial(TABLE[row], **options)
+        dy = draw(*jax.eval_shape(run, *arrays).shape).astype(dtype)
+        got = value_and_grads(run, arrays, dy)
+    assert {array.dtype for array in got} == {np.dtype(dtype)}
+    assert_all_close(got, numpys(dy, *arrays), atol)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("row", variants("norm"))
+def test_statistics_of_a_norm_are_float32_whatever_its_input(row, kind):
+    """A mean of 100 and a deviation of one: sums in bfloat16 would lose the deviation."""
+    x = jnp.asarray(100 + draw(8, 512), jnp.bfloat16)
+    y = TABLE[row](x, jnp.ones(512), centered=kind == "layernorm")
+    assert y.dtype == jnp.float32
+    want = ref.norm(np.asarray(x, np.float64), {"scale": 1}, kind)
+    np.testing.assert_allclose(y, want, atol=0.001)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_and_its_gradient_are_numpys(name):
+    x = np.linspace(-8, 8, 300, dtype=np.float32)
+    got = value_and_grads(ACTIVATIONS[name], [x], np.ones_like(x))
+    assert_all_close(got, ref.ACTIVATIONS[name](x), 1e-5)
+
+
+@pytest.mark.parametrize("row", [None, *variants("logsumexp")])
+@pytest.mark.parametrize("shift", [0, 1e4, -1e4])
+def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(row, shift):
+    """Also with numbers that are -inf; the gradient is the softmax."""
+    x = 10 * draw(5, 300) + np.float32(shift)
+    x[1, ::2], x[2, :299], x[3, 1:] = -np.inf, -np.inf, -np.inf
+    x_f64 = x.astype(np.float64)
+    largest = x_f64.max(-1, keepdims=True)
+    sums = np.exp(x_f64 - largest).sum(-1, keepdims=True)
+    got, grad = value_and_grads(TABLE[row] if row else logsumexp_reference, [x], np.ones(5))
+    np.testing.assert_allclose(got, (np.log(sums) + largest)[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(grad, np.exp(x_f64 - largest) / sums, atol=2e-3 if shift else 1e-5)
+
+
+@pytest.mark.parametrize("positions", [[[0, 1, 2, 3]], [[3, 9, 2, 0], [5, 5, 5, 5]]])
+def test_rotation_is_that_of_complex_numbers(positions):
+    x = draw(2, 4, 3, 8)
+    pairs = x[..., :4] + 1j * x[..., 4:]
+    angle = np.array(positions)[..., None, None] * 10_000.0 ** (-np.arange(4) / 4)
+    rotated = pairs * np.exp(1j * angle)
+    want = np.concatenate([rotated.real, rotated.imag], axis=-1)
+    np.testing.assert_allclose(apply_rope(x, jnp.array(positions)), want, atol=1e-5)
+
+
+# ---- parts of the training step, which take no gradient --------------------------------------
+
+
 @pytest.mark.parametrize("micro", [1, 4])
-def test_accumulation_is_the_sum_of_all_sequences(platform, micro):
+@pytest.mark.parametrize("row", variants("accumulate"))
+def test_accumulation_is_the_sum_of_all_sequences(row, micro):
     """On a mesh of a CPU's devices, too, where half-width gradients are summed in float32."""
-    windows_GT, params = draw(8, 3), {"a": draw(3), "b": draw(2).astype(jnp.bfloat16)}
-    mesh = make_mesh(Config(mesh="data:2", gradient_accumulation_steps=8, batch_size=1))
+    windows_GT = jnp.asarray(draw(8, 3))
+    params = {"a": jnp.asarray(draw(3)), "b": jnp.asarray(draw(2), jnp.bfloat16)}
+    mesh = make_mesh(make_config(mesh="data:2", batch_size=8))
 
     def grad_fn(params: dict, windows_BT: jax.Array, keys_B: jax.Array) -> tuple:
         grads = {"a": windows_BT.sum(0) * params["a"], "b": params["b"] * keys_B.sum()}
         return (windows_BT.sum(), jnp.int32(len(windows_BT))), grads
 
-    variant = TABLE["accumulate", platform]
     windows_MBT = windows_GT.reshape(micro, -1, 3)
     keys_MB = jnp.arange(8.0, dtype=jnp.bfloat16).reshape(micro, -1)
-    step = jax.jit(lambda params, *batch: variant(grad_fn, params, *batch, mesh))
+    step = jax.jit(lambda params, *batch: TABLE[row](grad_fn, params, *batch, mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         (total, count), grads = step(params, windows_MBT, keys_MB)
     assert (float(total), int(count)) == (pytest.approx(float(windows_GT.sum()), rel=1e-5), 8)
     assert {grad.dtype for grad in grads.values()} == {np.dtype("float32")}
-    want = {"a": windows_GT.sum(0) * params["a"], "b": 28 * params["b"].astype(jnp.float32)}
-    np.testing.assert_allclose(grads["a"], want["a"], atol=1e-5)
-    np.testing.assert_allclose(grads["b"], want["b"], rtol=0.01)
+    np.testing.assert_allclose(grads["a"], windows_GT.sum(0) * params["a"], atol=1e-5)
+    np.testing.assert_allclose(grads["b"], 28 * params["b"].astype(jnp.float32), rtol=0.01)
 
 
-def test_one_micro_batch_needs_no_scan_and_is_widened():
-    one = accumulate.to_float32({"a": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(3)})
-    assert [one["a"].dtype, one["n"].dtype] == ["float32", "int32"]
-
-
-@pytest.mark.parametrize("platform", [kernels.ANY, "cpu"])
-def test_adams_direction_and_moments_are_optaxs(platform):
+@pytest.mark.parametrize("row", variants("adam_direction"))
+def test_adams_direction_and_moments_are_optaxs(row):
     params = {"a": draw(4, 5), "b": draw(3)}
-    optimizer = optax.scale_by_adam(0.8, 0.9, eps=kernels.ADAM_EPSILON)
+    optimizer = optax.scale_by_adam(0.8, 0.9, eps=ADAM_EPSILON)
     state = optimizer.init(params)
     for _ in range(3):
-        grads = jax.tree.map(lambda p: draw(*p.shape), params)
+        grads = {name: draw(*p.shape) for name, p in params.items()}
         want, state = optimizer.update(grads, state)
-        got, same = TABLE["adam_direction", platform](want, state, 0.8, 0.9)
+        got, same = TABLE[row](want, state, 0.8, 0.9)
         assert_trees_close(got, want, atol=1e-5)
         assert jax.tree.all(jax.tree.map(np.array_equal, same, state))
-    assert adamw.ADAM_EPSILON == 1e-8
-
-
-@pytest.mark.parametrize("batch", [1, 6, 16, 48])
-def test_positions_are_added_in_groups_of_any_batch(batch):
-    x_BTD, table_TD = draw(batch, 5, 8), draw(5, 8)
-    got, pull = jax.vjp(embedding.add_positions_gpu, x_BTD, table_TD)
-    np.testing.assert_array_equal(got, x_BTD + table_TD)
-    assert_all_close(pull(x_BTD), [x_BTD, x_BTD.sum(0)], atol=1e-5)

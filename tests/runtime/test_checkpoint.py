@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,57 +13,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import call_step, make_config, refusal
 
 from jaxgpt import sharding
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load
 from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.train_step import abstract_state, init_state, make_train_step
+from jaxgpt.train_step import TrainState, abstract_state, init_state, make_train_step
 
-TINY = {
-    "vocab_size": 31,
-    "block_size": 8,
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 16,
-    "batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-2,
-    "warmup_iters": 0,
-    "dtype": "float32",
-    "attention": "reference",
-    "mesh": "data:2",
-}
+ITEMS = ("params", "opt_state")
 
 
-def train_some(config: Config, state: dict, steps: int) -> dict:
-    """The state after that many training steps on random tokens; `state` itself is used up."""
+def train_some(config: Config, state: TrainState, steps: int) -> TrainState:
+    """Takes that many training steps on random tokens; `state` itself is used up."""
     step = make_train_step(config, sharding.make_mesh(config))
     shape = (1, 1, config.batch_size, config.block_size + 1)
-    windows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    windows = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
     for _ in range(steps):
-        state, _ = step(state, jnp.asarray(windows, jnp.int32), jnp.int32(1))
+        state, _ = call_step(step, state, jnp.asarray(windows))
     return state
+
+
+def items_of(state: TrainState) -> dict:
+    return {name: getattr(state, name) for name in ITEMS}
+
+
+def wanted(config: Config) -> dict:
+    """What to restore for a config: shapes, types, and shardings on its mesh."""
+    return items_of(abstract_state(config, sharding.make_mesh(config)))
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return Config(**TINY)
+    keys = {"n_layer": 1, "batch_size": 8, "gradient_accumulation_steps": 1, "warmup_iters": 0}
+    return make_config(**keys, mesh="data:2")
 
 
 @pytest.fixture(scope="module")
-def trained(config) -> dict:
+def trained(config) -> TrainState:
     """A training state, on the host, with no array left at zero by chance."""
-    state = train_some(config, init_state(config, sharding.make_mesh(config)), 2)
-    return jax.device_get(state)
+    return jax.device_get(train_some(config, init_state(config, sharding.make_mesh(config)), 2))
 
 
 @pytest.fixture
-def state(config, trained) -> dict:
+def state(config, trained) -> TrainState:
     """The same state on the mesh."""
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, sharding.make_mesh(config)))
-    return jax.device_put(trained, places)
+    mesh = sharding.make_mesh(config)
+    return jax.device_put(trained, jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh)))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +68,7 @@ def written(config, trained, tmp_path_factory) -> Path:
     """A folder with the trained state as step 3, to copy from."""
     folder = tmp_path_factory.mktemp("written")
     checkpoints = Checkpoints(folder)
-    checkpoints.save(trained, {"step": 3, "config": config.to_dict()}, best=True)
-    checkpoints.wait()
+    save(checkpoints, 3, items_of(trained), best=True, config=config.to_dict())
     return folder
 
 
@@ -82,86 +79,85 @@ def saved(written, tmp_path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints")
 
 
-def items(config: Config) -> dict:
-    """What to restore for a config: shapes, types, and places on its mesh."""
-    abstract = abstract_state(config, sharding.make_mesh(config))
-    return {"params": abstract["params"], "opt_state": abstract["opt_state"]}
+def save(checkpoints: Checkpoints, step: int, items: dict, *, best: bool = False, **meta) -> None:
+    """Saves, and waits until the step is on disk."""
+    checkpoints.save(items, {"step": step} | meta, best=best)
+    checkpoints.wait()
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
-    """Same arrays bit by bit, in trees of the same shape, but for the step."""
-    theirs = {k: v for k, v in theirs.items() if k != "step"}
-    ours = {k: v for k, v in ours.items() if k != "step"}
+    """Compares arrays bit by bit, in trees of the same shape."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        assert a.dtype == b.dtype, path
-        assert a.shape == b.shape, path
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
-
-
-def refusal(function, *args) -> str:
-    with pytest.raises(UserError) as raised:
-        function(*args)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 # ---- there and back --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", ["data:2", "fsdp:4,tensor:2", "data:8", "tensor:2", "data:1"])
-def test_what_comes_back_is_what_was_saved_on_whatever_mesh(config, state, trained, tmp_path, mesh):
+def test_every_mesh_restores_what_was_saved(config, state, trained, tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, {"step": 2}, best=False)
-    checkpoints.wait()
-    wanted = items(config.replace(mesh=mesh))
-    restored = checkpoints.restore(wanted, 2)
-    assert_same(restored, trained)
-    for array, place in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
-        assert array.sharding == place.sharding
+    save(checkpoints, 2, items_of(state))
+    abstract = wanted(config.replace(mesh=mesh))
+    restored = checkpoints.restore(abstract, 2)
+    assert_same(restored, items_of(trained))
+    for array, like in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+        assert array.sharding == like.sharding
 
 
 def test_parameters_can_be_restored_alone(config, saved, trained):
-    wanted = {"params": items(config)["params"]}
-    assert_same(saved.restore(wanted, 3), {"params": trained["params"]})
+    abstract = {"params": wanted(config)["params"]}
+    assert_same(saved.restore(abstract, 3), {"params": trained.params})
 
 
-def test_training_goes_on_as_if_nothing_had_been_saved(config, state, saved):
-    restored = {**saved.restore(items(config), 3), "step": state["step"] + 0}
-    assert_same(train_some(config, restored, 2), train_some(config, state, 2))
+def test_a_restored_state_trains_on_as_if_it_had_not_been_saved(config, state, saved):
+    restored = TrainState(**saved.restore(wanted(config), 3), step=state.step + 0)
+    ours, theirs = train_some(config, restored, 2), train_some(config, state, 2)
+    assert_same(items_of(ours), items_of(theirs))
 
 
-def test_a_step_taken_while_it_is_written_does_not_change_a_checkpoint(config, state, tmp_path):
+def test_a_step_taken_during_a_save_does_not_change_the_checkpoint(config, state, tmp_path):
     """The training step donates its state: soon after, other numbers are in the same memory."""
     checkpoints = Checkpoints(tmp_path)
     for step in 10, 20:
-        before = jax.tree.map(np.array, state)
-        checkpoints.save(state, {"step": step}, best=False)
+        before = jax.tree.map(np.array, items_of(state))
+        checkpoints.save(items_of(state), {"step": step}, best=False)
         donated, state = state, train_some(config, state, 3)
-        assert donated["params"]["embed"]["kernel"].is_deleted()
+        assert donated.params["embed"]["kernel"].is_deleted()
         checkpoints.wait()
-        assert_same(checkpoints.restore(items(config), step), before)
+        assert_same(checkpoints.restore(wanted(config), step), before)
 
 
 def test_the_meta_comes_back_with_what_wrote_it(config, tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    meta = {"step": 7, "config": config.to_dict(), "best_val_loss": None, "note": "é"}
-    checkpoints.save(small_state(), meta, best=False)
-    checkpoints.wait()
+    meta = {"config": config.to_dict(), "best_val_loss": None, "note": "é"}
+    save(checkpoints, 7, small(), **meta)
     found = checkpoints.meta(7)
     assert found["versions"].pop("jax") == jax.__version__
     assert {key: found[key] for key in meta} == meta
-    assert set(found) - set(meta) == {"format_version", "versions", "best"}
+    assert set(found) - set(meta) == {"step", "format_version", "versions", "best"}
+
+
+def test_importing_the_module_changes_nothing():
+    """Neither the loggers nor the hook for errors that nobody can raise."""
+    script = """if True:
+        import logging, sys
+        import orbax.checkpoint
+        hook, level = sys.unraisablehook, logging.getLogger("absl").level
+        import jaxgpt.runtime.checkpoint
+        assert sys.unraisablehook is hook
+        assert logging.getLogger("absl").level == level
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # ---- which ones are kept ---------------------------------------------------------------------
 
 
-SMALL = {"params": {"w": np.zeros(3, np.float32)}}
-
-
-def small_state(value: float = 0.0) -> dict:
-    return {"params": {"w": np.full(3, value, np.float32)}, "step": np.int32(0)}
+def small(value: float = 0.0) -> dict:
+    return {"params": {"w": np.full(3, value, np.float32)}}
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -169,7 +165,7 @@ def test_the_newest_and_the_best_are_kept_and_the_link_follows_the_best(tmp_path
     checkpoints, steps, best = Checkpoints(tmp_path, keep), [], None
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
     for step, is_best in (1, False), (5, True), (9, False), (12, False), (100, True), (101, False):
-        checkpoints.save(small_state(step), {"step": step}, best=is_best)
+        checkpoints.save(small(step), {"step": step}, best=is_best)
         assert checkpoints.newest == step
         checkpoints.wait()
         steps, best = [*steps, step], step if is_best else best
@@ -182,17 +178,16 @@ def test_the_newest_and_the_best_are_kept_and_the_link_follows_the_best(tmp_path
         if best:
             assert json.loads((tmp_path / "best" / "meta.json").read_text())["step"] == best
     for step in kept:
-        assert_same(checkpoints.restore(SMALL, step), small_state(step))
+        assert_same(checkpoints.restore(small(), step), small(step))
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for value in 1.0, 2.0:
-        checkpoints.save(small_state(value), {"step": 4, "value": value}, best=True)
-    checkpoints.wait()
+        save(checkpoints, 4, small(value), best=True, value=value)
     assert (checkpoints.steps(), checkpoints.best()) == ([4], 4)
     assert checkpoints.meta(4)["value"] == 2
-    assert_same(checkpoints.restore(SMALL, 4), small_state(2.0))
+    assert_same(checkpoints.restore(small(), 4), small(2.0))
 
 
 def test_a_step_without_its_digest_does_not_exist_and_is_cleared_away(saved):
@@ -201,8 +196,7 @@ def test_a_step_without_its_digest_does_not_exist_and_is_cleared_away(saved):
     (saved.folder / "9").mkdir()
     again = Checkpoints(saved.folder)
     assert (again.steps(), again.latest(), again.newest) == ([3], 3, 3)
-    again.save(small_state(), {"step": 10}, best=False)
-    again.wait()
+    save(again, 10, small())
     assert {path.name for path in saved.folder.iterdir()} == {"3", "10", "best"}
 
 
@@ -218,25 +212,18 @@ def test_what_is_not_a_step_is_left_alone(saved):
     (saved.folder / "notes.txt").touch()
     again = Checkpoints(saved.folder, keep=1)
     assert again.steps() == [3]
-    again.save(small_state(), {"step": 10}, best=True)
-    again.wait()
-    assert {p.name for p in saved.folder.iterdir()} == {
-        "3.backup",
-        "old",
-        "notes.txt",
-        "10",
-        "best",
-    }
+    save(again, 10, small(), best=True)
+    left = {path.name for path in saved.folder.iterdir()}
+    assert left == {"3.backup", "old", "notes.txt", "10", "best"}
 
 
-def test_a_copy_that_made_a_folder_of_the_link_works_on(saved, tmp_path):
-    """As some archives and object stores do."""
+def test_a_copy_with_a_folder_in_place_of_the_link_still_works(saved, tmp_path):
+    """Some archives and object stores make such copies."""
     shutil.copytree(saved.folder, tmp_path / "copy", symlinks=False)
     copy = Checkpoints(tmp_path / "copy")
     assert not (copy.folder / "best").is_symlink()
     assert (copy.steps(), copy.best()) == ([3], 3)
-    copy.save(small_state(), {"step": 10}, best=True)
-    copy.wait()
+    save(copy, 10, small(), best=True)
     assert copy.best() == 10
 
 
@@ -247,18 +234,24 @@ def files_of(checkpoints: Checkpoints, step: int = 3) -> list[Path]:
     return sorted(p for p in (checkpoints.folder / str(step)).rglob("*") if p.is_file())
 
 
-def test_a_flipped_byte_in_any_file_is_refused_by_its_name(config, saved):
-    wanted, files = items(config), files_of(saved)
+def test_damage_to_any_file_is_refused_by_its_name(config, saved):
+    """A flipped byte, a missing last byte, a missing file."""
+    abstract, files = wanted(config), files_of(saved)
     assert {"digest.json", "meta.json", "manifest.ocdbt"} <= {file.name for file in files}
     for file in files:
         data = file.read_bytes()
         for place in {0, len(data) // 2, len(data) - 1} if data else ():
             file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
-            message = refusal(saved.restore, wanted, 3)
+            message = refusal(saved.restore, abstract, 3)
             if file.name != "digest.json":  # where a number that is off blames its own file
                 assert message.startswith(f"{file}: ")
+        if data:
+            file.write_bytes(data[:-1])
+            assert refusal(saved.restore, abstract, 3).startswith(f"{file}: ")
+        file.unlink()
+        assert refusal(saved.restore, abstract, 3).startswith(f"{file}: ")
         file.write_bytes(data)
-    saved.restore(wanted, 3)
+    saved.restore(abstract, 3)
 
 
 @pytest.mark.parametrize("name", ["meta.json", "digest.json"])
@@ -277,27 +270,8 @@ def test_no_flipped_bit_of_the_json_files_gets_through(saved, name):
             assert name == "digest.json"  # which may be hurt where it speaks of other files
 
 
-def test_a_missing_file_is_refused_by_its_name(config, saved):
-    wanted = items(config)
-    for file in files_of(saved):
-        data = file.read_bytes()
-        file.unlink()
-        assert refusal(saved.restore, wanted, 3).startswith(f"{file}: ")
-        file.write_bytes(data)
-    saved.restore(wanted, 3)
-
-
-def test_a_truncated_file_is_refused_by_its_name(config, saved):
-    wanted = items(config)
-    for file in files_of(saved):
-        if data := file.read_bytes():
-            file.write_bytes(data[:-1])
-            assert refusal(saved.restore, wanted, 3).startswith(f"{file}: ")
-            file.write_bytes(data)
-
-
 def test_a_step_that_is_not_there_is_refused(config, saved):
-    assert str(saved.folder / "4") in refusal(saved.restore, items(config), 4)
+    assert str(saved.folder / "4") in refusal(saved.restore, wanted(config), 4)
     assert str(saved.folder / "4") in refusal(saved.meta, 4)
 
 
@@ -305,14 +279,14 @@ def of_format_2(step: Path) -> Path:
     """Makes a checkpoint one of a later format -> its meta.json."""
     file, digest = step / "meta.json", step / "digest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
-    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint._sums(file)}
+    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint.checksum(file)}
     digest.write_text(json.dumps(sums))
     return file
 
 
 def test_a_newer_format_is_refused(config, saved):
     file = of_format_2(saved.folder / "3")
-    for message in refusal(saved.meta, 3), refusal(saved.restore, items(config), 3):
+    for message in refusal(saved.meta, 3), refusal(saved.restore, wanted(config), 3):
         assert message == f"{file}: format 2; this jaxgpt reads up to 1"
 
 
@@ -328,21 +302,14 @@ def test_a_meta_that_is_none_is_refused_by_its_name(saved, text):
 @pytest.mark.parametrize(
     "other",
     [
-        {"n_embd": 32},
-        {"n_layer": 2},
-        {"n_layer": 0},
-        {"block_size": 16},
-        {"block_size": 4},
-        {"vocab_size": 300},
-        {"position": "none"},
-        {"bias": False},
-        {"tie_embeddings": False},
+        *({"n_embd": 32}, {"n_layer": 2}, {"n_layer": 0}, {"block_size": 16}, {"block_size": 4}),
+        *({"vocab_size": 300}, {"position": "none"}, {"bias": False}, {"tie_embeddings": False}),
         {"scan_layers": True},
     ],
     ids=str,
 )
 def test_arrays_of_another_shape_are_refused(config, saved, other):
-    message = refusal(saved.restore, items(config.replace(**other)), 3)
+    message = refusal(saved.restore, wanted(config.replace(**other)), 3)
     assert message.startswith(f"{saved.folder / '3'}: the shape of params.")
 
 
@@ -353,44 +320,39 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["atomic_write", "_digest", "_link"])
+@pytest.mark.parametrize("name", ["atomic_write", "make_digest"])
 @pytest.mark.parametrize("asks", ["save", "wait"])
-def test_what_goes_wrong_in_the_background_is_raised_where_the_run_next_looks(
-    tmp_path, monkeypatch, name, asks
-):
+def test_an_error_in_the_background_is_raised_at_the_next_call(tmp_path, monkeypatch, name, asks):
     checkpoints = Checkpoints(tmp_path)
-    save = lambda step: checkpoints.save(small_state(step), {"step": step}, best=True)
+    launch = lambda step: checkpoints.save(small(step), {"step": step}, best=True)
 
     def broken(*args):
         raise Broken("no space left")
 
     with monkeypatch.context() as broken_disk:
         broken_disk.setattr(checkpoint, name, broken)
-        save(1)
-        ask = checkpoints.wait if asks == "wait" else partial(save, 2)
+        launch(1)
         with pytest.raises(Broken, match="no space left"):
-            ask()
+            checkpoints.wait() if asks == "wait" else launch(2)
     assert checkpoints.best() is None
-    checkpoints.wait()  # it is told once
-    save(3)
-    checkpoints.wait()
+    checkpoints.wait()  # the error is raised once
+    save(checkpoints, 3, small(3), best=True)
     assert (checkpoints.latest(), checkpoints.best()) == (3, 3)
-    assert_same(checkpoints.restore(SMALL, 3), small_state(3))
+    assert_same(checkpoints.restore(small(), 3), small(3))
 
 
 def test_a_step_counts_when_all_of_it_is_on_disk_and_not_before(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(small_state(1.0), {"step": 1}, best=True)
-    checkpoints.wait()
-    digest, arrived, go = checkpoint._digest, threading.Event(), threading.Event()
+    save(checkpoints, 1, small(1.0), best=True)
+    digest, arrived, go = checkpoint.make_digest, threading.Event(), threading.Event()
 
     def slow(step):
         arrived.set()
         assert go.wait(60)
         return digest(step)
 
-    monkeypatch.setattr(checkpoint, "_digest", slow)
-    checkpoints.save(small_state(2.0), {"step": 2}, best=True)
+    monkeypatch.setattr(checkpoint, "make_digest", slow)
+    checkpoints.save(small(2.0), {"step": 2}, best=True)
     assert arrived.wait(60)
     other = Checkpoints(tmp_path)  # as after a crash at this moment
     assert (other.steps(), other.best(), other.newest) == ([1], 1, 1)
@@ -415,7 +377,7 @@ def first_step(config: Config) -> int:
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "auto"])
-def test_a_run_starts_at_the_beginning_where_there_is_none(config, tmp_path, init_from):
+def test_a_run_starts_at_step_0_where_there_is_none(config, tmp_path, init_from):
     for folder in tmp_path, tmp_path / "new" / "folder":
         assert first_step(config.replace(init_from=init_from, out_dir=str(folder))) == 0
 
@@ -434,43 +396,18 @@ def test_resume_needs_a_checkpoint(config, tmp_path):
 
 @pytest.mark.parametrize("init_from", ["resume", "auto"])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_run_goes_on_from_its_newest_checkpoint(run, init_from, overwrite):
+def test_a_run_resumes_from_its_newest_checkpoint(run, init_from, overwrite):
     assert first_step(run.replace(init_from=init_from, overwrite=overwrite)) == 3
 
 
 OTHER = {
-    "vocab_size": 32,
-    "block_size": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_kv_head": 1,
-    "n_embd": 32,
-    "mlp_dim": 8,
-    "bias": False,
-    "norm": "rmsnorm",
-    "norm_position": "post",
-    "position": "rope",
-    "mlp": "swiglu",
-    "tie_embeddings": False,
-    "qk_norm": True,
-    "logit_softcap": 30.0,
-    "sliding_window": 4,
-    "causal": False,
-    "value_residual": True,
-    "embed_dropout": False,
-    "attention_dropout": False,
-    "qkv_bias": False,
-    "head_bias": True,
-    "residual": False,
-    "out_projection": False,
-    "score_scale": "embedding",
-    "init": "torch",
-    "zero_init_projections": True,
-    "document_mask": True,
-    "eot_id": 5,
-    "scan_layers": True,
+    "vocab_size": 32, "block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 32,
+    "mlp_dim": 8, "bias": False, "norm": "rmsnorm", "norm_position": "post", "position": "rope",
+    "mlp": "swiglu", "tie_embeddings": False, "qk_norm": True, "logit_softcap": 30.0,
+    "sliding_window": 4, "causal": False, "value_residual": True, "attention_dropout": False,
+    "zero_init_projections": True, "document_mask": True, "eot_id": 5, "scan_layers": True,
     "optimizer": "muon",
-}
+}  # fmt: skip
 
 
 def test_every_key_of_the_model_has_another_value_to_try():
@@ -478,13 +415,13 @@ def test_every_key_of_the_model_has_another_value_to_try():
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_a_run_does_not_go_on_as_another_model(run, key):
+def test_a_run_is_not_resumed_as_another_model(run, key):
     message = refusal(first_step, run.replace(init_from="resume", **{key: OTHER[key]}))
     before = getattr(run, key)
     assert message == f"{key}={OTHER[key]!r}: the run in {run.out_dir} has {before!r}"
 
 
-def test_a_run_may_go_on_with_other_keys_than_the_models(run):
+def test_a_run_may_be_resumed_with_other_keys_than_the_models(run):
     other = {"dropout": 0.1, "learning_rate": 1e-4, "batch_size": 16, "max_iters": 9, "mesh": ""}
     assert first_step(run.replace(init_from="resume", **other)) == 3
 
@@ -541,7 +478,7 @@ def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_jso
     assert tree(folder) == before
 
 
-def test_a_run_that_goes_on_keeps_what_it_left(run):
+def test_a_resumed_run_keeps_its_files(run):
     folder = Path(run.out_dir)
     fill(folder)
     before = tree(folder)
@@ -558,7 +495,7 @@ def test_a_run_directory_says_what_the_run_is(config, tmp_path):
     assert load(tmp_path / "a" / "b" / "tokenizer.json").chars == "abc"
 
 
-def test_a_run_that_was_moved_is_where_it_is(config, tmp_path):
+def test_a_run_that_was_moved_is_found_where_it_is(config, tmp_path):
     run = config.replace(out_dir=str(tmp_path / "before"))
     run_dir.create(run, SimpleNamespace(tokenizer=None), fresh=True)
     os.rename(tmp_path / "before", tmp_path / "after")
@@ -582,19 +519,15 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 def test_parameters_are_loaded_by_name_or_step(run, trained):
     mesh = sharding.local_mesh()
-    wanted = {"params": trained["params"]}
     for name in "best", "latest", "3":
         params, step = run_dir.load_params(run, name, mesh)
         assert step == 3
-        assert_same({"params": params}, wanted)
+        assert_same(params, trained.params)
     checkpoints = run_dir.open_checkpoints(run)
-    later = jax.tree.map(lambda a: a + 1, trained)
-    checkpoints.save(later, {"step": 4}, best=False)
-    checkpoints.wait()
+    later = jax.tree.map(lambda a: a + 1, items_of(trained))
+    save(checkpoints, 4, later)
     assert [run_dir.load_params(run, n, mesh)[1] for n in ("best", "latest", "3")] == [3, 4, 3]
-    assert_same(
-        {"params": run_dir.load_params(run, "latest", mesh)[0]}, {"params": later["params"]}
-    )
+    assert_same(run_dir.load_params(run, "latest", mesh)[0], later["params"])
     (checkpoints.folder / "best").unlink()
     assert run_dir.load_params(run, "best", mesh)[1] == 4
 

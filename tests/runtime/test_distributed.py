@@ -11,14 +11,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import ROOT, make_data
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
 from jaxgpt.config import UserError
-from jaxgpt.data.prepare import prepare
 from jaxgpt.runtime.distributed import init_distributed
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from jaxgpt.config import Config
 config = Config(
@@ -74,23 +73,25 @@ def on_tpu_vm(monkeypatch):
     jax.config.update("jax_platforms", before)
 
 
-def test_a_process_alone_asks_nobody(joined):
+@pytest.fixture
+def set_env(monkeypatch):
+    return lambda env: [monkeypatch.setenv(name, value) for name, value in env.items()]
+
+
+NO_PROCESSES = ({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"})
+
+
+@pytest.mark.parametrize("env", NO_PROCESSES, ids=["no launcher", "a Slurm step of one process"])
+def test_a_process_alone_asks_nobody(joined, set_env, env):
+    set_env(env)
     init_distributed()
     assert joined == []
 
 
-def test_slurms_processes_find_each_other(joined, monkeypatch):
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
+def test_slurms_processes_find_each_other(joined, set_env):
+    set_env(SLURM)
     init_distributed()
     assert joined == [("node3:61447", 16, 9)]
-
-
-def test_a_slurm_step_of_one_process_is_alone(joined, monkeypatch):
-    for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}).items():
-        monkeypatch.setenv(name, value)
-    init_distributed()
-    assert joined == []
 
 
 @pytest.mark.parametrize("endpoints", ["a:0:10.0.0.5,b:1:10.0.0.6", "10.0.0.5,10.0.0.6"])
@@ -102,22 +103,19 @@ def test_the_hosts_of_a_tpu_pod_find_each_other(joined, on_tpu_vm, monkeypatch, 
     assert joined == [("10.0.0.5:8482", 2, 1)]
 
 
-def test_so_do_those_of_gke(joined, on_tpu_vm, monkeypatch):
+def test_the_tpu_hosts_of_gke_find_each_other(joined, on_tpu_vm, monkeypatch, set_env):
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
-    for name, value in GKE.items():
-        monkeypatch.setenv(name, value)
+    set_env(GKE)
     init_distributed()
     assert joined == [("tpu-0.pod:8482", 2, 1)]
 
 
-def test_a_tpu_host_that_belongs_to_nothing_is_alone(joined, on_tpu_vm, monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    init_distributed()
-    assert joined == []
-
-
-def test_a_pods_host_on_its_cpu_is_alone(joined, on_tpu_vm):
-    init_distributed(device="cpu")
+@pytest.mark.parametrize(
+    ("env", "device"), [({"TPU_SKIP_MDS_QUERY": "1"}, "auto"), ({}, "cpu")], ids=["no pod", "CPU"]
+)
+def test_a_tpu_host_without_a_pod_or_on_its_cpu_is_alone(joined, on_tpu_vm, set_env, env, device):
+    set_env(env)
+    init_distributed(device=device)
     assert joined == []
 
 
@@ -126,14 +124,14 @@ def test_a_metadata_server_that_does_not_answer_is_an_error_with_a_way_out(joine
         init_distributed()
 
 
-def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, set_env):
+    set_env({"OMPI_COMM_WORLD_SIZE": "2"})
     with pytest.raises(UserError, match=r"cannot find .*--coordinator"):
         init_distributed()
 
 
 @pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
-def test_a_number_that_no_process_has_is_refused(joined, count, number):
+def test_a_number_that_no_process_has_is_rejected(joined, count, number):
     with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
         init_distributed("10.0.0.5:8476", count, number)
     init_distributed("10.0.0.5:8476", 2, 1)
@@ -154,19 +152,12 @@ class Run:
             port = free.getsockname()[1]
         others = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-        self.folder = folder / out
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), str(config), *flags]
-                + ([*others, f"--process_id={i}"] if processes > 1 else []),
-                env=env,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-            for i in range(processes)
-        ]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        self.folder, self.processes = folder / out, []
+        for i in range(processes):
+            command = [sys.executable, str(ROOT / "train.py"), str(config), *flags]
+            command += [*others, f"--process_id={i}"] if processes > 1 else []
+            self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
 
     def wait(self) -> list[int]:
         """-> the exit codes."""
@@ -187,9 +178,8 @@ class Run:
 def folder(tmp_path_factory) -> Path:
     """Where the corpus and all runs are."""
     folder = tmp_path_factory.mktemp("processes")
-    text = folder / "verse.txt"
-    text.write_text("the quality of mercy is not strained\n" * 40)
-    prepare(str(text), str(folder / "data"))
+    (folder / "data").mkdir()
+    make_data(folder / "data", "the quality of mercy is not strained\n" * 40, "verse")
     return folder
 
 
@@ -216,7 +206,7 @@ def test_several_processes_train_as_one_does(folder, alone):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes_and_mesh(folder, alone):
+def test_a_run_resumes_with_another_number_of_processes_and_mesh(folder, alone):
     run(folder, "moved", 2, "--max_iters=3", "--lr_decay_iters=6")
     moved = run(folder, "moved", 4, "--init_from=auto", "--mesh=fsdp:4,tensor:2")
     assert {k: v for k, v in moved.items() if k in alone} == pytest.approx(alone, abs=1e-9)
@@ -227,7 +217,7 @@ def test_a_mistake_that_the_first_process_sees_ends_every_process(folder):
     nothing = Run(folder, "nothing", 2, "--init_from=resume")
     assert nothing.wait() == [2, 2]
     assert "there is no checkpoint" in nothing.errors[0]
-    assert "the first process could not go on" in nothing.errors[1]
+    assert "process 0 failed; see its log" in nothing.errors[1]
 
 
 @pytest.mark.slow

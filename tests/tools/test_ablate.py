@@ -1,4 +1,4 @@
-"""The menu of features: cells that are run once, go on, and are compared seed by seed."""
+"""Ablations: runs that are trained once, resumed, and compared seed by seed."""
 
 import json
 import math
@@ -7,23 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, make_data
 
-from jaxgpt.cli import command_line
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.prepare import prepare
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.tools import ablate
 from jaxgpt.train import train
 
-TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "tale.txt").write_text(TEXT)
-    prepare(str(folder / "tale.txt"), str(folder))
+    folder = make_data(tmp_path_factory.mktemp("data"))
     return Config(
         data_dir=str(folder), dataset="tale", n_layer=1, n_head=2, n_embd=16, block_size=8,
         batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=2,
@@ -32,45 +29,43 @@ def config(tmp_path_factory) -> Config:
 
 
 @pytest.fixture
-def runs(monkeypatch) -> list[str]:
-    """The cells that are trained; steps are not timed."""
-    trained = []
+def trained(monkeypatch) -> list[str]:
+    """The runs that are trained, as <feature>/<seed>; steps are not timed."""
+    names = []
 
-    def noted(config, on_cpu):
-        trained.append("/".join(Path(config.out_dir).parts[-2:]))
-        return train(config, on_cpu)
+    def noted(config, *rest):
+        names.append("/".join(Path(config.out_dir).parts[-2:]))
+        return train(config, *rest)
 
     monkeypatch.setattr(ablate, "train", noted)
     monkeypatch.setattr(ablate, "step_cost", lambda config, name, out_dir: 1.2)
-    return trained
+    return names
 
 
 @pytest.mark.slow
-def test_each_cell_is_run_once_and_one_that_was_stopped_goes_on(
-    config, runs, tmp_path, monkeypatch
-):
-    left, log = [5], Log.train
+def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_path, monkeypatch):
+    stops, log = [5], Log.train
 
     def stop(self, row, left_s):
         log(self, row, left_s)
-        if row["step"] in left and "rope" in str(self.folder):
-            left.clear()
+        if row["step"] in stops and "rope" in str(self.folder):
+            stops.clear()
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Log, "train", stop)
     out_dir = str(tmp_path / "stopped")
-    assert ablate.ablate(config, ["rope"], 2, out_dir) == 128 + signal.SIGTERM
     first = ["baseline-x0.75/1", "baseline/1", "baseline-x1.5/1", "rope/1"]
-    assert runs == first
+    assert ablate.ablate(config, ["rope"], 2, out_dir) == 128 + signal.SIGTERM
+    assert trained == first
     assert not Path(out_dir, "menu.md").exists()
     assert ablate.ablate(config, ["rope"], 2, out_dir) == 0
-    assert runs[4:] == ["rope/1", *(name[:-1] + "2" for name in first)]
+    assert trained[4:] == ["rope/1", *(name[:-1] + "2" for name in first)]
     assert "going on from step" in Path(out_dir, "rope/1/log.txt").read_text()
     assert ablate.ablate(config, ["rope"], 2, out_dir) == 0
-    assert len(runs) == 9
+    assert len(trained) == 9
     found = json.loads(Path(out_dir, "menu.json").read_text())
-    whole = ablate.cell(config, "rope", 1, 1.0, str(tmp_path / "whole"))
-    train(whole, {})
+    whole = ablate.run_config(config, "rope", 1, 1.0, str(tmp_path / "whole"))
+    ablate.train_run(whole)
     assert found["rope"]["losses"][0] == ablate.final_loss(whole)
     assert len({*found["rope"]["losses"], *found["baseline"]["losses"]}) == 4
     assert (Path(out_dir) / "menu.png").stat().st_size > 1000
@@ -79,13 +74,13 @@ def test_each_cell_is_run_once_and_one_that_was_stopped_goes_on(
         ablate.ablate(config.replace(learning_rate=0.5), ["rope"], 2, out_dir)
 
 
-def test_seeds_change_weights_and_order_and_features_share_the_order(config, runs, tmp_path):
+def test_seeds_change_weights_and_order_and_features_share_the_order(config, tmp_path):
     """Without a learning rate the weights stay as they began, and losses tell batches apart."""
     still = config.replace(learning_rate=0.0, min_lr=0.0, max_iters=4, log_interval=1)
 
     def rows(name: str, seed: int) -> tuple[float, list[float]]:
-        one = ablate.cell(still, name, seed, 1.0, str(tmp_path))
-        ablate.train_cell(one)
+        one = ablate.run_config(still, name, seed, 1.0, str(tmp_path))
+        ablate.train_run(one)
         rows = read_metrics(Path(one.out_dir, "metrics.jsonl"))
         return rows[-1]["full_val_loss"], [row["loss"] for row in rows if "loss" in row]
 
@@ -95,8 +90,8 @@ def test_seeds_change_weights_and_order_and_features_share_the_order(config, run
     assert rows("wsd", 1) == (loss, steps)
 
 
-def fake(losses: dict[tuple[str, float], list[float]], monkeypatch) -> None:
-    """Cells that end with these losses, by feature and length, a seed each."""
+def fake_losses(losses: dict[tuple[str, float], list[float]], monkeypatch) -> None:
+    """Let runs end with these losses, by feature and length, one per seed."""
 
     def final_loss(c: Config) -> float:
         name, seed = Path(c.out_dir).parts[-2:]
@@ -110,66 +105,68 @@ def test_losses_are_compared_by_seed_at_equal_steps_and_at_equal_time(config, mo
     law = lambda share, seed: 2.0 + 0.1 * seed - math.log(share)
     losses = {("baseline", s): [law(s, seed) for seed in (1, 2)] for s in (0.75, 1.0, 1.5)}
     losses |= {("rope", 1.0): [2.0, 2.05], ("muon", 1.0): [1.9, 1.9]}
-    fake(losses, monkeypatch)
+    fake_losses(losses, monkeypatch)
     costs = {"baseline": 1.0, "rope": 1.25, "muon": 2.0}
-    found = dict(ablate.compare(config, costs, 2, "out"))
+    found = ablate.compare(config, costs, 2, "out")
     np.testing.assert_allclose(found["rope"].difference, [-0.1, -0.15])
     np.testing.assert_allclose(found["rope"].same_time, np.log(1.25) - np.array([0.1, 0.15]))
     np.testing.assert_allclose(found["baseline"].same_time, 0, atol=1e-12)
     assert np.isnan(found["muon"].same_time).all()
-    rows = {row.split(" | ")[0]: row for row in ablate.table(list(found.items())).splitlines()}
+    rows = {row.split(" | ")[0]: row for row in ablate.format_table(found).splitlines()}
     assert "-0.1250 ± 0.0354" in rows["| rope"]
     assert "| 2 of 2 | 1.25 |" in rows["| rope"]
     assert "beyond" in rows["| muon"]
 
 
-def test_bold_is_what_three_standard_errors_do_not_explain(config, monkeypatch):
+def test_a_difference_beyond_three_standard_errors_is_bold(config, monkeypatch):
     losses = {("baseline", s): [2.0, 2.0, 2.0] for s in (0.75, 1.0, 1.5)}
     losses |= {("rope", 1.0): [1.9, 1.91, 1.92], ("relu2", 1.0): [1.9, 2.0, 1.95]}
-    fake(losses, monkeypatch)
+    fake_losses(losses, monkeypatch)
     found = ablate.compare(config, dict.fromkeys(("baseline", "rope", "relu2"), 1.0), 3, "out")
-    rows = ablate.table(found).splitlines()
+    rows = ablate.format_table(found).splitlines()
     assert "**-0.0900 ± 0.0100**" in rows[3]
     assert "**" not in rows[4]
 
 
-def test_the_head_start_is_where_the_curve_meets_the_baselines_end(config, monkeypatch):
+def test_the_speedup_is_where_the_combined_curve_meets_the_baselines_end(config, monkeypatch):
     law = lambda share: 2.0 - math.log(share)
     losses = {("baseline", s): [law(s)] * 2 for s in (0.75, 1.0, 1.5)}
     losses |= {("together", s): [law(2 * s)] * 2 for s in (0.2, 0.4, 1.0)}
-    fake(losses, monkeypatch)
+    fake_losses(losses, monkeypatch)
     found = ablate.compare(config, {"baseline": 1.0, "together": 1.4}, 2, "out")
-    text = ablate.head_start(config, found, 2, "out")
+    text = ablate.format_speedup(config, found, 2, "out")
     assert "after 50% ± 0% of its steps, which take 70% of its time" in text
 
 
 def test_a_step_is_timed_in_turn_with_the_baselines_and_remembered(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "PAIRS", 2)
-    monkeypatch.setattr(ablate, "ROUND", 2)
+    monkeypatch.setattr(ablate, "REPEATS", 2)
+    monkeypatch.setattr(ablate, "ROUND_STEPS", 2)
     (tmp_path / "muon").mkdir()
     cost = ablate.step_cost(config, "muon", str(tmp_path))
     pairs = json.loads((tmp_path / "muon/cost.json").read_text())["pairs"]
     assert len(pairs) == 2
-    assert cost == pytest.approx(np.median([p["nanogpt_s"] / p["jaxgpt_s"] for p in pairs]))
+    assert cost == pytest.approx(np.median([p["feature_s"] / p["baseline_s"] for p in pairs]))
     monkeypatch.setattr(ablate, "interleaved", None)
     assert ablate.step_cost(config, "muon", str(tmp_path)) == cost
 
 
-def test_what_is_not_on_the_menu_is_refused(config, tmp_path):
+def test_an_unknown_feature_is_refused(config, tmp_path):
     with pytest.raises(UserError, match=r"^features='rop': must be among rope, rmsnorm, "):
         ablate.ablate(config, ["rop"], 1, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["config", "on_cpu"])
+@pytest.mark.parametrize("name", ["config", "cpu_config"])
 def test_the_speedrun_is_the_quick_start_with_the_winners(name):
-    speedrun = command_line.load(str(CONFIGS / "speedrun.py"))[name].to_dict()
-    quick = command_line.load(str(CONFIGS / "shakespeare.py"))[name].to_dict()
+    speedrun = load_config_file(str(CONFIGS / "speedrun.py"))[name].to_dict()
+    quick = load_config_file(str(CONFIGS / "shakespeare.py"))[name].to_dict()
     differing = {key: value for key, value in speedrun.items() if value != quick[key]}
     own = {"out_dir", "max_iters", "lr_decay_iters", "learning_rate", "wandb_project"}
-    assert {k: v for k, v in differing.items() if k not in own} == ablate.MENU["together"][0]
+    assert {k: v for k, v in differing.items() if k not in own} == ablate.FEATURES[ablate.COMBINED][
+        0
+    ]
 
 
 def test_every_feature_changes_the_small_baseline():
-    config = command_line.load(str(CONFIGS / "ablate.py"))["config"]
-    for keys, _ in ablate.MENU.values():
+    config = load_config_file(str(CONFIGS / "ablate.py"))["config"]
+    for keys, _ in ablate.FEATURES.values():
         assert config.replace(**keys) != config

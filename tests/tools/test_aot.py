@@ -7,19 +7,23 @@ is the structure of the real step: no time, and nothing that the tuning of matmu
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from helpers import ROOT
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import model, sample, sharding
-from jaxgpt.cli.command_line import load
 from jaxgpt.config import Config, UserError
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Op, Program
-from jaxgpt.train_step import abstract_state
+from jaxgpt.train_step import abstract_state, cast_params
 
 B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
 
@@ -47,13 +51,18 @@ def compile_for(devices: list, config: Config) -> Step:
 @cache
 def compiled(topology: str, layers: int, mesh: str = "") -> Step:
     """GPT-2's step with two micro-batches a device, or a skip where its compiler is missing."""
-    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, mesh=mesh)
     over_batch = len(find(topology).devices) // (2 if "tensor:2" in mesh else 1)
-    return absent_step(topology, config.replace(gradient_accumulation_steps=MICRO * over_batch))
+    return absent_step(topology, MICRO * over_batch, n_layer=layers, mesh=mesh)
 
 
-def absent_step(topology: str, config: Config) -> Step:
+def gpt2(**keys) -> Config:
+    return load_config_file(str(ROOT / "configs" / "gpt2.py"))["config"].replace(**keys)
+
+
+def absent_step(topology: str, accumulation: int = 1, **keys) -> Step:
+    """GPT-2's step with these keys and micro-batches; a skip where its compiler is missing."""
     there = find(topology)
+    config = gpt2(gradient_accumulation_steps=accumulation, **keys)
     config, _ = plan.resolve(config, there.chip)
     with optimized():
         return compile_for(there.devices, config)
@@ -128,8 +137,8 @@ def test_no_array_is_as_large_as_wide_logits_or_attention_weights(topology, laye
 def test_weights_are_cast_once(topology, layers):
     """In the loop over micro-batches nothing turns a float32 array into one of half the width."""
     program = compiled(topology, layers).program
-    casts = {name: count_casts(program, name) for name in program.runs}
-    loops = [name for name, times in program.runs.items() if times == MICRO]
+    casts = {name: count_casts(program, name) for name in program.execution_counts}
+    loops = [name for name, times in program.execution_counts.items() if times == MICRO]
     assert loops
     assert not any(casts[name] for name in loops)
     assert casts[program.entry] >= 4 * layers
@@ -153,7 +162,7 @@ def test_a_gpu_reads_logits_once_for_the_loss_and_once_for_its_gradient():
     program = compiled("h100:1", 2).program
     readers = [
         op
-        for name in program.runs
+        for name in program.execution_counts
         for op in program.computations[name].values()
         if op.is_kernel and not is_product(program, op)
         if any(size_of(program, name, o) == ("bf16", B * T * V) for o in op.operands)
@@ -181,8 +190,7 @@ def test_a_gpus_norms_hold_no_float32_array_of_the_streams_size():
 
 @aot
 def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
-    config = load("configs/gpt2.py")["config"].replace(n_layer=1, gradient_accumulation_steps=1)
-    erf, tanh = (absent_step("h100:1", config.replace(mlp=m)) for m in ("gelu", "gelu_tanh"))
+    erf, tanh = (absent_step("h100:1", n_layer=1, mlp=mlp) for mlp in ("gelu", "gelu_tanh"))
     assert tanh.program.traffic() < 1.001 * erf.program.traffic()
 
 
@@ -190,10 +198,9 @@ def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
 @pytest.mark.parametrize(("batch", "keys"), [(32, {}), (48, BABY)], ids=["GPT-2", "the baby GPT"])
 def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
     """Of 32 sequences and more XLA would like to have the batch there."""
-    config = load("configs/gpt2.py")["config"].replace(n_layer=1, batch_size=batch, **keys)
-    step = absent_step("h100:1", config.replace(gradient_accumulation_steps=1))
+    step = absent_step("h100:1", n_layer=1, batch_size=batch, **keys)
     shapes = {dims for _, dims in step.program.arrays() if len(dims) > 1}
-    stream = batch * config.block_size * config.n_embd
+    stream = batch * step.config.block_size * step.config.n_embd
     last = {dims[-1] for dims in shapes if math.prod(dims) == stream}
     assert last
     assert batch not in last
@@ -201,8 +208,7 @@ def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
 
 @aot
 def test_attention_with_dropout_holds_scores_alone_in_float32_on_a_gpu():
-    config = load("configs/gpt2.py")["config"].replace(**BABY, n_layer=2, dropout=0.2)
-    step = absent_step("h100:1", config.replace(gradient_accumulation_steps=1))
+    step = absent_step("h100:1", **BABY, n_layer=2, dropout=0.2)
     kernels = [op for op, _ in step.program.executed() if op.is_kernel]
     made = [kind for op in kernels for kind, dims in op.shapes if dims.count(256) == 2]
     assert made.count("f32") == 2
@@ -243,7 +249,7 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
     layers = 2
     chunk = decoding("h100:1", layers)
     past = N, T + sample.CHUNK, 64
-    names = [name for name, times in chunk.runs.items() if times == sample.CHUNK]
+    names = [name for name, times in chunk.execution_counts.items() if times == sample.CHUNK]
     loop = [op for name in names for op in chunk.computations[name].values() if op.is_kernel]
     assert past in [dims for _, dims in chunk.arrays()]  # it looks
     assert past not in [dims for op in loop for _, dims in op.shapes]
@@ -251,24 +257,28 @@ def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
 
 
 def decoding(topology: str, layers: int) -> Program:
-    """A chunk of one sequence, from GPT-2's shape."""
-    there, knobs = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
-    config = load("configs/gpt2.py")["config"].replace(n_layer=layers, vocab_size=50257)
-    config, _ = plan.resolve(config, there.chip)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample.device, "on_cpu", lambda: False)
-        sampler, text = sample.Sampler(config), [np.zeros(1, np.int32)]
-    params = jax.eval_shape(sampler._cast, model.split(sampler.config)[1])
-    carry = sampler._begin(text, text, knobs, 0)
-    carry = jax.eval_shape(partial(sampler._fill_fn, width=2), params, carry)
+    """Compile a chunk of one sequence, in GPT-2's shape."""
+    there, params = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
+    config, _ = plan.resolve(gpt2(n_layer=layers, vocab_size=50257), there.chip)
     mesh = sharding.make_mesh(config, there.devices)
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params, carry, wanted = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-        (params, carry, np.ones(1, bool)),
-    )
+    graphdef, _, _ = model.abstract_model(config)
+
+    def arguments() -> tuple:
+        weights = cast_params(model.init_params(config, jax.random.key(0)), config.dtype)
+        state = sample.initial_state([np.zeros(1, np.int32)], params, 0, config, T)
+        state, past = sample.prefill(nnx.merge(graphdef, weights), state, 2)
+        return weights, state, past, jnp.ones(1, bool)
+
+    def decode(weights: dict, state: sample.DecodeState, past: list, active_B: jax.Array):
+        network = nnx.merge(graphdef, weights)
+        return sample.decode_chunk(network, state, past, active_B, params, T)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+    traced = sharding.with_mesh(mesh, arguments), sharding.with_mesh(mesh, decode)
     with optimized():
-        lowered = sampler._decode.lower((mesh, knobs, T), params, carry, wanted)
+        shapes = jax.tree.map(place, jax.eval_shape(traced[0]))
+        lowered = jax.jit(traced[1], donate_argnums=(1, 2)).lower(*shapes)
         return Program(plan.compile_absent(lowered, mesh).as_text() or "")
 
 

@@ -6,19 +6,18 @@ import subprocess
 import sys
 from math import erf
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from jaxgpt import model
-from jaxgpt.cli import command_line
 from jaxgpt.config import Config, RunConfig, UserError
 from jaxgpt.data.tokens import Dataset, TokenSplit
-from jaxgpt.tools.bench import command as bench
-from jaxgpt.tools.bench import nanogpt as bench_vs
-from jaxgpt.tools.bench import training as bench_train
+from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.tools.bench import command, nanogpt, report, training
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "vocab_size": 20,
     "gradient_accumulation_steps": 2, "mlp": "gelu", "max_iters": 100, "warmup_iters": 0,
@@ -31,15 +30,21 @@ RESOLVED = Config(**TINY, dtype="float32", attention="reference")
 
 
 def test_quartiles():
-    assert bench_train.quartiles([4.0, 0.0, 3.0, 1.0, 2.0]) == {"median": 2, "q1": 1, "q3": 3}
+    assert report.quartiles([4.0, 0.0, 3.0, 1.0, 2.0]) == {"median": 2, "q1": 1, "q3": 3}
 
 
-def test_sides_take_turns(monkeypatch):
-    monkeypatch.setattr(bench_vs, "REST_S", 0)
+def test_interleaved_runs_take_turns(monkeypatch):
+    monkeypatch.setattr(report, "REST_S", 0)
     turns, seconds = [], iter([1.0, 2.0, 3.0, 2.0, 4.0, 2.0, 1.0, 2.0, 8.0])
-    side = lambda name: lambda: (turns.append(name), next(seconds))[1]
-    first, second = bench_vs.interleaved([side("A"), side("a")], side("B"), 3)
+
+    def turn(name: str) -> float:
+        turns.append(name)
+        return next(seconds)
+
+    runs = [lambda: turn("A"), lambda: turn("a")]
+    first, second = report.interleaved(runs, lambda: turn("B"), 3, ("a_s", "b_s"))
     assert turns == ["A", "a", "B"] * 3
+    assert first["pairs"][0] == {"a_s": 1, "b_s": 3, "ratio": 3}
     assert [pair["ratio"] for pair in first["pairs"]] == [3, 1, 8]
     assert (first["ratio"], first["range"]) == (3, [1, 8])
     assert [pair["ratio"] for pair in second["pairs"]] == [1.5, 0.5, 4]
@@ -49,16 +54,17 @@ def test_sides_take_turns(monkeypatch):
 
 
 def test_presets_are_the_quick_start_at_nanogpts_learning_rate():
-    quick = command_line.load(str(ROOT / "configs" / "shakespeare.py"))
-    runs = RunConfig.__dataclass_fields__.keys() - {"max_iters"}
-    what = lambda c: {k: v for k, v in c.to_dict().items() if k not in {*runs, "lr_decay_iters"}}
-    assert what(bench.PRESETS["baby"]) == what(quick["config"])
-    assert what(bench.PRESETS["cpu"]) == what(quick["on_cpu"].replace(learning_rate=1e-3))
+    quick = load_config_file(str(ROOT / "configs" / "shakespeare.py"))
+    own = {*RunConfig.__dataclass_fields__, "lr_decay_iters"} - {"max_iters"}
+    shared = lambda c: {key: value for key, value in c.to_dict().items() if key not in own}
+    assert shared(command.PRESETS["baby"]) == shared(quick["config"])
+    cpu = quick["cpu_config"].replace(learning_rate=1e-3)
+    assert shared(command.PRESETS["cpu"]) == shared(cpu)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("gpt2", 124), ("gpt2-xl", 1557)])
 def test_gpt2_presets_have_as_many_parameters_as_gpt2(name, millions):
-    c = bench.PRESETS[name]
+    c = command.PRESETS[name]
     assert round((model.count_params(c) + c.block_size * c.n_embd) / 1e6) == millions
 
 
@@ -66,7 +72,7 @@ def test_gpt2_presets_have_as_many_parameters_as_gpt2(name, millions):
 
 
 def nanogpt_loss(w: dict, tokens_BT: np.ndarray, heads: int) -> float:
-    """nanoGPT's forward pass in NumPy, from its state dict; mean cross-entropy of next tokens."""
+    """Run nanoGPT's forward pass in NumPy, from its state dict -> the mean cross-entropy."""
     x_BT, y_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     (B, T), D = x_BT.shape, w["transformer.wpe.weight"].shape[1]
 
@@ -91,22 +97,22 @@ def nanogpt_loss(w: dict, tokens_BT: np.ndarray, heads: int) -> float:
     return -float(np.take_along_axis(logits, y_BT[..., None], -1).mean())
 
 
-class NumpySide:
-    """nanoGPT's process without a process: it knows the loss of the step that comes first."""
+class NumpyNanoGPT:
+    """nanoGPT's process without a process: it computes the loss of the first step asked for."""
 
     def __init__(self):
         self.asked, self.closed = [], False
 
     def load(self, c: Config, tokens: TokenSplit, params: dict, mode: str) -> None:
         self.config, self.tokens, self.mode = c, tokens, mode
-        self.weights = bench_vs.to_nanogpt(c, params)
+        self.weights = nanogpt.to_nanogpt(c, params)
 
     def ask(self, do: str, **arguments) -> dict:
         self.asked.append((self.mode, do, arguments))
         if do != "train":
             return {}
         if self.mode == "compiled":
-            raise bench_vs.NanoGPTError("no compiler")
+            raise nanogpt.NanoGPTError("no compiler")
         first = np.array(arguments["starts"][0])
         assert first.shape == (self.config.gradient_accumulation_steps, self.config.batch_size)
         rows = [self.tokens.read(int(start), self.config.block_size + 1) for start in first.flat]
@@ -118,36 +124,36 @@ class NumpySide:
 
 
 def tiny_dataset(folder: Path) -> Dataset:
-    _, dataset = bench.make_data(RESOLVED.replace(data_dir=str(folder)), folder)
+    folder.mkdir(exist_ok=True)
+    _, dataset = command.make_data(RESOLVED.replace(data_dir=str(folder)), folder)
     return dataset
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "bias": False, "dropout": 0.5}])
-def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(bench_vs, "REST_S", 0)
-    monkeypatch.setattr(bench_train, "ROUND_S", 0.001)
-    monkeypatch.setattr(bench_train, "PARITY_STEPS", 3)
-    side, config = NumpySide(), RESOLVED.replace(**options)
-    b = bench_train.Bench(
-        "tiny", config, tiny_dataset(tmp_path), side, ("eager", "compiled"), 2, tmp_path / "b.png"
-    )
-    report = bench_train.train(b)
-    parity, eager = report.results["parity"], report.results["eager"]
+@pytest.mark.parametrize("keys", [{}, {"scan_layers": True, "bias": False, "dropout": 0.5}])
+def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, keys):
+    monkeypatch.setattr(report, "REST_S", 0)
+    monkeypatch.setattr(training, "ROUND_S", 0.001)
+    monkeypatch.setattr(training, "PARITY_STEPS", 3)
+    side, dataset, plot = NumpyNanoGPT(), tiny_dataset(tmp_path), tmp_path / "b.png"
+    modes, config = ("eager", "compiled"), RESOLVED.replace(**keys)
+    found = training.bench_training(report.Bench("tiny", config, dataset, side, modes, 2, plot))
+    parity, eager = found.results["parity"], found.results["eager"]
     assert parity["jaxgpt"][0] == pytest.approx(parity["nanogpt"][0], rel=1e-5)
     assert parity["jaxgpt"][2] != parity["jaxgpt"][0]
-    assert parity["largest_difference"] == np.abs(np.subtract(*list(parity.values())[:2])).max()
+    differences = np.abs(np.subtract(parity["jaxgpt"], parity["nanogpt"]))
+    assert parity["largest_difference"] == differences.max()
     assert len(eager["pairs"]) == 2
-    assert report.results["compiled"] == {"error": "no compiler"}
-    assert [row[0] for row in report.rows] == ["jaxgpt", "nanoGPT eager", "nanoGPT compiled"]
-    assert all(len(row) == len(report.columns) for row in report.rows)
-    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert found.results["compiled"] == {"error": "no compiler"}
+    assert [row[0] for row in found.rows] == ["jaxgpt", "nanoGPT eager", "nanoGPT compiled"]
+    assert all(len(row) == len(found.columns) for row in found.rows)
+    assert plot.stat().st_size > 1000
     assert side.closed
     rounds = [a["starts"] for mode, do, a in side.asked if (mode, do) == ("eager", "train")]
     assert rounds[-2] != rounds[-3]  # every round takes new windows
 
 
 @pytest.mark.parametrize(
-    "other",
+    "keys",
     [
         {"mlp": "gelu_tanh"},
         {"norm": "rmsnorm"},
@@ -156,16 +162,22 @@ def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, opti
         {"causal": False},
     ],
 )
-def test_what_nanogpt_cannot_do_is_refused(other):
-    bench_vs.check_comparable(RESOLVED)
-    bench_vs.check_comparable(RESOLVED.replace(n_kv_head=2, mlp_dim=64))
-    with pytest.raises(UserError, match=next(iter(other))):
-        bench_vs.check_comparable(RESOLVED.replace(**other))
+def test_a_config_that_nanogpt_cannot_run_is_refused(keys):
+    nanogpt.check_comparable(RESOLVED)
+    nanogpt.check_comparable(RESOLVED.replace(n_kv_head=2, mlp_dim=64))
+    with pytest.raises(UserError, match=next(iter(keys))):
+        nanogpt.check_comparable(RESOLVED.replace(**keys))
 
 
-def test_made_up_data_is_the_same_again_and_can_be_learnt(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
+def test_a_subclass_of_config_is_not_compared_with_nanogpt():
+    class Bigram(Config):
+        pass
+
+    with pytest.raises(UserError, match=r"^--compare_to: nanoGPT has no Bigram; "):
+        nanogpt.check_comparable(Bigram(**TINY))
+
+
+def test_synthetic_data_is_reproducible_and_can_be_learnt(tmp_path):
     a, b = (tiny_dataset(tmp_path / name) for name in "ab")
     ids = a.train.read(0, len(a.train))
     np.testing.assert_array_equal(ids, b.train.read(0, len(b.train)))
@@ -178,33 +190,34 @@ def test_made_up_data_is_the_same_again_and_can_be_learnt(tmp_path):
 # --- Mistakes and the whole command -------------------------------------------------------------
 
 
-def test_mistakes_about_nanogpt(tmp_path):
+def test_a_nanogpt_that_cannot_start_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no model\.py"):
-        bench_vs.NanoGPT(str(tmp_path), sys.executable, tmp_path)
+        nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
     (tmp_path / "model.py").write_text("raise ImportError('nothing here')\n")
     with pytest.raises(UserError, match=r"--torch_python nowhere/python: No such file"):
-        bench_vs.NanoGPT(str(tmp_path), "nowhere/python", tmp_path)
+        nanogpt.NanoGPT(str(tmp_path), "nowhere/python", tmp_path)
     with pytest.raises(UserError, match=r"--torch_python .*: \w*Error: (No module|nothing here)"):
-        bench_vs.NanoGPT(str(tmp_path), sys.executable, tmp_path)
+        nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
 
 
-def test_a_preset_and_a_file_are_too_much():
+def test_a_preset_beside_a_config_file_is_refused():
+    options = SimpleNamespace(config="configs/shakespeare.py", preset="cpu", compare_to="")
     with pytest.raises(UserError, match="not both"):
-        bench.choose("configs/shakespeare.py", "cpu", single=False)
+        command.choose(options)
 
 
 def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     (folder / "tiny.py").write_text(
         f"from jaxgpt.config import Config\nconfig = Config(**{TINY})\n"
     )
-    code = "from jaxgpt.cli.commands import main; main()"
-    command = [sys.executable, "-c", code, "bench", *flags]
+    main = "from jaxgpt.cli.commands import main; main()"
+    line = [sys.executable, "-c", main, "bench", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_prints_a_table_and_writes_every_sample(tmp_path):
-    done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--pairs=2")
+    done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--repeats=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train, tiny.py: ")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -231,8 +244,14 @@ def test_gpt2_on_a_cpu_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("what", ["train", "sample"])
 def test_beside_the_real_nanogpt(tmp_path, what):
     torch = f"--torch_python={os.environ['JAXGPT_TORCH_PYTHON']}"
-    vs = f"--vs={os.environ['JAXGPT_NANOGPT']}"
-    flags = "--config=tiny.py", "--json=o.json", "--pairs=2", "--compile=eager", f"--what={what}"
+    vs = f"--compare_to={os.environ['JAXGPT_NANOGPT']}"
+    flags = (
+        "--config=tiny.py",
+        "--json=o.json",
+        "--repeats=2",
+        "--compile=eager",
+        f"--benchmark={what}",
+    )
     done = run_bench(tmp_path, vs, torch, *flags)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "o.json").read_text())["results"]
@@ -240,4 +259,4 @@ def test_beside_the_real_nanogpt(tmp_path, what):
         assert results["parity"]["largest_difference"] < 1e-4
         assert len(results["eager"]["pairs"]) == 2
     else:
-        assert len(results["nanogpt_exact"]["pairs"]) == 2
+        assert len(results["nanogpt_slide"]["pairs"]) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxgpt.tools.hlo import Program, groups
+from jaxgpt.tools.hlo import Program, replica_groups
 
 BY_HAND = """HloModule by_hand, num_partitions=4
 
@@ -59,7 +59,7 @@ ENTRY %main (p: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
 
 def test_a_loop_by_hand():
     program = Program(BY_HAND)
-    assert (program.entry, program.devices, program.runs["body"]) == ("main", 4, 7)
+    assert (program.entry, program.devices, program.execution_counts["body"]) == ("main", 4, 7)
     assert program.kernels().total() == 7 * 3
     # slice: reads and writes a row, and reads the number of it; sum: likewise; update: likewise
     assert program.traffic() == 7 * ((400 + 400 + 4) + (400 + 400) + (400 + 400 + 4))
@@ -76,11 +76,11 @@ def test_memory_beside_the_cores_is_no_traffic():
 
 def test_xlas_own_note_of_a_trip_count_is_believed():
     noted = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
-    assert Program(BY_HAND.replace("body=%body", noted)).runs["body"] == 3
+    assert Program(BY_HAND.replace("body=%body", noted)).execution_counts["body"] == 3
 
 
 def test_a_bound_that_is_not_in_the_program_counts_once():
-    assert Program(BY_HAND.replace("direction=LT", "direction=NE")).runs["body"] == 1
+    assert Program(BY_HAND.replace("direction=LT", "direction=NE")).execution_counts["body"] == 1
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_a_bound_that_is_not_in_the_program_counts_once():
     ],
 )
 def test_groups(attributes, want):
-    np.testing.assert_array_equal(groups(attributes, 4), want)
+    np.testing.assert_array_equal(replica_groups(attributes, 4), want)
 
 
 def test_a_form_of_groups_that_is_new_is_refused():
     with pytest.raises(ValueError, match="unknown form"):
-        groups("replica_groups=<new>", 4)
+        replica_groups("replica_groups=<new>", 4)
 
 
 def test_starts_and_ends_of_collectives_count_once():

@@ -1,9 +1,9 @@
-"""nanoGPT's side of `jaxgpt bench --vs`: runs under a Python with torch, and without jaxgpt.
+"""Run nanoGPT for `jaxgpt bench --compare_to`, under a Python with torch and without jaxgpt.
 
-    python bench_torch.py PATH_TO_NANOGPT cpu|cuda
+    python torch_server.py PATH_TO_NANOGPT cpu|cuda
 
-Commands come as JSON, one a line, on stdin; each is answered by a line on stdout. nanoGPT's own
-model.py is imported as it is; what its train.py and sample.py do around it is done likewise here.
+Each line of stdin is a command in JSON, each line of stdout its answer. nanoGPT's own model.py is
+imported unchanged; what its train.py and sample.py do around the model is repeated here.
 """
 
 import contextlib
@@ -28,20 +28,18 @@ class NanoGPT:
         self.torch.backends.cuda.matmul.allow_tf32 = True
         self.torch.backends.cudnn.allow_tf32 = True
         self.device = device
-        self.model: Any = None
-        self.forward: Any = None
-        self.optimizer: Any = None
         if device == "cuda" and not self.torch.cuda.is_available():
             raise RuntimeError("this torch finds no CUDA device")
+        self.free()
 
     def hello(self) -> dict[str, Any]:
-        """What runs here."""
+        """Tell what runs here."""
         t = self.torch
         name = t.cuda.get_device_name() if self.device == "cuda" else "cpu"
         return {"torch": t.__version__, "device": name, "threads": t.get_num_threads()}
 
     def load(self, weights: str, sizes: dict, optimizer: dict, data: dict, dtype: str, mode: str):
-        """A model with these weights (.npz), and a fresh optimizer; `mode` is eager or compiled."""
+        """Load weights (.npz) into a new model and optimizer; `mode` is eager or compiled."""
         self.free()
         t = self.torch
         self.ctx = contextlib.nullcontext()
@@ -53,16 +51,17 @@ class NanoGPT:
         with self.np.load(weights) as arrays:
             model.load_state_dict({name: t.from_numpy(arrays[name]) for name in arrays.files})
         self.model = model.to(self.device).train()
-        o = optimizer
-        self.optimizer = self.model.configure_optimizers(
-            o["weight_decay"], o["learning_rate"], (o["beta1"], o["beta2"]), self.device
-        )
-        self.grad_clip = o["grad_clip"]
+        rates = optimizer["weight_decay"], optimizer["learning_rate"]
+        betas = optimizer["beta1"], optimizer["beta2"]
+        self.optimizer = self.model.configure_optimizers(*rates, betas, self.device)
+        self.grad_clip = optimizer["grad_clip"]
         self.forward = t.compile(self.model) if mode == "compiled" else self.model
 
     def free(self) -> None:
-        """Lets go of the model, and gives its device memory back."""
-        self.model = self.forward = self.optimizer = None
+        """Drop the model, and return its device memory."""
+        self.model: Any = None
+        self.forward: Any = None
+        self.optimizer: Any = None
         gc.collect()
         if hasattr(self.torch, "_dynamo"):
             self.torch._dynamo.reset()
@@ -71,7 +70,7 @@ class NanoGPT:
             self.torch.cuda.reset_peak_memory_stats()
 
     def train(self, starts: list, lrs: list[float]) -> dict[str, Any]:
-        """One step for each of `lrs`, on micro-batches of windows that begin at `starts`."""
+        """Take one step per rate in `lrs`, on micro-batches of windows that begin at `starts`."""
         t, losses = self.torch, []
         ahead = (self._batch(micro) for step in starts for micro in step)  # made when asked for
         began = self._clock()
@@ -97,7 +96,7 @@ class NanoGPT:
         return {"seconds": seconds, "losses": [loss.item() for loss in losses], "peak_bytes": peak}
 
     def sample(self, prompt: list[int], tokens: int, temperature: float, top_k: int):
-        """The seconds that `generate` takes for so many new tokens."""
+        """Time `generate` for so many new tokens."""
         t = self.torch
         self.model.eval()
         ids = t.tensor([prompt], dtype=t.long, device=self.device)
@@ -112,11 +111,11 @@ class NanoGPT:
         return time.perf_counter()
 
     def _batch(self, starts: list[int]) -> tuple:
-        """train.py's get_batch, for given places instead of random ones."""
-        t, size, data = self.torch, self.block_size, self.tokens
-        wide = lambda i: t.from_numpy(data[i : i + size].astype(self.np.int64))
-        x = t.stack([wide(i) for i in starts])
-        y = t.stack([wide(i + 1) for i in starts])
+        """Do what train.py's get_batch does, for given windows instead of random ones."""
+        t, size = self.torch, self.block_size
+        rows = [self.tokens[i : i + size + 1].astype(self.np.int64) for i in starts]
+        x = t.stack([t.from_numpy(row[:-1]) for row in rows])
+        y = t.stack([t.from_numpy(row[1:]) for row in rows])
         if self.device == "cuda":
             return tuple(a.pin_memory().to(self.device, non_blocking=True) for a in (x, y))
         return x, y
@@ -129,7 +128,7 @@ def main() -> None:
     sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # jaxgpt's names stay apart
 
     def answer(function: Any, **arguments: Any) -> Any:
-        """Tells what a call returns or raises."""
+        """Call a function, and write what it returns or raises."""
         result, reply = None, {}
         try:
             result = function(**arguments)

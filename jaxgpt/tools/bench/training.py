@@ -1,11 +1,9 @@
-"""Timed training: jaxgpt's own trainer, alone or in turn with nanoGPT.
+"""Time whole training steps, jaxgpt alone or in turn with nanoGPT.
 
-K steps of a dispatch, B batch.
+K steps per call, B batch.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +15,80 @@ from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
-from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, format_ratios, interleaved
+from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError
+from jaxgpt.tools.bench.report import Bench, Report, format_ratios, interleaved, quartiles
 from jaxgpt.tools.hlo import Program
-from jaxgpt.train import TRAIN, Trainer
-from jaxgpt.train_step import make_train_step
+from jaxgpt.train import TRAIN, make_batches, peak_tokens_per_s
+from jaxgpt.train_step import init_state, make_train_step
 
 ROUND_S = 1.5  # about what a round of steps takes
 PARITY_STEPS = 50
 
 
-@dataclass
-class Report:
-    """What a benchmark found: a line, a table, lines below it, and all of it for JSON."""
-
-    headline: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-    results: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is to be timed: a resolved config, its data, and nanoGPT's process if there is one."""
-
-    name: str
-    config: Config
-    dataset: Dataset
-    nanogpt: NanoGPT | None = None
-    modes: tuple[str, ...] = ()
-    pairs: int = 5
-    plot: Path = Path("bench.png")
-    say: Callable[[str], None] = field(default=lambda text: None)
-
-
-def quartiles(samples: list[float]) -> dict[str, float]:
-    q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
-    return {"median": median, "q1": q1, "q3": q3}
-
-
 class JaxGPT:
-    """jaxgpt's side: train.py's trainer and its jitted step, stepped by hand."""
+    """jaxgpt's side: the trainer's batches and its jitted step, called by hand."""
 
     def __init__(self, config: Config, dataset: Dataset):
-        unused: Any = None  # checkpoints, log, signals
-        self.config, mesh = config, sharding.make_mesh(config)
-        self.trainer = Trainer(config, mesh, dataset, unused, unused, unused)
-        self.trainer.start(0, None)
-        self.K, self.batches = self.trainer.steps, self.trainer.batches[TRAIN]
+        mesh = sharding.make_mesh(config)
+        self.config, self.steps_taken = config, 0
+        self.batches = make_batches(config, mesh, dataset)[TRAIN]
+        self.state = init_state(config, mesh)
+        self.K = self.batches.shape_KMB[0]
         self.count = jax.device_put(np.int32(self.K), NamedSharding(mesh, PartitionSpec()))
         began = time.perf_counter()
         step = make_train_step(config, mesh)
-        self.step = step.lower(self.trainer.state, self.batches.get(0), self.count).compile()
+        self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
+        self.sequences = sharding.global_batch_size(config)
+        self.peak_tokens_per_s = peak_tokens_per_s(config, mesh)
 
     def train(self, steps: int) -> tuple[float, list[float]]:
-        """Takes steps -> seconds, losses. As in training, one dispatch is always under way."""
-        t, losses, pending = self.trainer, [], None
+        """Take steps -> seconds, losses. As in training, one call is always under way."""
+        losses, pending = [], None
         began = time.perf_counter()
         for _ in range(0, steps, self.K):
-            t.state, metrics = self.step(t.state, self.batches.get(t.step), self.count)
-            t.step += self.K
+            batch = self.batches.get(self.steps_taken)
+            self.state, metrics = self.step(self.state, batch, self.count)
+            self.steps_taken += self.K
             if pending is not None:
-                losses += jax.device_get(pending)["loss"][: self.K].tolist()
+                losses += jax.device_get(pending)["loss"].tolist()
             pending = metrics
-        losses += jax.device_get(pending)["loss"][: self.K].tolist()
+        losses += jax.device_get(pending)["loss"].tolist()
         return time.perf_counter() - began, losses
 
     def next_steps(self, steps: int) -> dict[str, list]:
-        """Where the next steps' windows start, [steps, micro-batch, B]; their learning rates."""
-        first, rate = self.trainer.step, schedule(self.config)
-        starts = [self.batches.starts(n) for n in range(first, first + steps, self.K)]
+        """List where the next steps' windows start, [steps, M, B], and their learning rates."""
+        upcoming, rate = range(self.steps_taken, self.steps_taken + steps), schedule(self.config)
+        starts = [self.batches.starts(step) for step in upcoming[:: self.K]]
         shape = steps, -1, self.config.batch_size
         return {
             "starts": np.concatenate(starts).reshape(shape).tolist(),
-            "lrs": np.array([rate(n) for n in range(first, first + steps)]).tolist(),
+            "lrs": np.array([rate(step) for step in upcoming]).tolist(),
         }
 
     def params(self) -> dict[str, Any]:
-        """The parameters now, as NumPy arrays."""
-        return jax.device_get(self.trainer.state["params"])
+        """Copy the parameters to NumPy arrays."""
+        return jax.device_get(self.state.params)
 
     def round_steps(self) -> int:
-        """Warms up -> how many steps a round should have."""
+        """Warm up -> how many steps make a round."""
         self.train(2 * self.K)
-        dispatch_s = self.train(2 * self.K)[0] / 2
-        return self.K * max(1, min(100 // self.K, round(ROUND_S / dispatch_s)))
+        call_s = self.train(2 * self.K)[0] / 2
+        return self.K * max(1, min(100 // self.K, round(ROUND_S / call_s)))
+
+    def step_ms(self, steps: int, rounds: int) -> list[float]:
+        """Time rounds of steps -> each one's milliseconds per step."""
+        return [1000 * self.train(steps)[0] / steps for _ in range(rounds)]
 
     def rates(self, ms: list[float]) -> dict[str, Any]:
-        """What these samples of a step's milliseconds come to, whichever side they are of."""
-        stats, peak = quartiles(ms), self.trainer.peak_tokens
-        tokens_per_s = self.trainer.sequences * self.config.block_size / stats["median"] * 1000
+        """Work out rates from either side's milliseconds per step."""
+        stats, peak = quartiles(ms), self.peak_tokens_per_s
+        tokens_per_s = self.sequences * self.config.block_size / stats["median"] * 1000
         mfu = tokens_per_s / peak if peak else None
         return {"samples_ms": ms, "step_ms": stats, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
     def summary(self, ms: list[float]) -> dict[str, Any]:
-        """`rates`, and what the compiled step says of itself; memory is that of one device."""
+        """Add to `rates` what the compiled step says of itself; memory is that of one device."""
         memory: Any = self.step.memory_analysis()
         inside = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         outside = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -124,133 +100,132 @@ class JaxGPT:
         }
 
 
-def train(b: Bench) -> Report:
-    """Whole training steps, each sample the mean of a round of them."""
+def bench_training(b: Bench) -> Report:
+    """Time whole training steps; a sample is the mean over a round of steps."""
     results: dict[str, Any] = {}
-    notes, rows = [], []
+    rows, notes, ms = [], [], []
     b.say("compiling jaxgpt's step")
-    ours = JaxGPT(b.config, b.dataset)
+    jaxgpt = JaxGPT(b.config, b.dataset)
     if b.nanogpt:
         b.say(f"loss parity over {PARITY_STEPS} steps")
-        results["parity"] = parity = loss_parity(b, ours, b.nanogpt)
+        results["parity"] = parity = loss_parity(b, jaxgpt, b.nanogpt)
         notes.append(
             f"largest difference of {PARITY_STEPS} losses, same weights and batches, dropout 0: "
             f"{parity['largest_difference']:.2g} ({b.config.dtype}); curves in {b.plot}"
         )
-    steps, ms = ours.round_steps(), []
+    steps = jaxgpt.round_steps()
     for mode in b.modes if b.nanogpt else ():
         b.say(f"jaxgpt and nanoGPT ({mode}) in turn, {steps} steps a round")
-        results[mode] = found = against(b, ours, mode, steps)
+        results[mode] = found = compare(b, jaxgpt, mode, steps)
         ms += [1000 * pair["jaxgpt_s"] / steps for pair in found.get("pairs", ())]
-        failed = [f"nanoGPT {mode}", *["n/a"] * 6]
-        rows.append(row_of(f"nanoGPT {mode}", found) if "pairs" in found else failed)
+        rows.append(format_row(f"nanoGPT {mode}", found))
         notes.append(format_ratios(f"nanoGPT {mode}", found))
     if b.nanogpt:
-        b.nanogpt.close()  # its memory is jaxgpt's now
+        b.nanogpt.close()  # jaxgpt may have its memory now
     if not ms:
         b.say(f"timing jaxgpt, {steps} steps a round")
-        ms = [1000 * ours.train(steps)[0] / steps for _ in range(2 * b.pairs)]
-    mine: dict[str, Any] = ours.summary(ms) | {"steps_a_round": steps}
+        ms = jaxgpt.step_ms(steps, 2 * b.repeats)
+    mine: dict[str, Any] = jaxgpt.summary(ms) | {"steps_a_round": steps}
     results["jaxgpt"] = mine
-    rows.insert(0, row_of("jaxgpt", mine))
+    rows.insert(0, format_row("jaxgpt", mine))
     notes.append(format_kernels(mine["kernels"]))
-    headline = [f"{mine['step_ms']['median']:.4g} ms a step, {mine['tokens_per_s']:,.0f} tokens/s"]
-    headline += [
-        f"{results[m]['ratio']:.2f}x nanoGPT {m}" for m in b.modes if "pairs" in results.get(m, ())
-    ]
-    columns = [f"{ours.trainer.sequences} x {b.config.block_size} tokens a step"]
+    headline = f"{mine['step_ms']['median']:.4g} ms a step, {mine['tokens_per_s']:,.0f} tokens/s"
+    for mode in b.modes:
+        if "pairs" in results.get(mode, ()):
+            headline += f"; {results[mode]['ratio']:.2f}x nanoGPT {mode}"
+    columns = [f"{jaxgpt.sequences} x {b.config.block_size} tokens a step"]
     columns += ["ms [quartiles]", "tokens/s", "MFU", "memory", "compile", "time / jaxgpt's"]
     if b.name.startswith("gpt2"):
-        del ours
+        del jaxgpt
         results["larger_batches"] = larger_batches(b, rows)
-    return Report("; ".join(headline), columns, rows, notes, results)
+    return Report(headline, columns, rows, notes, results)
 
 
-def row_of(name: str, found: dict[str, Any]) -> list[str]:
-    ms, mfu, memory, seconds = (found[k] for k in ("step_ms", "mfu", "memory_bytes", "compile_s"))
-    return [
-        name,
-        f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]",
-        f"{found['tokens_per_s']:,.0f}",
-        f"{mfu:.1%}" if mfu else "n/a",
-        f"{memory / 2**20:,.0f} MiB" if memory else "n/a",
-        f"{seconds:.1f} s" if seconds else "",
-        f"{found['ratio']:.2f}" if "ratio" in found else "",
-    ]
+def format_row(name: str, found: dict[str, Any]) -> list[str]:
+    if "error" in found:
+        return [name, *["n/a"] * 6]
+    ms, memory, seconds = found["step_ms"], found["memory_bytes"], found["compile_s"]
+    times = f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]"
+    mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a"
+    memory = f"{memory / 2**20:,.0f} MiB" if memory else "n/a"
+    compiling = f"{seconds:.1f} s" if seconds else ""
+    ratio = f"{found['ratio']:.2f}" if "ratio" in found else ""
+    return [name, times, f"{found['tokens_per_s']:,.0f}", mfu, memory, compiling, ratio]
 
 
-def against(b: Bench, ours: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
-    """Rounds of both sides in turn, or {"error"} with what keeps nanoGPT from running."""
+def format_kernels(kernels: dict[str, int]) -> str:
+    top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
+    return f"{sum(kernels.values())} kernels in the compiled step: {top}"
+
+
+def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
+    """Time rounds of both sides in turn -> what was found, or nanoGPT's {"error"}."""
     nanogpt: Any = b.nanogpt
     upcoming: dict[str, list] = {}
 
-    def our_round() -> float:
-        upcoming.update(ours.next_steps(steps))  # nanoGPT takes the very steps that we take
-        return ours.train(steps)[0]
+    def jaxgpt_round() -> float:
+        upcoming.update(jaxgpt.next_steps(steps))  # nanoGPT then takes the same steps
+        return jaxgpt.train(steps)[0]
 
-    their_round = lambda: nanogpt.ask("train", **upcoming)["seconds"]
+    def nanogpt_round() -> float:
+        return nanogpt.ask("train", **upcoming)["seconds"]
+
     try:
-        nanogpt.load(b.config, b.dataset.train, ours.params(), mode)
-        warm = ours.next_steps(-(-3 // ours.K) * ours.K)
-        warm_up_s = sum(nanogpt.ask("train", **warm)["seconds"] for _ in range(2))
-        (found,) = interleaved([our_round], their_round, b.pairs)
-        memory = nanogpt.ask("train", **warm)["peak_bytes"]
+        nanogpt.load(b.config, b.dataset.train, jaxgpt.params(), mode)
+        warm_up = jaxgpt.next_steps(-(-3 // jaxgpt.K) * jaxgpt.K)
+        warm_up_s = sum(nanogpt.ask("train", **warm_up)["seconds"] for _ in range(2))
+        (found,) = interleaved([jaxgpt_round], nanogpt_round, b.repeats)
+        memory = nanogpt.ask("train", **warm_up)["peak_bytes"]
     except NanoGPTError as error:
         return {"error": str(error)}
     compile_s = warm_up_s if mode == "compiled" else None
-    timing = ours.rates([1000 * pair["nanogpt_s"] / steps for pair in found["pairs"]])
-    return found | timing | {"memory_bytes": memory, "compile_s": compile_s}
+    rates = jaxgpt.rates([1000 * pair["nanogpt_s"] / steps for pair in found["pairs"]])
+    return found | rates | {"memory_bytes": memory, "compile_s": compile_s}
 
 
 def larger_batches(b: Bench, rows: list[list[str]]) -> list[dict[str, Any]]:
-    """Doubles the batch until it does not fit; adds a row to the table for each that does."""
+    """Double the batch until it does not fit; add a row to the table for each that does."""
     found, size = [], b.config.batch_size
     while True:
         size *= 2
         b.say(f"jaxgpt with {size} sequences")
         try:
-            ours = JaxGPT(b.config.replace(batch_size=size), b.dataset)
-            steps = ours.round_steps()
-            ms = [1000 * ours.train(steps)[0] / steps for _ in range(b.pairs)]
+            jaxgpt = JaxGPT(b.config.replace(batch_size=size), b.dataset)
+            ms = jaxgpt.step_ms(jaxgpt.round_steps(), b.repeats)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return found
-        found.append(ours.summary(ms) | {"batch_size": size})
-        rows.append(row_of(f"jaxgpt, {size} sequences", found[-1]))
-        del ours
+        found.append(jaxgpt.summary(ms) | {"batch_size": size})
+        rows.append(format_row(f"jaxgpt, {size} sequences", found[-1]))
+        del jaxgpt
 
 
-def loss_parity(b: Bench, ours: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
-    """Both sides' losses from the same weights, on the same batches, without dropout.
+def loss_parity(b: Bench, jaxgpt: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
+    """Compare both sides' losses from the same weights, on the same batches, without dropout.
 
-    `ours` has yet to take its first step; if it has dropout, another takes its place.
+    `jaxgpt` has yet to take its first step; if it has dropout, another takes its place.
     """
     if b.config.dropout:
-        ours = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
-    nanogpt.load(ours.config, b.dataset.train, ours.params(), "eager")
-    upcoming = ours.next_steps(-(-PARITY_STEPS // ours.K) * ours.K)
+        jaxgpt = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
+    nanogpt.load(jaxgpt.config, b.dataset.train, jaxgpt.params(), "eager")
+    upcoming = jaxgpt.next_steps(-(-PARITY_STEPS // jaxgpt.K) * jaxgpt.K)
     theirs = nanogpt.ask("train", **upcoming)["losses"][:PARITY_STEPS]
-    losses = ours.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
+    losses = jaxgpt.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
     nanogpt.ask("free")
     draw_parity(b.plot, losses, theirs)
     difference = float(np.abs(np.subtract(losses, theirs)).max())
     return {"jaxgpt": losses, "nanogpt": theirs, "largest_difference": difference}
 
 
-def draw_parity(file: Path, ours: list[float], theirs: list[float]) -> None:
+def draw_parity(file: Path, jaxgpt: list[float], nanogpt: list[float]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(theirs, "C1", linewidth=4, alpha=0.5, label="nanoGPT")
-    axes.plot(ours, "C0", linewidth=1, label="jaxgpt")
+    axes.plot(nanogpt, "C1", linewidth=4, alpha=0.5, label="nanoGPT")
+    axes.plot(jaxgpt, "C0", linewidth=1, label="jaxgpt")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.set_title("The same weights and batches")
     axes.legend(loc="upper right")
     figure.savefig(file, dpi=120)
-
-
-def format_kernels(kernels: dict[str, int]) -> str:
-    top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
-    return f"{sum(kernels.values())} kernels in the compiled step: {top}"

@@ -1,4 +1,4 @@
-"""HellaSwag against a scorer written out in NumPy, and the losses of weights."""
+"""`jaxgpt eval`: HellaSwag against a scorer written out in NumPy, and the losses of weights."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT, make_data
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 from safetensors.numpy import save_file
 
-from jaxgpt import evaluate, sharding
+from jaxgpt import sharding
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.interop.export import to_fields, to_tensors
+from jaxgpt.tools import hellaswag
+from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train_step import abstract_params
 
-QUESTIONS = Path(__file__).parent / "golden" / "questions.jsonl"
+QUESTIONS = ROOT / "tests" / "golden" / "questions.jsonl"
 SIZES = {"vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_dim": 40}
 
 
@@ -33,15 +35,17 @@ def case() -> tuple[Config, dict]:
     return config, params
 
 
-@pytest.fixture(scope="module")
-def folder(case, tmp_path_factory) -> Path:
-    """The case as a folder of weights, with the byte tokenizer."""
-    config, params = case
-    folder = tmp_path_factory.mktemp("weights")
+def write_weights(folder: Path, config: Config, params: dict) -> Path:
+    """Write the case as a folder of weights, with the byte tokenizer."""
     save_file(to_tensors(config, params), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_fields(config)))
     (folder / "jaxgpt_tokenizer.json").write_text(ByteTokenizer().to_json())
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(case, tmp_path_factory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights"), *case)
 
 
 def token_losses(case, context: bytes, ending: bytes) -> list[float]:
@@ -91,7 +95,7 @@ def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_
     for way in picks:  # labels that follow one way of scoring tell the two apart
         for right in 0, 3, total:
             file = relabelled(picks[way], right, tmp_path / f"{way}.jsonl")
-            found = evaluate.hellaswag("", "best", str(file), init_from=str(folder))
+            found = hellaswag.hellaswag("", "best", file=str(file), init_from=str(folder))
             labels = [question["label"] for question in read(file)]
             for name in picks:
                 want = np.mean([a == b for a, b in zip(picks[name], labels, strict=True)])
@@ -105,7 +109,7 @@ def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, m
     config, params = case
     config = config.replace(mesh=mesh, attention="xla", gradient_accumulation_steps=1)
     devices = sharding.make_mesh(config) if mesh else sharding.local_mesh()
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
     texts = [
         (question["ctx"].encode(), b" " + ending.encode())
         for question in read(QUESTIONS)
@@ -116,9 +120,8 @@ def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, m
         for a, b in texts
     ]
     places = jax.tree.map(lambda p: p.sharding, abstract_params(config, devices))
-    sums, counts = evaluate.sequence_losses(
-        config, devices, jax.device_put(params, places), windows
-    )
+    params = jax.device_put(params, places)
+    sums, counts = hellaswag.sequence_losses(config, devices, params, windows)
     want = [token_losses(case, a, b) for a, b in texts]
     assert counts.tolist() == [len(losses) for losses in want]
     np.testing.assert_allclose(sums, [sum(losses) for losses in want], rtol=1e-4)
@@ -128,12 +131,11 @@ def test_what_is_longer_than_the_block_loses_its_beginning(case, tmp_path):
     config, params = case
     short = config.replace(block_size=12)
     cut = params | {"pos_embed": {"kernel": params["pos_embed"]["kernel"][:12]}}
-    save_file(to_tensors(short, cut), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(to_fields(short)))
-    (tmp_path / "jaxgpt_tokenizer.json").write_text(ByteTokenizer().to_json())
+    write_weights(tmp_path, short, cut)
     question = {"ctx": "x" * 90 + "He is on", "label": 0, "endings": ["abc", "zz"]}
-    (tmp_path / "long.jsonl").write_text(json.dumps(question))
-    found = evaluate.hellaswag("", "best", str(tmp_path / "long.jsonl"), init_from=str(tmp_path))
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps(question))
+    found = hellaswag.hellaswag("", "best", file=str(file), init_from=str(tmp_path))
     losses = [
         sum(token_losses((short, cut), context, ending))
         for context, ending in ((b"xHe is on", b" abc"), (b"xxHe is on", b" zz"))
@@ -159,7 +161,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path, kind):
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
     with pytest.raises(UserError) as raised:
-        evaluate.read_questions(file)
+        hellaswag.read_questions(file)
     assert message in str(raised.value)
     assert str(raised.value).startswith(str(file))
 
@@ -184,13 +186,13 @@ def test_without_the_file_one_line_says_where_it_comes_from(folder, tmp_path, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/hellaswag/hellaswag_val.jsonl: no such file; get ")
     assert "https://" in line
-    assert evaluate.HELLASWAG.sha256 in line
+    assert hellaswag.QUESTIONS.sha256 in line
 
 
 def test_the_loss_of_weights_is_that_of_the_reference(case, folder, tmp_path, capsys):
     block_size = case[0].block_size
-    (tmp_path / "bytes.txt").write_text("To be, or not to be: that is the question.\n" * 60)
-    prepare(str(tmp_path / "bytes.txt"), str(tmp_path), "byte")
+    text = "To be, or not to be: that is the question.\n" * 60
+    make_data(tmp_path, text, "bytes", tokenizer="byte")
     argv = [f"--init_from={folder}", f"--data_dir={tmp_path}"]
     assert run_eval(*argv, "--dataset=bytes") == 0
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
@@ -206,9 +208,8 @@ def test_the_loss_of_weights_is_that_of_the_reference(case, folder, tmp_path, ca
     assert "error: dataset=''" in capsys.readouterr().err
 
 
-def test_a_dataset_with_more_ids_than_the_model_is_refused(folder, tmp_path):
+def test_a_dataset_with_more_ids_than_the_model_is_rejected(folder, tmp_path):
     chars = "".join(map(chr, range(300, 600)))
-    (tmp_path / "many.txt").write_text(chars * 12, encoding="utf-8")
-    prepare(str(tmp_path / "many.txt"), str(tmp_path))
+    make_data(tmp_path, chars * 12, "many")
     with pytest.raises(UserError, match=r"dataset='many': has 300 ids.*vocab_size=256"):
-        evaluate.evaluate("", "best", str(tmp_path), init_from=str(folder), dataset="many")
+        evaluate("", "best", str(tmp_path), init_from=str(folder), dataset="many")

@@ -1,0 +1,100 @@
+"""The numbers of every training step, logged one call behind the device."""
+
+import math
+import time
+
+import jax
+
+from jaxgpt.config import Config, UserError
+from jaxgpt.runtime.distributed import StopSignal
+from jaxgpt.runtime.metrics import Log, Row
+
+
+class StepLog:
+    """Reads and logs the numbers of a call while the device works on the next one.
+
+    `tokens` is how many a step has, `peak` how many per second the devices' FLOP/s allow.
+    """
+
+    def __init__(self, config: Config, log: Log, stop: StopSignal, tokens: int, peak: float | None):
+        self.config, self.log, self.stop = config, log, stop
+        self.tokens, self.peak = tokens, peak
+        self.stopwatch = Stopwatch()
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        self._skipped, self._skipped_in_a_row = 0, 0
+
+    def launched(self, step: int, count: int, metrics: dict[str, jax.Array]) -> None:
+        """Note a call that takes `count` steps from `step` on, and log the call before it."""
+        if jax.process_count() > 1:
+            metrics["signal"] = self.stop.highest()
+        self.flush()
+        self._pending = step, count, metrics
+
+    def flush(self) -> None:
+        """Log the steps of the last call, once the device has finished it.
+
+        Raises `UserError` for a step that is not finite, unless it may be skipped.
+        """
+        if self._pending is None:
+            return
+        before, count, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        self.stop.agreed = int(metrics.pop("signal", 0))
+        self.stopwatch.lap(count)
+        for i in range(count):
+            step = before + 1 + i
+            row = {key: float(values[i]) for key, values in metrics.items()}
+            self._check_finite(step, row["loss"], row["grad_norm"])
+            if step % self.config.log_interval == 0 or step == 1:
+                self._log_step(step, row)
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        self._skipped += 1
+        what = f"step {step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if self._skipped_in_a_row > self.config.max_nonfinite_steps:
+            raise UserError(
+                f"{what}, so it was not taken; try a lower learning_rate, more warmup_iters, a "
+                "grad_clip, or max_nonfinite_steps=10 if single batches are to blame"
+            )
+        self.log.info(f"{what}: skipped")
+
+    def _log_step(self, step: int, numbers: Row) -> None:
+        seconds = self.stopwatch.read()
+        row = {"step": step} | numbers
+        row |= {"tokens": step * self.tokens, "tokens_per_s": self.tokens / seconds}
+        row |= {"step_ms": 1000 * seconds, "time": time.time()}
+        if self.config.max_nonfinite_steps:
+            row["skipped"] = self._skipped
+            self._skipped = 0
+        row["mfu"] = row["tokens_per_s"] / self.peak if self.peak else None
+        self.log.train(row, seconds * (self.config.max_iters - step))
+
+
+class Stopwatch:
+    """Measures the time per step since the last reading, without pauses."""
+
+    def __init__(self):
+        self._steps, self._spent, self._seconds = 0, 0.0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Count the time since the last lap as a pause."""
+        self._lap = time.perf_counter()
+
+    def lap(self, steps: int) -> None:
+        """Note that so many steps have just ended."""
+        before, self._lap = self._lap, time.perf_counter()
+        self._spent += self._lap - before
+        self._steps += steps
+
+    def read(self) -> float:
+        """Return the seconds per step; steps of one lap that are read one by one share its mean."""
+        if self._steps:
+            self._seconds = self._spent / self._steps
+        self._steps, self._spent = 0, 0.0
+        return self._seconds

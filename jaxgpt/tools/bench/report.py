@@ -1,0 +1,148 @@
+"""What all benchmarks share: what to time, how to time it, and what is reported."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxgpt.config import Config
+from jaxgpt.data.tokens import Dataset
+from jaxgpt.runtime import device
+from jaxgpt.tools.bench.nanogpt import NanoGPT
+
+REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to time: a resolved config, its data, and nanoGPT's process if there is one."""
+
+    name: str
+    config: Config
+    dataset: Dataset
+    nanogpt: NanoGPT | None = None
+    modes: tuple[str, ...] = ()  # how nanoGPT runs: eager, compiled
+    repeats: int = 5
+    plot: Path = Path("bench.png")
+    say: Callable[[str], None] = field(default=lambda text: None)
+
+
+@dataclass
+class Report:
+    """What a benchmark found: a line, a table, lines below it, and all of it for JSON."""
+
+    headline: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    results: dict[str, Any]
+
+
+def quartiles(samples: list[float]) -> dict[str, float]:
+    q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
+    """Time a call: milliseconds per call in each round of about 0.1 s, after some to warm up."""
+
+    def seconds_per_call(calls: int) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)])
+        return (time.perf_counter() - began) / calls
+
+    seconds_per_call(1)
+    calls = max(1, int(0.1 / seconds_per_call(2)))
+    return [1000 * seconds_per_call(calls) for _ in range(rounds)]
+
+
+def interleaved(
+    runs: list[Callable[[], float]],
+    other: Callable[[], float],
+    repeats: int,
+    keys: tuple[str, str] = ("jaxgpt_s", "nanogpt_s"),
+) -> list[dict[str, Any]]:
+    """Time every one of `runs` and then `other`, in turn, all idle while one works.
+
+    -> For each run its pairs with `other`, in seconds under these keys, and the median and range
+    of the ratios other / run.
+    """
+    seconds = []
+    for _ in range(repeats):
+        for turn in (*runs, other):
+            time.sleep(REST_S)
+            seconds.append(turn())
+    *columns, other_s = np.reshape(seconds, (repeats, len(runs) + 1)).T
+    results = []
+    for run_s in columns:
+        ratios = other_s / run_s
+        rows = np.stack([run_s, other_s, ratios], axis=1).tolist()
+        pairs = [dict(zip((*keys, "ratio"), row, strict=True)) for row in rows]
+        spread = [float(ratios.min()), float(ratios.max())]
+        results.append({"pairs": pairs, "ratio": float(np.median(ratios)), "range": spread})
+    return results
+
+
+def format_ratios(name: str, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"{name}: {result['error']}"
+    each = " ".join(f"{row['ratio']:.2f}" for row in result["pairs"])
+    (low, high), median = result["range"], result["ratio"]
+    return f"{name} / jaxgpt, pair by pair: {each}; median {median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def describe_machine() -> dict[str, Any]:
+    """Collect the hardware, the versions, and this commit."""
+    info, root, git = Path("/proc/cpuinfo"), Path(__file__).parents[3], shutil.which("git")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    commit = ""
+    if git and (root / ".git").exists():
+        command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip()
+    hardware = {
+        "device": jax.devices()[0].device_kind,
+        "devices": 1 if device.is_cpu() else jax.device_count(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": device.memory_bytes(),
+    }
+    versions = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    versions["python"] = platform.python_version()
+    now = time.time()
+    return {"hardware": hardware, "versions": versions, "commit": commit or None, "time": now}
+
+
+def show(report: Report, facts: dict[str, Any]) -> None:
+    """Print the headline, then the table, then the notes."""
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120
+    on, config = facts["hardware"], facts["config"]
+    chip = on["device"] if on["device"] != "cpu" else f"{on['cpu']}, {on['cores']} cores"
+    torch = f", torch {facts['nanogpt']['torch']}" if facts["nanogpt"] else ""
+    headline = f"{facts['what']}, {facts['preset']}: {report.headline}"
+    console.print(headline, style="bold", markup=False)
+    console.print(
+        f"{chip}; jax {facts['versions']['jax']}{torch}; {config['dtype']}, "
+        f"{config['attention']} attention; data: {facts['data']}",
+        markup=False,
+    )
+    table = Table(*report.columns)
+    for row in report.rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in report.notes:
+        console.print(note, markup=False)

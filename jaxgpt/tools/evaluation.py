@@ -1,0 +1,132 @@
+"""`jaxgpt eval`: the loss on a whole validation split, and the share of exact answers."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt import sharding
+from jaxgpt.config import UserError
+from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokens import TokenSplit
+from jaxgpt.evaluate import full_split, mean_loss
+from jaxgpt.interop import huggingface
+from jaxgpt.runtime import device
+from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
+from jaxgpt.train_step import make_eval_step
+
+DECODE_TOKENS = 1 << 20  # decoded at a time
+PROBLEMS_PER_BATCH, ERRORS_SHOWN = 2000, 10
+WEIGHTS_BATCH = 8  # sequences per device, for weights that have no run's config
+
+
+def open_model(
+    *where: str, init_from: str = "resume", mesh: str = "", **keys: Any
+) -> tuple[huggingface.Trained, Mesh]:
+    """Find the model of a run, or for another `init_from` those weights, and fit it to this device.
+
+    `where` is out_dir, checkpoint and, if it is not the run's own, data_dir; `keys` of its config
+    are replaced. Raises `UserError`.
+    """
+    trained = huggingface.load_trained(init_from, *where)
+    if init_from != "resume":
+        keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
+    dtype = "float64" if trained.config.dtype == "float64" else "auto"
+    keys = {"dtype": dtype, "attention": "auto", "dropout": 0.0, "mesh": mesh} | keys
+    config, _ = device.resolve_auto(trained.config.replace(**keys))
+    return trained._replace(config=config), sharding.make_mesh(config)
+
+
+def name_source(step: int | None, init_from: str = "resume", **_: Any) -> dict[str, Any]:
+    """Begin a result with the step that the parameters are from, or the weights."""
+    return {"weights": init_from} if step is None else {"step": step}
+
+
+def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
+    """Compute the loss on the validation split, also as perplexity and bits per byte.
+
+    The split is the run's own, or that of `dataset`. For a task it is the held-out problems, and
+    the result has the share of exact answers. For the rest see `open_model`. Raises `UserError`.
+    """
+    if options.get("init_from", "resume") != "resume" and not dataset:
+        raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
+    keys = {"dataset": dataset} if dataset else {}
+    trained, mesh = open_model(*where, **options, **keys)
+    config = trained.config
+    data = find_dataset(config, config.block_size)
+    if config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"dataset={config.dataset!r}: has {data.vocab_size} ids, but the model has "
+            f"vocab_size={config.vocab_size}"
+        )
+    params, step = trained.load(mesh)
+    sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, mesh)
+    batches = full_split(data.val, mesh, sequences, config.block_size)
+    loss = mean_loss(make_eval_step(config, mesh), params, batches)
+    result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
+    result["perplexity"] = math.exp(loss)
+    if isinstance(data.val, ValProblems):
+        return result | accuracy(Sampler(config).load(params), data.val.task)
+    if data.tokenizer:
+        targets, size = count_bytes(data.val, data.tokenizer)
+        result["bits_per_byte"] = loss / math.log(2) * targets / size
+    return result
+
+
+def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Count the targets of a split, and the bytes of UTF-8 that they decode to.
+
+    Every token but the first is a target, unless it is masked.
+    """
+    targets = size = 0
+    for start in range(1, len(tokens), DECODE_TOKENS):
+        ids = tokens.read(start, min(DECODE_TOKENS, len(tokens) - start))
+        ids = ids[ids >= 0]
+        targets += len(ids)
+        size += len(tokenizer.decode(ids).encode())
+    return targets, size
+
+
+# ---- arithmetic ------------------------------------------------------------------------------
+
+
+def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
+    """Compute the share of held-out problems whose greedy answer is right to the last digit.
+
+    In all, and by operation and length of the longer number; some wrong answers are listed.
+    """
+    kinds, a, b = problems = task.held_out
+    answers = greedy_answers(sampler, task, problems)
+    expected = task.windows(problems, task.longest)
+    pairs = zip(answers, (row[row >= 0] for row in expected), strict=True)
+    is_right = np.array([(answer[: len(ids)] == ids).all() for answer, ids in pairs])
+    result: dict[str, Any] = {"problems": len(a), "exact": float(is_right.mean())}
+    lengths = np.char.str_len(np.maximum(a, b).astype(str))
+    for kind, name in enumerate(task.operations):
+        for length in range(1, task.digits + 1):
+            chosen = is_right[(kinds == kind) & (lengths == length)]
+            share = f"{chosen.mean():.2%} of {len(chosen):,}"
+            result[f"exact {name} of {length} digits"] = share
+    right_answers = problems.answers()
+    for n in np.flatnonzero(~is_right)[:ERRORS_SHOWN]:
+        problem = f"{a[n]}{task.operations[kinds[n]]}{b[n]}"
+        answer = task.tokenizer.decode(answers[n]).partition("\n")[0]
+        result[problem] = f"{answer}, but it is {right_answers[n]}"
+    return result
+
+
+def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
+    """Generate the likeliest tokens after each problem, [n, `longest_answer`]."""
+    prompts = [~row[: (row >= 0).argmax()] for row in task.windows(problems, task.longest)]
+    options: dict[str, Any] = {"params": SamplingParams(temperature=0)}
+    options |= {"max_new_tokens": task.longest_answer}
+    answers = []
+    for start in range(0, len(prompts), PROBLEMS_PER_BATCH):
+        chunks = sampler.generate(prompts[start : start + PROBLEMS_PER_BATCH], **options)
+        answers.append(np.concatenate(list(chunks), axis=1)[:, : task.longest_answer])
+    tokens = np.concatenate(answers)
+    return np.where(tokens == NO_TOKEN, 0, tokens)

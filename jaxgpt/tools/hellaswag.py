@@ -1,0 +1,118 @@
+"""HellaSwag (Zellers et al. 2019): how often a model finds the right ending the likeliest.
+
+B sequences in a batch, T length.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt import sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.text import Download
+from jaxgpt.loss import cross_entropy
+from jaxgpt.model import abstract_model
+from jaxgpt.tools.evaluation import name_source, open_model
+from jaxgpt.train_step import cast_params, inputs_and_targets
+
+ROW_WIDTH, BATCH_TOKENS = 32, 4096  # rows are padded to a multiple of one; rows x width
+QUESTIONS = Download(
+    "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+)
+
+
+class Question(NamedTuple):
+    """A text and its possible endings, of which number `label` is the right one."""
+
+    ctx: str
+    label: int
+    endings: list[str]
+
+
+def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
+    """Compute the share of questions whose right ending the model finds the likeliest.
+
+    Endings are scored as completions, as build-nanogpt does: `acc` takes the ending with the
+    lowest summed loss, `acc_norm` that with the lowest mean loss. For the model see `open_model`.
+    """
+    trained, mesh = open_model(*where, **options, attention="xla")  # which takes any length
+    config, encode = trained.config, trained.tokenizer().encode
+    default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
+    questions = read_questions(Path(file) if file else default)
+    windows = []
+    for question in questions:
+        context = ~encode(question.ctx).astype(np.int32)
+        for ending in question.endings:
+            ids = encode(f" {ending}").astype(np.int32)
+            windows.append(np.concatenate([context, ids])[-config.block_size - 1 :])
+    params, step = trained.load(mesh)
+    sums, counts = sequence_losses(config, mesh, params, windows)
+    ends = np.cumsum([len(question.endings) for question in questions])
+    shares = {}
+    for name, losses in ("acc", sums), ("acc_norm", sums / np.maximum(counts, 1)):
+        picks = [part.argmin() for part in np.split(losses, ends[:-1])]
+        shares[name] = float(np.mean([p == q.label for p, q in zip(picks, questions, strict=True)]))
+    return name_source(step, **options) | {"questions": len(questions)} | shares
+
+
+def read_questions(file: Path) -> list[Question]:
+    """Read the questions of a file that has one object per line: ctx, label, endings."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; get {QUESTIONS.url} (sha256 {QUESTIONS.sha256})")
+    questions = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            question = Question(fields["ctx"], int(fields["label"]), list(fields["endings"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}, line {number}: not a question ({error!r})") from error
+        if not all(isinstance(text, str) for text in (question.ctx, *question.endings)):
+            raise UserError(f"{file}, line {number}: ctx and endings must be text")
+        if not 0 <= question.label < len(question.endings):
+            raise UserError(f"{file}, line {number}: label={question.label}: names no ending")
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{file}: holds no questions")
+    return questions
+
+
+def sequence_losses(
+    config: Config, mesh: Mesh, params: dict[str, Any], windows: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the losses of each window's targets, in nats, and count the targets.
+
+    In a window `~id` is a token that is not a target. Windows of similar length share a batch,
+    so that little is padded and few widths are compiled.
+    """
+    graphdef, _, _ = abstract_model(config)
+
+    def losses(params: dict, windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        network = nnx.merge(graphdef, cast_params(params, config.dtype))
+        inputs_BT, targets_BT = inputs_and_targets(windows_BT)
+        return jax.vmap(cross_entropy)(network(inputs_BT), targets_BT)
+
+    step = jax.jit(sharding.with_mesh(mesh, losses))
+    by_batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    order = sorted(range(len(windows)), key=lambda n: len(windows[n]))
+    calls = []
+    while order:
+        longest = max(2, len(windows[order[-1]]))
+        width = min(-(-(longest - 1) // ROW_WIDTH) * ROW_WIDTH, config.block_size)
+        rows = max(1, BATCH_TOKENS // width // num_shards) * num_shards
+        taken, order = order[-rows:], order[:-rows]
+        batch = np.full((rows, width + 1), -1, np.int32)
+        for row, n in zip(batch, taken, strict=False):
+            row[: len(windows[n])] = windows[n]
+        array = jax.make_array_from_callback(batch.shape, by_batch, batch.__getitem__)
+        calls.append((taken, step(params, array)))
+    results = np.zeros((2, len(windows)))
+    for taken, numbers in calls:
+        results[:, taken] = np.stack(jax.device_get(numbers))[:, : len(taken)]
+    return results[0], results[1].astype(int)

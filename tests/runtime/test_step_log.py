@@ -1,0 +1,52 @@
+"""The clock and the rows of training steps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import all_rows, make_config
+
+from jaxgpt.runtime import step_log
+from jaxgpt.runtime.distributed import StopSignal
+from jaxgpt.runtime.metrics import Log
+from jaxgpt.runtime.step_log import StepLog, Stopwatch
+
+
+def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(step_log, "time", SimpleNamespace(perf_counter=lambda: now))
+    watch = Stopwatch()
+    now += 100  # compiling
+    watch.resume()
+    now += 3
+    watch.lap(10)
+    now += 5
+    watch.lap(10)
+    assert watch.read() == pytest.approx(8 / 20)
+    now += 1
+    watch.lap(1)
+    now += 1000  # an evaluation
+    watch.resume()
+    now += 2
+    watch.lap(1)
+    assert watch.read() == pytest.approx(3 / 2)
+    now += 7  # the device works on other steps while these are logged
+    watch.lap(4)
+    for _ in range(4):  # which are logged one by one
+        assert watch.read() == pytest.approx(7 / 4)
+
+
+def test_steps_are_logged_a_call_later_at_their_interval(tmp_path):
+    config = make_config(out_dir=str(tmp_path), log_interval=2)
+    with Log(config, 0) as log:
+        steps = StepLog(config, log, StopSignal(), tokens=1000, peak=None)
+        for call in range(3):
+            numbers = np.arange(3.0) + 3 * call + 1  # one more than is taken
+            steps.launched(2 * call, 2, {"loss": numbers, "grad_norm": numbers, "lr": numbers})
+            assert len(all_rows(config)) == (0, 2, 3)[call]
+        steps.flush()
+    rows = all_rows(config)
+    assert [(row["step"], row["tokens"], row["mfu"]) for row in rows] == [
+        (step, 1000 * step, None) for step in (1, 2, 4, 6)
+    ]
+    assert [row["loss"] for row in rows] == [1, 2, 5, 8]
