@@ -1,4 +1,4 @@
-"""Draws the pictures of lecture.md, and prints its table and samples, from the stages' runs.
+"""Draw the pictures of lecture.md, and print its table and samples, from the stages' runs.
 
     python docs/lecture.py [FOLDER-OF-THE-RUNS [FOLDER-FOR-THE-PICTURES]]
 
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxgpt.attention import attention_mask
 from matplotlib.figure import Figure
 
 from jaxgpt import model
 from jaxgpt.interop.huggingface import Trained, load_trained
+from jaxgpt.kernels.attention import attention_mask
+from jaxgpt.kernels.position import sinusoids
 from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.sample import Sampler, generate_text
 from jaxgpt.sharding import local_mesh
@@ -33,7 +34,14 @@ STAGES = {
     "7_layer_norm_post": "layer norm, post",
     "8_dropout_and_scale": "scale",
 }
+CONFIGS = Path(__file__).parents[1] / "configs" / "lecture"
 TEXT = "ROMEO:\nWhat light is this?"
+
+
+def load_stage(folder: Path, stage: str) -> Trained:
+    """Open the best checkpoint of a stage's run."""
+    config_file = str(CONFIGS / f"{stage}.py")
+    return load_trained("resume", str(folder / stage), "best", config_file=config_file)
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -45,7 +53,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """The validation loss of every stage by step."""
+    """Draw the validation loss of every stage by step."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     for i, (stage, rows) in enumerate(runs.items()):
@@ -59,19 +67,19 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     save(figure, file)
 
 
-def print_table(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+def print_table(runs: dict[str, list[dict[str, Any]]], trained: dict[str, Trained]) -> None:
     for stage, rows in runs.items():
         seconds = rows[-1]["time"] - rows[0]["time"]
-        count = model.count_params(load_trained("resume", str(folder / stage), "best").config)
+        count = model.count_params(trained[stage].config)
         print(
             f"| {STAGES[stage]} | {count:,} | {rows[-1]['full_val_loss']:.3f} | {seconds:.0f} s |"
         )
 
 
-def print_sample(stage: str, found: Trained) -> None:
-    params, step = found.load(local_mesh())
-    config = found.config.replace(dtype="float32", attention="reference")
-    sampler, tokenizer = Sampler(config).load(params), found.tokenizer()
+def print_sample(stage: str, trained: Trained) -> None:
+    params, step = trained.load(local_mesh())
+    config = trained.config.replace(dtype="float32", attention="reference")
+    sampler, tokenizer = Sampler(config).load(params), trained.tokenizer()
     text = "".join(new for (new,) in generate_text(sampler, tokenizer, ["\n"], 160, seed=1))
     print(f"\n{stage}, step {step}:\n{text}")
 
@@ -80,12 +88,12 @@ def print_sample(stage: str, found: Trained) -> None:
 
 
 def draw_masks(file: Path) -> None:
-    """What each mask allows: a row is a query, a column a key, and what is dark may be seen."""
+    """Draw which key (column) each query (row) may see: dark is seen."""
     masks = {
-        "causal": attention_mask(8, 8, causal=True, window=0),
-        "causal, window of 3": attention_mask(8, 8, causal=True, window=3),
-        "none (encoder)": attention_mask(8, 8, causal=False, window=0),
-        "cross: keys of another sequence": attention_mask(8, 12, causal=False, window=0),
+        "causal": mask_TS(8, 8, causal=True),
+        "causal, window of 3": mask_TS(8, 8, causal=True, window=3),
+        "none (encoder)": mask_TS(8, 8, causal=False),
+        "cross: keys of another sequence": mask_TS(8, 12, causal=False),
     }
     figure = Figure(figsize=(11, 3), layout="constrained")
     sizes = [mask.shape[1] for mask in masks.values()]
@@ -101,26 +109,30 @@ def draw_masks(file: Path) -> None:
     save(figure, file)
 
 
-def attention_weights(found: Trained, layer: int, text: str) -> np.ndarray:
-    """How a block's heads divide their attention over a text, [N, T, S]: rows sum to one."""
-    c = found.config.replace(dropout=0.0, dtype="float32", attention="reference", scan_layers=False)
-    params, _ = found.load(local_mesh())
-    network = nnx.merge(model.split(c)[0], params)
-    x = network._embed(jnp.asarray(found.tokenizer().encode(text)[None]), None)
-    for block in network.blocks[:layer]:
-        x, _, _ = block(x)
+def mask_TS(queries: int, keys: int, *, causal: bool, window: int = 0) -> np.ndarray:
+    query_T1, key_S = jnp.arange(queries)[:, None], jnp.arange(keys)
+    return np.broadcast_to(attention_mask(query_T1, key_S, causal, window), (queries, keys))
+
+
+def attention_weights(trained: Trained, layer: int, text: str) -> np.ndarray:
+    """Return the attention weights of a layer's heads over a text, [N, T, S]: rows sum to one."""
+    config = trained.config.replace(dtype="float32", attention="reference")
+    params, _ = trained.load(local_mesh())
+    network = nnx.merge(model.abstract_model(config)[0], params)
+    x_BTD = network.embed_tokens(jnp.asarray(trained.tokenizer().encode(text)[None]))
+    for i, block in enumerate(network.blocks[:layer]):
+        x_BTD = block(x_BTD, i)
     block = network.blocks[layer]
-    q, k, _ = block.attn.project(block.ln_1(x) if block.is_pre else x)
-    width = c.n_embd if c.score_scale == "embedding" else c.head_dim
-    scores_NTS = jnp.einsum("TNH,SNH->NTS", q[0], k[0]) * width**-0.5
-    may_look = attention_mask(len(text), len(text), causal=True, window=0)
-    return np.asarray(jax.nn.softmax(jnp.where(may_look, scores_NTS, -jnp.inf)))
+    q_BTNH, k_BSNH, _ = block.attn.project(block.ln_1(x_BTD))
+    scores_NTS = jnp.einsum("TNH,SNH->NTS", q_BTNH[0], k_BSNH[0]) * block.attn.scale
+    is_seen_TS = mask_TS(len(text), len(text), causal=True)
+    return np.asarray(jax.nn.softmax(jnp.where(is_seen_TS, scores_NTS, -jnp.inf)))
 
 
-def draw_attention(found: dict[str, Trained], file: Path) -> None:
-    """The lecture's one head on eight characters, and heads of the last model."""
-    deep = found["8_dropout_and_scale"]
-    panels = [("the head of stage 3", attention_weights(found["3_one_head"], 0, TEXT[:8])[0], 8)]
+def draw_attention(trained: dict[str, Trained], file: Path) -> None:
+    """Draw the one head of stage 3 on eight characters, and some heads of the last model."""
+    deep = trained["8_dropout_and_scale"]
+    panels = [("the head of stage 3", attention_weights(trained["3_one_head"], 0, TEXT[:8])[0], 8)]
     for layer, heads in (0, 3), (deep.config.n_layer - 1, 4):
         for n, weights in enumerate(attention_weights(deep, layer, TEXT)[:heads]):
             panels.append((f"stage 8, block {layer + 1}, head {n + 1}", weights, len(TEXT)))
@@ -137,13 +149,13 @@ def draw_attention(found: dict[str, Trained], file: Path) -> None:
 # ---- positions -------------------------------------------------------------------------------
 
 
-def draw_positions(found: Trained, file: Path) -> None:
-    """Position vectors, learned and sinusoidal, and how alike two places are by each (cosine)."""
-    learned_TD = np.asarray(found.load(local_mesh())[0]["pos_embed"]["kernel"])
-    key = jax.random.fold_in(jax.random.key(found.config.seed), 0)
-    start_TD = np.asarray(model.init(found.config, key)["pos_embed"]["kernel"])
+def draw_positions(trained: Trained, file: Path) -> None:
+    """Draw position vectors, learned and sinusoidal, and the cosine between any two of them."""
+    learned_TD = np.asarray(trained.load(local_mesh())[0]["pos_embed"]["kernel"])
+    key = jax.random.fold_in(jax.random.key(trained.config.seed), 0)
+    start_TD = np.asarray(model.init_params(trained.config, key)["pos_embed"]["kernel"])
     T, D = learned_TD.shape
-    sines_TD = np.asarray(model.sinusoids(jnp.arange(T)[None], D))[0]
+    sines_TD = np.asarray(sinusoids(jnp.arange(T)[None], D))[0]
     tables = {
         "learned": learned_TD,
         "what training added": learned_TD - start_TD,
@@ -166,17 +178,17 @@ def draw_positions(found: Trained, file: Path) -> None:
 
 
 def main(folder: str = "out/lecture", pictures: str = "docs/pictures") -> None:
-    there, to = Path(folder), Path(pictures)
-    to.mkdir(parents=True, exist_ok=True)
-    runs = {stage: read_metrics(there / stage / "metrics.jsonl") for stage in STAGES}
-    found = {stage: load_trained("resume", str(there / stage), "best") for stage in STAGES}
-    draw_losses(runs, to / "losses.png")
-    draw_masks(to / "masks.png")
-    draw_attention(found, to / "attention.png")
-    draw_positions(found["8_dropout_and_scale"], to / "positions.png")
-    print_table(runs, there)
-    for stage, trained in found.items():
-        print_sample(stage, trained)
+    runs_dir, pictures_dir = Path(folder), Path(pictures)
+    pictures_dir.mkdir(parents=True, exist_ok=True)
+    runs = {stage: read_metrics(runs_dir / stage / "metrics.jsonl") for stage in STAGES}
+    trained = {stage: load_stage(runs_dir, stage) for stage in STAGES}
+    draw_losses(runs, pictures_dir / "losses.png")
+    draw_masks(pictures_dir / "masks.png")
+    draw_attention(trained, pictures_dir / "attention.png")
+    draw_positions(trained["8_dropout_and_scale"], pictures_dir / "positions.png")
+    print_table(runs, trained)
+    for stage in STAGES:
+        print_sample(stage, trained[stage])
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, MODEL_CASES, MODERN
 
 from jaxgpt import sample
-from jaxgpt.kernels import linear
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from jaxgpt.kernels import decode
+from jaxgpt.kernels import decode, linear
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams, generate_text, sample_token
 from jaxgpt.sharding import local_mesh, make_mesh

@@ -39,10 +39,9 @@ class TorchLinear(Linear):
         bias_shape = [shape[i] for i in kept]
         fan_in = math.prod(shape) // math.prod(bias_shape)
         self.kernel = nnx.Param(torch_uniform(rngs, fan_in, shape), axes=axes)
-        self.bias = None
-        if bias:
-            bias_axes = "".join(axes[i] for i in kept)
-            self.bias = nnx.Param(torch_uniform(rngs, fan_in, bias_shape), axes=bias_axes)
+        bias_value = torch_uniform(rngs, fan_in, bias_shape) if bias else None
+        bias_axes = "".join(axes[i] for i in kept)
+        self.bias = nnx.Param(bias_value, axes=bias_axes) if bias else None
 
 
 class TorchEmbedding(Embedding):

@@ -47,7 +47,8 @@ def weights_for(dtype: str, params: Any, *, cast: Callable, pack: Callable) -> t
 
 def pack_weights(model: nnx.Module) -> Any:
     """Pack the weight of every module that has an `equation`, by `linear.pack_bf16`."""
-    for _, module in nnx.iter_modules(model):
+    modules: Any = nnx.iter_modules(model)
+    for _, module in modules:
         if getattr(module, "equation", ""):
             packed = pack_bf16(module.equation, module.kernel[...])
             module.kernel.set_value(packed)

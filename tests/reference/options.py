@@ -44,12 +44,6 @@ LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, 
 LECTURE_CASES = [
     LECTURE | {"mlp": "relu", "score_scale": "embedding"},
     LECTURE | {"norm": "none", "mlp": "none", "residual": False},
-    {
-        "residual": False,
-        "norm_position": "post",
-        "mlp": "swiglu",
-        "n_kv_head": 2,
-        "qkv_bias": False,
-    },
+    {"residual": False, "norm_position": "post", "mlp": "gelu_tanh", "qkv_bias": False},
     {"norm": "none", "norm_position": "post", "head_bias": True, "n_layer": 1},
 ]

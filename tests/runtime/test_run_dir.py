@@ -59,7 +59,7 @@ def test_a_config_class_is_never_imported_unasked(own_run):
 
 def test_a_config_file_of_another_class_is_refused(own_run):
     Path("other.py").write_text(FILE.format(name="OtherConfig", raises=0))
-    with pytest.raises(UserError, match="its config class WideConfig is defined in mine.py"):
+    with pytest.raises(UserError, match=r"its config class WideConfig is defined in mine\.py"):
         run_dir.load_config("run", "other.py")
     plain = tiny_run("plain", "data")
     run_dir.create(plain, SimpleNamespace(tokenizer=None), fresh=True)
