@@ -217,7 +217,7 @@ def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
         assert not any(jax.tree.leaves(frozen_mask(config, abstract_model(config)[1])))
         return
     said = refusal(config)
-    start = f"freeze={pattern!r}: is found in {which} of the parameters' paths, which are blocks/0/"
+    start = f"freeze={pattern!r}: matches {which} of the parameters' paths, which are blocks/0/"
     assert said.startswith(start)
     assert "embed/kernel" in said
     assert not Path(config.out_dir, "config.json").exists()
