@@ -122,8 +122,10 @@ def final_loss(config: Config) -> float | None:
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
     saved = run_dir.load_config(config.out_dir)
-    for key, value in config.replace(vocab_size=saved.vocab_size).to_dict().items():
-        if getattr(saved, key) != value:
+    config = config.replace(vocab_size=saved.vocab_size)
+    resolved, _ = resolve_auto(config)
+    for key, value in config.to_dict().items():
+        if getattr(saved, key) not in (value, getattr(resolved, key)):
             raise UserError(
                 f"{key}={value!r}: {config.out_dir} was trained with {getattr(saved, key)!r}; "
                 "name another --out_dir"
