@@ -33,7 +33,7 @@ CONFIG = {
     "n_embd": 24,
     "n_layer": 2,
     "n_head": 3,
-    "mlp_dim": 32,
+    "n_inner": 32,
 }
 HYPER = {
     "learning_rate": 1e-2,

@@ -33,7 +33,7 @@ class Golden:
     def __init__(self, file: Path):
         with np.load(file) as archive:
             self.arrays = dict(archive)
-        hf = {"block_size": "n_positions"}
+        hf = {"block_size": "n_positions", "mlp_dim": "n_inner"}
         names = ("vocab_size", "block_size", "n_embd", "n_layer", "n_head", "mlp_dim")
         self.sizes = {name: self.arrays[f"config/{hf.get(name, name)}"].item() for name in names}
         hyper = {k.removeprefix("hyper/"): v for k, v in self.arrays.items() if "hyper/" in k}
