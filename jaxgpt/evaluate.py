@@ -42,7 +42,7 @@ HELLASWAG = Download(
 
 
 def mean_loss(
-    eval_step: Callable, params: dict[str, Any], batches: Iterable[tuple[dict, int]]
+    eval_step: Callable, params: dict[str, Any], batches: Iterable[tuple[jax.Array, int]]
 ) -> float:
     """Mean cross-entropy in nats a token; of each K batches only the number beside them count."""
     sums = [eval_step(params, batch, count) for batch, count in batches]
@@ -50,7 +50,7 @@ def mean_loss(
     return float(total / targets)
 
 
-def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[dict, int]]:
+def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[jax.Array, int]]:
     """`count` batches that are a pure function of the training step they are drawn at."""
     first = step * count
     for done in range(0, count, DISPATCH):
@@ -59,7 +59,7 @@ def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[di
 
 def full_split(
     tokens: TokenSplit, mesh: Mesh, sequences: int, block_size: int
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
+) -> Iterator[tuple[jax.Array, int]]:
     """Batches in which every token of a split but the first is a target exactly once.
 
     Windows follow each other without overlap. The last window, and the last batch, are filled up
@@ -75,7 +75,7 @@ def full_split(
             window[: len(ids)] = ids
         windows = windows.reshape(DISPATCH, 1, sequences, block_size + 1)
         batch = jax.make_array_from_callback(windows.shape, place, windows.__getitem__)
-        yield {"windows": batch}, -(-len(starts) // sequences)
+        yield batch, -(-len(starts) // sequences)
 
 
 def evaluate(

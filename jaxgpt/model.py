@@ -1,12 +1,13 @@
-"""The GPT: embedding, blocks, final norm, output map.
+"""The GPT: token ids in, logits out.
 
-B batch, T length, S cached length, D embedding, N heads, K KV heads, H head width, F MLP hidden,
-V vocabulary (padded), L layers, C the parts of a fused map (query, key, value; gate, up).
-A parameter carries its letters as `axes`: `sharding.py` maps letters to the mesh.
+B batch, T length, D embedding, N heads, K key-value heads, H head dim, F MLP hidden, V vocabulary
+(padded), L layers, C parts of a fused map (query, key, value; or gate, up).
+A parameter carries the letters of its axes as `axes`: sharding.py maps letters to the mesh.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,54 +15,176 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial, register_dataclass
 
-from jaxgpt.attention import Attention, Cache, KeysValues, Place, positions
+from jaxgpt import kernels
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.layers import (
-    EMBEDDING,
-    INIT_STD,
-    LINEAR,
-    MLP,
-    Dropout,
-    Linear,
-    Norm,
-    Table,
-    add_positions,
-    contract,
-    in_type,
-    look_up,
-    pack,
-    residual_std,
-    split_batch,
-    torch_uniform,
-)
+from jaxgpt.kernels.activation import gelu, relu2
+from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
+from jaxgpt.kernels.position import apply_rope, sinusoids
+from jaxgpt.sharding import constrain, constrain_batch
 
-
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    """On a GPU its gradient computes again, in one kernel, what XLA would hold in memory."""
-    gelu = partial(jax.nn.gelu, approximate=True)
-    return jax.lax.platform_dependent(x, cuda=jax.checkpoint(gelu), default=gelu)
-
-
+INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
+LM_HEAD = "BTD,VD->BTV"
 ACTIVATIONS = {
-    # through erf and not erfc, which XLA:CPU does not vectorise
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
-    "gelu_tanh": _gelu_tanh,
+    "gelu": gelu,
+    "gelu_tanh": kernels.gelu_tanh,
     "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
+    "relu2": relu2,
 }
-OUTPUT_MAP = "BTD,VD->BTV"
+SAVED = "linear"  # names the output of a linear map, which remat="dots" keeps
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-class Mlp(nnx.Module):
+@partial(
+    register_dataclass,
+    data_fields=["dropout", "layer", "segment_ids_BT", "first_v_BTKH", "cache", "position"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Context:
+    """What a layer knows beside its input: its number, masks and, in sampling, its cache."""
+
+    dropout: Dropout
+    layer: int | jax.Array = 0
+    segment_ids_BT: jax.Array | None = None
+    first_v_BTKH: jax.Array | None = None
+    """The first layer's values, for `value_residual`."""
+    cache: KVCache | None = None
+    """This layer's; without a `position` the tokens are the first of their sequences."""
+    position: DecodePosition | None = None
+
+
+class Linear(nnx.Module):
+    """An affine map written as an einsum: `BTD,DNH->BTNH` maps the embedding to heads."""
+
+    def __init__(
+        self, equation: str, *shape: int, bias: bool, rngs: nnx.Rngs, std: float = INIT_STD
+    ):
+        self.equation = equation
+        axes, out_axes = equation.split(",")[1].split("->")
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
+        kept = [i for i, axis in enumerate(axes) if axis in out_axes]
+        zeros = jnp.zeros([shape[i] for i in kept])
+        self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y: Any = checkpoint_name(kernels.linear_map(self.equation, x, self.kernel[...]), SAVED)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A row of width D for each token or position."""
+
+    def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
+
+    def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
+        """Return the rows of the ids, [B, T, D], split over D where the table is."""
+        rows_BTD = kernels.embed(self.kernel[...], ids_BT)
+        return constrain(rows_BTD, "data", None, "fsdp").astype(dtype)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm of the last axis. Statistics are float32 at least."""
+
+    def __init__(self, kind: str, width: int, axes: str = "D", *, bias: bool = False):
+        self.centered = kind == "layernorm"
+        self.scale = nnx.Param(jnp.ones(width), axes=axes)
+        has_bias = bias and self.centered
+        self.bias = nnx.Param(jnp.zeros(width), axes=axes) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y: Any = kernels.normalize(x, self.scale[...], centered=self.centered)
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal attention (Vaswani et al. 2017) with a fused map for query, key and value.
+
+    The fused kernel [D, 3, N, H] holds the maps of N heads side by side, and the output kernel
+    [N, H, D] sums over heads what separate heads would concatenate and then map.
+    """
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        D, N, K, H = c.n_embd, c.n_head, c.kv_heads, c.head_dim
+        linear = partial(Linear, bias=c.bias, rngs=rngs)
+        if K == N:
+            self.qkv = linear("BTD,DCNH->BTCNH", D, 3, N, H)
+        else:
+            self.q = linear("BTD,DNH->BTNH", D, N, H)
+            self.kv = linear("BTD,DCKH->BTCKH", D, 2, K, H)
+        self.out = linear("BTNH,NHD->BTD", N, H, D, std=residual_std(c))
+        if c.qk_norm:
+            self.q_norm = Norm("rmsnorm", H, "H")
+            self.k_norm = Norm("rmsnorm", H, "H")
+        if c.value_residual:
+            self.value_mix = nnx.Param(jnp.array(0.5), axes="")
+        self.config: Any = c
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Return the branch [B, T, D], and the context with this layer's keys and values in it."""
+        c, ctx = self.config, context
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        if c.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if c.position == "rope":
+            positions_BT = token_positions(x_BTD.shape[1], ctx.position)
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, positions_BT), apply_rope(k_BTKH, positions_BT)
+        if c.value_residual:
+            v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
+        ctx = replace(ctx, cache=append(ctx.cache, k_BTKH, v_BTKH, ctx.position))
+        if ctx.cache is not None and ctx.position is not None:
+            o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, c.sliding_window)
+        else:
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, ctx)
+        o_BTD = self.out(o_BTNH)
+        return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Map x to query [B, T, N, H], key and value [B, T, K, H]."""
+        if self.config.kv_heads == self.config.n_head:
+            q, k, v = jnp.split(self.qkv(x_BTD), 3, axis=2)
+            return q.squeeze(2), k.squeeze(2), v.squeeze(2)
+        k, v = jnp.split(self.kv(x_BTD), 2, axis=2)
+        return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
+
+    def attend(self, q_BTNH, k_BTKH, v_BTKH, context: Context) -> jax.Array:
+        """Attend over whole sequences."""
+        c, dropout = self.config, None
+        if c.attention_dropout and context.dropout.rate:
+            site = DropoutSite.ATTENTION_WEIGHTS
+            dropout = Partial(Dropout.__call__, context.dropout, layer=context.layer, site=site)
+        return kernels.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            causal=c.causal,
+            window=c.sliding_window,
+            segment_ids_BT=context.segment_ids_BT,
+            dropout=dropout,
+            backend=c.attention,
+        )
+
+    def mix_first_values(self, v_BTKH: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix in the first layer's values (Zhou et al. 2024, "Value Residual Learning")."""
+        first = context.first_v_BTKH
+        first = v_BTKH if first is None else jnp.where(context.layer == 0, v_BTKH, first)
+        mix = self.value_mix[...].astype(v_BTKH.dtype)
+        return (1 - mix) * v_BTKH + mix * first, replace(context, first_v_BTKH=first)
+
+
+class MLP(nnx.Module):
     """Up, non-linearity, down; swiglu gates instead (Shazeer 2020)."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
-        linear, D, F = (
-            partial(Linear, bias=c.bias, init=c.init, rngs=rngs),
-            c.n_embd,
-            c.mlp_hidden_dim,
-        )
+        linear = partial(Linear, bias=c.bias, rngs=rngs)
+        D, F = c.n_embd, c.mlp_hidden_dim
         self.kind = c.mlp
         if c.mlp == "swiglu":
             self.up = linear("BTD,DCF->BTCF", D, 2, F)
@@ -69,55 +192,40 @@ class Mlp(nnx.Module):
             self.up = linear("BTD,DF->BTF", D, F)
         self.down = linear("BTF,FD->BTD", F, D, std=residual_std(c))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up = self.up(x_BTD)
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        h = self.up(x_BTD)
         if self.kind == "swiglu":
-            gate_BTCF, up_BTCF = jnp.split(up, 2, axis=2)
-            return self.down((jax.nn.silu(gate_BTCF) * up_BTCF).squeeze(2))
-        return self.down(ACTIVATIONS[self.kind](up))
+            gate_BTCF, up_BTCF = jnp.split(h, 2, axis=2)
+            h_BTF = (jax.nn.silu(gate_BTCF) * up_BTCF).squeeze(2)
+        else:
+            h_BTF = ACTIVATIONS[self.kind](h)
+        return context.dropout(self.down(h_BTF), context.layer, DropoutSite.MLP_OUTPUT)
 
 
 class Block(nnx.Module):
-    """Attention, then the MLP: each a branch that is added to what entered it."""
+    """Attention and MLP, each added to the residual stream, with norms before them."""
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        self.ln_1 = Norm(c, c.n_embd)
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.ln_1 = Norm(c.norm, c.n_embd, bias=c.bias)
         self.attn = Attention(c, rngs=rngs)
-        self.mlp = Mlp(c, rngs=rngs) if c.mlp != "none" else None
-        self.ln_2 = Norm(c, c.n_embd) if c.mlp != "none" else None
-        self.is_pre, self.residual = c.norm_position == "pre", c.residual
+        self.mlp = MLP(c, rngs=rngs)
+        self.ln_2 = Norm(c.norm, c.n_embd, bias=c.bias)
 
-    def __call__(
-        self,
-        x_BTD,
-        v_first=None,
-        layer=0,
-        drop=Dropout(),
-        cache=None,
-        place=None,
-        documents_BT=None,
-    ):
-        """-> x [B, T, D], the first layer's values, the cache."""
-        drop = drop.layer(layer)
-        h_BTD = self.ln_1(x_BTD) if self.is_pre else x_BTD
-        where = {"cache": cache, "place": place, "documents_BT": documents_BT}
-        h_BTD, v_first, cache = self.attn(h_BTD, v_first, layer, drop, **where)
-        x_BTD = self._join(x_BTD, h_BTD, self.ln_1)
-        if self.mlp and self.ln_2:
-            h_BTD = self.mlp(self.ln_2(x_BTD) if self.is_pre else x_BTD)
-            x_BTD = self._join(x_BTD, drop(h_BTD, MLP), self.ln_2)
-        return split_batch(x_BTD), v_first, cache
-
-    def _join(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Norm) -> jax.Array:
-        """The stream `x` after a branch gave `h`."""
-        x_BTD = x_BTD + h_BTD if self.residual else h_BTD
-        return x_BTD if self.is_pre else norm(x_BTD)
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        attn_BTD, context = self.attn(self.ln_1(x_BTD), context)
+        x_BTD = x_BTD + attn_BTD
+        x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), context)
+        return constrain_batch(x_BTD), context
 
 
-REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+class PostNormBlock(Block):
+    """The block of the 2017 paper: norms after the additions."""
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        attn_BTD, context = self.attn(x_BTD, context)
+        x_BTD = self.ln_1(x_BTD + attn_BTD)
+        x_BTD = self.ln_2(x_BTD + self.mlp(x_BTD, context))
+        return constrain_batch(x_BTD), context
 
 
 class GPT(nnx.Module):
@@ -130,180 +238,189 @@ class GPT(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
         V, D = c.padded_vocab_size, c.n_embd
-        std = 1.0 if c.init == "torch" else INIT_STD
-        self.embed = Table("VD", V, D, rngs=rngs, std=std)
+        self.embed = Embedding("VD", V, D, rngs=rngs)
         if c.position == "learned":
-            self.pos_embed = Table("TD", c.block_size, D, rngs=rngs, std=std)
+            self.pos_embed = Embedding("TD", c.block_size, D, rngs=rngs)
+        make_block = Block if c.norm_position == "pre" else PostNormBlock
+        make = lambda key: make_block(c, rngs=nnx.Rngs(params=key))
         keys = jax.random.split(rngs.params(), c.n_layer)
-        make = lambda key: Block(c, rngs=nnx.Rngs(params=key))
-        self.blocks: Any = _stack(make, keys) if c.scan_layers else nnx.List(map(make, keys))
+        self.blocks: Any = stacked_block(make, keys) if c.scan_layers else nnx.List(map(make, keys))
         if c.norm_position == "pre":
-            self.ln_f = Norm(c, D)
+            self.ln_f = Norm(c.norm, D, bias=c.bias)
         if not c.tie_embeddings:
-            self.lm_head = Table("VD", V, D, rngs=rngs, fan_in=D if c.init == "torch" else 0)
-        if c.head_bias:
-            bias = torch_uniform(D, rngs, (V,)) if c.init == "torch" else jnp.zeros(V)
-            self.head_bias = nnx.Param(bias, axes="V")
+            self.lm_head = Embedding("VD", V, D, rngs=rngs)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.logits(self.features(tokens_BT)[0])
+    def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
+        return self.logits(self.hidden_states(tokens_BT, dropout)[0])
 
-    def features(
+    def hidden_states(
         self,
         tokens_BT: jax.Array,
-        drop: Dropout = Dropout(),
-        caches: list[Cache] | None = None,
-        place: Place | None = None,
-    ) -> tuple[jax.Array, list[Cache] | None]:
-        """What the output map sees, [B, T, D], and the caches with these tokens in them.
+        dropout: Dropout = Dropout(),
+        cache: list[KVCache] | None = None,
+        position: DecodePosition | None = None,
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """Return what the output map reads, [B, T, D], and the cache with these tokens in it.
 
-        With `caches` alone the tokens are the first of their sequences, and the past is what they
-        leave; with `place` too they are one token each, of the chunk. Of several documents, which
-        `document_mask` keeps apart, there are none in a cache.
+        With a `cache` alone the tokens are the first of their sequences, and fill its past. With a
+        `position` too they are one token for each sequence, which joins the cache's chunk.
         """
-        documents_BT = None
-        if self.config.document_mask and caches is None:
-            documents_BT = jnp.cumsum(tokens_BT == self.config.eot_id, axis=1)
-        x_BTD = split_batch(self._embed(tokens_BT, place))
-        if self.config.embed_dropout:
-            x_BTD = drop.layer(self.config.n_layer)(x_BTD, EMBEDDING)
-        if self.config.scan_layers:
-            x_BTD = self._scan_blocks(x_BTD, drop, documents_BT)
+        c = self.config
+        segment_ids_BT = None
+        if c.document_mask and cache is None:
+            segment_ids_BT = jnp.cumsum(tokens_BT == c.eot_id, axis=1)
+        context = Context(dropout, segment_ids_BT=segment_ids_BT, position=position)
+        x_BTD = constrain_batch(self.embed_tokens(tokens_BT, position))
+        x_BTD = dropout(x_BTD, c.n_layer, DropoutSite.EMBEDDING)
+        new_cache = []
+        if c.scan_layers:
+            x_BTD = self.scan_blocks(x_BTD, context)
         else:
-            v_first, old, new = None, caches or [None] * self.config.n_layer, []
-            for i, block in enumerate(self.blocks):
-                call = self._remat(block)
-                x_BTD, v_first, cache = call(x_BTD, v_first, i, drop, old[i], place, documents_BT)
-                new.append(cache)
-            caches = new if caches is not None else None
-        return self.ln_f(x_BTD) if self.config.norm_position == "pre" else x_BTD, caches
+            for layer, block in enumerate(self.blocks):
+                context = replace(context, layer=layer, cache=cache and cache[layer])
+                x_BTD, context = with_remat(c, block)(x_BTD, context)
+                new_cache.append(context.cache)
+        return self.ln_f(x_BTD) if c.norm_position == "pre" else x_BTD, new_cache
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V]; those of padded ids are -inf."""
-        head_VD = (self.embed if self.config.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV: Any = contract(OUTPUT_MAP, x_BTD, in_type(head_VD, x_BTD.dtype))
-        if self.config.head_bias:
-            logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
-        if cap := self.config.logit_softcap:  # Gemma team 2024
-            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        is_token_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
-        return jnp.where(is_token_V, logits_BTV, -jnp.inf)
-
-    def _embed(self, tokens_BT: jax.Array, place: Place | None) -> jax.Array:
-        c, length = self.config, tokens_BT.shape[1]
-        x_BTD = split_batch(look_up(self.embed.kernel[...], tokens_BT).astype(c.dtype))
+    def embed_tokens(self, tokens_BT: jax.Array, position: DecodePosition | None) -> jax.Array:
+        """Return the token's embedding and its position's, [B, T, D]."""
+        c, T = self.config, tokens_BT.shape[1]
+        x_BTD = constrain_batch(self.embed(tokens_BT, c.dtype))
         if c.position == "learned":
             table_TD = self.pos_embed.kernel[...].astype(c.dtype)
-            if place is None:
-                x_BTD = add_positions(x_BTD, table_TD[:length])
+            if position is None:
+                x_BTD = kernels.add_positions(x_BTD, table_TD[:T])
             else:
-                x_BTD += table_TD[positions(length, place)]
+                x_BTD += table_TD[token_positions(T, position)]
         if c.position == "sinusoidal":
-            table_BTD = sinusoids(positions(length, place), c.n_embd)
+            table_BTD = sinusoids(token_positions(T, position), c.n_embd)
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)
         return x_BTD
 
-    def _scan_blocks(self, x_BTD: jax.Array, drop: Dropout, documents_BT) -> jax.Array:
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Return logits [B, T, V]; those of padded ids are -inf."""
+        c = self.config
+        head = self.embed if c.tie_embeddings else self.lm_head
+        logits_BTV: Any = kernels.linear_map(LM_HEAD, x_BTD, head.kernel[...])
+        if c.logit_softcap:  # Gemma team 2024
+            logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
+        is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
+        return jnp.where(is_token_V, logits_BTV, -jnp.inf)
+
+    def scan_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Run one compiled block over the stacked layers."""
         c = self.config
         graphdef, stacked = nnx.split(self.blocks)
-        B, T, _ = x_BTD.shape
-        v_first = jnp.zeros((B, T, c.kv_heads, c.head_dim), x_BTD.dtype)
+        first_v = None
+        if c.value_residual:
+            first_v = jnp.zeros((*x_BTD.shape[:2], c.kv_heads, c.head_dim), x_BTD.dtype)
 
-        def step(carry, layer_params):
-            layer, params = layer_params
-            block = self._remat(nnx.merge(graphdef, params))
-            return block(*carry, layer, drop, documents_BT=documents_BT)[:2], None
+        def step(carry: tuple, layer_params: tuple) -> tuple[tuple, None]:
+            (x_BTD, first_v), (layer, params) = carry, layer_params
+            block = with_remat(c, nnx.merge(graphdef, params))
+            x_BTD, new = block(x_BTD, replace(context, layer=layer, first_v_BTKH=first_v))
+            return (x_BTD, new.first_v_BTKH), None
 
-        (x_BTD, _), _ = jax.lax.scan(step, (x_BTD, v_first), (jnp.arange(c.n_layer), stacked))
+        layers = jnp.arange(c.n_layer), stacked
+        (x_BTD, _), _ = jax.lax.scan(step, (x_BTD, first_v), layers)
         return x_BTD
 
-    def _remat(self, block: Block) -> Callable:
-        if self.config.remat == "none":
-            return block
-        cse = not self.config.scan_layers  # a scan's body cannot be merged with its recomputation
-        return jax.checkpoint(block, policy=REMAT[self.config.remat], prevent_cse=cse)
+    def init_cache(self, batch: int, chunk: int) -> list[KVCache]:
+        """Return an empty cache for each layer, for sequences decoded `chunk` tokens at a time.
+
+        The past has room for `block_size` positions and a chunk that begins after the last.
+        """
+        c = self.config
+        rows, past = batch * c.kv_heads, c.block_size + chunk
+        return [empty_cache(rows, past, chunk, c.head_dim, c.dtype) for _ in range(c.n_layer)]
 
 
-def _stack(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
-    """A Block whose parameters are those of one block a key, stacked on a leading axis L."""
+def residual_std(c: ModelConfig) -> float:
+    """Scale a branch's last map so that all 2L branches sum to the deviation of one (GPT-2).
+
+    Or start it at zero (Zhang et al. 2019, "Fixup").
+    """
+    return 0.0 if c.zero_init_projections else INIT_STD / math.sqrt(2 * c.n_layer)
+
+
+def token_positions(length: int, position: DecodePosition | None) -> jax.Array:
+    """Return the tokens' positions, [1 or B, T]: from 0, or that of the token decoded."""
+    start_B = jnp.zeros(1, jnp.int32) if position is None else position.start_B + position.step
+    return start_B[:, None] + jnp.arange(length)
+
+
+def with_remat(c: Config, block: Block) -> Callable:
+    """Return the block, which recomputes in its gradient what `remat` says."""
+    if c.remat == "none":
+        return block
+    # a scan's body cannot be merged with its recomputation
+    return jax.checkpoint(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+
+
+def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
+    """Return a Block whose parameters are those of one block for each key, stacked on an axis L."""
     graphdef, _ = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
     init = lambda key: nnx.to_pure_dict(nnx.split(make(key))[1])
     return nnx.merge(graphdef, jax.vmap(init)(keys))
 
 
-def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Sines on even and cosines on odd columns, [B, T, D]; Vaswani et al. 2017, section 3.5."""
-    frequency = 10_000.0 ** (-(jnp.arange(width) // 2 * 2) / width)
-    angle_BTD = positions_BT[..., None] * frequency
-    return jnp.where(jnp.arange(width) % 2 == 0, jnp.sin(angle_BTD), jnp.cos(angle_BTD))
+# ---- a model as a function of its parameters -------------------------------------------------
 
 
-# ---- the model as a function of its parameters -----------------------------------------------
+def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
+    """Return the model's structure, and two trees like its parameters: shapes, and axis letters.
 
+    The letters of a parameter that names none are spaces.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
 
-def split(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
-    """The model's structure, and two trees like its parameters: shapes, and axis letters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
-    axes = jax.tree.map(
-        lambda p: p.axes.rjust(len(p.shape), "L"), state, is_leaf=lambda p: isinstance(p, nnx.Param)
-    )
+    def letters(param: Any) -> str:
+        axes = getattr(param, "axes", None)
+        return " " * len(param.shape) if axes is None else axes.rjust(len(param.shape), "L")
+
+    axes = jax.tree.map(letters, state, is_leaf=lambda p: isinstance(p, nnx.Param))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def init(config: Config, key: jax.Array) -> dict:
-    """Fresh parameters: nested dicts of float32 arrays."""
-    return nnx.to_pure_dict(nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))[1])
+def ties_embedding(config: Config) -> bool:
+    """Return whether the model is a GPT whose embedding is its output map too."""
+    model = nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0)))
+    return isinstance(model, GPT) and config.tie_embeddings
 
 
-def unstack(params: dict) -> dict:
-    """Parameters of a model with `scan_layers`, as those of one without it."""
+def init_params(config: Config, key: jax.Array) -> dict:
+    """Return fresh parameters: nested dicts of float32 arrays."""
+    return nnx.to_pure_dict(nnx.split(config.make_model(nnx.Rngs(params=key)))[1])
+
+
+def unstack_layers(params: dict) -> dict:
+    """Turn parameters of a model with `scan_layers` into those of one without it."""
     layers = len(jax.tree.leaves(params["blocks"])[0])
     blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
     return params | {"blocks": blocks}
 
 
-def stack(params: dict) -> dict:
-    """Parameters of a model without `scan_layers`, in NumPy, as those of one with it."""
+def stack_layers(params: dict) -> dict:
+    """Turn NumPy parameters of a model without `scan_layers` into those of one with it."""
     blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
     return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
-def pack_kernels(config: Config, params: dict) -> dict:
-    """The parameters with large kernels packed, for a CPU to decode one sequence; see `pack`."""
-    network = nnx.merge(split(config)[0], params)
-    for _, module in nnx.iter_modules(network):
-        if isinstance(module, Linear):
-            module.kernel.set_value(pack(module.equation, module.kernel[...]))
-    head = (network.embed if config.tie_embeddings else network.lm_head).kernel
-    head.set_value(pack(OUTPUT_MAP, head[...]))
-    return nnx.to_pure_dict(nnx.split(network)[1])
-
-
-def init_caches(config: Config, batch: int, chunk: int) -> list[Cache]:
-    """Empty caches, one a layer, for `batch` sequences that are decoded `chunk` tokens at a time.
-
-    The past has room for `block_size` positions and a chunk that begins after the last.
-    """
-    c = config
-
-    def empty(length: int) -> KeysValues:
-        zeros_PSH = jnp.zeros((batch * c.kv_heads, length, c.head_dim), c.dtype)
-        return KeysValues(zeros_PSH, zeros_PSH)
-
-    return [Cache(empty(c.block_size + chunk), empty(chunk)) for _ in range(c.n_layer)]
-
-
 def count_params(config: Config) -> int:
-    """Parameters as nanoGPT counts them: without position embeddings, and without padding."""
-    _, shapes, _ = split(config.replace(scan_layers=False))
-    total = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes))
-    rows = (1 if config.tie_embeddings else 2) * config.n_embd + config.head_bias
-    padding = (config.padded_vocab_size - config.vocab_size) * rows
-    positions = math.prod(shapes["pos_embed"]["kernel"].shape) if "pos_embed" in shapes else 0
-    return total - positions - padding
+    """Count parameters as nanoGPT does: without position embeddings, and without padding."""
+    _, shapes, axes = abstract_model(config)
+    shapes.pop("pos_embed", None)
+    axes.pop("pos_embed", None)
+
+    def unpadded_size(shape: Any, letters: str) -> int:
+        size = math.prod(shape.shape)
+        padded = config.padded_vocab_size
+        return size // padded * config.vocab_size if "V" in letters else size
+
+    return sum(jax.tree.leaves(jax.tree.map(unpadded_size, shapes, axes)))
 
 
 def flops_per_token(config: Config) -> int:
-    """Of a training step, forward and backward: 6 N + 12 L H Q T, PaLM's and nanoGPT's formula."""
+    """Count a training step's FLOPs by PaLM's and nanoGPT's formula, 6 N + 12 L H Q T."""
     c = config
     return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size

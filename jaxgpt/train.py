@@ -366,7 +366,8 @@ class Trainer:
             "dataset": self.config.dataset,
             "data": self.dataset.fingerprint,
         }
-        self.checkpoints.save(self.state, meta, best=best)
+        items = {name: self.state[name] for name in ("params", "opt_state")}
+        self.checkpoints.save(items, meta, best=best)
 
     def _gather(self, params: dict[str, Any]) -> dict[str, Any]:
         """The parameters whole on this process's first device; all processes take part."""

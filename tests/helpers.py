@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
 from jaxgpt import sharding
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
@@ -85,6 +86,18 @@ def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     prepare(str(folder / f"{name}.txt"), str(folder), tokenizer)
     return folder
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal(function, *args) -> str:
+    """The one line of the `UserError` that a call must raise."""
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 # ---- steps by hand ---------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_twenty_steps_of_the_full_script_are_pytorchs():
         state, step = init_state(config, mesh), make_train_step(config, mesh)
         state["params"] = jax.tree.map(jnp.asarray, full_script_params("param", config))
         for it, windows in enumerate(GOLDEN["tokens"]):
-            batch = {"windows": jnp.asarray(windows[None, None], jnp.int32)}
+            batch = jnp.asarray(windows[None, None], jnp.int32)
             state, metrics = step(state, batch, jnp.int32(1))
             assert float(metrics["loss"][0]) == pytest.approx(GOLDEN["loss"][it], rel=1e-9)
             assert float(metrics["grad_norm"][0]) == pytest.approx(GOLDEN["norm"][it], rel=1e-8)

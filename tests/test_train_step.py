@@ -35,20 +35,20 @@ def make_config(**options) -> Config:
     return Config(**TINY | options)
 
 
-def make_batch(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 0) -> dict:
+def make_batch(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 0) -> jax.Array:
     """Random windows for `steps` steps of 8 sequences in `micro` micro-batches."""
     rng = np.random.default_rng(seed)
     windows = rng.integers(0, config.vocab_size, (steps, 8, config.block_size + 1))
-    return {"windows": jnp.asarray(windows.reshape(steps, micro, 8 // micro, -1), jnp.int32)}
+    return jnp.asarray(windows.reshape(steps, micro, 8 // micro, -1), jnp.int32)
 
 
-def train(config: Config, batches: list[dict]) -> tuple[dict, list[dict]]:
+def train(config: Config, batches: list[jax.Array]) -> tuple[dict, list[dict]]:
     mesh = sharding.make_mesh(config)
     state, step, rows = init_state(config, mesh), make_train_step(config, mesh), []
     for batch in batches:
-        state, metrics = step(state, batch, jnp.int32(len(batch["windows"])))
+        state, metrics = step(state, batch, jnp.int32(len(batch)))
         metrics = jax.device_get(metrics)
-        rows += [{k: v[i] for k, v in metrics.items()} for i in range(len(batch["windows"]))]
+        rows += [{k: v[i] for k, v in metrics.items()} for i in range(len(batch))]
     return jax.device_get(state), rows
 
 
@@ -77,7 +77,7 @@ def test_twenty_steps_from_the_same_weights_are_pytorchs():
         state, step = init_state(config, mesh), make_train_step(config, mesh)
         state["params"] = jax.tree.map(jnp.asarray, golden.params("param"))
         for it in range(len(windows)):
-            batch = {"windows": jnp.asarray(windows[it][None, None], jnp.int32)}
+            batch = jnp.asarray(windows[it][None, None], jnp.int32)
             state, metrics = step(state, batch, jnp.int32(1))
             for ours, theirs in ("loss", "loss"), ("grad_norm", "norm"), ("lr", "lr"):
                 want = arrays[f"train/{theirs}"][it]
@@ -105,9 +105,9 @@ def test_the_mean_is_over_all_targets_of_a_step_not_over_micro_batches():
     """Micro-batches with different numbers of ignored targets weigh by their targets."""
     config = make_config()
     whole = make_batch(config, micro=1)
-    masked = whole["windows"].at[0, 0, :3, 2:].set(~whole["windows"][0, 0, :3, 2:])
-    _, want = train(config, [{"windows": masked}])
-    _, got = train(config, [{"windows": masked.reshape(1, 4, 2, -1)}])
+    masked = whole.at[0, 0, :3, 2:].set(~whole[0, 0, :3, 2:])
+    _, want = train(config, [masked])
+    _, got = train(config, [masked.reshape(1, 4, 2, -1)])
     assert got[0]["loss"] == pytest.approx(want[0]["loss"], rel=1e-6)
     assert got[0]["grad_norm"] == pytest.approx(want[0]["grad_norm"], rel=1e-5)
 
@@ -116,8 +116,8 @@ def test_a_masked_target_is_still_read():
     """~id hides a token as a target, not as an input."""
     config = make_config()
     batch = make_batch(config, micro=1)
-    masked = {"windows": batch["windows"].at[..., 4].set(~batch["windows"][..., 4])}
-    other = {"windows": masked["windows"].at[..., 4].set(~((batch["windows"][..., 4] + 1) % 31))}
+    masked = batch.at[..., 4].set(~batch[..., 4])
+    other = masked.at[..., 4].set(~((batch[..., 4] + 1) % 31))
     losses = [train(config, [b])[1][0]["loss"] for b in (batch, masked, other)]
     assert len({round(float(loss), 6) for loss in losses}) == 3
 
@@ -126,9 +126,7 @@ def test_several_steps_a_dispatch_are_single_steps():
     config = make_config(dropout=0.1)
     batches = [make_batch(config, seed=i) for i in range(6)]
     want, rows = train(config, batches)
-    joined = [
-        {"windows": jnp.concatenate([b["windows"] for b in batches[i : i + 3]])} for i in (0, 3)
-    ]
+    joined = [jnp.concatenate(batches[i : i + 3]) for i in (0, 3)]
     got, other = train(config, joined)
     assert_trees_close(got["params"], want["params"], atol=1e-6)
     for a, b in zip(rows, other, strict=True):
@@ -141,7 +139,7 @@ def test_a_dispatch_may_end_early():
     mesh = sharding.make_mesh(config)
     step = make_train_step(config, mesh)
     state, _ = step(init_state(config, mesh), batch, jnp.int32(2))
-    want, _ = train(config, [{"windows": batch["windows"][i : i + 1]} for i in range(2)])
+    want, _ = train(config, [batch[i : i + 1] for i in range(2)])
     assert int(state["step"]) == 2
     assert_trees_close(jax.device_get(state)["params"], want["params"], atol=1e-6)
 
@@ -159,7 +157,7 @@ def test_a_mesh_changes_nothing_but_rounding(mesh):
 def test_the_loss_falls_on_a_text_that_repeats():
     config = make_config(max_iters=100)
     text = np.tile(np.arange(9) % 7, 8).reshape(1, 1, 8, 9)
-    _, rows = train(config, [{"windows": jnp.asarray(text, jnp.int32)}] * 100)
+    _, rows = train(config, [jnp.asarray(text, jnp.int32)] * 100)
     assert rows[0]["loss"] > 3
     assert rows[-1]["loss"] < 0.1
 

@@ -1,6 +1,7 @@
-"""(seed, step) -> the batch: an order without replacement, gathered on the device or read ahead.
+"""(seed, step) -> the batch, without replacement: gathered on the device, or read ahead from disk.
 
-K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+A batch is one array `windows_KMBT`: K steps per call, M micro-batches per step, B sequences per
+micro-batch, and T + 1 tokens, because the last target follows the last input.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,10 @@ from jaxgpt.sharding import BATCH
 
 
 class Batches:
-    """The batches of one stream: pure functions of a step, as arrays on the mesh.
+    """The batches of one stream, each a pure function of its step.
 
-    Where the tokens are `resident` on the device, a batch is {"tokens": [all], "starts":
-    [K, M, B]}; else it is {"windows": [K, M, B, T + 1]}, read from disk by a thread, `ahead`
-    dispatches early. `gather` turns either into windows inside the jitted step.
+    Where the tokens are `resident` on the device, it gathers the windows. Otherwise a thread
+    reads them from disk, `ahead` calls early.
     """
 
     def __init__(
@@ -41,51 +41,50 @@ class Batches:
         self._starts = partial(tokens.starts, block_size=block_size, seed=seed, stream=stream)
         self._sharding = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
         self._resident, self._ahead = resident, ahead
+        gather = partial(_gather, length=block_size + 1)
+        self._gather = jax.jit(gather, out_shardings=self._sharding)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
-        self._futures: dict[int, Future] = {}
+        self._pending: dict[int, Future] = {}
 
-    def get(self, step: int) -> dict[str, jax.Array]:
-        """The batches of the K steps from `step` on."""
+    def get(self, step: int) -> jax.Array:
+        """Returns the windows of the K steps from `step` on, [K, M, B, T + 1], over the mesh."""
         K = self.shape_KMB[0]
-        steps = range(step, step + (self._ahead + 1) * K, K)
-        old = self._futures
-        self._futures = {s: old.get(s) or self._reader.submit(self._make, s) for s in steps}
-        return self._futures.pop(step).result()
+        pending = {}
+        for later in range(step, step + (self._ahead + 1) * K, K):
+            pending[later] = self._pending.get(later) or self._reader.submit(self._read, later)
+        made = pending.pop(step).result()
+        self._pending = pending
+        return made if self._resident is None else self._gather(self._resident, made)
 
     def starts(self, step: int) -> np.ndarray:
-        """Where the windows of the K steps from `step` on start, int64 [K, M, B]."""
+        """Returns where the windows of the K steps from `step` on start, int64 [K, M, B]."""
         K, M, B = self.shape_KMB
-        samples = np.arange(step * M * B, (step + K) * M * B, dtype=np.uint64)
-        return self._starts(samples).reshape(self.shape_KMB)
+        sample_ids = np.arange(step * M * B, (step + K) * M * B, dtype=np.uint64)
+        return self._starts(sample_ids).reshape(self.shape_KMB)
 
-    def _make(self, step: int) -> dict[str, jax.Array]:
-        starts, length = self.starts(step), self.block_size + 1
+    def _read(self, step: int) -> jax.Array:
+        """Puts the windows on the mesh, or where the tokens are resident, only their starts."""
+        starts = self.starts(step)
         if self._resident is not None:
-            return {
-                "tokens": self._resident,
-                "starts": self._put(starts.astype(np.int32).__getitem__),
-            }
+            return self._put(starts.astype(np.int32).__getitem__)
+        length = self.block_size + 1
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             mine = starts[index[:3]]  # the sequences of one device
             return self.tokens.windows(mine.ravel(), length).reshape(*mine.shape, length)
 
-        return {"windows": self._put(read, length)}
+        return self._put(read, length)
 
     def _put(self, part: Callable[[Any], np.ndarray], *shape: int) -> jax.Array:
         return jax.make_array_from_callback((*self.shape_KMB, *shape), self._sharding, part)
 
 
 def make_resident(tokens: TokenSplit, mesh: Mesh) -> jax.Array:
-    """All tokens of a split, whole on every device."""
+    """Copies all tokens of a split to every device."""
     ids = tokens.read(0, len(tokens))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback(ids.shape, everywhere, ids.__getitem__)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback(ids.shape, replicated, ids.__getitem__)
 
 
-def gather(batch: dict[str, jax.Array], step: jax.Array | int, length: int) -> jax.Array:
-    """The windows of one of the K steps in a batch, int32 [M, B, `length`]."""
-    if "windows" in batch:
-        return batch["windows"][step].astype(jnp.int32)
-    places = batch["starts"][step][..., None] + jnp.arange(length)
-    return batch["tokens"][places].astype(jnp.int32)
+def _gather(tokens: jax.Array, starts_KMB: jax.Array, length: int) -> jax.Array:
+    return tokens[starts_KMB[..., None] + jnp.arange(length)]

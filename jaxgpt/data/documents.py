@@ -1,9 +1,9 @@
-"""Documents -> shards of ids: OpenWebText, FineWeb-Edu, one's own parquet or text files.
+"""Documents -> shards of ids: OpenWebText, FineWeb-Edu, your own parquet or text files.
 
-The source is cut into pieces once and for all. A piece's documents, an end-of-text after each,
-become train_<piece>.bin and val_<piece>.bin, and <piece>.json at last says that they are whole.
-So any number of processes and machines share the work, are killed and start again, and the files
-are always the same.
+The source is cut into pieces that depend on it alone. The documents of a piece, with an end-of-text
+after each, become train_<piece>.bin and val_<piece>.bin; <piece>.json then says that both are
+whole. So processes and machines can share the work, and be killed and restarted, and the files are
+always the same.
 """
 
 import hashlib
@@ -28,9 +28,10 @@ from rich.progress import Progress
 
 from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.text import read_text, sha256_of
+from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, write_partial
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, name_partial, write_partial
+from jaxgpt.runtime.files import atomic_write, cores, sha256_of
 
 COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
@@ -40,12 +41,12 @@ Piece = Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class HubSet:
-    """A dataset of the Hugging Face hub whose files hold a column `text`."""
+    """A dataset of the Hugging Face hub whose files have a column `text`."""
 
     repo: str
     config: str
     revision: str
-    """A commit, so that everybody has the same documents."""
+    """A commit, so that everybody gets the same documents."""
     pieces: int
 
 
@@ -57,7 +58,7 @@ HUB = {
         "HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", 100
     ),
 }
-VAL_SHARE = {True: 0.0005, False: 0.01}  # of documents, by whether the set is in HUB; nanoGPT's
+VAL_FRACTION = {True: 0.0005, False: 0.01}  # of documents, by whether HUB has the set; nanoGPT's
 
 
 def is_document_set(dataset: str) -> bool:
@@ -77,34 +78,35 @@ def prepare(
     """Writes shards of ids and a meta.json to `data_dir`/<name>/, and returns that folder.
 
     `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file; `tokenizer`
-    is gpt2 or a tokenizer.json with an end-of-text. A document is for validation if the hash of
-    its text says so, a share of `val_share` (0: VAL_SHARE). `shard` i/n makes every n-th piece;
-    meta.json comes when all are there. `processes` use a core each; 0 is all. Raises `UserError`.
+    is gpt2 or a tokenizer.json with an end-of-text. A hash of its text decides whether a document
+    is in the fraction `val_share` for validation (0: VAL_FRACTION). `shard` i/n makes every n-th
+    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all
+    cores. Raises `UserError`.
     """
     first, step = _parse_shard(shard)
     pieces, source = _open(dataset)
-    encoder = _encoder(tokenizer, data_dir)
+    encoder = _load_encoder(tokenizer, data_dir)
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
-    plan = {
+    manifest = {
         "source": source,
         "pieces": len(pieces),
-        "val_share": val_share or VAL_SHARE[dataset in HUB],
+        "val_share": val_share or VAL_FRACTION[dataset in HUB],
         "tokenizer": encoder.kind,
         "tokenizer_sha256": hashlib.sha256(encoder.to_json().encode()).hexdigest(),
         "vocab_size": encoder.vocab_size,
         "end_of_text": encoder.eot,
-        "dtype": "uint16" if encoder.vocab_size <= 2**16 else "uint32",
+        "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
-    _begin(folder, plan, encoder)
+    _begin(folder, manifest, encoder)
     mine = dict(list(enumerate(pieces))[first::step])
-    _make(folder, plan, mine, min(processes or _cores(), len(mine)))
-    _finish(folder, plan)
+    _make_pieces(folder, manifest, mine, min(processes or cores(), len(mine)))
+    _finish(folder, manifest)
     return folder
 
 
-def _encoder(name: str, data_dir: str) -> BpeTokenizer:
+def _load_encoder(name: str, data_dir: str) -> BpeTokenizer:
     if name == "gpt2":
         return tokenizers.gpt2(data_dir)
     found = tokenizers.load(name) if Path(name).is_file() else None
@@ -118,20 +120,16 @@ def _encoder(name: str, data_dir: str) -> BpeTokenizer:
 
 def _parse_shard(shard: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    if not found or not int(found[1]) < int(found[2]):
+    if not found or int(found[1]) >= int(found[2]):
         raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
     return int(found[1]), int(found[2])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- where documents come from ---------------------------------------------------------------
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:
-    """The pieces of a source, and what it is, for people and to know it again."""
+    """Returns the pieces of a source, and its description, which also identifies it."""
     if dataset in HUB:
         of = HUB[dataset]
         keys = {"name": of.config, "revision": of.revision}
@@ -151,13 +149,13 @@ def _open(dataset: str) -> tuple[list[Piece], str]:
 
 
 def _texts(files: list[Path]) -> Iterator[str]:
-    """Each file is a document."""
+    """Yields each file as a document."""
     for file in files:
         yield "".join(text for text, _ in read_text(file))
 
 
 def _rows(source: str, count: int, keys: dict[str, Any]) -> list[Piece]:
-    """At most `count` pieces, whole row groups each, of what the library `datasets` streams."""
+    """Cuts what the library `datasets` streams into at most `count` pieces of whole row groups."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -176,7 +174,7 @@ def _column(rows: Any) -> Iterator[str]:
         for batch in rows.iter(batch_size=BATCH):
             yield from filter(None, batch[COLUMN])
     except Exception as error:
-        raise UserError(f"{_first_line(error)}; the same command again goes on") from error
+        raise UserError(f"{_first_line(error)}; run the same command again to continue") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -186,25 +184,26 @@ def _first_line(error: Exception) -> str:
 # ---- making pieces ---------------------------------------------------------------------------
 
 
-def _begin(folder: Path, plan: dict[str, Any], encoder: BpeTokenizer) -> None:
+def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
     """Marks the folder as unfinished. Raises `UserError` if it holds pieces of something else."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
     for note in folder.glob("[0-9]*.json"):
-        begun = json.loads(note.read_text(encoding="utf-8"))["plan"]
-        for key in plan:
-            if begun.get(key) != plan[key]:
-                said = f"was begun with {key}={begun.get(key)!r}, and this is {plan[key]!r}"
+        begun = _read(note)["plan"]
+        for key, value in manifest.items():
+            if begun.get(key) != value:
+                said = f"was begun with {key}={begun.get(key)!r}, and this is {value!r}"
                 raise UserError(f"{folder}: {said}; delete it to begin anew")
-    if (meta := folder / META).exists() and "pieces" not in json.loads(meta.read_text()):
+    meta = folder / META
+    if meta.exists() and "pieces" not in _read(meta):
         raise UserError(f"{folder}: holds another dataset; delete it or take another --data_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / tokenizers.FILE, encoder.to_json())
-    (folder / (META + PARTIAL)).write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    atomic_write(folder / tokenizers.FILE, encoder.to_json(), shared=True)
+    (folder / (META + PARTIAL)).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _make(folder: Path, plan: dict[str, Any], pieces: dict[int, Piece], processes: int) -> None:
-    """Makes the pieces that are not whole yet, in processes of their own."""
+def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], processes: int) -> None:
+    """Makes the pieces that are not whole yet, in worker processes."""
     began, made = time.perf_counter(), 0
     console = Console(stderr=True)
     spawn = multiprocessing.get_context("spawn")
@@ -213,10 +212,10 @@ def _make(folder: Path, plan: dict[str, Any], pieces: dict[int, Piece], processe
         ProcessPoolExecutor(max(1, processes), spawn, _start_worker) as pool,
     ):
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
-        waiting = [pool.submit(_make_piece, folder, plan, n, piece) for n, piece in pieces.items()]
+        jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:
-            for done in as_completed(waiting):
-                made += done.result()
+            for job in as_completed(jobs):
+                made += job.result()
                 rate = made / (time.perf_counter() - began)
                 about = f"{folder.name}: {made:,} tokens, {rate:,.0f} tokens/s"
                 progress.update(task, advance=1, description=about)
@@ -228,96 +227,86 @@ def _make(folder: Path, plan: dict[str, Any], pieces: dict[int, Piece], processe
 
 
 def _start_worker() -> None:
-    """Runs on one core, and not a moment longer than the process that started it."""
+    """Keeps a worker to one core, and ends it with the process that started it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+        wait([parent.sentinel])
+        os._exit(1)
 
 
-_load = cache(tokenizers.load)  # once a process
+_load_once = cache(tokenizers.load)  # per process
 
 
-def _make_piece(folder: Path, plan: dict[str, Any], number: int, piece: Piece) -> int:
+def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
     """Writes a piece unless it is there -> how many tokens it wrote."""
-    if _is_whole(folder, number):
+    files, note = _files(folder, number)
+    if _is_whole(files, note):
         return 0
-    encoder: Any = _load(folder / tokenizers.FILE)
-    files = {split: folder / _name(split, number) for split in SPLITS}
-    texts = iter(piece())
-    counts, sums, _ = write_partial(
-        files,
-        (
-            (split, encoder.encode_documents(documents))
-            for batch in iter(lambda: list(islice(texts, BATCH)), [])
-            for split, documents in _split(batch, plan["val_share"]).items()
-        ),
-    )
-    for file in files.values():
-        Path(f"{file}{PARTIAL}").replace(file)
-    note = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS}
-    _replace(_note(folder, number), json.dumps(note | {"plan": plan}, indent=1))
+    encoder: Any = _load_once(folder / tokenizers.FILE)
+    counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
+    name_partial(files)
+    made = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
+    atomic_write(note, json.dumps(made, indent=1), shared=True)
     return sum(counts.values())
 
 
-def _split(documents: list[str], val_share: float) -> dict[str, list[str]]:
-    """By a hash of the text, so that copies of a document are on one side."""
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text in documents:
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        number = int.from_bytes(digest[:8], "little")
-        parts["val" if number < val_share * 2**64 else "train"].append(text)
-    return parts
+def _encode(
+    texts: Iterable[str], encoder: BpeTokenizer, val_share: float
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields splits and the ids of their documents. Copies of a document are in one split."""
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH)):
+        parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for text in batch:
+            digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+            is_val = int.from_bytes(digest[:8], "little") < val_share * 2**64
+            parts["val" if is_val else "train"].append(text)
+        for split, documents in parts.items():
+            yield split, encoder.encode_documents(documents)
 
 
-def _is_whole(folder: Path, number: int) -> bool:
+def _files(folder: Path, number: int) -> tuple[dict[str, Path], Path]:
+    """Returns the token files of a piece by split, and its note."""
+    files = {split: folder / f"{split}_{number:05d}.bin" for split in SPLITS}
+    return files, folder / f"{number:05d}.json"
+
+
+def _is_whole(files: dict[str, Path], note: Path) -> bool:
     """Whether a piece's files are as its note says, byte for byte."""
-    if not _note(folder, number).exists():
+    if not note.exists():
         return False
-    note = json.loads(_note(folder, number).read_text(encoding="utf-8"))
-    for split in SPLITS:
-        file = folder / _name(split, number)
-        if not file.is_file() or sha256_of(file) != note[split]["sha256"]:
-            return False
-    return True
+    made = _read(note)
+    return all(f.is_file() and sha256_of(f) == made[split]["sha256"] for split, f in files.items())
 
 
-def _name(split: str, number: int) -> str:
-    return f"{split}_{number:05d}.bin"
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _note(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.json"
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whoever else writes the same."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-def _finish(folder: Path, plan: dict[str, Any]) -> None:
+def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes meta.json, if all pieces are there."""
-    notes = [_note(folder, number) for number in range(plan["pieces"])]
-    if absent := sum(not note.exists() for note in notes):
-        print(f"{absent} of {len(notes)} pieces are still to come, from other shards")
+    pieces = [_files(folder, number) for number in range(manifest["pieces"])]
+    missing = sum(not note.exists() for _, note in pieces)
+    if missing:
+        print(f"{missing} of {len(pieces)} pieces are still to come, from other shards")
         return
-    made = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
-    counts = {split: sum(note[split]["tokens"] for note in made) for split in SPLITS}
+    made = [(files, _read(note)) for files, note in pieces]
+    counts, sums = dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS}
     for split in SPLITS:
+        for files, note in made:
+            if note[split]["tokens"]:
+                counts[split] += note[split]["tokens"]
+                sums[split][files[split].name] = note[split]["sha256"]
         if not counts[split]:
             raise UserError(
-                f"val_share={plan['val_share']}: leaves no document for {split}; delete {folder} "
-                "and begin anew with another one"
+                f"val_share={manifest['val_share']}: leaves no document for {split}; delete "
+                f"{folder} and begin anew with another one"
             )
-    sums = {
-        split: {
-            _name(split, number): note[split]["sha256"]
-            for number, note in enumerate(made)
-            if note[split]["tokens"]
-        }
-        for split in SPLITS
-    }
-    _replace(folder / META, json.dumps(plan | {"counts": counts, "sha256": sums}, indent=1))
+    meta = manifest | {"counts": counts, "sha256": sums}
+    atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
     (folder / (META + PARTIAL)).unlink(missing_ok=True)

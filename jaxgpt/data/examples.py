@@ -1,4 +1,4 @@
-"""Prompts and completions, a JSON object a line -> ids of which only completions are targets."""
+"""Prompts and completions, a JSON object per line -> ids; only those of completions are targets."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,8 +9,8 @@ from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 
 
-def survey(pieces: Iterable[str]) -> tuple[set[str], int]:
-    """Which characters there are, with the line break that ends, and how many examples."""
+def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
+    """Collects the characters, with the line break that ends a completion, and counts examples."""
     chars, count = {"\n"}, 0
     for prompt, completion in read_examples(pieces):
         chars.update(prompt, completion)
@@ -18,13 +18,13 @@ def survey(pieces: Iterable[str]) -> tuple[set[str], int]:
     return chars, count
 
 
-def encode(
+def encode_examples(
     pieces: Iterable[str], encoder: Tokenizer, train_examples: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Ids by split, int32: `~id` for the prompt, then the completion and its end.
+    """Yields each example's split and its ids, int32: `~id` for the prompt, then the completion.
 
-    The end is GPT-2's <|endoftext|> where the tokenizer is a BPE, else a line break. The first
-    `train_examples` are train, the rest val.
+    A completion ends with GPT-2's <|endoftext|> where the tokenizer is a BPE, else with a line
+    break. The first `train_examples` are train, the rest val.
     """
     is_bpe = encoder.kind not in ("char", "byte")
     end = encoder.encode(END_OF_TEXT if is_bpe else "\n")
@@ -35,9 +35,9 @@ def encode(
 
 
 def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The prompt and the completion of every line of a text that comes in pieces.
+    """Yields the prompt and the completion of every line that is not blank.
 
-    Blank lines are passed over. Raises `UserError` that names the first line that is neither.
+    Raises `UserError` that names the first line that is no example.
     """
     for number, line in enumerate(_lines(pieces), 1):
         if not line.strip():

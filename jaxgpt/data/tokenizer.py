@@ -21,28 +21,33 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
-    eot: int | None
+    eot: int | None = None
     """The id that ends a document, if there is one."""
-    stop: tuple[str, ...]
-    """Before what a sample ends unless it is told otherwise; mostly nothing."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a sample, unless the user names others."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, one dimension, unsigned. Raises `UserError` where it has none."""
+        """Returns the ids of a text, unsigned [n]. Raises `UserError` where it has none."""
         ...
 
-    def decode(self, ids) -> str: ...
+    def decode(self, ids) -> str:
+        """Returns the text of these ids."""
+        ...
 
     def to_json(self) -> str:
-        """What `load` reads."""
+        """Returns what `load` reads."""
         ...
 
 
-class CharTokenizer:
-    """One id a character, in order of code point: what nanoGPT's shakespeare_char does."""
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Returns the narrowest type that token files have for these ids."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in order of code point, as in nanoGPT's shakespeare_char."""
 
     kind = "char"
-    eot: int | None = None
-    stop: tuple[str, ...] = ()
 
     def __init__(self, chars: str):
         self.chars = "".join(sorted(set(chars)))
@@ -60,26 +65,26 @@ class CharTokenizer:
                 f"no token for {unknown!r}: this tokenizer knows the {self.vocab_size} "
                 f"characters {self.chars!r}"
             )
-        return ids.astype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
         codes = self._code_of[np.asarray(ids, np.int64)]
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
-        return json.dumps({"type": "char", "chars": self.chars})
+        return json.dumps({"type": self.kind, "chars": self.chars})
 
 
 class ArithmeticTokenizer(CharTokenizer):
-    """Characters of problems such as 123+456=, and of answers, each with a line break after it.
+    """Characters of problems such as 123+456=, and of answers that end with a line break.
 
-    In ids the numbers of a problem have leading zeros, so that units stand under units, and an
-    answer's digits stand units first; in text all stands as usual. Until its line break has come
-    an answer has no text, and is shown as half a character would be.
+    In ids, the numbers of a problem have leading zeros, so that their digits line up, and an
+    answer's digits are reversed. In text, both are written as usual. An answer without its line
+    break is incomplete, so it decodes to U+FFFD, as half a character would.
     """
 
     kind = "arithmetic"
-    stop: tuple[str, ...] = ("\n",)
+    stop = ("\n",)
 
     def __init__(self, operations: str, digits: int):
         minus = "-" if "-" in operations else ""
@@ -110,13 +115,11 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-class ByteTokenizer:
-    """One id a byte of UTF-8: every text has ids, and needs no vocabulary."""
+class ByteTokenizer(Tokenizer):
+    """One id per byte of UTF-8: it can encode any text."""
 
     kind = "byte"
     vocab_size = 256
-    eot: int | None = None
-    stop: tuple[str, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
@@ -125,13 +128,11 @@ class ByteTokenizer:
         return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")
 
     def to_json(self) -> str:
-        return json.dumps({"type": "byte"})
+        return json.dumps({"type": self.kind})
 
 
-class BpeTokenizer:
-    """Any tokenizer of the Hugging Face `tokenizers` library; GPT-2's is one."""
-
-    stop: tuple[str, ...] = ()
+class BpeTokenizer(Tokenizer):
+    """Any tokenizer of the Hugging Face library `tokenizers`, such as GPT-2's."""
 
     def __init__(self, bpe: tokenizers.Tokenizer, kind: str = "bpe"):
         self.kind = kind
@@ -143,23 +144,23 @@ class BpeTokenizer:
         return self._join(self._encode_pieces(_cut(text)))
 
     def encode_documents(self, documents: list[str]) -> np.ndarray:
-        """Ids of the documents, each with an end-of-text after it; in them its name is text."""
+        """Encodes documents, each with an end-of-text after it; inside, its name is plain text."""
         cuts = [_cut(text) for text in documents]
         self._bpe.encode_special_tokens = True
         encoded = iter(self._encode_pieces([piece for pieces in cuts for piece in pieces]))
         self._bpe.encode_special_tokens = False
         ids: list[list[int]] = []
         for pieces in cuts:
-            ids += *(next(encoded) for _ in pieces), [cast(int, self.eot)]
+            ids += [next(encoded) for _ in pieces]
+            ids.append([cast(int, self.eot)])
         return self._join(ids)
 
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
         return [e.ids for e in self._bpe.encode_batch_fast(pieces, add_special_tokens=False)]
 
     def _join(self, pieces: list[list[int]]) -> np.ndarray:
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        ids = [np.array(piece, np.uint32) for piece in pieces]
-        return np.concatenate(ids, dtype=dtype, casting="unsafe") if ids else np.empty(0, dtype)
+        ids = [np.array(piece, np.uint32) for piece in [*pieces, []]]
+        return np.concatenate(ids).astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
         return self._bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
@@ -172,27 +173,29 @@ PIECE_CHARS = 1 << 16
 
 
 def _cut(text: str) -> list[str]:
-    """The text in pieces to be encoded in parallel, cut where words end in any case."""
+    """Cuts a text into pieces to be encoded in parallel, where words always end."""
     pieces, start = [], 0
     while start < len(text):
         stop = start + PIECE_CHARS
-        stop = (last_break(text, start, stop) if stop < len(text) else 0) or len(text)
+        if stop < len(text):
+            stop = last_break(text, start, stop) or len(text)
         pieces.append(text[start:stop])
         start = stop
     return pieces
 
 
 def last_break(text: str, start: int, stop: int) -> int:
-    """The last place in text[start:stop] before a line break that follows something visible.
+    """Finds the last line break in text[start:stop] that follows something visible, or 0.
 
-    There GPT-2's pattern always ends a word, so text cut there has the ids of the whole text; so
-    it does before a space, which is second choice. Where there is neither, 0.
+    GPT-2's pattern always ends a word there, so text that is cut there has the ids of the whole
+    text. The same holds for a space, which is the second choice.
     """
     for mark in "\n ":
-        at = stop
-        while (at := text.rfind(mark, start + 1, at)) > 0:
-            if not text[at - 1].isspace():
-                return at
+        at = text.rfind(mark, start + 1, stop)
+        while at > 0 and text[at - 1].isspace():
+            at = text.rfind(mark, start + 1, at)
+        if at > 0:
+            return at
     return 0
 
 
@@ -206,13 +209,11 @@ GPT2_FILES = tuple(
 
 
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
-    """GPT-2's encoding (Radford et al. 2019), from `data_dir`/gpt2 or from OpenAI's server."""
-    merges_file, vocab_file = (
-        Path(data_dir, "gpt2", Path(download.url).name) for download in GPT2_FILES
-    )
-    for file, download in zip((merges_file, vocab_file), GPT2_FILES, strict=True):
-        fetch(download, file)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
+    """Loads GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
+    for download in GPT2_FILES:
+        fetch(download, Path(data_dir, "gpt2", Path(download.url).name))
+    merges, vocab = (str(Path(data_dir, "gpt2", Path(file.url).name)) for file in GPT2_FILES)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT])
@@ -220,16 +221,16 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
 
 
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
-    """The tokenizer a JSON file holds. Raises `UserError` if it holds none."""
+    """Loads the tokenizer in a JSON file. Raises `UserError` if there is none."""
     try:
         text = Path(file).read_text(encoding="utf-8")
-        fields = json.loads(text)
-        if fields.get("type") == "char":
-            return CharTokenizer(fields["chars"])
-        if fields.get("type") == "byte":
-            return ByteTokenizer()
-        if fields.get("type") == "arithmetic":
-            return ArithmeticTokenizer(fields["operations"], fields["digits"])
+        match json.loads(text):
+            case {"type": "char", "chars": chars}:
+                return CharTokenizer(chars)
+            case {"type": "byte"}:
+                return ByteTokenizer()
+            case {"type": "arithmetic", "operations": operations, "digits": digits}:
+                return ArithmeticTokenizer(operations, digits)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
         raise UserError(f"{os.fspath(file)}: not a tokenizer ({error})") from error

@@ -1,8 +1,8 @@
 """Token ids on disk: raw little-endian files, with `meta.json` beside them.
 
-A set of documents has many files a split, in the order of meta.json. Read as they are, too:
-nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of 256 int32, then
-uint16), many files in order.
+A set of documents has many files per split, in the order of meta.json. Two foreign formats are
+read as they are: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of
+256 int32, then uint16), many files in the order of their names.
 """
 
 import hashlib
@@ -28,11 +28,10 @@ LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 
 
 class TokenSplit:
-    """One split as one long sequence of ids, over one file or many; nothing is read until asked.
+    """One split as one long sequence of ids, over one file or many, mapped into memory.
 
-    `vocab_size` bounds the ids. What is read is checked against it, because a JAX gather clamps
-    an id that is out of range without a word. A negative number is `~id`, a token that is read
-    but is not a target.
+    Reading checks every id against `vocab_size`, because a JAX gather silently clamps an id that
+    is out of range. A negative number is `~id`: a token that is read but is not a target.
     """
 
     def __init__(self, files: list[Path], dtype: str, vocab_size: int):
@@ -45,36 +44,41 @@ class TokenSplit:
         return int(self._starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` ids from `start` on, copied. Raises `UserError` for an id out of range."""
-        ids = np.empty(length, self.dtype)
-        done, part = 0, int(np.searchsorted(self._starts, start, "right")) - 1
+        """Copies `length` ids from `start` on. Raises `UserError` for an id out of range."""
+        ids, done = np.empty(length, self.dtype), 0
+        part = int(np.searchsorted(self._starts, start, "right")) - 1
         while done < length:
-            offset = start + done - self._starts[part]
+            offset = int(start + done - self._starts[part])
             piece = self._parts[part][offset : offset + length - done]
-            if len(piece) and max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
-                bad = (piece >= self.vocab_size) | (piece < -self.vocab_size)
-                at = int(offset + np.argmax(bad))
-                raise UserError(
-                    f"{self.files[part]}: id {self._parts[part][at]} at token {at} is not below "
-                    f"vocab_size={self.vocab_size}"
-                )
+            self._check(piece, part, offset)
             ids[done : done + len(piece)] = piece
-            done, part = done + len(piece), part + 1
+            done += len(piece)
+            part += 1
         return ids
 
+    def _check(self, piece: np.ndarray, part: int, offset: int) -> None:
+        if not len(piece) or max(int(piece.max()), ~int(piece.min())) < self.vocab_size:
+            return
+        at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
+        raise UserError(
+            f"{self.files[part]}: id {piece[at]} at token {offset + at} is not below "
+            f"vocab_size={self.vocab_size}"
+        )
+
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` ids from each of these places on, [n, `length`]."""
+        """Reads `length` ids from each start on, [n, `length`]."""
         return np.stack([self.read(int(start), length) for start in starts])
 
-    def starts(self, samples: np.ndarray, *, block_size: int, seed: int, stream: int) -> np.ndarray:
-        """Where the windows of the samples with these running numbers start, int64."""
-        return window_starts(
-            samples, num_tokens=len(self), block_size=block_size, seed=seed, stream=stream
-        )
+    def starts(
+        self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
+    ) -> np.ndarray:
+        """Returns where the windows of these samples start, int64."""
+        sizes = {"num_tokens": len(self), "block_size": block_size}
+        return window_starts(sample_ids, **sizes, seed=seed, stream=stream)
 
 
 def _open(file: Path, dtype: str) -> np.ndarray:
-    """A memory map of the ids in one file. Raises `UserError` if it cannot hold whole ids."""
+    """Maps the ids of a file into memory. Raises `UserError` if it cannot hold whole ids."""
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     size, offset = file.stat().st_size, 0
@@ -93,27 +97,27 @@ def _open(file: Path, dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a folder of token files holds."""
+    """The splits of a dataset, and what is known of them."""
 
     train: TokenSplit
     val: TokenSplit
     vocab_size: int
     tokenizer: Tokenizer | None
-    """None for nanoGPT's and llm.c's files whose tokenizer is not at hand."""
+    """None for files of nanoGPT and llm.c whose tokenizer is not at hand."""
     source: str
-    """Where the ids came from, for people."""
+    """Where the ids came from, for the log."""
     fingerprint: dict[str, Any]
-    """What tells it from another, for checkpoints."""
+    """What tells this dataset from another, for checkpoints."""
     example: str = ""
-    """A prompt for the samples in a run's log; empty is the tokenizer's first id."""
+    """A prompt for the samples in a run's log; empty takes the tokenizer's first id."""
 
 
 def write_partial(
     files: dict[str, Path], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[dict[str, int], dict[str, str], np.dtype]:
-    """Writes ids by split, little-endian, to each split's file with PARTIAL after its name.
+    """Writes the ids of each split to its file with PARTIAL after the name, little-endian.
 
-    `pieces` are splits and ids, all of one type -> how many ids and the SHA-256 by split, the type.
+    `pieces` are splits and ids of one type -> by split the number of ids and the SHA-256; the type.
     """
     digests = {split: hashlib.sha256() for split in files}
     counts, dtype = dict.fromkeys(files, 0), np.dtype("uint16")
@@ -128,23 +132,27 @@ def write_partial(
     return counts, {split: digest.hexdigest() for split, digest in digests.items()}, dtype
 
 
+def name_partial(files: dict[str, Path]) -> None:
+    """Gives the files that `write_partial` has written their names."""
+    for file in files.values():
+        Path(f"{file}{PARTIAL}").replace(file)
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether a folder holds token files, all of them whole."""
     return any(folder.glob("*.bin")) and not any(folder.glob(f"*{PARTIAL}"))
 
 
 def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
-    """The dataset in `folder`: with meta.json if `jaxgpt prepare` made it, else as it is found.
+    """Opens a folder that `jaxgpt prepare` made (it has a meta.json), nanoGPT's, or llm.c's.
 
-    Raises `UserError` for files that are missing, damaged, too short for one sequence of
-    `block_size` tokens and its target, or not what the meta says.
+    Raises `UserError` for files that are missing, damaged, not what the meta says, or too short
+    for one sequence of `block_size` tokens and its last target.
     """
     if any(folder.glob(f"*{PARTIAL}")):
         raise UserError(f"{folder}: its preparation was interrupted; run jaxgpt prepare again")
-    if (folder / META).exists():
-        dataset = _open_prepared(folder)
-    else:
-        dataset = _open_foreign(folder, data_dir)
+    is_ours = (folder / META).exists()
+    dataset = _open_prepared(folder) if is_ours else _open_foreign(folder, data_dir)
     for tokens in (dataset.train, dataset.val):
         if len(tokens) < block_size + 1:
             raise UserError(
@@ -177,21 +185,15 @@ def _open_prepared(folder: Path) -> Dataset:
             )
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
-    return Dataset(
-        train=splits["train"],
-        val=splits["val"],
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        source=source,
-        fingerprint=fingerprint,
-    )
+    return Dataset(splits["train"], splits["val"], vocab_size, tokenizer, source, fingerprint)
 
 
 def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
-    """Files of nanoGPT or llm.c. Their vocabulary is GPT-2's, unless a text shows characters.
+    """Opens files of nanoGPT or llm.c. Their vocabulary is GPT-2's, unless a text shows characters.
 
-    nanoGPT keeps its characters in a pickle, which could run anything and is not opened; they
-    are the sorted characters of the input.txt beside it, and without that there is no tokenizer.
+    nanoGPT keeps its characters in a pickle, which is not opened, because it could run any code.
+    They are the sorted characters of the input.txt beside it; without that text, the tokenizer is
+    unknown.
     """
     files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in SPLITS}
     for split in SPLITS:
@@ -210,8 +212,7 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     train.vocab_size = val.vocab_size = vocab_size
     counts = {"train": len(train), "val": len(val)}
     fingerprint = {"vocab_size": vocab_size, "counts": counts}
-    source = f"token files as found in {folder}"
-    return Dataset(train, val, vocab_size, tokenizer, source, fingerprint)
+    return Dataset(train, val, vocab_size, tokenizer, f"token files in {folder}", fingerprint)
 
 
 def _gpt2_if_at_hand(data_dir: Path) -> Tokenizer | None:

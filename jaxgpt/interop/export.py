@@ -1,6 +1,6 @@
 """`jaxgpt export`: a run becomes a folder that transformers loads as a GPT-2.
 
-V vocabulary, D embedding; the table of names and letters is in huggingface.py.
+V vocabulary, D embedding; huggingface.py has the table of names and letters.
 """
 
 import json
@@ -11,29 +11,31 @@ import jax
 import numpy as np
 import tokenizers as bpe_library
 
-from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.interop.huggingface import (
     ACTIVATIONS,
     CONFIG,
-    EXPRESSIBLE,
-    FIXED,
     OUR_TOKENIZER,
+    REQUIRED_FIELDS,
+    REQUIRED_KEYS,
+    SIZES,
     WEIGHTS,
+    hf_shape,
     needs_extra,
-    rows,
-    shape_there,
+    param_rows,
 )
+from jaxgpt.model import unstack_layers
 from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.files import atomic_write
 from jaxgpt.sharding import local_mesh
 
 
 def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int:
     """Writes a run as a folder that `transformers.GPT2LMHeadModel` loads -> its step.
 
-    Raises `UserError` for a model that GPT-2's format cannot say, and for a folder in use.
+    Raises `UserError` for a model that GPT-2's format cannot describe, and for a folder in use.
     """
     try:
         from safetensors.numpy import save_file
@@ -47,19 +49,19 @@ def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int
     tensors = to_tensors(config, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        note = {"jaxgpt_step": step} | _write_tokenizer(
-            config, Path(out_dir, tokenizers.FILE), folder
-        )
+        fields = to_fields(config) | {"jaxgpt_step": step}
+        fields |= _write_tokenizer(config, Path(out_dir, tokenizers.FILE), folder)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(to_fields(config) | note, indent=2)
-        (folder / CONFIG).write_text(text, encoding="utf-8")  # last: without it nothing loads
+        atomic_write(folder / CONFIG, json.dumps(fields, indent=2))  # last: it makes the rest load
     except OSError as error:
         raise UserError(f"to={to!r}: {error.strerror}") from error
     return step
 
 
 def _check_expressible(c: Config) -> None:
-    for key, value in EXPRESSIBLE.items():
+    if type(c).make_model is not Config.make_model:
+        raise UserError(f"{type(c).__name__}: has a model of its own; GPT-2's format has only GPT")
+    for key, value in REQUIRED_KEYS.items():
         if getattr(c, key) != value:
             raise UserError(f"{key}={getattr(c, key)!r}: GPT-2's format has only {value!r}")
     if c.kv_heads != c.n_head:
@@ -69,16 +71,16 @@ def _check_expressible(c: Config) -> None:
 
 
 def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters under GPT-2's names and in its shapes, float32, without padded rows."""
-    params = jax.device_get(model.unstack(params) if config.scan_layers else params)
+    """Converts parameters to GPT-2's names and shapes, float32, without padded rows."""
+    params = jax.device_get(unstack_layers(params) if config.scan_layers else params)
     ours = {
         jax.tree_util.keystr(path, simple=True, separator="."): array
         for path, array in jax.tree.leaves_with_path(params)
     }
     tensors = {}
-    for path, (name, letters) in rows(config.replace(bias=True)).items():
-        shape = shape_there(config, letters)
-        array = ours.get(path, np.zeros(shape))  # a bias that the model has not
+    for path, (name, letters) in param_rows(config.replace(bias=True)).items():
+        shape = hf_shape(config, letters)
+        array = ours.get(path, np.zeros(shape))  # a bias that the model lacks
         if letters == "V D":
             array = array[: config.vocab_size]
         tensors[f"transformer.{name}"] = np.ascontiguousarray(array.reshape(shape), np.float32)
@@ -86,16 +88,12 @@ def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_fields(c: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Makes the config.json that transformers reads."""
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
-    return FIXED | {
+    fields = REQUIRED_FIELDS | {field: getattr(c, key) for field, (key, _) in SIZES.items()}
+    return fields | {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": c.vocab_size,
-        "n_positions": c.block_size,
-        "n_embd": c.n_embd,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "mlp_dim": c.mlp_dim or None,
+        "n_inner": c.mlp_dim or None,
         "activation_function": activation,
         "embd_pdrop": c.dropout if c.embed_dropout else 0.0,
         "attn_pdrop": c.attention_dropout_rate,
@@ -105,7 +103,10 @@ def to_fields(c: Config) -> dict[str, Any]:
 
 
 def _write_tokenizer(config: Config, file: Path, folder: Path) -> dict[str, Any]:
-    """The run's tokenizer, for transformers where it can read it -> fields of config.json."""
+    """Writes the run's tokenizer, if there is one -> fields of config.json.
+
+    transformers can read a BPE; other kinds get a name of their own.
+    """
     ids = {"bos_token_id": None, "eos_token_id": None}
     if not file.is_file():
         return ids | {"jaxgpt_tokenizer": None}

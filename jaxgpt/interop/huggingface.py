@@ -1,6 +1,6 @@
 """GPT-2's weights: their names here and there; from folders, the hub, nanoGPT's ckpt.pt.
 
-V vocabulary, T positions, D embedding, N heads, H head width, F MLP hidden; 3 is query, key, value.
+V vocabulary, T positions, D embedding, N heads, H head dim, F MLP hidden; 3 is query, key, value.
 """
 
 import json
@@ -15,18 +15,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import model
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB
-from jaxgpt.layers import NORM_EPSILON
+from jaxgpt.interop import nanogpt
+from jaxgpt.kernels.norm import NORM_EPSILON
+from jaxgpt.model import stack_layers
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train_step import abstract_params
 
-# Our parameter -> GPT-2's name for it, and its letters: those that stand together are one axis
-# there and several here. So the columns of `c_attn` are query, key, value; of each, head by head.
+# Our parameter -> GPT-2's name for it, and its letters. Letters that stand together are one axis
+# there and several here: so the columns of `c_attn` are query, key, value, and each head by head.
 PARAM_MAP = {
     "embed.kernel": ("wte.weight", "V D"),
     "pos_embed.kernel": ("wpe.weight", "T D"),
@@ -49,15 +50,22 @@ PREFIXES = "_orig_mod.", "transformer."  # of torch.compile, and of a GPT-2 with
 NOT_WEIGHTS = ".attn.bias", ".attn.masked_bias"  # masks that some files hold
 TIED = "lm_head.weight"  # the embedding once more
 
-# What of config.json says something else here, or may say nothing else.
-ACTIVATIONS = {
+ACTIVATIONS = {  # GPT-2's name -> ours; the first name of ours is the one to write
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
     "relu2": "relu2",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-FIXED = {
+SIZES = {  # a field of config.json -> our key, and the field's default
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+    "vocab_size": ("vocab_size", GPT2_VOCAB),
+    "n_positions": ("block_size", 1024),
+}
+# Values that config.json must have, where it has the field.
+REQUIRED_FIELDS = {
     "model_type": "gpt2",
     "layer_norm_epsilon": NORM_EPSILON,
     "scale_attn_weights": True,
@@ -65,8 +73,8 @@ FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-# What GPT-2's format can say of a model of ours; biases of zero can stand for none.
-EXPRESSIBLE = {
+# Values that our keys must have for GPT-2's format; missing biases are written as zeros.
+REQUIRED_KEYS = {
     "norm": "layernorm",
     "norm_position": "pre",
     "position": "learned",
@@ -87,7 +95,7 @@ OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # one that transformers could not read
 
 
 class Tensor(NamedTuple):
-    """An array that is read when it is asked for."""
+    """An array that is read when it is needed."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -103,13 +111,13 @@ class Weights:
     folder: Path
 
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
-        """The parameters of `config`'s model, float32, on the mesh.
+        """Reads the parameters of `config`'s model, float32, onto the mesh.
 
         `config` has the model's keys, but its `block_size` may be smaller: later positions are
         cut off. Rows that pad the vocabulary are zero.
         """
         sizes, params = _sizes(config), {}
-        for path, (name, letters) in rows(config).items():
+        for path, (name, letters) in param_rows(config).items():
             array = self.tensors[name].read().astype(np.float32)
             if letters == "V D":
                 array = np.pad(array, ((0, config.padded_vocab_size - len(array)), (0, 0)))
@@ -122,7 +130,7 @@ class Weights:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = array
-        params = model.stack(params) if config.scan_layers else params
+        params = stack_layers(params) if config.scan_layers else params
         return jax.tree.map(
             lambda a, p: jax.make_array_from_callback(a.shape, a.sharding, p.__getitem__),
             abstract_params(config, mesh),
@@ -130,10 +138,11 @@ class Weights:
         )
 
     def tokenizer(self, data_dir: str) -> Tokenizer:
-        """The tokenizer beside the weights, or GPT-2's where their vocabulary has its size."""
+        """Loads the tokenizer beside the weights, or GPT-2's where the vocabulary has its size."""
         vocab_size = self.keys["vocab_size"]
         files = [self.folder / name for name in (OUR_TOKENIZER, tokenizers.FILE)]
-        if file := next((file for file in files if file.is_file()), None):
+        file = next((file for file in files if file.is_file()), None)
+        if file:
             tokenizer = tokenizers.load(file)
         elif GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 127:  # or padded
             tokenizer = tokenizers.gpt2(data_dir)
@@ -147,13 +156,20 @@ class Weights:
         return tokenizer
 
 
-def rows(c: ModelConfig) -> dict[str, tuple[str, str]]:
-    """PARAM_MAP for the layers that the model has, without the biases that it has not."""
+def param_rows(c: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Writes PARAM_MAP out for every layer, without biases where the model has none."""
     rows = {}
     for path, (name, letters) in PARAM_MAP.items():
         for layer in range(c.n_layer) if "*" in path else [0]:
-            rows[path.replace("*", str(layer))] = name.replace("*", str(layer)), letters
-    return {path: row for path, row in rows.items() if c.bias or not path.endswith(".bias")}
+            if c.bias or not path.endswith(".bias"):
+                rows[path.replace("*", str(layer))] = name.replace("*", str(layer)), letters
+    return rows
+
+
+def hf_shape(c: ModelConfig, letters: str) -> tuple[int, ...]:
+    """Returns the shape that a parameter with these letters has in GPT-2's files."""
+    sizes = _sizes(c)
+    return tuple(math.prod(sizes[letter] for letter in axis) for axis in letters.split())
 
 
 def _sizes(c: ModelConfig) -> dict[str, int]:
@@ -161,42 +177,69 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
     return sizes | {"N": c.n_head, "H": c.head_dim, "F": c.mlp_hidden_dim}
 
 
-# ---- in --------------------------------------------------------------------------------------
+# ---- what a run begins with, or a command uses -----------------------------------------------
 
 
 def resolve_init(
     config: Config, checkpoints: Checkpoints, given: frozenset[str]
 ) -> tuple[Weights | run_dir.RunWeights | None, Config, list[str]]:
-    """What a run begins with: its weights if `init_from` names any, its config, lines about it.
+    """Finds what a run begins with -> its weights if `init_from` names any, its config, notes.
 
-    The model's keys follow the weights, or the run that goes on, wherever the user did not ask
-    for another model. Positions past a smaller `block_size` are cut off. Raises `UserError`.
+    The model's keys follow the weights, or the run that is resumed, unless the user asked for
+    another model. Positions past a smaller `block_size` are cut off. Raises `UserError`.
     """
     if config.init_from in ("scratch", "resume", "auto"):
         theirs = run_dir.saved_model(config, checkpoints)
-        adopted = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
+        merged = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
-        return None, adopted, [f"the run's model: {', '.join(changed)}"] if changed else []
+        return None, merged, [f"the run's model: {', '.join(changed)}"] if changed else []
     if run_dir.is_run(Path(config.init_from)):
         weights = run_dir.open_weights(config)
     else:
         weights = open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
-    fixed = EXPRESSIBLE | {"qkv_bias": True}
-    config = run_dir.merge_model_keys(config, fixed | theirs, config.init_from, given)
+    required = REQUIRED_KEYS | {"qkv_bias": True}
+    config = run_dir.merge_model_keys(config, required | theirs, config.init_from, given)
     model_keys = ", ".join(f"{key}={value}" for key, value in theirs.items())
-    lines = [f"weights of {config.init_from}: {model_keys}"]
+    notes = [f"weights of {config.init_from}: {model_keys}"]
     if config.block_size < positions:
-        lines.append(f"positions: the first {config.block_size} of {positions}")
-    return weights, config, lines
+        notes.append(f"positions: the first {config.block_size} of {positions}")
+    return weights, config, notes
+
+
+class Trained(NamedTuple):
+    """A model to sample or to evaluate: a run's, or weights."""
+
+    config: Config
+    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]
+    """-> the parameters on a mesh, and their step if they are a run's."""
+    tokenizer: Callable[[], Tokenizer]
+
+
+def load_trained(
+    init_from: str, out_dir: str, checkpoint: str, data_dir: str = "", config_file: str = ""
+) -> Trained:
+    """Opens the model of a run if `init_from` is resume, else weights. Raises `UserError`."""
+    if init_from == "resume":
+        config = run_dir.load_config(out_dir, config_file)
+        config = config.replace(data_dir=data_dir or config.data_dir)
+        load = partial(run_dir.load_params, config, checkpoint)
+        return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))
+    weights = open_weights(init_from)
+    config = Config(**weights.keys, data_dir=data_dir or "data")
+    load_weights = lambda mesh: (weights.load(config, mesh), None)
+    return Trained(config, load_weights, partial(weights.tokenizer, config.data_dir))
+
+
+# ---- reading ---------------------------------------------------------------------------------
 
 
 def open_weights(init_from: str) -> Weights:
-    """The GPT-2 that `init_from` names; names and shapes are checked, no array is read yet.
+    """Opens the GPT-2 that `init_from` names. It checks names and shapes, and reads no array yet.
 
-    It is a folder with config.json and model.safetensors, a nanoGPT ckpt.pt or a folder with
-    one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
+    `init_from` is a folder with config.json and model.safetensors, a nanoGPT ckpt.pt or a folder
+    with one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
     """
     path = Path(init_from)
     if path.is_file() or (path / CKPT).is_file():
@@ -210,23 +253,22 @@ def open_weights(init_from: str) -> Weights:
             f"init_from={init_from!r}: must be resume (to train, also scratch or auto), "
             f"{', '.join(HUB)}, an owner/name of the hub, or a folder or ckpt.pt that is there"
         )
-    config = Config(**weights.keys)
-    expected = dict(rows(config).values())
-    for name, letters in expected.items():
-        if name not in weights.tensors:
-            raise UserError(f"{init_from}: there is no tensor {name}")
-        shape = shape_there(config, letters)
-        if weights.tensors[name].shape != shape:
-            there = weights.tensors[name].shape
-            raise UserError(f"{init_from}: tensor {name} has shape {there}, expected {shape}")
-    if unknown := sorted(weights.tensors.keys() - expected.keys()):
-        raise UserError(f"{init_from}: tensor {unknown[0]} is not of a GPT-2 with these sizes")
+    _check_tensors(weights)
     return weights
 
 
-def shape_there(c: ModelConfig, letters: str) -> tuple[int, ...]:
-    sizes = _sizes(c)
-    return tuple(math.prod(sizes[letter] for letter in axis) for axis in letters.split())
+def _check_tensors(weights: Weights) -> None:
+    config = Config(**weights.keys)
+    expected = dict(param_rows(config).values())
+    for name, letters in expected.items():
+        if name not in weights.tensors:
+            raise UserError(f"{weights.source}: there is no tensor {name}")
+        found, shape = weights.tensors[name].shape, hf_shape(config, letters)
+        if found != shape:
+            raise UserError(f"{weights.source}: tensor {name} has shape {found}, expected {shape}")
+    unknown = sorted(weights.tensors.keys() - expected.keys())
+    if unknown:
+        raise UserError(f"{weights.source}: tensor {unknown[0]} is not of a GPT-2 with these sizes")
 
 
 def _download(name: str) -> Path:
@@ -252,8 +294,8 @@ def _open_folder(source: str, folder: Path) -> Weights:
     keys, tensors = _model_keys(folder / CONFIG), {}
 
     def read(file: Path, name: str) -> np.ndarray:
-        with safe_open(file, "numpy") as tensors:
-            return tensors.get_tensor(name)
+        with safe_open(file, "numpy") as opened:
+            return opened.get_tensor(name)
 
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -269,30 +311,31 @@ def _open_folder(source: str, folder: Path) -> Weights:
     return Weights(source, keys, _plain_names(tensors), folder)
 
 
+def _open_nanogpt(source: str, file: Path) -> Weights:
+    keys, tensors = nanogpt.read_checkpoint(source, file)
+    read = lambda tensor: tensor.float().numpy()
+    found = {name: Tensor(tuple(t.shape), partial(read, t)) for name, t in tensors.items()}
+    return Weights(source, _checked(keys, file), _plain_names(found), file.parent)
+
+
 def _model_keys(file: Path) -> dict[str, Any]:
-    """The model's keys that a config.json of transformers stands for."""
+    """Translates a config.json of transformers to the model's keys."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not the config of a GPT-2 ({error})") from error
     if "max_iters" in fields:
         raise UserError(f"{file}: is of a jaxgpt run; name it with --out_dir={file.parent}")
-    for key, value in FIXED.items():
+    for key, value in REQUIRED_FIELDS.items():
         if fields.get(key, value) != value:
             raise UserError(f"{file}: {key}={fields[key]!r}: must be {value!r}")
     activation = fields.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"{file}: activation_function={activation!r}: must be one of {allowed}")
-    sizes = {
-        "n_layer": fields.get("n_layer", 12),
-        "n_head": fields.get("n_head", 12),
-        "n_embd": fields.get("n_embd", 768),
-        "vocab_size": fields.get("vocab_size", GPT2_VOCAB),
-        "block_size": fields.get("n_positions", 1024),
-    }
-    inner = fields.get("mlp_dim") or 0
-    keys = sizes | {"mlp_dim": inner if inner != 4 * sizes["n_embd"] else 0}
+    keys = {key: fields.get(field, default) for field, (key, default) in SIZES.items()}
+    inner = fields.get("n_inner") or 0
+    keys["mlp_dim"] = inner if inner != 4 * keys["n_embd"] else 0
     return _checked(keys | {"bias": True, "mlp": ACTIVATIONS[activation]}, file)
 
 
@@ -304,33 +347,8 @@ def _checked(keys: dict[str, Any], file: Path) -> dict[str, Any]:
     return keys
 
 
-def _open_nanogpt(source: str, file: Path) -> Weights:
-    """A checkpoint of nanoGPT's train.py, whose linear maps are [out, in]."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"init_from={source!r}: reading {file} needs PyTorch: torch") from error
-    try:
-        # of what a pickle can do, tensors and plain containers alone
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        args = checkpoint["model_args"]
-        names = "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias"
-        keys = {name: args[name] for name in names} | {"mlp": "gelu", "mlp_dim": 0}
-        found = _plain_names(checkpoint["model"])
-    except Exception as error:  # torch raises many kinds, and advises to let a pickle run
-        raise UserError(f"{file}: not a checkpoint of nanoGPT ({type(error).__name__})") from error
-
-    def turned(name: str, tensor: Any) -> Tensor:
-        is_linear = name.startswith("h.") and tensor.ndim == 2
-        tensor = tensor.t() if is_linear else tensor
-        return Tensor(tuple(tensor.shape), lambda: tensor.float().numpy())
-
-    tensors = {name: turned(name, tensor) for name, tensor in found.items()}
-    return Weights(source, _checked(keys, file), tensors, file.parent)
-
-
-def _plain_names(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors that are weights, without the prefixes that some files have."""
+def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keeps the tensors that are weights, and strips the prefixes that some files have."""
     plain = {}
     for name, tensor in tensors.items():
         for prefix in PREFIXES:
@@ -342,27 +360,3 @@ def _plain_names(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def needs_extra(what: str) -> UserError:
     return UserError(f"{what}: needs the extra `hf`: pip install 'jaxgpt[hf]'")
-
-
-class Trained(NamedTuple):
-    """A model to sample or to evaluate: a run's, or weights."""
-
-    config: Config
-    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]
-    """-> the parameters on a mesh, and the step that they are from."""
-    tokenizer: Callable[[], Tokenizer]
-
-
-def load_trained(
-    init_from: str, out_dir: str, checkpoint: str, data_dir: str = "", config_file: str = ""
-) -> Trained:
-    """The model of a run for `init_from` resume, else weights. Raises `UserError`."""
-    if init_from == "resume":
-        config = run_dir.load_config(out_dir, config_file)
-        config = config.replace(data_dir=data_dir or config.data_dir)
-        load = partial(run_dir.load_params, config, checkpoint)
-        return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))
-    weights = open_weights(init_from)
-    config = Config(**weights.keys, data_dir=data_dir or "data")
-    load_weights = lambda mesh: (weights.load(config, mesh), None)
-    return Trained(config, load_weights, partial(weights.tokenizer, config.data_dir))

@@ -1,4 +1,4 @@
-"""Which hardware this is, and how JAX is started on it."""
+"""The hardware: how JAX is started on it, and what each `auto` of a config becomes."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.attention import attend
 from jaxgpt.config import Config, DataConfig, UserError
+from jaxgpt.kernels import dot_product_attention
+from jaxgpt.runtime.files import cores
 
-MAX_RESIDENT = 2**31  # tokens: places on the device are int32
+MAX_RESIDENT = 2**31  # tokens: their positions on the device are int32
 UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
 CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
 
@@ -18,8 +19,8 @@ NO_DROPOUT = (
     "has no dropout of attention weights, and dropout={}; --attention_dropout=False goes without"
 )
 
-# Dense bfloat16 FLOP/s of one device, by JAX's name for it (the longest name that fits counts):
-# the makers' data sheets, without sparsity.
+# Dense bfloat16 FLOP/s of one device from the makers' data sheets, without sparsity, by the longest
+# prefix of JAX's name for the device.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA A10": 125e12,
@@ -36,7 +37,7 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 3090": 71e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,
-    "TPU v2": 22.5e12,  # v2 and v3 count a core, half a chip, as a device
+    "TPU v2": 22.5e12,  # a device of v2 and v3 is a core, half a chip
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -45,17 +46,16 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # likewise: a device is half a chip
+    "TPU7x": 1153.5e12,  # a device is half a chip
 }
 
 
 def start(device: str = "auto", *, float64: bool = False) -> None:
     """Sets JAX up; call it before JAX computes anything. `device` is the config's.
 
-    A CPU is presented as one virtual device a core, because XLA:CPU runs most of a step's
-    elementwise work on one thread a device. Compiled programs are kept in ~/.cache/jaxgpt.
-    The user's own JAX_* and XLA_FLAGS settings stand. Raises `UserError` if the device is not
-    there.
+    A CPU becomes one virtual device per core, because XLA:CPU runs most elementwise work on one
+    thread per device. Compiled programs are kept in ~/.cache/jaxgpt. The user's own JAX_* and
+    XLA_FLAGS settings stand. Raises `UserError` if JAX does not find the device.
     """
     if device != "auto":
         jax.config.update("jax_platforms", device)
@@ -72,76 +72,72 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from error
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
 def peak_flops() -> float | None:
-    """Dense bfloat16 FLOP/s of one device, or None if it is not known."""
+    """Returns the dense bfloat16 FLOP/s of one device, or None if they are unknown."""
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def memory_bytes() -> int | None:
-    """Memory of one device that JAX may use, or None if it does not say."""
+    """Returns the memory of one device that JAX may use, or None if it does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fits_on_device(config: DataConfig, tokens: int, bytes: int) -> bool:
-    """Whether to keep a dataset in device memory: `auto` grants it an eighth."""
+    """Whether to keep a dataset in device memory: `auto` allows it an eighth."""
     fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
     if config.data_on_device == "always" and tokens >= MAX_RESIDENT:
         raise UserError(f"data_on_device='always': {tokens:,} tokens are more than int32 counts")
     return {"always": True, "never": False, "auto": fits}[config.data_on_device]
 
 
-def resolve_auto(config: Config, absent: str = "") -> tuple[Config, list[str]]:
-    """`config` with every `auto` replaced for this hardware, and lines that say why.
+def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, list[str]]:
+    """Replaces every `auto` of a config for this hardware -> the config, and notes that say why.
 
-    Or for the platform `absent`, "gpu" or "tpu", which is not here and so gets no trial.
+    A `target_platform`, "gpu" or "tpu", need not be attached, so no kernel is tried on it.
     """
-    platform = absent or jax.default_backend()
+    platform = target_platform or jax.default_backend()
     auto = "float32" if platform == "cpu" else "bfloat16"
     config = config.replace(dtype=config.dtype if config.dtype != "auto" else auto)
-    attention, notes = choose_attention(config, absent)
+    attention, notes = choose_attention(config, target_platform)
     return config.replace(attention=attention), notes
 
 
-def choose_attention(config: Config, absent: str = "") -> tuple[str, list[str]]:
-    """The back end for `attention=auto`, after a trial on this device unless it is `absent`.
+def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:
+    """Chooses the back end for `attention=auto`, and tries it unless a target platform is named.
 
     Flash kernels take half-width types, and no dropout of attention weights. Raises `UserError`
-    where a back end that was asked for cannot do what the model needs.
+    where a back end that the user named cannot do what the model needs.
     """
-    c, platform = config, absent or jax.default_backend()
-    why_not = {
-        "cudnn": _why_not_cudnn(c, platform),
-        "splash": _why_not_splash(c, platform),
+    c, platform = config, target_platform or jax.default_backend()
+    reasons = {
+        "cudnn": _cudnn_unsupported_reason(c, platform),
+        "splash": _splash_unsupported_reason(c, platform),
         "cpu": "" if platform == "cpu" else "is laid out for CPUs",
         "xla": "",
         "reference": "",
     }
     if c.attention != "auto":
-        if why_not[c.attention]:
-            raise UserError(f"attention={c.attention!r}: {why_not[c.attention]}")
+        if reasons[c.attention]:
+            raise UserError(f"attention={c.attention!r}: {reasons[c.attention]}")
         return c.attention, []
     best = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
-    if not why_not[best]:
-        failure = "" if absent or platform == "cpu" else _trial(c.replace(attention=best))
-        if not failure:
-            return best, []
-        why_not[best] = f"its trial failed: {failure}"
+    reason = reasons[best]
+    if not reason and not target_platform and platform != "cpu":
+        failure = self_test(c.replace(attention=best))
+        reason = f"its trial failed: {failure}" if failure else ""
+    if not reason:
+        return best, []
     fallback = "reference" if c.attention_dropout_rate else "xla"
-    return fallback, [f"attention: {fallback}, not {best}: {why_not[best]}"]
+    return fallback, [f"attention: {fallback}, not {best}: {reason}"]
 
 
-def _why_not_cudnn(c: Config, platform: str) -> str:
+def _cudnn_unsupported_reason(c: Config, platform: str) -> str:
     if platform != "gpu":
         return "needs an NVIDIA GPU"
     if c.dtype != "bfloat16":
@@ -155,7 +151,7 @@ def _why_not_cudnn(c: Config, platform: str) -> str:
     return ""
 
 
-def _why_not_splash(c: Config, platform: str) -> str:
+def _splash_unsupported_reason(c: Config, platform: str) -> str:
     if platform != "tpu":
         return "needs a TPU"
     if c.attention_dropout_rate:
@@ -165,24 +161,22 @@ def _why_not_splash(c: Config, platform: str) -> str:
     return ""
 
 
-def _trial(c: Config) -> str:
-    """What goes wrong when this back end runs a small problem of the model's kind, or ''."""
+def self_test(c: Config) -> str:
+    """Compares this back end with the reference on a small problem -> what goes wrong, or ""."""
     shape = (1, min(c.block_size, 256), c.n_head, c.head_dim)
     q = jax.random.normal(jax.random.key(0), shape, c.dtype)
     k = q[:, :, : c.kv_heads]
     halves_BT = (jnp.arange(shape[1])[None] >= shape[1] // 2).astype(jnp.int32)
     options = {"causal": c.causal, "window": c.sliding_window}
-    options |= {"documents_BT": halves_BT} if c.document_mask else {}
+    options |= {"segment_ids_BT": halves_BT} if c.document_mask else {}
 
-    def loss(backend: str, q, k) -> jax.Array:
-        out = attend(q, k, k, backend=backend, **options)
+    def loss(q: jax.Array, k: jax.Array, backend: str) -> jax.Array:
+        out = dot_product_attention(q, k, k, backend=backend, **options)
         return jnp.square(out.astype(jnp.float32)).sum()
 
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     try:
-        got, want = (
-            jax.jit(jax.value_and_grad(lambda q, k, b=backend: loss(b, q, k), argnums=(0, 1)))(q, k)
-            for backend in (c.attention, "reference")
-        )
+        got, want = gradient(q, k, c.attention), gradient(q, k, "reference")
     except Exception as error:  # whatever a driver, a library or a compiler can raise
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(file: Path) -> Iterator[Path]:
+def atomic_path(file: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a path to write to, which replaces `file` when the block ends without an error.
 
-    After a crash `file` is whole: the old one, or the new one. The path has the suffix of `file`,
-    and no other process has the same one.
+    After a crash `file` is whole: the old one, or the new one. The path has the suffix of `file`.
+    With `shared`, other processes may write the same file at the same time.
     """
-    partial = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.partial{file.suffix}")
+    unique = f".{secrets.token_hex(4)}" if shared else ""
+    partial = file.with_name(f".{file.stem}{unique}.partial{file.suffix}")
     try:
         yield partial
         with open(partial, "rb") as stream:
@@ -28,9 +29,9 @@ def atomic_path(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def atomic_write(file: Path, data: str | bytes) -> None:
+def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None:
     """Replaces `file` by one with this content (text as UTF-8), or leaves the old one whole."""
-    with atomic_path(file) as partial:
+    with atomic_path(file, shared=shared) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

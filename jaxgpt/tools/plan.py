@@ -188,7 +188,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     shape = (1, micro, total // micro, config.block_size + 1)
     windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(None, None, sharding.BATCH))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
-    arguments = abstract_state(config, mesh), {"windows": windows}, count
+    arguments = abstract_state(config, mesh), windows, count
     return compile_absent(make_train_step(config, mesh).lower(*arguments), mesh)
 
 

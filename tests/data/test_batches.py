@@ -1,6 +1,6 @@
 """The order of the data, its batches against slices of NumPy arrays, and the walk over a split.
 
-K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+K steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
 
 import threading
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import evaluate
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.batches import Batches, gather, make_resident
+from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.order import permute, window_starts
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.sharding import make_mesh
@@ -25,11 +25,11 @@ SEEDS = st.integers(0, 2**63)
 MESHES = ["data:1", "data:2", "data:4,fsdp:2", "fsdp:2,tensor:2"]
 
 
+# --- Permutations -------------------------------------------------------------------------------
+
+
 def permuted(size: int, key: int) -> np.ndarray:
     return permute(np.arange(size), size, np.full(size, key, np.uint64))
-
-
-# --- Permutations -------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 3000), KEYS)
@@ -41,32 +41,29 @@ def test_permute_is_a_bijection(size, key):
     np.testing.assert_array_equal(np.sort(permuted(size, key)), np.arange(size))
 
 
-@pytest.mark.parametrize("size", [64, 100])  # a power of four, which is not walked, and another
+@pytest.mark.parametrize("size", [64, 100])  # a power of four, which needs no walk, and another
 @given(pairs=st.lists(st.tuples(st.integers(0, 63), KEYS), min_size=1))
-def test_every_index_has_a_key_of_its_own(size, pairs):
+def test_every_index_has_its_own_key(size, pairs):
     indices, keys = np.array([i for i, _ in pairs]), np.array([k for _, k in pairs], np.uint64)
     expected = [permuted(size, key)[i] for i, key in pairs]
     np.testing.assert_array_equal(permute(indices, size, keys), expected)
 
 
 @given(st.integers(2**30, 2**50), KEYS)
-def test_permute_of_a_huge_range_stays_one_to_one(size, key):
+def test_permute_of_a_huge_range_is_one_to_one(size, key):
     indices = np.concatenate([np.arange(500), np.arange(size - 500, size)])
-    places = permute(indices, size, np.full(1000, key, np.uint64))
-    assert len(set(places.tolist())) == 1000
-    assert places.max() < size
-    assert np.abs(np.mean(places / size) - 0.5) < 0.1  # ten standard deviations
+    positions = permute(indices, size, np.full(1000, key, np.uint64))
+    assert len(set(positions.tolist())) == 1000
+    assert positions.max() < size
+    assert np.abs(np.mean(positions / size) - 0.5) < 0.1  # ten standard deviations
 
 
 @pytest.mark.parametrize("size", [2, 5, 16])
-def test_keys_take_every_index_everywhere_alike(size):
-    """Of 20,000 keys, about as many take an index to one place as to another.
-
-    Not quite: six rounds over a range of 16 leave the places some 8 % apart.
-    """
+def test_keys_move_every_index_everywhere_about_equally_often(size):
+    """Of 20,000 keys; six rounds over a range of 16 leave the counts some 8% apart."""
     keys = np.repeat(np.arange(20_000, dtype=np.uint64), size)
-    places = permute(np.tile(np.arange(size), 20_000), size, keys).reshape(-1, size)
-    counts = np.array([np.bincount(column, minlength=size) for column in places.T.astype(int)])
+    positions = permute(np.tile(np.arange(size), 20_000), size, keys).reshape(-1, size)
+    counts = np.array([np.bincount(column, minlength=size) for column in positions.T.astype(int)])
     mean = 20_000 / size
     assert np.abs(counts - mean).max() < 0.15 * mean
 
@@ -79,13 +76,16 @@ def windows_in(num_tokens: int, block_size: int) -> int:
     return max(1, (num_tokens - 1) // block_size - 1)
 
 
+def starts_of(samples, num_tokens: int, block_size: int, seed: int = 0, stream: int = 0):
+    sizes = {"num_tokens": num_tokens, "block_size": block_size}
+    return window_starts(np.asarray(samples), **sizes, seed=seed, stream=stream)
+
+
 def epoch(number: int, num_tokens: int, block_size: int, seed: int = 0, stream: int = 0):
     """The starts of all windows of an epoch, in order."""
     count = windows_in(num_tokens, block_size)
     samples = np.arange(number * count, (number + 1) * count)
-    return window_starts(
-        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=stream
-    )
+    return starts_of(samples, num_tokens, block_size, seed, stream)
 
 
 SIZES = st.integers(1, 40).flatmap(
@@ -114,18 +114,16 @@ def test_epoch_tiles_the_tokens(sizes, seed, stream, number):
 @settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(0, 30), SEEDS)
 @example(4, 7, 0)
-def test_epochs_leave_no_target_out_for_ever(block_size, more, seed):
+def test_every_token_becomes_a_target_in_some_epoch(block_size, more, seed):
     num_tokens = block_size + 1 + more
     samples = np.arange(500 * windows_in(num_tokens, block_size))
-    starts = window_starts(
-        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=0
-    )
+    starts = starts_of(samples, num_tokens, block_size, seed)
     seen = np.unique(starts[:, None] + np.arange(1, block_size + 1))
     np.testing.assert_array_equal(seen, np.arange(1, num_tokens))
 
 
 @pytest.mark.parametrize("what", ["number", "seed", "stream"])
-def test_order_and_offset_are_of_an_epoch_a_seed_and_a_stream(what):
+def test_epoch_seed_and_stream_each_change_order_and_offset(what):
     orders, offsets = set(), set()
     for value in range(40):
         starts = epoch(**{"number": 0, "num_tokens": 3001, "block_size": 30} | {what: value})
@@ -133,37 +131,32 @@ def test_order_and_offset_are_of_an_epoch_a_seed_and_a_stream(what):
         offsets.add(starts[0] % 30)
     assert len(orders) == 40
     assert len(offsets) > 15  # of 30, by chance
-    # And the order is not the same one, only begun elsewhere or run through with another step.
-    steps = {tuple(np.diff(order) % len(order)) for order in orders}
-    assert len(steps) == 40
-    assert all(len(set(step)) > 30 for step in steps)
+    # Nor is the order the same one, only begun elsewhere or run through with another stride.
+    strides = {tuple(np.diff(order) % len(order)) for order in orders}
+    assert len(strides) == 40
+    assert all(len(set(stride)) > 30 for stride in strides)
 
 
-def test_seed_stream_and_epoch_are_not_added_up():
-    """As if seed 1 of stream 0 were seed 0 of stream 1."""
-    places = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (2, 0, 0)]
-    orders = {tuple(epoch(n, 3001, 30, seed, stream)) for n, seed, stream in places}
-    assert len(orders) == len(places)
+def test_epoch_seed_and_stream_are_not_added_up():
+    """Seed 1 of stream 0 must not be seed 0 of stream 1."""
+    triples = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (2, 0, 0)]
+    orders = {tuple(epoch(n, 3001, 30, seed, stream)) for n, seed, stream in triples}
+    assert len(orders) == len(triples)
 
 
 @given(SIZES, SEEDS, st.lists(st.integers(0, 500), min_size=1))
-def test_start_is_a_function_of_the_samples_number(sizes, seed, samples):
-    """Whatever is asked for beside it: a jump leads where going on does."""
-    keys = {"num_tokens": sizes[0], "block_size": sizes[1], "seed": seed, "stream": 1}
-    in_order = window_starts(np.arange(501), **keys)
-    np.testing.assert_array_equal(window_starts(np.array(samples), **keys), in_order[samples])
-    np.testing.assert_array_equal(
-        window_starts(np.array(samples[:1]), **keys), in_order[samples[0]]
-    )
+def test_start_depends_on_the_sample_alone(sizes, seed, samples):
+    """A resumed run gets the windows that an uninterrupted one gets."""
+    in_order = starts_of(np.arange(501), *sizes, seed, 1)
+    np.testing.assert_array_equal(starts_of(samples, *sizes, seed, 1), in_order[samples])
+    np.testing.assert_array_equal(starts_of(samples[:1], *sizes, seed, 1), in_order[samples[:1]])
 
 
 @given(st.integers(2**40, 2**42), st.integers(1, 2**12), SEEDS)
 def test_huge_numbers_of_tokens(num_tokens, block_size, seed):
     count = windows_in(num_tokens, block_size)
     samples = np.concatenate([np.arange(300), np.arange(count - 300, count)]) + 5 * count
-    starts = window_starts(
-        samples, num_tokens=num_tokens, block_size=block_size, seed=seed, stream=0
-    )
+    starts = starts_of(samples, num_tokens, block_size, seed)
     assert len(set(starts.tolist())) == 600
     assert len(set((starts % block_size).tolist())) == 1
     assert starts.min() >= 0
@@ -173,9 +166,10 @@ def test_huge_numbers_of_tokens(num_tokens, block_size, seed):
 # --- Batches ------------------------------------------------------------------------------------
 
 T = 7
+make = partial(Batches, block_size=T, seed=5, stream=2)
 
 
-def mesh_of(name: str):
+def mesh_of(name: str) -> jax.sharding.Mesh:
     return make_mesh(Config(mesh=name))
 
 
@@ -196,49 +190,31 @@ def tokens_of(ids: np.ndarray, folder, kind: type[TokenSplit] = TokenSplit) -> T
 def windows_of(ids: np.ndarray, step: int, shape_KMB: tuple[int, int, int]) -> np.ndarray:
     """[K, M, B, T + 1]: sample after sample, from the first one of the step on."""
     K, M, B = shape_KMB
-    samples = np.arange(step * M * B, (step + K) * M * B)
-    starts = window_starts(samples, num_tokens=len(ids), block_size=T, seed=5, stream=2)
+    starts = starts_of(np.arange(step * M * B, (step + K) * M * B), len(ids), T, 5, 2)
     return np.stack([ids[start : start + T + 1] for start in starts]).reshape(K, M, B, T + 1)
-
-
-make = partial(Batches, block_size=T, seed=5, stream=2)
-gather_jit = jax.jit(gather, static_argnums=2)
 
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("name", MESHES)
-def test_batches_are_slices_of_the_ids(tmp_path, ids, name, resident):
-    shape, mesh, tokens = (2, 3, 8), mesh_of(name), tokens_of(ids, tmp_path)
-    batches = make(tokens, mesh, shape, resident=make_resident(tokens, mesh) if resident else None)
-    per_device = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
-    for step in (0, 2, 50):
-        expected, batch = windows_of(ids, step, shape), batches.get(step)
-        for k in range(2):
-            windows = gather_jit(batch, k, T + 1)
-            assert windows.dtype == np.int32
-            np.testing.assert_array_equal(windows, expected[k])
-        split = batch["starts" if resident else "windows"]
-        for shard in split.addressable_shards:
-            assert shard.data.shape[:3] == (2, 3, per_device)
-        assert len({s.device for s in split.addressable_shards}) == mesh.size
-        if resident:
-            for shard in batch["tokens"].addressable_shards:
-                np.testing.assert_array_equal(shard.data, ids)
-
-
-@pytest.mark.parametrize("resident", [True, False])
-def test_batch_of_k_steps_is_k_batches(tmp_path, ids, resident):
-    mesh, tokens = mesh_of("data:2"), tokens_of(ids, tmp_path)
+def test_batches_are_slices_of_the_ids_sharded_over_the_sequences(tmp_path, ids, name, resident):
+    mesh, tokens = mesh_of(name), tokens_of(ids, tmp_path)
     held = make_resident(tokens, mesh) if resident else None
-    several = make(tokens, mesh, (4, 2, 2), resident=held).get(12)
-    one = make(tokens, mesh, (1, 2, 2), resident=held)
-    for k in range(4):
-        windows = gather_jit(several, k, T + 1)
-        np.testing.assert_array_equal(windows, gather_jit(one.get(12 + k), 0, T + 1))
+    for shard in held.addressable_shards if resident else ():
+        np.testing.assert_array_equal(shard.data, ids)
+    per_device = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+    for shape in ((2, 3, 8), (1, 3, 8)):  # a batch of K steps is K batches
+        batches = make(tokens, mesh, shape, resident=held)
+        for step in (0, 2, 50):
+            batch = batches.get(step)
+            assert batch.dtype == ids.dtype
+            np.testing.assert_array_equal(batch, windows_of(ids, step, shape))
+            for shard in batch.addressable_shards:
+                assert shard.data.shape == (*shape[:2], per_device, T + 1)
+            assert len({s.device for s in batch.addressable_shards}) == mesh.size
 
 
 class Watched(TokenSplit):
-    """TokenSplit that count their reads, and wait for `go` before each."""
+    """A split that counts its reads, and waits for `go` before each."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -251,7 +227,7 @@ class Watched(TokenSplit):
         return super().read(start, length)
 
     def settled(self, expected: int) -> int:
-        """How many reads there were, once there are as many as expected, and a moment later."""
+        """Waits for as many reads as expected, and a moment more -> how many there were."""
         deadline = time.monotonic() + 30
         while self.reads < expected and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -267,17 +243,17 @@ def test_batches_are_read_ahead_once(tmp_path, ids):
     taken = 0
     # In order, then a jump ahead, one back, and one that a batch read ahead answers in part.
     for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
-        np.testing.assert_array_equal(batches.get(step)["windows"], windows_of(ids, step, shape))
+        np.testing.assert_array_equal(batches.get(step), windows_of(ids, step, shape))
         taken += fresh * K * M * B
         assert tokens.settled(taken) == taken
     tokens.go.clear()
-    np.testing.assert_array_equal(batches.get(16)["windows"], windows_of(ids, 16, shape))
-    assert tokens.reads == taken  # no more was needed
+    np.testing.assert_array_equal(batches.get(16), windows_of(ids, 16, shape))
+    assert tokens.reads == taken  # the next batch was there already
     tokens.go.set()
 
 
 @pytest.mark.parametrize("ids", ["uint16"], indirect=True)
-def test_id_out_of_range_reaches_the_one_who_takes(tmp_path, ids):
+def test_id_out_of_range_raises_where_the_batch_is_taken(tmp_path, ids):
     tokens = tokens_of(ids, tmp_path)
     tokens.vocab_size = 1
     with pytest.raises(UserError, match=r"is not below vocab_size=1"):
@@ -303,7 +279,7 @@ def test_id_out_of_range_reaches_the_one_who_takes(tmp_path, ids):
 @example(num_tokens=16, T=4, name="data:2", share=1, dispatch=2)  # one less
 def test_whole_split_has_every_target_once(tmp_path_factory, num_tokens, T, name, share, dispatch):
     file = tmp_path_factory.mktemp("split") / "val.bin"
-    np.arange(num_tokens, dtype=np.uint16).tofile(file)  # so that an id tells its place
+    np.arange(num_tokens, dtype=np.uint16).tofile(file)  # an id is its own position
     mesh = mesh_of(name)
     sequences, seen = share * mesh.shape["data"] * mesh.shape["fsdp"], []
     with pytest.MonkeyPatch.context() as patched:
@@ -311,10 +287,10 @@ def test_whole_split_has_every_target_once(tmp_path_factory, num_tokens, T, name
         tokens = TokenSplit([file], "uint16", num_tokens)
         batches = list(evaluate.full_split(tokens, mesh, sequences, T))
     for batch, count in batches:
-        assert batch["windows"].shape == (dispatch, 1, sequences, T + 1)
-        for shard in batch["windows"].addressable_shards:
+        assert batch.shape == (dispatch, 1, sequences, T + 1)
+        for shard in batch.addressable_shards:
             assert shard.data.shape[2] == share
-        windows = np.asarray(batch["windows"])
+        windows = np.asarray(batch)
         inputs, targets = windows[:count, ..., :-1], windows[:count, ..., 1:]
         real = targets != -1
         np.testing.assert_array_equal(inputs[real] + 1, targets[real])

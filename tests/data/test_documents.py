@@ -136,8 +136,9 @@ def test_copies_of_a_document_are_on_one_side(tmp_path, bpe_file):
 PREPARE = """
 import sys, time
 from jaxgpt.data import documents
-split = documents._split
-documents._split = lambda *args: time.sleep(0.1) or split(*args)  # in workers too
+from jaxgpt.data.tokenizer import BpeTokenizer
+encode = BpeTokenizer.encode_documents
+BpeTokenizer.encode_documents = lambda *args: time.sleep(0.05) or encode(*args)  # in workers too
 if __name__ == "__main__":
     documents.PIECE_BYTES = 1500
     documents.prepare(*sys.argv[1:], val_share=0.2, processes=2)
@@ -235,7 +236,7 @@ def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, m
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", list(texts))
     monkeypatch.setitem(documents.HUB, "bard", HubSet(source, "default", "abc", 4))
-    monkeypatch.setitem(documents.VAL_SHARE, True, 0.2)
+    monkeypatch.setitem(documents.VAL_FRACTION, True, 0.2)
     folder = prepare("bard", str(tmp_path / "data"), bpe_file)
     assert folder == tmp_path / "data" / "bard"
     assert_holds(folder, texts, bpe_file, 0.2)

@@ -45,13 +45,13 @@ def test_examples_in_pieces_are_those_of_json_line_by_line(pairs, size):
     text = "\n" + lines(pairs).replace("\n", " \n\n")
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     assert list(examples.read_examples(pieces)) == pairs
-    chars, count = examples.survey(pieces)
+    chars, count = examples.scan_examples(pieces)
     assert (chars, count) == ({"\n"}.union(*"".join(map("".join, pairs))), len(pairs))
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5), st.integers(0, 5))
 def test_prompts_are_masked_and_completions_with_their_end_are_not(pairs, train_examples):
-    found = list(examples.encode([lines(pairs)], BYTES, train_examples))
+    found = list(examples.encode_examples([lines(pairs)], BYTES, train_examples))
     assert [split for split, _ in found] == [
         "train" if i < train_examples else "val" for i in range(len(pairs))
     ]
@@ -67,7 +67,7 @@ def test_after_a_completion_of_a_bpe_comes_its_end_of_text():
         tokenizers.tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
     )
     bpe.add_special_tokens(["<|endoftext|>"])
-    ((_, ids),) = examples.encode([lines([("a", "b")])], tokenizers.BpeTokenizer(bpe), 1)
+    ((_, ids),) = examples.encode_examples([lines([("a", "b")])], tokenizers.BpeTokenizer(bpe), 1)
     assert ids.tolist() == [~0, 1, 3]
 
 
@@ -89,7 +89,7 @@ def test_token_files_hold_what_was_encoded(sums):
     data = open_dataset(sums / "sums", sums, 8)
     assert isinstance(data.tokenizer, CharTokenizer)
     assert data.tokenizer.chars == "\n+0123456789="
-    all_ids = [ids for _, ids in examples.encode([lines(SUMS)], data.tokenizer, 0)]
+    all_ids = [ids for _, ids in examples.encode_examples([lines(SUMS)], data.tokenizer, 0)]
     train, val = (t.read(0, len(t)) for t in (data.train, data.val))
     np.testing.assert_array_equal(train, np.concatenate(all_ids[:57]))
     np.testing.assert_array_equal(val, np.concatenate(all_ids[57:]))

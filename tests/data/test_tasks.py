@@ -151,7 +151,7 @@ def test_the_whole_split_has_every_held_out_answer_once():
     task, mesh = task_of("calculator", 1), make_mesh(make_config())
     windows = []
     for batch, count in evaluate.full_split(ValProblems(task, 9), mesh, 4, 9):
-        windows.append(np.asarray(batch["windows"])[:count].reshape(-1, 10))
+        windows.append(np.asarray(batch)[:count].reshape(-1, 10))
     windows = np.concatenate(windows)
     expected = task.windows(task.held_out, 10)
     np.testing.assert_array_equal(windows[: len(expected)], expected)
@@ -168,7 +168,7 @@ def test_batches_are_pure_functions_of_seed_and_step():
         step: int, shape_KMB: tuple[int, int, int], *, seed: int = 5, on=mesh, stream: int = 0
     ):
         batches = Batches(dataset.train, on, shape_KMB, block_size=9, seed=seed, stream=stream)
-        return np.asarray(batches.get(step)["windows"])
+        return np.asarray(batches.get(step))
 
     several = take(6, (4, 1, 8))
     for step in range(4):  # a dispatch is its steps; micro-batches and meshes only cut a step

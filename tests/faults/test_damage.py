@@ -124,7 +124,7 @@ def test_a_step_of_a_later_format_is_not_damage(run):
     step = step_of(run, 24)
     meta, digest = step / "meta.json", step / "digest.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format_version": 99}))
-    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint._sums(meta)}
+    sums = json.loads(digest.read_text()) | {"meta.json": checkpoint.checksum(meta)}
     digest.write_text(json.dumps(sums))
     with pytest.raises(UserError, match="format 99"):
         train(run, {})
@@ -136,14 +136,14 @@ def test_older_steps_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     state = {"params": {"w": np.arange(1000.0)}}
     checkpoints.save(state, {"step": 1}, best=False)
     checkpoints.wait()
-    digest = checkpoint._digest
+    digest = checkpoint.make_digest
 
     def then_cut(step):
         sums = digest(step)
         data_file(step).write_bytes(b"")
         return sums
 
-    monkeypatch.setattr(checkpoint, "_digest", then_cut)
+    monkeypatch.setattr(checkpoint, "make_digest", then_cut)
     checkpoints.save(state, {"step": 2}, best=False)
     with pytest.raises(CorruptCheckpoint):
         checkpoints.wait()

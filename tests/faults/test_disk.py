@@ -59,14 +59,14 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_step_before_whole(data, tmp_
 def test_a_save_that_fails_in_the_background_is_told_at_the_next(
     data, tmp_path, monkeypatch, error
 ):
-    config, digest = tiny(tmp_path, data), checkpoint._digest
+    config, digest = tiny(tmp_path, data), checkpoint.make_digest
 
     def full(step):
         if step.name == "6":
             raise error
         return digest(step)
 
-    monkeypatch.setattr(checkpoint, "_digest", full)
+    monkeypatch.setattr(checkpoint, "make_digest", full)
     with pytest.raises(UserError, match=r"6: could not be saved \([Nn]o space.*step 3 is saved"):
         train(config, {})
     last = json.loads(Path(config.out_dir, "metrics.jsonl").read_text().splitlines()[-1])["step"]
@@ -144,7 +144,7 @@ def test_a_run_killed_while_it_clears_its_directory_can_be_started_again(
 ):
     """Between the files that it writes there: config.json is whole at any moment."""
     shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
-    config, left, write = quiet.replace(out_dir=str(tmp_path / "run")), [nth], run_dir.write
+    config, left, write = quiet.replace(out_dir=str(tmp_path / "run")), [nth], run_dir.atomic_write
     dataset = find_dataset(config, config.block_size)
 
     def killed(file, text):
@@ -154,7 +154,7 @@ def test_a_run_killed_while_it_clears_its_directory_can_be_started_again(
         write(file, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_dir, "write", killed)
+        patched.setattr(run_dir, "atomic_write", killed)
         with pytest.raises(KeyboardInterrupt):
             run_dir.create(config, dataset, fresh=True)
     run_dir.create(config, dataset, fresh=True)

@@ -68,13 +68,13 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
     devices = sharding.make_mesh(config)
     step = make_train_step(config, devices)
     good = np.random.default_rng(0).integers(4, 20, (K, 2, 4, 9), np.int32)
-    state, _ = step(init_state(config, devices), {"windows": good}, np.int32(K))
+    state, _ = step(init_state(config, devices), good, np.int32(K))
     floats = lambda tree: [a for a in jax.tree.leaves(tree) if a.dtype.kind == "f"]
     for kind, token in kinds.items():
         before = jax.device_get(state)
         bad = good.copy()
         bad[:, 1, 2, 5] = token
-        state, metrics = step(state, {"windows": bad}, np.int32(K))
+        state, metrics = step(state, bad, np.int32(K))
         after = jax.device_get(state)
         assert after["step"] == before["step"] + K
         for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
@@ -82,7 +82,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
         assert len(floats(after)) >= 6
         for ours, theirs in zip(floats(after), floats(before), strict=True):
             assert ours.tobytes() == theirs.tobytes(), kind
-        state, metrics = step(state, {"windows": good}, np.int32(K))
+        state, metrics = step(state, good, np.int32(K))
         assert np.isfinite(metrics["loss"]).all()
         moved = floats(jax.device_get(state)["params"])
         assert any((a != b).any() for a, b in zip(moved, floats(after["params"]), strict=True))

@@ -172,7 +172,7 @@ def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pat
     like = {path: value for path, value in initial.items() if not is_frozen(path)}
     theirs, adamw = dict(initial), ref.adamw_init(like)
     for batch, row in zip(batches, rows, strict=True):
-        windows = np.asarray(batch["windows"]).reshape(8, -1)
+        windows = np.asarray(batch).reshape(8, -1)
         tree = ref.unflatten(theirs, params)
         loss, grads = ref.loss_and_grads(tree, windows[:, :-1], windows[:, 1:], config)
         grads = {p: g for p, g in ref.flatten(grads).items() if not is_frozen(p)}
@@ -243,7 +243,7 @@ def test_a_pattern_that_is_none_is_refused():
 
 def test_a_step_of_nothing_but_prompts_has_no_loss_and_no_gradient():
     config = make_config(weight_decay=0.0)
-    _, rows = take_steps(config, [{"windows": ~make_batch(config)["windows"]}])
+    _, rows = take_steps(config, [~make_batch(config)])
     assert (rows[0]["loss"], rows[0]["grad_norm"]) == (0, 0)
 
 

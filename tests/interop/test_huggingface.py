@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import log_of, make_data, params_of, refusal
 from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
@@ -21,12 +22,11 @@ from jaxgpt import model, sharding
 from jaxgpt.cli import command_line
 from jaxgpt.cli import commands as cli
 from jaxgpt.cli.command_line import cli_keys
-from jaxgpt.config import Config, ModelConfig, UserError
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import evaluate
-from jaxgpt.interop.export import EXPRESSIBLE, export, to_fields, to_tensors
-from jaxgpt.interop.huggingface import open_weights, rows
+from jaxgpt.interop.export import export, to_fields, to_tensors
+from jaxgpt.interop.huggingface import REQUIRED_KEYS, open_weights, param_rows
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import read_metrics
@@ -51,11 +51,8 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, np.ndarray]) -> 
 
 def golden_case(case: str) -> tuple[dict, dict[str, np.ndarray]]:
     """config.json, and the state dict in float16."""
-    tensors = {
-        key.removeprefix(f"{case}/tensor/"): value
-        for key, value in SHAPES.items()
-        if key.startswith(f"{case}/tensor/")
-    }
+    prefix = f"{case}/tensor/"
+    tensors = {k.removeprefix(prefix): v for k, v in SHAPES.items() if k.startswith(prefix)}
     return json.loads(SHAPES[f"{case}/config"].item()), tensors
 
 
@@ -67,27 +64,16 @@ def write_case(tmp_path):
     return write
 
 
-def config_of(folder: Path, **keys) -> Config:
-    return Config(**open_weights(str(folder)).keys | EXACT | keys)
-
-
 def load(folder: Path, **keys) -> tuple[Config, dict]:
-    config = config_of(folder, **keys)
+    config = Config(**open_weights(str(folder)).keys | EXACT | keys)
     mesh = sharding.make_mesh(config) if config.mesh else sharding.local_mesh()
     return config, open_weights(str(folder)).load(config, mesh)
 
 
 def logits_of(config: Config, params: dict, tokens) -> np.ndarray:
-    graphdef, _, _ = model.split(config)
+    graphdef, _, _ = model.abstract_model(config)
     logits = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))(params, tokens)
     return np.asarray(logits)[..., : config.vocab_size]
-
-
-def refusal(function, *args) -> str:
-    with pytest.raises(UserError) as raised:
-        function(*args)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -96,60 +82,55 @@ def refusal(function, *args) -> str:
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"n_layer": 0}, {"n_head": 1}], ids=str)
 def test_the_table_names_every_parameter_exactly_once(options):
     config = Config(**TINY | options)
-    _, shapes, _ = model.split(config)
-    paths = [
-        jax.tree_util.keystr(p, simple=True, separator=".")
-        for p in jax.tree.leaves_with_path(shapes)
-        for p in p[:1]
-    ]
-    table = rows(config)
-    assert sorted(paths) == sorted(table)
+    _, shapes, _ = model.abstract_model(config)
+    table = param_rows(config)
+    assert sorted(ref.flatten(shapes)) == sorted(table)
     assert len({name for name, _ in table.values()}) == len(table)
 
 
 def test_columns_of_the_fused_map_are_query_key_and_value_head_by_head(write_case):
-    folder = write_case("padded vocabulary")
-    config, params = load(folder)
-    D, H = config.n_embd, config.head_dim
+    config, params = load(write_case("padded vocabulary"))
+    D, H, N = config.n_embd, config.head_dim, config.n_head
+    _, tensors = golden_case("padded vocabulary")
     for layer in range(config.n_layer):
-        there = golden_case("padded vocabulary")[1]
-        c_attn = there[f"transformer.h.{layer}.attn.c_attn.weight"]
-        c_proj = there[f"transformer.h.{layer}.attn.c_proj.weight"]
         attn = params["blocks"][layer]["attn"]
-        for head in range(config.n_head):
+        c_attn = tensors[f"transformer.h.{layer}.attn.c_attn.weight"]
+        c_proj = tensors[f"transformer.h.{layer}.attn.c_proj.weight"]
+        for head in range(N):
             for part in range(3):
                 first = part * D + head * H
                 mine = attn["qkv"]["kernel"][:, part, head]
                 np.testing.assert_array_equal(mine, c_attn[:, first : first + H])
-            np.testing.assert_array_equal(
-                attn["out"]["kernel"][head], c_proj[head * H : (head + 1) * H]
-            )
+            mine, rows = attn["out"]["kernel"][head], c_proj[head * H : (head + 1) * H]
+            np.testing.assert_array_equal(mine, rows)
 
 
 # ---- the same logits -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_transformers(write_case, case):
-    config, params = load(write_case(case), scan_layers=case == "exact gelu")
-    logits = logits_of(config, params, SHAPES[f"{case}/tokens"])
-    np.testing.assert_allclose(logits, SHAPES[f"{case}/logits"], rtol=0, atol=1e-4)
-
-
-def test_logits_are_those_of_transformers_split_over_devices(write_case):
-    config, params = load(write_case("exact gelu"), mesh="fsdp:2,tensor:2", batch_size=2)
-    assert len(params["blocks"][0]["mlp"]["up"]["kernel"].addressable_shards) == 4
-    logits = logits_of(config, params, SHAPES["exact gelu/tokens"])
-    np.testing.assert_allclose(logits, SHAPES["exact gelu/logits"], rtol=0, atol=1e-4)
+@pytest.mark.parametrize(
+    ("case", "keys"),
+    [
+        *((case, {"scan_layers": case == "exact gelu"}) for case in CASES),
+        ("exact gelu", {"mesh": "fsdp:2,tensor:2", "batch_size": 2}),
+        ("exact gelu", {"block_size": 5}),  # cuts off later positions
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_transformers(write_case, case, keys):
+    config, params = load(write_case(case), **keys)
+    T = config.block_size
+    assert params["pos_embed"]["kernel"].shape == (T, config.n_embd)
+    if config.mesh:
+        assert len(params["blocks"][0]["mlp"]["up"]["kernel"].addressable_shards) == 4
+    logits = logits_of(config, params, SHAPES[f"{case}/tokens"][:, :T])
+    np.testing.assert_allclose(logits, SHAPES[f"{case}/logits"][:, :T], rtol=0, atol=1e-4)
 
 
 def test_logits_are_those_of_the_model_that_the_reference_agrees_with(tmp_path):
     golden = Golden(HERE / "golden" / "gpt2_tiny.npz")
-    fields = {"model_type": "gpt2"} | {
-        key.removeprefix("config/"): value.item()
-        for key, value in golden.arrays.items()
-        if key.startswith("config/")
-    }
+    config = {k: v.item() for k, v in golden.arrays.items() if k.startswith("config/")}
+    fields = {k.removeprefix("config/"): v for k, v in config.items()} | {"model_type": "gpt2"}
     tensors = {  # as on the hub: without the prefix, with masks, with the output map
         key.removeprefix("param/transformer."): value.astype(np.float32)
         for key, value in golden.arrays.items()
@@ -160,14 +141,6 @@ def test_logits_are_those_of_the_model_that_the_reference_agrees_with(tmp_path):
     config, params = load(write_folder(tmp_path / "tiny", fields, tensors))
     logits = logits_of(config, params, golden.arrays["tokens"][0])
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=1e-4)
-
-
-def test_a_smaller_block_cuts_off_later_positions(write_case):
-    folder, tokens = write_case("exact gelu"), SHAPES["exact gelu/tokens"]
-    config, params = load(folder, block_size=5)
-    assert params["pos_embed"]["kernel"].shape == (5, config.n_embd)
-    logits = logits_of(config, params, tokens[:, :5])
-    np.testing.assert_allclose(logits, SHAPES["exact gelu/logits"][:, :5], rtol=0, atol=1e-4)
 
 
 # ---- there and back --------------------------------------------------------------------------
@@ -183,11 +156,10 @@ def test_in_and_out_again_gives_every_tensor_to_the_bit(write_case, case, scan_l
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(again[name], tensor.astype(np.float32), strict=True)
     written = to_fields(config)
-    same = set(written) & set(fields) - {"activation_function", "mlp_dim", "dtype"}
-    assert {k: written[k] for k in same if "pdrop" not in k} == {
-        k: fields[k] for k in same if "pdrop" not in k
-    }
-    assert (written["mlp_dim"] or 4 * config.n_embd) == config.mlp_hidden_dim
+    names = written.keys() & fields.keys() - {"activation_function", "n_inner", "dtype"}
+    names -= {"embd_pdrop", "attn_pdrop", "resid_pdrop"}
+    assert {k: written[k] for k in names} == {k: fields[k] for k in names}
+    assert (written["n_inner"] or 4 * config.n_embd) == config.mlp_hidden_dim
 
 
 def test_rows_that_pad_the_vocabulary_are_zero(write_case):
@@ -200,8 +172,8 @@ def test_rows_that_pad_the_vocabulary_are_zero(write_case):
 
 def test_stack_undoes_unstack():
     config = Config(**TINY, scan_layers=True)
-    params = jax.device_get(model.init(config, jax.random.key(0)))
-    again = model.stack(model.unstack(params))
+    params = jax.device_get(model.init_params(config, jax.random.key(0)))
+    again = model.stack_layers(model.unstack_layers(params))
     assert jax.tree.structure(again) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -210,7 +182,7 @@ def test_stack_undoes_unstack():
 def write_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **options) -> Config:
     """A run directory with a checkpoint of random weights, step 7."""
     config = Config(**TINY | EXACT | {"out_dir": str(folder)} | options)
-    params = model.init(config, jax.random.key(3))
+    params = model.init_params(config, jax.random.key(3))
     noise = lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
     checkpoints = Checkpoints(folder / "checkpoints")
     meta = {"step": 7, "config": config.to_dict(), "best_val_loss": 1.0}
@@ -242,7 +214,7 @@ def test_a_run_that_is_exported_says_the_same(tmp_path, options):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 6))
     before = logits_of(config.replace(dropout=0.0), params, ids)
     np.testing.assert_allclose(logits_of(again_config, again, ids), before, rtol=0, atol=1e-6)
-    params = model.unstack(params) if config.scan_layers else params
+    params = model.unstack_layers(params) if config.scan_layers else params
     flat, flat_again = (ref.flatten(jax.device_get(tree)) for tree in (params, again))
     for path, value in flat.items():
         rows = config.vocab_size if path == "embed.kernel" else None
@@ -310,60 +282,47 @@ def test_a_tokenizer_must_be_there_and_fit(write_case):
 # ---- what is refused on the way in -----------------------------------------------------------
 
 QKV = "transformer.h.0.attn.c_attn.weight"
-DAMAGES = {
+BAD_TENSORS = {
     "shape": (
-        lambda fields, tensors: tensors.update({QKV: tensors[QKV].T.copy()}),
+        lambda tensors: tensors.update({QKV: tensors[QKV].T.copy()}),
         "tensor h.0.attn.c_attn.weight has shape (24, 8), expected (8, 24)",
     ),
-    "width": (
-        lambda fields, tensors: fields.update(n_embd=16),
-        "tensor wte.weight has shape (11, 8), expected (11, 16)",
-    ),
-    "missing": (
-        lambda fields, tensors: tensors.pop(QKV),
-        "there is no tensor h.0.attn.c_attn.weight",
-    ),
-    "more layers": (
-        lambda fields, tensors: fields.update(n_layer=2),
-        "there is no tensor h.1.ln_1.weight",
-    ),
+    "missing": (lambda tensors: tensors.pop(QKV), "there is no tensor h.0.attn.c_attn.weight"),
     "unknown": (
-        lambda fields, tensors: tensors.update({"transformer.h.0.moe.weight": tensors[QKV]}),
+        lambda tensors: tensors.update({"transformer.h.0.moe.weight": tensors[QKV]}),
         "tensor h.0.moe.weight is not of a GPT-2 with these sizes",
     ),
-    "other model": (
-        lambda fields, tensors: fields.update(model_type="llama"),
-        "config.json: model_type='llama': must be 'gpt2'",
-    ),
-    "epsilon": (
-        lambda fields, tensors: fields.update(layer_norm_epsilon=1e-6),
-        "config.json: layer_norm_epsilon=1e-06: must be 1e-05",
-    ),
-    "untied": (
-        lambda fields, tensors: fields.update(tie_word_embeddings=False),
-        "config.json: tie_word_embeddings=False: must be True",
-    ),
-    "activation": (
-        lambda fields, tensors: fields.update(activation_function="silu"),
+}
+BAD_FIELDS = [
+    ({"n_embd": 16}, "tensor wte.weight has shape (11, 8), expected (11, 16)"),
+    ({"n_layer": 2}, "there is no tensor h.1.ln_1.weight"),
+    ({"model_type": "llama"}, "config.json: model_type='llama': must be 'gpt2'"),
+    ({"layer_norm_epsilon": 1e-6}, "config.json: layer_norm_epsilon=1e-06: must be 1e-05"),
+    ({"tie_word_embeddings": False}, "config.json: tie_word_embeddings=False: must be True"),
+    (
+        {"activation_function": "silu"},
         "config.json: activation_function='silu': must be one of gelu_new, gelu, relu, relu2, "
         "gelu_pytorch_tanh",
     ),
-    "number": (
-        lambda fields, tensors: fields.update(n_layer="two"),
-        "config.json: n_layer='two': must be a whole number at least 0",
-    ),
-    "run": (
-        lambda fields, tensors: fields.update(max_iters=5),
-        "is of a jaxgpt run; name it with --out_dir=",
-    ),
-}
+    ({"n_layer": "two"}, "config.json: n_layer='two': must be a whole number at least 0"),
+    ({"max_iters": 5}, "is of a jaxgpt run; name it with --out_dir="),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *BAD_TENSORS.values(),
+        *BAD_FIELDS,
+    ],
+    ids=[*BAD_TENSORS, *(str(fields) for fields, _ in BAD_FIELDS)],
+)
+def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, change, message):
     fields, tensors = golden_case("small")
-    change, message = DAMAGES[damage]
-    change(fields, tensors)
+    if isinstance(change, dict):
+        fields |= change
+    else:
+        change(tensors)
     folder = write_folder(tmp_path / "bad", fields, tensors)
     said = refusal(open_weights, str(folder))
     assert said.startswith(str(folder))
@@ -403,6 +362,8 @@ def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch
 
     def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
         asked.append((repo, allow_patterns))
+        if len(asked) > 1:
+            raise OSError("offline\nand so on")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -410,15 +371,8 @@ def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch
     ((repo, patterns),) = asked
     assert repo == name
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
-
-
-def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
-        raise OSError("offline\nand so on")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    said = refusal(open_weights, "gpt2-xl")
-    assert said.startswith("init_from='gpt2-xl': no such folder, and the Hugging Face hub")
+    said = refusal(open_weights, name)
+    assert said.startswith(f"init_from={name!r}: no such folder, and the Hugging Face hub")
 
 
 @pytest.mark.parametrize("name", ["resum", "gpt3", "./nowhere", "/no/where", "a/b/c"])
@@ -473,9 +427,9 @@ def fake_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpts_checkpoint_has_its_linear_maps_turned(tmp_path, fake_torch, bias):
+def test_linear_maps_of_a_nanogpt_checkpoint_are_transposed(tmp_path, fake_torch, bias):
     fields, tensors = golden_case("exact gelu")
-    fields["mlp_dim"] = 64  # nanoGPT's is always 4 n_embd
+    fields["n_inner"] = 64  # nanoGPT's is always 4 n_embd
     rng = np.random.default_rng(0)
     for name, tensor in tensors.items():
         if "c_fc" in name or name.endswith("mlp.c_proj.weight"):
@@ -533,19 +487,28 @@ INEXPRESSIBLE = {
 
 
 def test_every_key_that_the_format_lacks_is_tried():
-    assert INEXPRESSIBLE.keys() == EXPRESSIBLE.keys() | {"n_kv_head", "mlp"}
+    assert INEXPRESSIBLE.keys() == REQUIRED_KEYS.keys() | {"n_kv_head", "mlp"}
 
 
 @pytest.mark.parametrize("key", INEXPRESSIBLE)
 def test_a_model_that_the_format_cannot_say_is_refused(tmp_path, capsys, key):
     config = Config(**TINY | {key: INEXPRESSIBLE[key], "out_dir": str(tmp_path)})
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    argv = [f"--out_dir={tmp_path}", f"--to={tmp_path / 'out'}"]
     with pytest.raises(SystemExit) as end:
-        cli.run(cli.export, argv)
+        cli.run(cli.export, [f"--out_dir={tmp_path}", f"--to={tmp_path / 'out'}"])
     assert end.value.code == 2
     assert f"error: {key}={INEXPRESSIBLE[key]!r}: GPT-2's format has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_ones_own_is_refused(tmp_path, monkeypatch):
+    class Mine(Config):
+        def make_model(self, rngs):
+            raise AssertionError
+
+    monkeypatch.setattr(run_dir, "load_config", lambda out_dir, *file: Mine(**TINY))
+    said = refusal(export, str(tmp_path), "best", str(tmp_path / "out"))
+    assert said == "Mine: has a model of its own; GPT-2's format has only GPT"
 
 
 def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
@@ -562,28 +525,19 @@ def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "tale.txt").write_text("abcdefghijk" * 60 + "kjihgfedcba" * 60)
-    prepare(str(folder / "tale.txt"), str(folder))
-    return folder
+    text = "abcdefghijk" * 60 + "kjihgfedcba" * 60
+    return make_data(tmp_path_factory.mktemp("data"), text)
 
 
 @pytest.fixture
 def make_config(data_dir, tmp_path):
     def make(**options) -> Config:
         keys = {
-            "out_dir": str(tmp_path / "run"),
-            "data_dir": str(data_dir),
-            "dataset": "tale",
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-2,
-            "decay_lr": False,
-            "max_iters": 4,
-            "eval_interval": 4,
-            "eval_iters": 0,
+            "out_dir": str(tmp_path / "run"), "data_dir": str(data_dir), "dataset": "tale",
+            "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+            "decay_lr": False, "max_iters": 4, "eval_interval": 4, "eval_iters": 0,
             "mesh": "data:2",
-        }
+        }  # fmt: skip
         return Config(**keys | options)
 
     return make
@@ -594,31 +548,25 @@ def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
     config = make_config(init_from=str(folder), scan_layers=True, dropout=0.1)
     assert train(config, {}) == 0
     begun = json.loads((tmp_path / "run/config.json").read_text())
-    assert {k: begun[k] for k in ("n_layer", "n_embd", "block_size", "vocab_size", "dropout")} == {
-        "n_layer": 1,
-        "n_embd": 8,
-        "block_size": 6,
-        "vocab_size": 11,
-        "dropout": 0.1,
-    }
-    log = (tmp_path / "run/log.txt").read_text()
-    assert f"weights of {folder}: n_layer=1, n_head=1, n_embd=8, vocab_size=11" in log
-    before = evaluate("", "best", str(config.data_dir), init_from=str(folder), dataset="tale")
-    rows = read_metrics(tmp_path / "run/metrics.jsonl")
-    assert rows[0]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
+    sizes = {"n_layer": 1, "n_embd": 8, "block_size": 6, "vocab_size": 11, "dropout": 0.1}
+    assert {key: begun[key] for key in sizes} == sizes
+    assert f"weights of {folder}: n_layer=1, n_head=1, n_embd=8, vocab_size=11" in log_of(config)
+    loss_of = lambda folder: evaluate(
+        "", "best", str(config.data_dir), init_from=str(folder), dataset="tale"
+    )["val_loss"]
+    first, *_, last = read_metrics(tmp_path / "run/metrics.jsonl")
+    before = loss_of(folder)
+    assert first["val_loss"] == pytest.approx(before, abs=1e-5)
 
     export(config.out_dir, "latest", str(tmp_path / "out"))
-    after = evaluate(
-        "", "best", str(config.data_dir), init_from=str(tmp_path / "out"), dataset="tale"
-    )
-    of_run = evaluate(config.out_dir, "latest")
-    assert after["val_loss"] == pytest.approx(of_run["val_loss"], abs=1e-5)
-    assert after["val_loss"] == pytest.approx(rows[-1]["val_loss"], abs=1e-5)
-    assert after["val_loss"] < before["val_loss"] - 0.01
+    after = loss_of(tmp_path / "out")
+    assert after == pytest.approx(evaluate(config.out_dir, "latest")["val_loss"], abs=1e-5)
+    assert after == pytest.approx(last["val_loss"], abs=1e-5)
+    assert after < before - 0.01
     again = make_config(init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "again"))
     assert train(again.replace(eval_only=True), {}) == 0
     (row,) = read_metrics(tmp_path / "again/metrics.jsonl")
-    assert row["val_loss"] == pytest.approx(after["val_loss"], abs=1e-5)
+    assert row["val_loss"] == pytest.approx(after, abs=1e-5)
 
 
 def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, make_config):
@@ -627,12 +575,9 @@ def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, ma
     train(config.replace(max_iters=2), {})
     train(config.replace(init_from="resume", max_iters=6), {})
     train(whole, {})
-    stopped, at_once = (
-        run_dir.load_params(c, "6", sharding.local_mesh())[0]
-        for c in (run_dir.load_config(config.out_dir), run_dir.load_config(whole.out_dir))
-    )
-    for a, b in zip(jax.tree.leaves(stopped), jax.tree.leaves(at_once), strict=True):
-        np.testing.assert_array_equal(a, b)
+    at_once = params_of(whole)
+    for path, array in params_of(config).items():
+        np.testing.assert_array_equal(array, at_once[path])
     assert "holds a run of 6 steps" in refusal(train, config, {})
 
 
@@ -687,52 +632,43 @@ def test_sampling_from_nothing_is_a_mistake(capsys):
 def torch_python() -> str | None:
     """A Python that has torch and transformers, if there is one."""
     python = os.environ.get("JAXGPT_TORCH_PYTHON", sys.executable)
-    found = (
-        "import importlib.util as u; assert u.find_spec('torch') and u.find_spec('transformers')"
-    )
-    works = (
-        shutil.which(python)
-        and not subprocess.run([python, "-c", found], capture_output=True).returncode
-    )
-    return python if works else None
+    find = "from importlib.util import find_spec as f; assert f('torch') and f('transformers')"
+    works = shutil.which(python) and subprocess.run([python, "-c", find], capture_output=True)
+    return python if works and not works.returncode else None
 
 
 @pytest.mark.slow
 def test_transformers_agrees_both_ways(tmp_path, request):
     """Logits within 1e-4, both of what transformers wrote and of what it reads from us."""
-    if not (python := torch_python()):
+    python = torch_python()
+    if not python:
         pytest.skip("needs torch and transformers, here or in the Python of JAXGPT_TORCH_PYTHON")
-    rng, jobs = np.random.default_rng(0), []
-    (tmp_path / "ids").mkdir()
-    for name, sizes in {
+    theirs = {
         "wide": {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 300, "n_positions": 32},
         "deep": {"n_layer": 5, "n_embd": 16, "n_head": 4, "vocab_size": 130, "n_positions": 20},
         "erf": {"n_layer": 1, "n_embd": 20, "n_head": 1, "vocab_size": 99, "n_positions": 9},
-    }.items():
-        sizes |= {"activation_function": "gelu" if name == "erf" else "gelu_new"}
+    }
+    jobs = []
+    for name, sizes in theirs.items():
+        sizes["activation_function"] = "gelu" if name == "erf" else "gelu_new"
         jobs.append({"folder": str(tmp_path / name), "config": sizes})
-    for name, options in {
-        "exported": {"mlp": "gelu", "bias": False, "vocab_size": 200},
-        "bpe": {"vocab_size": 50257},
-    }.items():
-        gpt2 = (
-            request.getfixturevalue("gpt2") if name == "bpe" and (DATA / "gpt2").exists() else None
-        )
-        config = write_run(tmp_path / f"run_{name}", gpt2, **options)
+    has_gpt2 = (DATA / "gpt2").exists()
+    gpt2 = request.getfixturevalue("gpt2") if has_gpt2 else None
+    for name, tokenizer, options in [
+        ("exported", None, {"mlp": "gelu", "bias": False, "vocab_size": 200, "mlp_dim": 12}),
+        ("bpe", gpt2, {"vocab_size": 50257}),
+    ]:
+        config = write_run(tmp_path / f"run_{name}", tokenizer, **options)
         export(config.out_dir, "best", str(tmp_path / name))
         jobs.append({"folder": str(tmp_path / name)})
-        if gpt2:
-            text = "Hello, it's  me.\n\n\nROMEO: ok<|endoftext|>"
-            jobs[-1] |= {"text": text, "tokens": str(tmp_path / "tokens.json")}
+    if gpt2:
+        text = "Hello, it's  me.\n\n\nROMEO: ok<|endoftext|>"
+        jobs[-1] |= {"text": text, "tokens": str(tmp_path / "tokens.json")}
+    rng = np.random.default_rng(0)
     for job in jobs:
-        name = Path(job["folder"]).name
         sizes = job.get("config") or json.loads(Path(job["folder"], "config.json").read_text())
-        ids = rng.integers(0, sizes["vocab_size"], (2, sizes["n_positions"]))
-        job |= {
-            "ids": str(tmp_path / "ids" / f"{name}.npy"),
-            "logits": str(tmp_path / f"{name}.npy"),
-        }
-        np.save(job["ids"], ids)
+        job |= {"ids": job["folder"] + "_ids.npy", "logits": job["folder"] + "_logits.npy"}
+        np.save(job["ids"], rng.integers(0, sizes["vocab_size"], (2, sizes["n_positions"])))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = HERE / "reference" / "transformers_gpt2.py"
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -750,26 +686,16 @@ def test_transformers_agrees_both_ways(tmp_path, request):
 
 EVALUATION = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
 CONFIGS = {  # what nanoGPT's files of these names say
-    "eval_gpt2": EVALUATION | {"init_from": "gpt2"},
-    "eval_gpt2_medium": EVALUATION | {"init_from": "gpt2-medium"},
-    "eval_gpt2_large": EVALUATION | {"init_from": "gpt2-large"},
-    "eval_gpt2_xl": EVALUATION | {"init_from": "gpt2-xl"},
+    name.replace("gpt2", "eval_gpt2").replace("-", "_"): EVALUATION | {"init_from": name}
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+} | {
     "finetune_shakespeare": {
-        "out_dir": "out-shakespeare",
-        "eval_interval": 5,
-        "eval_iters": 40,
-        "wandb_log": False,
-        "wandb_project": "shakespeare",
-        "dataset": "shakespeare",
-        "init_from": "gpt2-xl",
-        "always_save_checkpoint": False,
-        "batch_size": 1,
-        "gradient_accumulation_steps": 32,
-        "max_iters": 20,
-        "learning_rate": 3e-5,
-        "decay_lr": False,
-    },
-}
+        "out_dir": "out-shakespeare", "eval_interval": 5, "eval_iters": 40, "wandb_log": False,
+        "wandb_project": "shakespeare", "dataset": "shakespeare", "init_from": "gpt2-xl",
+        "always_save_checkpoint": False, "batch_size": 1, "gradient_accumulation_steps": 32,
+        "max_iters": 20, "learning_rate": 3e-5, "decay_lr": False,
+    }
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -42,7 +42,7 @@ def train_some(config: Config, state: dict, steps: int) -> dict:
     shape = (1, 1, config.batch_size, config.block_size + 1)
     windows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     for _ in range(steps):
-        state, _ = step(state, {"windows": jnp.asarray(windows, jnp.int32)}, jnp.int32(1))
+        state, _ = step(state, jnp.asarray(windows, jnp.int32), jnp.int32(1))
     return state
 
 

@@ -18,21 +18,26 @@ def test_write_replaces_the_file_and_leaves_nothing_else(data, tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
+def write_half(file, error: type[BaseException]) -> None:
+    with atomic_path(file) as partial:
+        assert partial.suffix == ".png"  # writers choose a format by it
+        partial.write_text("half of the n")
+        raise error
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_the_old_file(error, tmp_path):
     file = tmp_path / "loss.png"
     file.write_text("old")
-    with pytest.raises(error), atomic_path(file) as partial:
-        partial.write_text("half of the n")
-        assert partial.suffix == ".png"  # writers choose a format by it
-        raise error
+    with pytest.raises(error):
+        write_half(file, error)
     assert file.read_text() == "old"
     assert [*tmp_path.iterdir()] == [file]
 
 
-def test_writers_of_the_same_file_do_not_share_a_path(tmp_path):
+def test_writers_of_a_shared_file_have_their_own_paths(tmp_path):
     file = tmp_path / "a"
-    with atomic_path(file) as first, atomic_path(file) as second:
+    with atomic_path(file, shared=True) as first, atomic_path(file, shared=True) as second:
         assert first != second
         first.write_text("1")
         second.write_text("2")

@@ -29,7 +29,7 @@ from rich.table import Table
 from jaxgpt import model, sharding
 from jaxgpt.attention import attend
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.batches import Batches, gather, make_resident
+from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
@@ -169,14 +169,13 @@ def data(b: Bench) -> Report:
     M = sharding.num_microbatches(c, mesh)
     shape = 1, M, sharding.global_batch_size(c) // M
     rows, results = [], {}
-    windows = jax.jit(partial(gather, step=0, length=c.block_size + 1))
     for name, resident in ("resident", make_resident(tokens, mesh)), ("read from disk", None):
         batches = Batches(
             tokens, mesh, shape, block_size=c.block_size, seed=c.seed, stream=TRAIN,
             resident=resident, ahead=2,
         )  # fmt: skip
         steps = count()
-        ms = call_ms(lambda batches=batches, steps=steps: windows(batches.get(next(steps))))
+        ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
         per_s = 1000 * shape[1] * shape[2] / quartiles(ms)["median"]
         results[name] = {"samples_ms": ms, "windows_per_s": per_s}
         results[name]["tokens_per_s"] = per_s * c.block_size

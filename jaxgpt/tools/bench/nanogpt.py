@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import TokenSplit
-from jaxgpt.interop.export import EXPRESSIBLE, to_tensors
+from jaxgpt.interop.export import to_tensors
+from jaxgpt.interop.huggingface import REQUIRED_KEYS
 from jaxgpt.runtime import device
 from jaxgpt.tools.bench import torch_server as bench_torch
 
@@ -106,7 +107,7 @@ class NanoGPT:
 
 def check_comparable(c: Config) -> None:
     """Raises `UserError` for a model that nanoGPT does not have."""
-    has = EXPRESSIBLE | {
+    has = REQUIRED_KEYS | {
         "mlp": "gelu",
         "optimizer": "adamw",
         "qkv_bias": True,

@@ -1,0 +1,99 @@
+"""Operations that the core calls, and the one table of their implementations per platform.
+
+Each file of this folder begins with the plain reference, which is the documentation and the
+oracle of the tests; faster variants follow, each with its row in docs/performance.md. An
+operation is chosen while a function is traced, for `platform.target_platform`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxgpt.kernels import (
+    accumulate,
+    activation,
+    adamw,
+    attention,
+    embedding,
+    linear,
+    logsumexp,
+    norm,
+)
+from jaxgpt.kernels.adamw import ADAM_EPSILON as ADAM_EPSILON
+from jaxgpt.kernels.platform import current_platform
+
+ANY = "any platform without a row of its own"
+
+TABLE: dict[tuple[str, str], Callable[..., Any]] = {
+    ("accumulate", ANY): accumulate.accumulate_reference,
+    ("accumulate", "cpu"): accumulate.accumulate_cpu,
+    ("adam_direction", ANY): adamw.adam_direction_folded,
+    ("adam_direction", "cpu"): adamw.adam_direction_cpu,
+    ("add_positions", ANY): embedding.add_positions_reference,
+    ("add_positions", "gpu"): embedding.add_positions_gpu,
+    ("attention cpu", ANY): attention.attention_cpu,
+    ("attention cudnn", ANY): attention.attention_cudnn,
+    ("attention reference", ANY): attention.attention_reference,
+    ("attention reference", "gpu"): attention.attention_saved_weights,
+    ("attention splash", ANY): attention.attention_splash,
+    ("attention xla", ANY): attention.attention_xla,
+    ("embed", ANY): embedding.embed_reference,
+    ("embed", "cpu"): embedding.embed_cpu,
+    ("gelu_tanh", ANY): activation.gelu_tanh_reference,
+    ("gelu_tanh", "gpu"): activation.gelu_tanh_gpu,
+    ("linear", ANY): linear.linear_in_order,
+    ("linear", "cpu"): linear.linear_cpu,
+    ("logsumexp", ANY): logsumexp.logsumexp_default,
+    ("logsumexp", "gpu"): logsumexp.logsumexp_gpu,
+    ("norm", ANY): norm.norm_reference,
+    ("norm", "cpu"): norm.norm_cpu,
+    ("norm", "gpu"): norm.norm_gpu,
+    ("norm", "tpu"): norm.norm_tpu,
+}
+
+
+def call(operation: str, *args: Any, **options: Any) -> Any:
+    """Run an operation of the table by the implementation for the platform that is traced for."""
+    variant = TABLE.get((operation, current_platform()), TABLE[operation, ANY])
+    return variant(*args, **options)
+
+
+accumulate_gradients = partial(call, "accumulate")
+adam_direction = partial(call, "adam_direction")
+add_positions = partial(call, "add_positions")
+embed = partial(call, "embed")
+gelu_tanh = partial(call, "gelu_tanh")
+linear_map = partial(call, "linear")
+log_sum_exp = partial(call, "logsumexp")
+normalize = partial(call, "norm")
+
+
+def dot_product_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    causal: bool,
+    window: int = 0,
+    segment_ids_BT: jax.Array | None = None,
+    dropout: Callable | None = None,
+    backend: str = "reference",
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention by the implementation that `backend` names -> [B, T, N, H] in q's dtype.
+
+    `causal` hides keys after the query, `window` keys further back than that many (the query's own
+    included; 0 is no bound), `segment_ids_BT` keys of other segments (not for cudnn). `dropout`
+    acts on the attention weights: a pytree, as `jax.tree_util.Partial` makes one, and linear.
+    Scores are multiplied by `scale`, by default 1 / sqrt(H).
+    Where an implementation lacks the option or the shape, the reference takes its place.
+    """
+    (T, S), H = (q_BTNH.shape[1], k_BSKH.shape[1]), q_BTNH.shape[-1]
+    is_flash = backend in ("xla", "cudnn", "splash")
+    fits_shape = {"cpu": T == S, "splash": T == S and T % 128 == 0}.get(backend, True)
+    if not fits_shape or (is_flash and dropout is not None):
+        backend = "reference"
+    options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
+    return call(f"attention {backend}", q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)

@@ -1,0 +1,261 @@
+"""Softmax attention: the equations, and what runs them fast on each platform.
+
+B batch, T query length, S key length, N heads, K key-value heads, H head dim.
+Each implementation maps q [B, T, N, H], k and v [B, S, K, H] to [B, T, N, H] in q's dtype.
+Query head n uses key-value head n // (N // K) (grouped heads: Ainslie et al. 2023).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a query may see, and by what scores are multiplied."""
+
+    causal: bool
+    window: int
+    """Keys that a query sees at most, its own included; 0 is no bound."""
+    scale: float
+
+
+def attention_mask(query: jax.Array, key: jax.Array, causal: bool, window: int) -> jax.Array:
+    """Return True where a query may see a key, by their positions, which broadcast."""
+    allowed = (key <= query) | (not causal)
+    return allowed & (key > query - window) if window else allowed
+
+
+def full_mask(q_BTNH, k_BSKH, segment_ids_BT: jax.Array | None, o: AttentionOptions) -> jax.Array:
+    """Return the mask [1 or B, T, S]; `segment_ids_BT` also hides other segments."""
+    query_T1 = jnp.arange(q_BTNH.shape[1])[:, None]
+    mask_BTS = attention_mask(query_T1, jnp.arange(k_BSKH.shape[1]), o.causal, o.window)[None]
+    if segment_ids_BT is not None:
+        mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return mask_BTS
+
+
+def accum_dtype(x: jax.Array) -> jax.typing.DTypeLike:
+    """Return the dtype to accumulate in: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _repeat_kv_heads(q_BTNH: jax.Array, *kv: jax.Array) -> list[jax.Array]:
+    return [jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in kv]
+
+
+# ---- the reference ---------------------------------------------------------------------------
+
+
+def attention_reference(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    dropout: Callable | None,
+    options: AttentionOptions,
+) -> jax.Array:
+    """Compute softmax(mask(scale q k)) v as written (Vaswani et al. 2017); every option.
+
+    `dropout` acts on the weights [B, N, T, S]. Scores and softmax are float32 at least.
+    """
+    k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
+    mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
+    weights_BNTS = _softmax_weights(q_BTNH, k_BSNH, mask_BTS, options.scale).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    return _weighted_values(dropped_BNTS, v_BSNH)
+
+
+def _softmax_weights(q_BTNH, k_BSNH, mask_BTS, scale: float) -> jax.Array:
+    product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
+    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf))
+
+
+def _weighted_values(weights_BNTS: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    product = partial(jnp.einsum, preferred_element_type=accum_dtype(v_BSNH))
+    return product("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH).astype(v_BSNH.dtype)
+
+
+# ---- GPU and TPU without a flash kernel: the gradient from half-width weights ----------------
+
+
+def attention_saved_weights(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: Callable | None, options: AttentionOptions
+) -> jax.Array:
+    """Compute `attention_reference` with a gradient that starts from weights in v's dtype.
+
+    For a GPU XLA then makes one kernel of softmax and dropout, and one of their gradient, and
+    keeps nothing else of that size (performance.md, "attention's gradient by hand"). `dropout`
+    must be linear, and a pytree, such as `jax.tree_util.Partial`.
+    """
+    k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
+    mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
+    return _saved_weights(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, options.scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _saved_weights(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    return _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+
+
+def _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    weights_BNTS = _softmax_weights(q_BTNH, k_BSNH, mask_BTS, scale).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    o_BTNH = _weighted_values(dropped_BNTS, v_BSNH)
+    return o_BTNH, (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout)
+
+
+def _saved_weights_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
+    q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout = saved
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    d_dropped_BNTS = jnp.einsum("BTNH,BSNH->BNTS", do_BTNH, v_BSNH)
+    d_weights_BNTS = dropout(d_dropped_BNTS) if dropout else d_dropped_BNTS
+    product_BNTS = d_weights_BNTS.astype(accum_dtype(q_BTNH)) * weights_BNTS
+    d_scores_BNTS = product_BNTS - weights_BNTS * product_BNTS.sum(-1, keepdims=True)
+    d_scores_BNTS = d_scores_BNTS.astype(q_BTNH.dtype)
+    dq_BTNH = jnp.einsum("BNTS,BSNH->BTNH", d_scores_BNTS, k_BSNH) * scale
+    dk_BSNH = jnp.einsum("BNTS,BTNH->BSNH", d_scores_BNTS, q_BTNH) * scale
+    dv_BSNH = jnp.einsum("BNTS,BTNH->BSNH", dropped_BNTS, do_BTNH)
+    return dq_BTNH, dk_BSNH, dv_BSNH, None, None
+
+
+_saved_weights.defvjp(_saved_weights_fwd, _saved_weights_bwd)
+
+
+# ---- CPU -------------------------------------------------------------------------------------
+
+
+def attention_cpu(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: Callable | None, options: AttentionOptions
+) -> jax.Array:
+    """Compute `attention_reference` with every operand laid out once, in both directions.
+
+    XLA:CPU's library takes products of [.., T, S] by [.., S, H] or by [.., H, S] only, and sums
+    over the last axis slowly. Weights are divided by their sum after they met the values: T x H
+    divisions, not T x S. The gradient is FlashAttention's (Dao et al. 2022, appendix B.4).
+    See performance.md, "Attention weights divided" and "Attention's gradient".
+    """
+    k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
+    mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
+    return _cpu(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, options.scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cpu(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    return _cpu_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+
+
+def _cpu_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
+    dtype = accum_dtype(q_BTNH)
+    q_BNTH = jnp.einsum("BTNH->BNTH", q_BTNH.astype(dtype) * scale)
+    k_BNSH = jnp.einsum("BSNH->BNSH", k_BSNH.astype(dtype))
+    v_BNHS = jnp.einsum("BSNH->BNHS", v_BSNH.astype(dtype))
+    scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jnp.exp(scores_BNTS - scores_BNTS.max(-1, keepdims=True))
+    sum_BNT = weights_BNTS.sum(-1)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    o_BNHT = jnp.einsum("BNHS,BNTS->BNHT", v_BNHS, dropped_BNTS) / sum_BNT[:, :, None]
+    saved = q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout
+    return jnp.einsum("BNHT->BTNH", o_BNHT).astype(q_BTNH.dtype), saved
+
+
+def _cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
+    q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout = saved
+    do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
+    do_BNTH = jnp.swapaxes(do_BNHT, 2, 3)
+    q_BNHT = jnp.swapaxes(q_BNTH, 2, 3)
+    # else XLA folds the transposes into products that its library does not take
+    do_BNTH, do_BNHT, q_BNHT = jax.lax.optimization_barrier((do_BNTH, do_BNHT, q_BNHT))
+    d_weights_BNTS = jnp.einsum("BNTH,BNHS->BNTS", do_BNTH, v_BNHS)
+    d_weights_BNTS = dropout(d_weights_BNTS) if dropout else d_weights_BNTS
+    d_sum_BNT1 = (do_BNHT * o_BNHT).sum(2)[..., None]
+    d_scores_BNTS = weights_BNTS * (d_weights_BNTS - d_sum_BNT1)
+    dq_BTNH = jnp.einsum("BNTS,BNSH->BNTH", d_scores_BNTS, k_BNSH).swapaxes(1, 2) * scale
+    dk_BSNH = jnp.einsum("BNHT,BNTS->BNHS", q_BNHT, d_scores_BNTS).transpose(0, 3, 1, 2)
+    dv_BSNH = jnp.einsum("BNHT,BNTS->BNHS", do_BNHT, dropped_BNTS).transpose(0, 3, 1, 2)
+    grads = (x.astype(do_BTNH.dtype) for x in (dq_BTNH, dk_BSNH, dv_BSNH))
+    return *grads, None, None
+
+
+_cpu.defvjp(_cpu_fwd, _cpu_bwd)
+
+
+# ---- XLA's own, and cuDNN's flash attention --------------------------------------------------
+
+
+def attention_xla(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: None, options: AttentionOptions, *,
+    implementation: Any = "xla",
+) -> jax.Array:  # fmt: skip
+    """Call `jax.nn.dot_product_attention`, which has no dropout."""
+    same_BTS = None
+    if segment_ids_BT is not None:
+        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask=None if same_BTS is None else same_BTS[:, None],
+        is_causal=options.causal,
+        local_window_size=(options.window - 1, 0) if options.window else None,
+        implementation=implementation,
+        scale=options.scale,
+    )
+
+
+attention_cudnn = partial(attention_xla, implementation="cudnn")
+
+
+# ---- TPU: splash attention -------------------------------------------------------------------
+
+
+def attention_splash(
+    q, k, v, segment_ids, dropout: None, options: AttentionOptions, *, interpret: bool = False
+) -> jax.Array:
+    """Call JAX's Pallas flash kernel, on each device's own sequences and heads.
+
+    The length must be a multiple of 128; there is no dropout.
+    """
+    local = partial(_splash_local, options, interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, segment_ids)
+    spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    in_specs = spec, spec, spec, PartitionSpec(spec[0])
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return mapped(q, k, v, segment_ids)
+
+
+def _splash_local(
+    options: AttentionOptions, interpret: bool, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, T, N, _ = q_BTNH.shape
+    heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
+    mask = splash.FullMask((T, T))
+    if options.causal:
+        mask = splash.LocalMask((T, T), (options.window - 1 if options.window else None, 0), 0)
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(**blocks),
+        interpret=interpret,
+    )
+    q_BTNH = q_BTNH * jnp.asarray(options.scale, q_BTNH.dtype)  # the kernel does not scale
+    segments = None
+    if segment_ids_BT is not None:
+        segments = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
+    run = cast(Callable, jax.vmap(kernel))
+    return heads_first(run(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), segments))

@@ -1,0 +1,161 @@
+"""Linear maps written as einsums, with the weight as second operand.
+
+The output's axes are what is left of x's axes and then of the weight's: "BTD,DNH->BTNH".
+R rows, S summed size.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.kernels.platform import is_partitioned
+
+GEMV_MIN_BYTES = 1 << 20  # a smaller weight may still be in a core's cache at its next use
+PACKED_MIN_BYTES = 1 << 17  # a smaller weight is read before a loop over it runs on both cores
+
+
+def linear_reference(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Compute the einsum in x's dtype."""
+    return jnp.einsum(equation, x, weight.astype(x.dtype))
+
+
+# ---- every platform: sum over axes in the order they lie in memory ---------------------------
+
+
+def linear_in_order(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Compute `linear_reference` without einsum's sorting of the summed axes, in the gradient too.
+
+    Raises `ValueError` if the summed axes neither lead nor end an operand.
+    """
+    return _contract(_product, equation, x, weight.astype(x.dtype))
+
+
+def _product(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) -> jax.Array:
+    return jax.lax.dot_general(x, y, (sums, ((), ())))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(product: Any, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    x_axes, y_axes, summed = _axes(equation)
+    sums = [x_axes.index(axis) for axis in summed], [y_axes.index(axis) for axis in summed]
+    return product(x, y, sums)
+
+
+def _contract_fwd(product: Any, equation: str, x: jax.Array, y: jax.Array):
+    return _contract(product, equation, x, y), (x, y)
+
+
+def _contract_bwd(product: Any, equation: str, saved: tuple, dz: jax.Array):
+    x, y = saved
+    x_axes, y_axes, z_axes = equation.replace("->", ",").split(",")
+    dx = _contract(product, f"{z_axes},{y_axes}->{x_axes}", dz, y)
+    if y_axes[0] in x_axes:
+        dy = _contract(product, f"{x_axes},{z_axes}->{y_axes}", x, dz)
+    else:
+        dy = _contract(product, f"{z_axes},{x_axes}->{y_axes}", dz, x)
+    return dx, dy
+
+
+_contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def _axes(equation: str) -> tuple[str, str, str]:
+    """Split an equation into the axes of both operands and the axes summed over."""
+    x_axes, y_axes, out = equation.replace("->", ",").split(",")
+    summed = "".join(axis for axis in x_axes if axis not in out)
+    for axes in (x_axes, y_axes):
+        if not axes.startswith(summed) and not axes.endswith(summed):
+            raise ValueError(f"{equation!r}: {summed!r} must lead or end both operands")
+    return x_axes, y_axes, summed
+
+
+# ---- CPU: products of two matrices (performance.md, "Linear maps") ---------------------------
+
+
+def linear_cpu(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Compute `linear_in_order` by products of two matrices; `weight` may be packed.
+
+    For higher ranks XLA:CPU copies both operands element by element, with all that is fused
+    into them.
+    """
+    if weight.dtype == jnp.uint32:
+        summed = _axes(equation)[2]
+        return _packed_gemv(x, weight).reshape(*x.shape[: -len(summed)], *weight.shape[1:])
+    product = _product if is_partitioned() else _matmul_2d
+    return _contract(product, equation, x, weight.astype(x.dtype))
+
+
+def _matmul_2d(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) -> jax.Array:
+    shape = jax.eval_shape(partial(_product, sums=sums), x, y).shape
+    S = math.prod(x.shape[i] for i in sums[0])
+    x_RS = x.reshape(-1, S) if sums[0][-1] == x.ndim - 1 else x.reshape(S, -1).T
+    is_last = sums[1][-1] == y.ndim - 1
+    y = y.reshape((-1, S) if is_last else (S, -1))
+    if len(x_RS) == 1 and y.nbytes > GEMV_MIN_BYTES:
+        return _gemv(x_RS, y, is_last).reshape(shape)
+    return (x_RS @ (y.T if is_last else y)).reshape(shape)
+
+
+def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
+    """Multiply one row by a large matrix, [R, S] or [S, R], in eight parts.
+
+    XLA:CPU reads the parts with both cores: 25 GB/s in place of 20.
+    """
+    S = x_1S.size
+    if is_last:
+        parts = math.gcd(len(y), 8)
+        x_PS = jnp.broadcast_to(x_1S, (parts, S))
+        return jnp.einsum("PS,PRS->PR", x_PS, y.reshape(parts, -1, S))
+    parts = math.gcd(S, 8)
+    summands_PR = jnp.einsum(
+        "PS,PSR->PR", x_1S.reshape(parts, -1), y.reshape(parts, S // parts, -1)
+    )
+    return sum(summands_PR[1:], summands_PR[0])
+
+
+# ---- CPU: one row by a weight packed as bfloat16 (performance.md, "Packed weights") ----------
+
+
+def pack_bf16(equation: str, weight: jax.Array) -> jax.Array:
+    """Pack a float32 weight of bfloat16 values two to a uint32 word, [S / 2, ...].
+
+    The summed axes come first; their second half is in the upper bits. A small weight, or one
+    whose summed size is no multiple of 16, is returned as it is.
+    """
+    _, axes, summed = _axes(equation)
+    kept = "".join(axis for axis in axes if axis not in summed)
+    summed_first = jnp.einsum(f"{axes}->{summed}{kept}", weight)
+    summed_first = summed_first.reshape(-1, *summed_first.shape[len(summed) :])
+    if weight.nbytes <= PACKED_MIN_BYTES or len(summed_first) % 16:
+        return weight
+    lower, upper = jnp.split(jax.lax.bitcast_convert_type(summed_first, jnp.uint32), 2)
+    return lower >> 16 | upper
+
+
+def unpack_bf16(words: jax.Array) -> list[jax.Array]:
+    """Return the values in the lower and in the upper bits, as float32."""
+    bits = words << 16, words & jnp.uint32(0xFFFF0000)
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in bits]
+
+
+def _packed_gemv(x: jax.Array, words: jax.Array) -> jax.Array:
+    """Multiply one row by a packed weight, widening the words as they are read.
+
+    XLA:CPU makes one loop on all cores of a sum that is written out term by term. In a matrix
+    product, or in a sum over an axis, it would widen the whole weight in memory first. Without
+    the barriers it would fuse this loop into the ones around it.
+    """
+    S = len(words)
+    terms = math.gcd(S, min(16, S // 8))
+    x, words = jax.lax.optimization_barrier((x, words))
+    x = x.reshape(2, S // terms, terms, 1)
+    words = words.reshape(S // terms, terms, -1)
+    summands = []
+    for i in range(terms):
+        lower, upper = unpack_bf16(words[:, i])
+        summands += [x[0, :, i] * lower, x[1, :, i] * upper]
+    sums = jax.lax.optimization_barrier(sum(summands[1:], summands[0]))
+    return jnp.ones(len(sums), sums.dtype) @ sums

@@ -1,0 +1,97 @@
+"""LayerNorm and RMSNorm of the last axis, without the bias; float32 statistics."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NORM_EPSILON = 1e-5
+
+
+def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
+    """LayerNorm (Ba et al. 2016), or without centering RMSNorm (Zhang & Sennrich 2019).
+
+    Computes and returns float32 at least.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if centered:
+        x = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(x).mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D
+
+
+# ---- the gradient by hand, with a choice of how rows are summed ------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalize(row_mean: Callable, hold: Callable, centered: bool, x, scale_D):
+    return _normalize_fwd(row_mean, hold, centered, x, scale_D)[0]
+
+
+def _normalize_fwd(row_mean: Callable, hold: Callable, centered: bool, x, scale_D):
+    x_f32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = row_mean(x_f32) if centered else jnp.zeros((), x_f32.dtype)
+    inverse_std = jax.lax.rsqrt(row_mean(jnp.square(x_f32 - mean)) + NORM_EPSILON)
+    return (x_f32 - mean) * inverse_std * scale_D, (x, mean, inverse_std, scale_D)
+
+
+def _normalize_bwd(row_mean: Callable, hold: Callable, centered: bool, saved: tuple, dy):
+    x, mean, inverse_std, scale_D = saved
+    mean, inverse_std = hold((mean, inverse_std))
+    normalized = (x.astype(dy.dtype) - mean) * inverse_std
+    product = dy * normalized
+    removed = normalized * row_mean(product, scale_D)
+    if centered:
+        removed = removed + row_mean(dy, scale_D)
+    dx = inverse_std * (dy * scale_D - removed)
+    return dx.astype(x.dtype), product.sum(range(x.ndim - 1))
+
+
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+def _mean_by_matmul(x: jax.Array, scale_D: jax.Array | float = 1.0) -> jax.Array:
+    """Return the mean of x * scale over the last axis, as a product with a vector.
+
+    XLA:CPU sums a row element by element, but multiplies matrices fast. The barrier keeps XLA
+    from turning the product into such a sum.
+    """
+    share_D = jnp.broadcast_to(scale_D / x.shape[-1], x.shape[-1:]).astype(x.dtype)
+    return (x @ jax.lax.optimization_barrier(share_D))[..., None]
+
+
+def _mean_by_sum(x: jax.Array, scale_D: jax.Array | float = 1.0) -> jax.Array:
+    share_D = jnp.broadcast_to(scale_D / x.shape[-1], x.shape[-1:]).astype(x.dtype)
+    return (x * share_D).sum(-1, keepdims=True)
+
+
+def _mean_divided_last(x: jax.Array, scale_D: jax.Array | float = 1.0) -> jax.Array:
+    return (x * scale_D).mean(-1, keepdims=True)
+
+
+def _unchanged(x: Any) -> Any:
+    return x
+
+
+def norm_cpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
+    """Compute `norm_reference` with row sums as matrix products (performance.md, "Norms")."""
+    return _normalize(_mean_by_matmul, _unchanged, centered, x, scale_D)
+
+
+def norm_gpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
+    """Compute `norm_reference`, keeping the statistics in memory for the gradient.
+
+    Else XLA computes the statistics again in each kernel of the gradient, from float32 arrays
+    held in between (performance.md, "norms' statistics").
+    """
+    return _normalize(_mean_by_sum, jax.lax.optimization_barrier, centered, x, scale_D)
+
+
+def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
+    """Compute `norm_reference`, dividing a row's mean after the sum.
+
+    Where XLA splits rows over TPUs, that takes less memory (performance.md, "Rows' means").
+    """
+    return _normalize(_mean_divided_last, _unchanged, centered, x, scale_D)

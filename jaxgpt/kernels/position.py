@@ -1,0 +1,30 @@
+"""Position encodings that are computed: rotary and sinusoidal.
+
+B batch, T length, D embedding, N heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BASE = 10_000.0
+
+
+def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Rotate each pair (x[i], x[i + H/2]) by an angle that grows with the position.
+
+    Su et al. 2021, in the half-split form. Angles are float32 at least.
+    """
+    half = x_BTNH.shape[-1] // 2
+    dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    frequency = BASE ** (-jnp.arange(half) / half)
+    angle_BT1H = (positions_BT[..., None, None] * frequency).astype(dtype)
+    sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+    a, b = jnp.split(x_BTNH.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Return sines on even and cosines on odd columns, [B, T, D]; Vaswani et al. 2017, 3.5."""
+    frequency = BASE ** (-(jnp.arange(width) // 2 * 2) / width)
+    angle_BTD = positions_BT[..., None] * frequency
+    return jnp.where(jnp.arange(width) % 2 == 0, jnp.sin(angle_BTD), jnp.cos(angle_BTD))
