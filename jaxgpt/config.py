@@ -342,18 +342,6 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         """Return this config with other values for some keys."""
         return self.from_dict({"config_file": self.config_file} | self.to_dict() | keys)
 
-    def make_model(self, rngs: Any) -> Any:
-        """Build the model, a Flax NNX module."""
-        from jaxgpt.model import GPT
-
-        return GPT(self, rngs=rngs)
-
-    def weight_decay_mask(self, params: dict) -> dict:
-        """Return a tree of bools: decay matrices and embeddings, and not biases or gains."""
-        import jax
-
-        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
     def to_dict(self) -> dict[str, Any]:
         """Return every key with its value, ready for JSON."""
         return {key: getattr(self, key) for key in key_types(type(self))}

@@ -70,7 +70,7 @@ def test_a_module_imports_only_from_the_rooms_it_may(module):
 
 
 def test_no_modules_import_each_other_in_a_cycle():
-    graph = {module: imported(parse(module), anywhere=False) for module in MODULES}
+    graph = {module: imported(parse(module), anywhere=False) - {module} for module in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # or CycleError
 
 
