@@ -17,7 +17,7 @@ from examples.lecture.config import LectureConfig
 from jaxgpt import kernels
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.position import sinusoids
-from jaxgpt.model import ACTIVATIONS, INIT_STD, LM_HEAD, Embedding, Linear, Norm, residual_std
+from jaxgpt.model import ACTIVATIONS, INIT_STD, Embedding, Linear, Norm, residual_std
 from jaxgpt.sharding import constrain_batch
 
 # ---- parts, with the initial weights that the config names -----------------------------------
@@ -201,7 +201,7 @@ class LectureGPT(nnx.Module):
         """Return logits [B, T, V]; those of padded ids are -inf."""
         c = self.config
         head = self.embed if c.tie_embeddings else self.lm_head
-        logits_BTV: Any = kernels.linear_map(LM_HEAD, x_BTD, head.kernel[...])
+        logits_BTV: Any = kernels.linear_map("BTD,VD->BTV", x_BTD, head.kernel[...])
         if c.lm_head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
