@@ -207,7 +207,7 @@ def log_of(config: Config) -> str:
 def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     """Every array of a checkpoint, parameters and moments, as bytes by path."""
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
-    config = Config(**checkpoints.meta(step)["config"])
+    config = Config.from_dict(checkpoints.meta(step)["config"])
     abstract = abstract_state(config, sharding.make_mesh(config))
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))

@@ -170,7 +170,7 @@ class LectureGPT(nnx.Module):
         if c.norm_position == "pre":
             self.ln_f = make_norm(c)
         if not c.tie_embeddings:
-            self.lm_head = make_linear(c, LM_HEAD, V, D, bias=False, rngs=rngs)
+            self.lm_head = make_linear(c, "BTD,VD->BTV", V, D, bias=False, rngs=rngs)
         if c.lm_head_bias:
             bias_V = torch_uniform(rngs, D, [V]) if c.init == "torch" else jnp.zeros(V)
             self.head_bias = nnx.Param(bias_V, axes="V")

@@ -198,7 +198,8 @@ def _load_config(out_dir: str, config_class: type[Config]) -> Config:
         raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
     try:
         saved = dict(json.loads(file.read_text(encoding="utf-8")))
-        class_name = saved.get("config_class", "Config")
+        # runs of before this entry existed may be of any class
+        class_name = saved.get("config_class", config_class.__name__)
         if class_name == config_class.__name__:
             return config_class.from_dict(saved).replace(out_dir=out_dir)
     except (ValueError, TypeError) as error:

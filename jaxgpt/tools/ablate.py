@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.resolve import AUTO_KEYS
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.device import resolve_auto
 from jaxgpt.runtime.metrics import read_metrics
@@ -122,10 +123,10 @@ def final_loss(config: Config) -> float | None:
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
     saved = run_dir.load_config(config.out_dir)
-    config = config.replace(vocab_size=saved.vocab_size)
-    resolved, _ = resolve_auto(config)
+    defaults = Config().to_dict()
     for key, value in config.to_dict().items():
-        if getattr(saved, key) not in (value, getattr(resolved, key)):
+        is_auto = key in AUTO_KEYS and value == defaults[key]
+        if getattr(saved, key) != value and not is_auto:
             raise UserError(
                 f"{key}={value!r}: {config.out_dir} was trained with {getattr(saved, key)!r}; "
                 "name another --out_dir"

@@ -120,7 +120,7 @@ def make_config(sums, tmp_path, **keys) -> Config:
 def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where):
     """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
     config = make_config(sums, tmp_path, data_on_device=where)
-    assert train(config, {}) == 0
+    assert train(config) == 0
     found = evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)
     params = jax.device_get(run_dir.load_params(config, "latest", sharding.local_mesh())[0])
@@ -143,7 +143,7 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
 def test_another_prompt_target_is_the_same_loss_but_another_completion_is_not(sums, tmp_path):
     """The last token of the split is read by nothing, so there only the target changes."""
     config = make_config(sums, tmp_path)
-    train(config.replace(max_iters=2), {})
+    train(config.replace(max_iters=2))
 
     def loss(last: int) -> float:
         folder = tmp_path / "sums"

@@ -236,7 +236,7 @@ def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
 )
 def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        train(make_config(out_dir=str(tmp_path / "run"), max_iters=1, **keys), {})
+        train(make_config(out_dir=str(tmp_path / "run"), max_iters=1, **keys))
 
 
 def test_endless_problems_cannot_be_evaluated_whole():
@@ -297,7 +297,7 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
         eval_interval=1500,
         eval_iters=2,
     )
-    assert train(config, {}) == 0
+    assert train(config) == 0
     found = evaluation.evaluate(config.out_dir, "latest")
     assert found["problems"] == 505
     assert found["exact"] == 1

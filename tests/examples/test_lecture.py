@@ -183,7 +183,7 @@ def test_twenty_steps_of_the_full_script_are_pytorchs():
         ({"embed_dropout": True}, {"ATTENTION_WEIGHTS", "EMBEDDING", "MLP_OUTPUT"}),
         ({"attention_dropout": False}, {"MLP_OUTPUT"}),
     ],
-    ids=str,
+    ids=["script", "projection", "embedding", "flash"],
 )
 def test_dropout_acts_where_the_script_has_it(keys, sites, monkeypatch):
     called = set()

@@ -19,15 +19,14 @@ from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt import model, sharding
-from jaxgpt.cli import command_line
 from jaxgpt.cli import commands as cli
-from jaxgpt.cli.command_line import cli_keys
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.interop.export import export, to_fields, to_tensors
 from jaxgpt.interop.huggingface import REQUIRED_KEYS, open_weights, param_rows
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
@@ -541,7 +540,7 @@ def make_config(data_dir, tmp_path):
 def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
     folder = write_case("small")
     config = make_config(init_from=str(folder), scan_layers=True, dropout=0.1)
-    assert train(config, {}) == 0
+    assert train(config) == 0
     begun = json.loads((tmp_path / "run/config.json").read_text())
     sizes = {"n_layer": 1, "n_embd": 8, "block_size": 6, "vocab_size": 11, "dropout": 0.1}
     assert {key: begun[key] for key in sizes} == sizes
@@ -559,7 +558,7 @@ def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
     assert after == pytest.approx(last["val_loss"], abs=1e-5)
     assert after < before - 0.01
     again = make_config(init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "again"))
-    assert train(again.replace(eval_only=True), {}) == 0
+    assert train(again.replace(eval_only=True)) == 0
     (row,) = read_metrics(tmp_path / "again/metrics.jsonl")
     assert row["val_loss"] == pytest.approx(after, abs=1e-5)
 
@@ -567,13 +566,13 @@ def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
 def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, make_config):
     config = make_config(init_from=str(write_case("small")))
     whole = config.replace(out_dir=f"{config.out_dir}-whole", max_iters=6)
-    train(config.replace(max_iters=2), {})
-    train(config.replace(init_from="resume", max_iters=6), {})
-    train(whole, {})
+    train(config.replace(max_iters=2))
+    train(config.replace(init_from="resume", max_iters=6))
+    train(whole)
     at_once = params_of(whole)
     for path, array in params_of(config).items():
         np.testing.assert_array_equal(array, at_once[path])
-    assert "holds a run of 6 steps" in refusal(train, config, {})
+    assert "holds a run of 6 steps" in refusal(train, config)
 
 
 def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
@@ -588,11 +587,11 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
         ("norm", "rmsnorm", "layernorm"),
     ]:
         config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
-        for given in cli_keys([f"--{key}={value}"]), frozenset():  # by a flag, or by the file
-            said = refusal(train, config, {}, given)
+        for given in frozenset([key]), frozenset():  # by a flag, or by the file
+            said = refusal(train, config, given)
             assert said == f"{key}={value!r}: {folder} has {there!r}"
     # a flag with the key's default counts too
-    said = refusal(train, make_config(init_from=str(folder)), {}, cli_keys(["--n-layer", "12"]))
+    said = refusal(train, make_config(init_from=str(folder)), frozenset(["n_layer"]))
     assert said == f"n_layer=12: {folder} has 1"
 
 
@@ -693,7 +692,7 @@ CONFIGS = {  # what nanoGPT's files of these names say
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_of_nanogpt_say_what_they_say_there(name):
-    variants = command_line.load(str(HERE.parent / "configs" / f"{name}.py"))
+    variants = load_config_file(str(HERE.parent / "configs" / f"{name}.py"))
     assert variants.keys() == {"config"}
     keys = variants["config"].to_dict()
     assert {key: keys[key] for key in CONFIGS[name]} == CONFIGS[name]
