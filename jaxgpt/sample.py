@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import model
+from jaxgpt import kernels, model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.text_stream import TextStream, stream_texts
 from jaxgpt.data.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ class Sampler:
     def __init__(self, config: Config):
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled")
-        dtype = decode.compute_dtype(config.dtype)
+        dtype = kernels.compute_dtype(config.dtype)
         self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
         graphdef, shapes, _ = model.abstract_model(self.config)
         self.num_generated = 0  # tokens that the latest `generate` yielded
@@ -216,7 +216,7 @@ class Sampler:
         self._is_stacked = config.scan_layers and self._has_cache
         cast = jax.jit(cast_params, static_argnums=1)
         pack = jax.jit(lambda params: decode.pack_weights(nnx.merge(graphdef, params)))
-        self._weights_for = partial(decode.weights_for, config.dtype, cast=cast, pack=pack)
+        self._weights_for = partial(decode.weights_for, config.dtype, dtype, cast=cast, pack=pack)
         jit = partial(decode.data_parallel_jit, partial(nnx.merge, graphdef))
         self.prefill, self.decode_chunk = jit(prefill), jit(decode_chunk)
         self.decode_uncached = jit(decode_uncached)
@@ -294,7 +294,8 @@ class Sampler:
 
     def _replicate(self, batch: int) -> tuple[Mesh, Any]:
         """The devices that share so many sequences, and the parameters on each of them."""
-        mesh = local_mesh(decode.num_replicas(batch, self.params))
+        most = kernels.max_replicas(self.params)
+        mesh = local_mesh(next(n for n in range(most, 0, -1) if batch % n == 0))
         if mesh not in self._replicas:
             whole = NamedSharding(mesh, PartitionSpec())
             self._replicas[mesh] = jax.device_put(self.params, whole)

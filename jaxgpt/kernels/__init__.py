@@ -16,6 +16,7 @@ from jaxgpt.kernels import (
     activation,
     adamw,
     attention,
+    decode,
     embedding,
     linear,
     logsumexp,
@@ -39,6 +40,8 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("attention reference", "gpu"): attention.attention_saved_weights,
     ("attention splash", ANY): attention.attention_splash,
     ("attention xla", ANY): attention.attention_xla,
+    ("compute_dtype", ANY): decode.compute_dtype_reference,
+    ("compute_dtype", "cpu"): decode.compute_dtype_cpu,
     ("embed", ANY): embedding.embed_reference,
     ("embed", "cpu"): embedding.embed_cpu,
     ("gelu_tanh", ANY): activation.gelu_tanh_reference,
@@ -47,6 +50,8 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear", "cpu"): linear.linear_cpu,
     ("logsumexp", ANY): logsumexp.logsumexp_default,
     ("logsumexp", "gpu"): logsumexp.logsumexp_gpu,
+    ("max_replicas", ANY): decode.max_replicas_reference,
+    ("max_replicas", "cpu"): decode.max_replicas_cpu,
     ("norm", ANY): norm.norm_reference,
     ("norm", "cpu"): norm.norm_cpu,
     ("norm", "gpu"): norm.norm_gpu,
@@ -63,10 +68,12 @@ def call(operation: str, *args: Any, **options: Any) -> Any:
 accumulate_gradients = partial(call, "accumulate")
 adam_direction = partial(call, "adam_direction")
 add_positions = partial(call, "add_positions")
+compute_dtype = partial(call, "compute_dtype")
 embed = partial(call, "embed")
 gelu_tanh = partial(call, "gelu_tanh")
 linear_map = partial(call, "linear")
 log_sum_exp = partial(call, "logsumexp")
+max_replicas = partial(call, "max_replicas")
 normalize = partial(call, "norm")
 
 

@@ -19,29 +19,32 @@ from jaxgpt.kernels.linear import pack_bf16
 SHARED_READ_BYTES = 1 << 27  # a CPU's cores read larger weights together, not each its own copy
 
 
-def is_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+# ---- weights ---------------------------------------------------------------------------------
 
 
-def compute_dtype(dtype: str) -> str:
-    """The compute type for a config's `dtype`. Reference: that type.
-
-    XLA:CPU emulates bfloat16 arithmetic, so on a CPU bfloat16 computes in float32.
-    """
-    return "float32" if dtype == "bfloat16" and is_cpu() else dtype
+def compute_dtype_reference(dtype: str) -> str:
+    """Compute in the config's dtype."""
+    return dtype
 
 
-def weights_for(dtype: str, params: Any, *, cast: Callable, pack: Callable) -> tuple[Any, Any]:
-    """Weights to decode a batch with, and to decode a single sequence with.
+def compute_dtype_cpu(dtype: str) -> str:
+    """Compute bfloat16 in float32: XLA:CPU emulates bfloat16 arithmetic."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def weights_for(
+    dtype: str, compute_dtype: str, params: Any, *, cast: Callable, pack: Callable
+) -> tuple[Any, Any]:
+    """Return weights to decode a batch with, and to decode a single sequence with.
 
     Reference: `cast(params, dtype)` for both. Where bfloat16 computes in float32, a batch gets
-    them as float32. A single sequence gets two bfloat16 numbers per word by `pack(params)`,
-    because reading the weights takes most of its time.
+    float32. A single sequence gets two bfloat16 numbers per word by `pack(params)`, because
+    reading the weights takes most of its time.
     """
     params = cast(params, dtype)
-    if compute_dtype(dtype) == dtype:
+    if compute_dtype == dtype:
         return params, params
-    params = cast(params, compute_dtype(dtype))
+    params = cast(params, compute_dtype)
     return params, pack(params)
 
 
@@ -58,16 +61,18 @@ def pack_weights(model: nnx.Module) -> Any:
 # ---- devices ---------------------------------------------------------------------------------
 
 
-def num_replicas(batch: int, params: Any) -> int:
-    """How many local devices share `batch` sequences evenly. Reference: as many as divide it.
+def max_replicas_reference(params: Any) -> int:
+    """Let every local device decode sequences of its own."""
+    return jax.local_device_count()
 
-    A CPU's devices are its cores, on one memory bus. So large weights stay on one device, whose
-    operations use all cores.
+
+def max_replicas_cpu(params: Any) -> int:
+    """Keep large weights on one device, whose operations use all cores.
+
+    A CPU's devices are its cores, on one memory bus.
     """
-    limit = jax.local_device_count()
-    if is_cpu() and sum(p.nbytes for p in jax.tree.leaves(params)) > SHARED_READ_BYTES:
-        limit = 1
-    return next(n for n in range(limit, 0, -1) if batch % n == 0)
+    size = sum(p.nbytes for p in jax.tree.leaves(params))
+    return 1 if size > SHARED_READ_BYTES else jax.local_device_count()
 
 
 def data_parallel_jit(merge: Callable, function: Callable) -> Callable:

@@ -19,7 +19,7 @@ from jaxgpt.sharding import make_mesh
 RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))
 ELSEWHERE = {"linear", *(f"attention {b}" for b in ("cpu", "cudnn", "reference", "splash", "xla"))}
-OTHERWISE = {"accumulate", "adam_direction", "logsumexp"}  # by tests of their own, below
+OTHERWISE = {"accumulate", "adam_direction", "logsumexp", "compute_dtype", "max_replicas"}
 
 
 def draw(*shape: int) -> np.ndarray:
