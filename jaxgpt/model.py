@@ -29,7 +29,7 @@ from jaxgpt.sharding import constrain, constrain_batch
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
 ACTIVATIONS = {
     "gelu": gelu,
-    "gelu_tanh": kernels.gelu_tanh,
+    "gelu_tanh": lambda x: kernels.gelu_tanh(x),  # looked up while a step is traced
     "relu": jax.nn.relu,
     "relu2": relu2,
 }
@@ -143,7 +143,16 @@ class Attention(nnx.Module):
         if ctx.cache is not None and ctx.position is not None:
             o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, c.sliding_window)
         else:
-            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, ctx)
+            o_BTNH = kernels.dot_product_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                causal=c.causal,
+                window=c.sliding_window,
+                segment_ids_BT=ctx.segment_ids_BT,
+                dropout=self.weights_dropout(ctx),
+                backend=c.attention,
+            )
         o_BTD = self.out(o_BTNH)
         return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
 
@@ -155,22 +164,12 @@ class Attention(nnx.Module):
         k, v = jnp.split(self.kv(x_BTD), 2, axis=2)
         return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
 
-    def attend(self, q_BTNH, k_BTKH, v_BTKH, context: Context) -> jax.Array:
-        """Attend over whole sequences."""
-        c, dropout = self.config, None
-        if c.attention_dropout and context.dropout.rate:
-            site = DropoutSite.ATTENTION_WEIGHTS
-            dropout = Partial(Dropout.__call__, context.dropout, layer=context.layer, site=site)
-        return kernels.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            causal=c.causal,
-            window=c.sliding_window,
-            segment_ids_BT=context.segment_ids_BT,
-            dropout=dropout,
-            backend=c.attention,
-        )
+    def weights_dropout(self, context: Context) -> Partial | None:
+        """Return the dropout of the attention weights, a pytree; None for none."""
+        if not self.config.attention_dropout or not context.dropout.rate:
+            return None
+        site = DropoutSite.ATTENTION_WEIGHTS
+        return Partial(Dropout.__call__, context.dropout, layer=context.layer, site=site)
 
     def mix_first_values(self, v_BTKH: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix in the first layer's values (Zhou et al. 2024, "Value Residual Learning")."""

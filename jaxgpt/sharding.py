@@ -4,7 +4,8 @@ XLA's partitioner does the rest: from these layouts it derives every collective.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -133,12 +134,19 @@ def eval_batches(config: Config, mesh: Mesh) -> tuple[int, int]:
     return total // size, size
 
 
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Trace for this mesh, and for the platform of its devices."""
+    platform = target_platform(mesh.devices.flat[0].platform)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), platform:
+        yield
+
+
 def with_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """Return `function`, traced for this mesh and for the platform of its devices."""
+    """Return `function`, traced for this mesh."""
 
     def traced(*args):
-        platform = target_platform(mesh.devices.flat[0].platform)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), platform:
+        with use_mesh(mesh):
             return function(*args)
 
     return traced

@@ -22,7 +22,7 @@ from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model, init_params, ties_embedding
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
-from jaxgpt.sharding import param_sharding, with_mesh
+from jaxgpt.sharding import param_sharding, use_mesh, with_mesh
 
 
 @partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
@@ -92,22 +92,25 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     one_step = make_one_step(config, mesh)
 
     def train_step(state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
-        K = len(windows_KMBT)
-        if K == 1:
-            state, metrics = one_step(state, windows_KMBT[0])
-            return state, jax.tree.map(lambda value: value[None], metrics)
+        with use_mesh(mesh):
+            if len(windows_KMBT) == 1:
+                state, metrics = one_step(state, windows_KMBT[0])
+                return state, jax.tree.map(lambda value: value[None], metrics)
+            _, shapes = jax.eval_shape(one_step, state, windows_KMBT[0])
+            K = len(windows_KMBT)
+            metrics_K = jax.tree.map(lambda one: jnp.zeros((K, *one.shape), one.dtype), shapes)
 
-        def body(i: jax.Array, carry: tuple) -> tuple:
-            state, metrics_K = carry
-            state, metrics = one_step(state, windows_KMBT[i])
-            return state, jax.tree.map(lambda all_K, new: all_K.at[i].set(new), metrics_K, metrics)
+            def body(i: jax.Array, carry: tuple) -> tuple:
+                state, metrics_K = carry
+                state, metrics = one_step(state, windows_KMBT[i])
+                return state, jax.tree.map(
+                    lambda rows, new: rows.at[i].set(new), metrics_K, metrics
+                )
 
-        _, shapes = jax.eval_shape(one_step, state, windows_KMBT[0])
-        metrics_K = jax.tree.map(lambda one: jnp.zeros((K, *one.shape), one.dtype), shapes)
-        return jax.lax.fori_loop(0, count, body, (state, metrics_K))
+            return jax.lax.fori_loop(0, count, body, (state, metrics_K))
 
     shardings = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(with_mesh(mesh, train_step), donate_argnums=0, out_shardings=shardings)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
 def make_one_step(config: Config, mesh: Mesh) -> Callable:

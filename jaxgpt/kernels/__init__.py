@@ -6,7 +6,6 @@ operation is chosen while a function is traced, for `platform.target_platform`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,53 +27,45 @@ from jaxgpt.kernels.platform import current_platform
 ANY = "any platform without a row of its own"
 
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("accumulate", ANY): accumulate.accumulate_reference,
-    ("accumulate", "cpu"): accumulate.accumulate_cpu,
+    ("accumulate_gradients", ANY): accumulate.accumulate_reference,
+    ("accumulate_gradients", "cpu"): accumulate.accumulate_cpu,
     ("adam_direction", ANY): adamw.adam_direction_folded,
     ("adam_direction", "cpu"): adamw.adam_direction_cpu,
     ("add_positions", ANY): embedding.add_positions_reference,
     ("add_positions", "gpu"): embedding.add_positions_gpu,
-    ("attention cpu", ANY): attention.attention_cpu,
-    ("attention cudnn", ANY): attention.attention_cudnn,
-    ("attention reference", ANY): attention.attention_reference,
-    ("attention reference", "gpu"): attention.attention_saved_weights,
-    ("attention splash", ANY): attention.attention_splash,
-    ("attention xla", ANY): attention.attention_xla,
+    ("attention_cpu", ANY): attention.attention_cpu,
+    ("attention_cudnn", ANY): attention.attention_cudnn,
+    ("attention_reference", ANY): attention.attention_reference,
+    ("attention_reference", "gpu"): attention.attention_saved_weights,
+    ("attention_splash", ANY): attention.attention_splash,
+    ("attention_xla", ANY): attention.attention_xla,
     ("compute_dtype", ANY): decode.compute_dtype_reference,
     ("compute_dtype", "cpu"): decode.compute_dtype_cpu,
     ("embed", ANY): embedding.embed_reference,
     ("embed", "cpu"): embedding.embed_cpu,
     ("gelu_tanh", ANY): activation.gelu_tanh_reference,
     ("gelu_tanh", "gpu"): activation.gelu_tanh_gpu,
-    ("linear", ANY): linear.linear_in_order,
-    ("linear", "cpu"): linear.linear_cpu,
-    ("logsumexp", ANY): logsumexp.logsumexp_default,
-    ("logsumexp", "gpu"): logsumexp.logsumexp_gpu,
+    ("linear_map", ANY): linear.linear_in_order,
+    ("linear_map", "cpu"): linear.linear_cpu,
+    ("log_sum_exp", ANY): logsumexp.logsumexp_default,
+    ("log_sum_exp", "gpu"): logsumexp.logsumexp_gpu,
     ("max_replicas", ANY): decode.max_replicas_reference,
     ("max_replicas", "cpu"): decode.max_replicas_cpu,
-    ("norm", ANY): norm.norm_reference,
-    ("norm", "cpu"): norm.norm_cpu,
-    ("norm", "gpu"): norm.norm_gpu,
-    ("norm", "tpu"): norm.norm_tpu,
+    ("normalize", ANY): norm.norm_reference,
+    ("normalize", "cpu"): norm.norm_cpu,
+    ("normalize", "gpu"): norm.norm_gpu,
+    ("normalize", "tpu"): norm.norm_tpu,
 }
 
 
-def call(operation: str, *args: Any, **options: Any) -> Any:
-    """Run an operation of the table by the implementation for the platform that is traced for."""
-    variant = TABLE.get((operation, current_platform()), TABLE[operation, ANY])
-    return variant(*args, **options)
+def __getattr__(operation: str) -> Callable[..., Any]:
+    """Return an operation of the table, as implemented for the platform that is traced for.
 
-
-accumulate_gradients = partial(call, "accumulate")
-adam_direction = partial(call, "adam_direction")
-add_positions = partial(call, "add_positions")
-compute_dtype = partial(call, "compute_dtype")
-embed = partial(call, "embed")
-gelu_tanh = partial(call, "gelu_tanh")
-linear_map = partial(call, "linear")
-log_sum_exp = partial(call, "logsumexp")
-max_replicas = partial(call, "max_replicas")
-normalize = partial(call, "norm")
+    So the core writes `kernels.normalize(x, scale)`, and no wrapper stands between.
+    """
+    if (operation, ANY) not in TABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {operation!r}")
+    return TABLE.get((operation, current_platform()), TABLE[operation, ANY])
 
 
 def dot_product_attention(
@@ -103,4 +94,5 @@ def dot_product_attention(
     if not fits_shape or (is_flash and dropout is not None):
         backend = "reference"
     options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
-    return call(f"attention {backend}", q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)
+    attend = __getattr__(f"attention_{backend}")
+    return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)

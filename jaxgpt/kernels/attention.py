@@ -66,20 +66,12 @@ def attention_reference(
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
-    weights_BNTS = _softmax_weights(q_BTNH, k_BSNH, mask_BTS, options.scale).astype(v_BSNH.dtype)
-    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    return _weighted_values(dropped_BNTS, v_BSNH)
-
-
-def _softmax_weights(q_BTNH, k_BSNH, mask_BTS, scale: float) -> jax.Array:
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
-    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
-    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf))
-
-
-def _weighted_values(weights_BNTS: jax.Array, v_BSNH: jax.Array) -> jax.Array:
-    product = partial(jnp.einsum, preferred_element_type=accum_dtype(v_BSNH))
-    return product("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * options.scale, k_BSNH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    return product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
 
 
 # ---- GPU and TPU without a flash kernel: the gradient from half-width weights ----------------
@@ -105,9 +97,12 @@ def _saved_weights(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, s
 
 
 def _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    weights_BNTS = _softmax_weights(q_BTNH, k_BSNH, mask_BTS, scale).astype(v_BSNH.dtype)
+    product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
     dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    o_BTNH = _weighted_values(dropped_BNTS, v_BSNH)
+    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
     return o_BTNH, (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout)
 
 

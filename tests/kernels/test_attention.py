@@ -170,4 +170,4 @@ def test_the_reference_takes_the_place_of_what_lacks_an_option(backend, case, ta
     dropout = make_dropout() if case.get("dropout") else None
     q = q[:, : case.get("queries", case["length"])]
     dot_product_attention(q, k, v, causal=True, backend=backend, dropout=dropout)
-    assert called == [(f"attention {taken}", AttentionOptions(True, 0, 8**-0.5))]
+    assert called == [(f"attention_{taken}", AttentionOptions(True, 0, 8**-0.5))]

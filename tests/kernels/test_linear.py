@@ -12,7 +12,7 @@ from jaxgpt.kernels import TABLE, linear
 from jaxgpt.kernels.embedding import embed_cpu
 from jaxgpt.kernels.linear import linear_cpu, linear_in_order, linear_reference, pack_bf16
 
-VARIANTS = [linear_reference, *(TABLE[row] for row in TABLE if row[0] == "linear")]
+VARIANTS = [linear_reference, *(TABLE[row] for row in TABLE if row[0] == "linear_map")]
 LARGE = [  # sizes that eight parts divide and ones that they do not
     ("BTD,DCNH->BTCNH", [(1, 1, 96), (96, 3, 20, 60)]),
     ("BTNH,NHD->BTD", [(1, 1, 20, 60), (20, 60, 250)]),

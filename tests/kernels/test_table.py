@@ -18,8 +18,17 @@ from jaxgpt.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))
-ELSEWHERE = {"linear", *(f"attention {b}" for b in ("cpu", "cudnn", "reference", "splash", "xla"))}
-OTHERWISE = {"accumulate", "adam_direction", "logsumexp", "compute_dtype", "max_replicas"}
+ELSEWHERE = {
+    "linear_map",
+    *(f"attention_{b}" for b in ("cpu", "cudnn", "reference", "splash", "xla")),
+}
+OTHERWISE = {
+    "accumulate_gradients",
+    "adam_direction",
+    "log_sum_exp",
+    "compute_dtype",
+    "max_replicas",
+}
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -54,8 +63,8 @@ def add_positions(dy, x, table) -> list[np.ndarray]:
 
 
 CASES = [  # operation, options, operands, and its value and gradients from dy
-    ("norm", {"centered": True}, [draw(2, 3, 64), draw(64)], partial(norm, "layernorm")),
-    ("norm", {"centered": False}, [draw(2, 3, 64), draw(64)], partial(norm, "rmsnorm")),
+    ("normalize", {"centered": True}, [draw(2, 3, 64), draw(64)], partial(norm, "layernorm")),
+    ("normalize", {"centered": False}, [draw(2, 3, 64), draw(64)], partial(norm, "rmsnorm")),
     ("embed", {"tokens_BT": TOKENS_BT}, [draw(11, 8)], embed),
     ("gelu_tanh", {}, [draw(300)], gelu_tanh),
     *(("add_positions", {}, [draw(B, 5, 8), draw(5, 8)], add_positions) for B in (1, 6, 16, 48)),
@@ -89,7 +98,7 @@ def test_values_and_gradients_are_numpys(row, case, dtype, atol):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("row", variants("norm"))
+@pytest.mark.parametrize("row", variants("normalize"))
 def test_statistics_of_a_norm_are_float32_whatever_its_input(row, kind):
     """A mean of 100 and a deviation of one: sums in bfloat16 would lose the deviation."""
     x = jnp.asarray(100 + draw(8, 512), jnp.bfloat16)
@@ -106,7 +115,7 @@ def test_an_activation_and_its_gradient_are_numpys(name):
     assert_all_close(got, ref.ACTIVATIONS[name](x), 1e-5)
 
 
-@pytest.mark.parametrize("row", [None, *variants("logsumexp")])
+@pytest.mark.parametrize("row", [None, *variants("log_sum_exp")])
 @pytest.mark.parametrize("shift", [0, 1e4, -1e4])
 def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(row, shift):
     """Also with numbers that are -inf; the gradient is the softmax."""
@@ -134,7 +143,7 @@ def test_rotation_is_that_of_complex_numbers(positions):
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("row", variants("accumulate"))
+@pytest.mark.parametrize("row", variants("accumulate_gradients"))
 def test_accumulation_is_the_sum_of_all_sequences(row, micro):
     """On a mesh of a CPU's devices, too, where half-width gradients are summed in float32."""
     windows_GT = jnp.asarray(draw(8, 3))
