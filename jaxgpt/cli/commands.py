@@ -183,8 +183,9 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
     options["params"] = SamplingParams(**{name: getattr(args, name) for name in names})
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     texts, began = list(prompts), time.perf_counter()
-    print(show(texts[0]), end="", flush=True)
-    for pieces in generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options):
+    stream = generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options)
+    print(show(texts[0]), end="", flush=True)  # only now: a prompt may be refused
+    for pieces in stream:
         print(show(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print(f"\n{SEPARATOR}")
