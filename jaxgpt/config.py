@@ -1,7 +1,6 @@
 """Define what a run is: one flat table of keys, each with its type, range, default and help.
 
-The keys live in five frozen dataclasses, `RunConfig`, `DataConfig`, `ModelConfig`,
-`OptimizerConfig` and `ParallelConfig`. A `Config` is all five at once, so a function that needs
+The keys live in five frozen dataclasses, and a `Config` is all five at once: a function that needs
 only the model's keys takes a `ModelConfig`. Keys that nanoGPT has too mean the same here. The text
 under a key is its `--help`. A config file may subclass `Config`; docs/extending.md shows how.
 """
@@ -187,7 +186,6 @@ class ModelConfig:
 
     @property
     def attention_dropout_rate(self) -> float:
-        """Fraction of attention weights zeroed."""
         return self.dropout if self.attention_dropout else 0.0
 
     @property
@@ -196,9 +194,8 @@ class ModelConfig:
 
     @property
     def mlp_hidden_dim(self) -> int:
-        """Hidden width of the MLP: `mlp_dim`, or the default for this kind of MLP."""
-        default = 4 * self.n_embd if self.mlp != "swiglu" else -(-8 * self.n_embd // 3 // 64) * 64
-        return self.mlp_dim or default
+        swiglu_dim = -(-8 * self.n_embd // 3 // 64) * 64
+        return self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -272,31 +269,18 @@ class ParallelConfig:
     device, else 1."""
 
 
-GROUPS = (RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig)
-
 # Names that keys had in checkpoints of format 1.
 OLD_KEYS = {
-    "n_inner": "mlp_dim",
-    "attention_window": "sliding_window",
-    "decay_share": "decay_fraction",
-    "skip_nonfinite": "max_nonfinite_steps",
-    "early_stop": "early_stopping_patience",
-    "on_cpu": "use_cpu_variant",
-    "tokens_on_device": "data_on_device",
+    "n_inner": "mlp_dim", "attention_window": "sliding_window", "decay_share": "decay_fraction",
+    "skip_nonfinite": "max_nonfinite_steps", "early_stop": "early_stopping_patience",
+    "on_cpu": "use_cpu_variant", "tokens_on_device": "data_on_device",
     "steps_per_dispatch": "steps_per_call",
-}
-
+}  # fmt: skip
 # Keys that moved to the lecture's own models, and the values that GPT-2 has.
 LECTURE_KEYS = {
-    "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
-    "init": "gpt2",
-    "qkv_bias": True,
-    "head_bias": False,
-    "decay_all": False,
-    "embed_dropout": True,
-}
+    "residual": True, "out_projection": True, "score_scale": "head", "init": "gpt2",
+    "qkv_bias": True, "head_bias": False, "decay_all": False, "embed_dropout": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,18 +345,15 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         if c.n_head % c.kv_heads:
             raise UserError(f"n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
         if c.position == "rope" and c.head_dim % 2:
-            raise UserError(
-                f"position='rope': needs an even head width, and n_embd / n_head is {c.head_dim}"
-            )
+            needs = f"needs an even head width, and n_embd / n_head is {c.head_dim}"
+            raise UserError(f"position='rope': {needs}")
         if c.sliding_window and not c.causal:
             raise UserError(f"sliding_window={c.sliding_window}: needs causal=True")
         if c.decay_lr and c.min_lr > c.learning_rate:
             raise UserError(f"min_lr={c.min_lr}: must be at most learning_rate={c.learning_rate}")
         if c.batch_tokens % step_size:
-            raise UserError(
-                f"batch_tokens={c.batch_tokens}: must be a multiple of batch_size x block_size = "
-                f"{step_size}"
-            )
+            needs = f"must be a multiple of batch_size x block_size = {step_size}"
+            raise UserError(f"batch_tokens={c.batch_tokens}: {needs}")
 
     # What a subclass in a config file may override; docs/extending.md.
 

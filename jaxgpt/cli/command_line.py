@@ -1,23 +1,20 @@
 """Parse a training command line: `[--config] FILE [--key=value ...]`."""
 
 import ast
-import dataclasses
 import inspect
 import textwrap
+from ast import AnnAssign, Constant, Expr, Name
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
 
-from jaxgpt.config import GROUPS, Config, UserError, check_value, key_types
+from jaxgpt.config import Config, UserError, check_value, key_types
 from jaxgpt.runtime.config_file import load_config_file
 
-UNSUPPORTED_FLAGS = {
-    "--compile": "jaxgpt always compiles",
-    "--backend": "JAX brings its own collectives",
-}
+UNSUPPORTED = {"--compile": "jaxgpt always compiles", "--backend": "JAX brings its own collectives"}
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,15 @@ class CommandLine:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Parse a command line without importing JAX.
+    """Parse a command line without importing JAX. Raises `UserError` for mistakes.
 
-    Ends the process for `--help` (code 0) and for flags that do not parse (code 2). Raises
-    `UserError` for other mistakes.
+    Ends the process for `--help` (code 0) and for flags that do not parse (code 2).
     """
     config_file, flags = split_config_file(list(argv))
     for flag in flags:
         name = flag.split("=")[0]
-        if name in UNSUPPORTED_FLAGS:
-            raise UserError(f"{name}: {UNSUPPORTED_FLAGS[name]}; leave this flag out")
+        if name in UNSUPPORTED:
+            raise UserError(f"{name}: {UNSUPPORTED[name]}; leave this flag out")
     configs = load_config_file(config_file) if config_file else {"config": Config()}
     overrides = _parse_flags(flags, configs["config"])
     if not config_file:
@@ -73,10 +69,10 @@ def _parse_flags(flags: list[str], config: Config) -> dict[str, Any]:
     for flag, following in pairwise([*flags, "--"]):
         is_alone = flag in switches and following.startswith("--")
         args.append(f"{flag}=True" if is_alone else flag)
-    bases = [base for base in reversed(type(config).__mro__) if base not in GROUPS]
-    groups = [_key_group(group, types, values) for group in (*GROUPS, *bases)]
+    classes = dict.fromkeys((*Config.__bases__, *reversed(type(config).__mro__)))
+    groups = [_key_group(keys_class, types, values) for keys_class in classes]
     parsed = tyro.cli(
-        dataclasses.make_dataclass("Keys", [(g.__name__, g) for g in groups if g]),
+        make_dataclass("Keys", [(g.__name__, g) for g in groups if g]),
         args=args,
         prog="train.py --config FILE",
         description="Trains the model that FILE describes. Every key can be set: --key=value.",
@@ -84,12 +80,9 @@ def _parse_flags(flags: list[str], config: Config) -> dict[str, Any]:
         use_underscores=True,
     )
     names = {arg.split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
-    overrides = {}
-    for group in vars(parsed).values():
-        for key, value in vars(group).items():
-            if f"__{key}" in names:
-                overrides[key] = check_value(key, value, types[key])
-    return overrides
+    parsed_keys = {k: value for group in vars(parsed).values() for k, value in vars(group).items()}
+    given = [key for key in parsed_keys if f"__{key}" in names]
+    return {key: check_value(key, parsed_keys[key], types[key]) for key in given}
 
 
 def _key_group(group: type, types: dict[str, Any], values: dict[str, Any]) -> type | None:
@@ -102,7 +95,7 @@ def _key_group(group: type, types: dict[str, Any], values: dict[str, Any]) -> ty
     for key in own:
         hint = Annotated[types[key], tyro.conf.arg(help=help_texts.get(key, ""))]
         fields.append((key, hint, values[key]))
-    made = dataclasses.make_dataclass(group.__name__.removesuffix("Config").lower(), fields)
+    made = make_dataclass(group.__name__.removesuffix("Config").lower(), fields)
     made.__doc__ = group.__doc__
     return made
 
@@ -114,9 +107,7 @@ def _key_help(group: type) -> dict[str, str]:
     found = {}
     for field, text in pairwise(classes[0].body):
         match field, text:
-            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(
-                value=ast.Constant(value=str(doc))
-            ):
+            case AnnAssign(target=Name(id=key)), Expr(value=Constant(value=str(doc))):
                 found[key] = " ".join(doc.split())
     return found
 
@@ -134,7 +125,5 @@ def choose_config(command_line: CommandLine) -> tuple[Config, list[str]]:
     if not device.is_cpu() or cpu_config is None or not keys["use_cpu_variant"]:
         return command_line.config.replace(**overrides), []
     config = cpu_config.replace(**overrides)
-    changed = [
-        f"{key}={value}" for key, value in config.to_dict().items() if keys.get(key) != value
-    ]
+    changed = [f"{key}={v}" for key, v in config.to_dict().items() if keys.get(key) != v]
     return config, ["no accelerator, so cpu_config is used: " + ", ".join(changed)]

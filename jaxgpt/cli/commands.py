@@ -1,6 +1,7 @@
 """The commands: `jaxgpt <command>`, train.py and sample.py.
 
-JAX is imported after the command line is parsed, so help and mistakes are answered at once.
+JAX is imported after the command line is parsed, so help and mistakes are answered at once. A
+comment at a field of a command's arguments is its --help.
 """
 
 import dataclasses
@@ -16,33 +17,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxgpt import __version__
+from jaxgpt import config as keys
 from jaxgpt.cli.command_line import choose_config, parse_command_line
-from jaxgpt.config import (
-    Fraction,
-    InitFrom,
-    NonEmptyStr,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Pattern,
-    PositiveInt,
-    Range,
-    Seed,
-    UserError,
-    check,
-)
+from jaxgpt.config import UserError, check
 from jaxgpt.runtime.config_file import load_config_file
 
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
-Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
+Checkpoint = Annotated[str, keys.Pattern(r"best|latest|\d+", "best, latest, or a step")]
 
-# Old names of flags -> their names now, and old names of their values.
-OLD_FLAGS: dict[str, tuple[str, dict[str, str]]] = {
-    "--what": ("--benchmark", {}),
-    "--pairs": ("--repeats", {}),
-    "--vs": ("--compare_to", {}),
-    "--fit": ("--search", {}),
-    "--context": ("--overflow", {"halve": "truncate", "exact": "slide"}),
-}
+OLD_FLAGS = {
+    "--what": "--benchmark", "--pairs": "--repeats", "--vs": "--compare_to", "--fit": "--search",
+    "--context": "--overflow",
+}  # fmt: skip
+OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
 
 
 def main() -> None:
@@ -83,8 +70,8 @@ def translate_old_flags(argv: list[str]) -> list[str]:
     for arg in argv:
         name, equals, value = arg.partition("=")
         if name in OLD_FLAGS:
-            name, new_values = OLD_FLAGS[name]
-            translated.append(name + equals + new_values.get(value, value))
+            new_values = OLD_VALUES.get(name, {})
+            translated.append(OLD_FLAGS[name] + equals + new_values.get(value, value))
         else:
             translated.append(new_values.get(arg, arg))
             new_values = {}
@@ -102,52 +89,43 @@ def train(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArgs:
-    out_dir: NonEmptyStr = "out"
-    """The run directory."""
-    config: str = ""
-    """The run's config file; needed only if it defines a config class."""
-    checkpoint: Checkpoint = "best"
-    """Which checkpoint of the run."""
+    out_dir: keys.NonEmptyStr = "out"  # The run directory.
+    config: str = ""  # The run's config file; needed only if it defines a config class.
+    checkpoint: Checkpoint = "best"  # Which checkpoint of the run.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(RunArgs):
-    init_from: InitFrom = "resume"
-    """`resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder."""
-    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
-    """Device to run on."""
+    # `resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder.
+    init_from: keys.InitFrom = "resume"
+    device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"  # Device to run on.
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArgs(ModelArgs):
     """Stream samples from a run directory, or from GPT-2 weights."""
 
+    # The prompt; FILE:prompt.txt reads a file. Several make a batch. Default: \n.
     start: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """The prompt; FILE:prompt.txt reads a file. Several make a batch. Default: \\n."""
-    num_samples: PositiveInt = 10
-    """Samples of each prompt."""
-    max_new_tokens: PositiveInt = 500
-    """Tokens per sample."""
-    temperature: NonNegativeFloat = 0.8
-    """Below 1 is less random than the model; 0 takes the most likely token."""
-    top_k: NonNegativeInt = 200
-    """Draw from this many of the most likely tokens; 0 means all."""
-    top_p: Annotated[float, Range(0, 1)] = 1.0
-    """Draw from the most likely tokens that together have this probability."""
-    min_p: Fraction = 0.0
-    """Draw from tokens with at least this fraction of the top token's probability."""
-    repetition_penalty: Annotated[float, Range(1)] = 1.0
-    """Above 1, makes tokens that already occurred less likely."""
+    num_samples: keys.PositiveInt = 10  # Samples of each prompt.
+    max_new_tokens: keys.PositiveInt = 500  # Tokens per sample.
+    # Below 1 is less random than the model; 0 takes the most likely token.
+    temperature: keys.NonNegativeFloat = 0.8
+    top_k: keys.NonNegativeInt = 200  # Draw from this many of the most likely tokens; 0 means all.
+    # Draw from the most likely tokens that together have this probability.
+    top_p: Annotated[float, keys.Range(0, 1)] = 1.0
+    # Draw from tokens with at least this fraction of the top token's probability.
+    min_p: keys.Fraction = 0.0
+    # Above 1, makes tokens that already occurred less likely.
+    repetition_penalty: Annotated[float, keys.Range(1)] = 1.0
+    # End a sample before this text; may be given several times.
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End a sample before this text; may be given several times."""
-    seed: Seed = 1337
-    """Seed of the samples."""
+    seed: keys.Seed = 1337  # Seed of the samples.
+    # Past block_size: continue from the last half, or slide token by token as nanoGPT does.
     overflow: Literal["truncate", "slide"] = "truncate"
-    """Past block_size: continue from the last half, or slide token by token as nanoGPT does."""
+    # Compute dtype; `auto` is the device's. On a CPU bfloat16 is for weights only, and faster.
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute dtype; `auto` is the device's. On a CPU bfloat16 is for weights only, and faster."""
-    interactive: bool = False
-    """Ask for prompts, one per line, until an empty one."""
+    interactive: bool = False  # Ask for prompts, one per line, until an empty one.
 
 
 def sample(argv: list[str]) -> None:
@@ -173,11 +151,14 @@ def sample(argv: list[str]) -> None:
     if not args.interactive:
         print_samples(args, sampler, encoder, prompts)
         return
-    while prompt := read_prompt():
-        try:
-            print_samples(args, sampler, encoder, [prompt])
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+    try:
+        while prompt := input("> "):
+            try:
+                print_samples(args, sampler, encoder, [prompt])
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+    except EOFError:
+        print()
 
 
 def read_start(start: str) -> str:
@@ -191,15 +172,6 @@ def read_start(start: str) -> str:
         raise UserError(f"start={start!r}: {error}") from error
 
 
-def read_prompt() -> str:
-    """Ask for a prompt; return "" at the end of the input."""
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
-
-
 def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[str]) -> None:
     """Print every sample of every prompt: stream the first, print the others when all are done."""
     from jaxgpt.runtime.metrics import escape_controls
@@ -207,20 +179,13 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("stop", "seed", "overflow")}
+    options["params"] = SamplingParams(**{name: getattr(args, name) for name in names})
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     texts, began = list(prompts), time.perf_counter()
-    print(show(texts[0]), end="", flush=True)
-    for pieces in generate_text(
-        sampler,
-        tokenizer,
-        prompts,
-        args.max_new_tokens,
-        stop=args.stop,
-        params=params,
-        seed=args.seed,
-        overflow=args.overflow,
-    ):
+    stream = generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options)
+    print(show(texts[0]), end="", flush=True)  # only now: a prompt may be refused
+    for pieces in stream:
         print(show(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     print(f"\n{SEPARATOR}")
@@ -234,21 +199,20 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
 class PrepareArgs:
     """Turn a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
 
-    dataset: tyro.conf.Positional[NonEmptyStr]
-    """A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
-    shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
-    completions, or documents: a parquet file, or a folder of .parquet or .txt files."""
+    # A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
+    # shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
+    # completions, or documents: a parquet file, or a folder of .parquet or .txt files.
+    dataset: tyro.conf.Positional[keys.NonEmptyStr]
+    # char, byte, gpt2, a tokenizer.json, or a corpus whose tokenizer to use. Default: the corpus's
+    # own; char for a file, gpt2 for documents.
     tokenizer: str = ""
-    """char, byte, gpt2, a tokenizer.json, or a corpus whose tokenizer to use. Default: the corpus's
-    own; char for a file, gpt2 for documents."""
-    data_dir: NonEmptyStr = "data"
-    """Folder of all datasets."""
-    val_share: Fraction = 0.0
-    """Documents only: fraction for validation. 0 means 0.0005 of a corpus, 0.01 of your own."""
+    data_dir: keys.NonEmptyStr = "data"  # Folder of all datasets.
+    # Documents only: fraction for validation. 0 means 0.0005 of a corpus, 0.01 of your own.
+    val_share: keys.Fraction = 0.0
+    # Documents only: i/n makes every n-th piece from the i-th, to divide work among machines.
     shard: str = ""
-    """Documents only: i/n makes every n-th piece from the i-th, to divide work among machines."""
-    processes: NonNegativeInt = 0
-    """Documents only: number of tokenizing processes; 0 means one per core."""
+    # Documents only: number of tokenizing processes; 0 means one per core.
+    processes: keys.NonNegativeInt = 0
 
 
 def prepare(argv: list[str]) -> None:
@@ -267,16 +231,13 @@ def prepare(argv: list[str]) -> None:
 class EvalArgs(ModelArgs):
     """Evaluate a run or GPT-2 weights: the loss on a whole validation split, or HellaSwag."""
 
+    # The loss on the validation split, or the accuracy on HellaSwag.
     task: Literal["loss", "hellaswag"] = "loss"
-    """The loss on the validation split, or the accuracy on HellaSwag."""
-    dataset: str = ""
-    """Dataset of the validation split; empty means the run's."""
+    dataset: str = ""  # Dataset of the validation split; empty means the run's.
+    # HellaSwag's questions; empty means DATA_DIR/hellaswag/hellaswag_val.jsonl.
     hellaswag_file: str = ""
-    """HellaSwag's questions; empty means DATA_DIR/hellaswag/hellaswag_val.jsonl."""
-    data_dir: str = ""
-    """Folder of all datasets; empty means the run's, or data for weights."""
-    mesh: str = ""
-    """Devices per axis, as in training; empty puts all on data."""
+    data_dir: str = ""  # Folder of all datasets; empty means the run's, or data for weights.
+    mesh: str = ""  # Devices per axis, as in training; empty puts all on data.
 
 
 def evaluate(argv: list[str]) -> None:
@@ -301,8 +262,8 @@ def evaluate(argv: list[str]) -> None:
 class ExportArgs(RunArgs):
     """Write a run as a folder that transformers loads as a GPT2LMHeadModel."""
 
-    to: NonEmptyStr
-    """The folder to make: config.json, model.safetensors and the tokenizer's files."""
+    # The folder to make: config.json, model.safetensors and the tokenizer's files.
+    to: keys.NonEmptyStr
 
 
 def export(argv: list[str]) -> None:
@@ -320,24 +281,20 @@ def export(argv: list[str]) -> None:
 class BenchArgs:
     """Time jaxgpt, alone or alternating with PyTorch nanoGPT."""
 
+    # Whole training steps, sampling, batches alone, or the attention back ends alone.
     benchmark: Literal["train", "sample", "data", "attention"] = "train"
-    """Whole training steps, sampling, batches alone, or the attention back ends alone."""
-    config: str = ""
-    """A config file to time, instead of a preset."""
+    config: str = ""  # A config file to time, instead of a preset.
+    # nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2.
     preset: Literal["", "cpu", "baby", "gpt2", "gpt2-xl"] = ""
-    """nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2."""
+    # A checkout of PyTorch nanoGPT to alternate with (benchmark=train and sample).
     compare_to: str = ""
-    """A checkout of PyTorch nanoGPT to alternate with (benchmark=train and sample)."""
-    torch_python: str = ""
-    """A Python that has torch; empty means this one."""
+    torch_python: str = ""  # A Python that has torch; empty means this one.
+    # How nanoGPT runs: eager, under torch.compile, or both.
     compile: Literal["both", "eager", "compiled"] = "both"
-    """How nanoGPT runs: eager, under torch.compile, or both."""
-    repeats: PositiveInt = 5
-    """Repeats of each side; also the number of samples of other measurements."""
-    json: str = ""
-    """Write all measurements, with every sample, to this file."""
-    plot: str = ""
-    """Plot of both sides' losses. Default: beside the JSON file, or bench.png."""
+    # Repeats of each side; also the number of samples of other measurements.
+    repeats: keys.PositiveInt = 5
+    json: str = ""  # Write all measurements, with every sample, to this file.
+    plot: str = ""  # Plot of both sides' losses. Default: beside the JSON file, or bench.png.
 
 
 def bench(argv: list[str]) -> None:
@@ -352,14 +309,11 @@ def bench(argv: list[str]) -> None:
 class AblateArgs:
     """Train a baseline and each feature of the menu with several seeds, and compare them."""
 
-    config: NonEmptyStr = "configs/ablate.py"
-    """The baseline."""
-    features: tuple[str, ...] = ()
-    """Which features of the menu; all if none is named."""
-    seeds: PositiveInt = 5
-    """Runs of each feature, with seeds 1, 2, ..."""
-    out_dir: NonEmptyStr = "out/ablate"
-    """Folder of the runs, and of menu.md, menu.png and menu.json."""
+    config: keys.NonEmptyStr = "configs/ablate.py"  # The baseline.
+    features: tuple[str, ...] = ()  # Which features of the menu; all if none is named.
+    seeds: keys.PositiveInt = 5  # Runs of each feature, with seeds 1, 2, ...
+    # Folder of the runs, and of menu.md, menu.png and menu.json.
+    out_dir: keys.NonEmptyStr = "out/ablate"
 
 
 def ablate(argv: list[str]) -> int:
@@ -383,10 +337,9 @@ class PlanArgs:
     The config file and its keys follow, as for training: --config FILE [--key=value ...].
     """
 
+    # h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e.
     topology: str = ""
-    """h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e."""
-    search: bool = False
-    """Find the least recomputation, then the largest batch_size, that fit."""
+    search: bool = False  # Find the least recomputation, then the largest batch_size, that fit.
 
 
 def plan(argv: list[str]) -> int:
@@ -405,17 +358,10 @@ def plan(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     from jaxgpt.tools import plan
 
-    fits = plan.run(config, args.topology, args.search, print)
-    return 0 if fits else 1
+    return 0 if plan.run(config, args.topology, args.search, print) else 1
 
 
 COMMANDS = {
-    "train": train,
-    "sample": sample,
-    "prepare": prepare,
-    "eval": evaluate,
-    "export": export,
-    "bench": bench,
-    "ablate": ablate,
-    "plan": plan,
-}
+    "train": train, "sample": sample, "prepare": prepare, "eval": evaluate,
+    "export": export, "bench": bench, "ablate": ablate, "plan": plan,
+}  # fmt: skip

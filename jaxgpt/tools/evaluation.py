@@ -1,6 +1,7 @@
 """`jaxgpt eval`: the loss on a whole validation split, and the share of exact answers."""
 
 import math
+from itertools import product
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ def open_model(
 ) -> tuple[huggingface.Trained, Mesh]:
     """Find the model of a run, or for another `init_from` those weights, and fit it to this device.
 
-    `where` is out_dir, checkpoint and, if it is not the run's own, data_dir; `keys` of its config
-    are replaced. Raises `UserError`.
+    `where` is out_dir, checkpoint, data_dir, config file; `keys` replace some. Raises `UserError`.
     """
     trained = huggingface.load_trained(init_from, *where)
     if init_from != "resume":
@@ -49,8 +49,8 @@ def name_source(step: int | None, init_from: str = "resume", **_: Any) -> dict[s
 def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     """Compute the loss on the validation split, also as perplexity and bits per byte.
 
-    The split is the run's own, or that of `dataset`. For a task it is the held-out problems, and
-    the result has the share of exact answers. For the rest see `open_model`. Raises `UserError`.
+    The split is the run's own, or that of `dataset`; a task's is its held-out problems, with the
+    share of exact answers. For `where` and `options` see `open_model`. Raises `UserError`.
     """
     if options.get("init_from", "resume") != "resume" and not dataset:
         raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
@@ -59,10 +59,8 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     config = trained.config
     data = find_dataset(config, config.block_size)
     if config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"dataset={config.dataset!r}: has {data.vocab_size} ids, but the model has "
-            f"vocab_size={config.vocab_size}"
-        )
+        has = f"has {data.vocab_size} ids, but the model has vocab_size={config.vocab_size}"
+        raise UserError(f"dataset={config.dataset!r}: {has}")
     params, step = trained.load(mesh)
     sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, mesh)
     batches = full_split(data.val, mesh, sequences, config.block_size)
@@ -78,10 +76,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
 
 
 def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Count the targets of a split, and the bytes of UTF-8 that they decode to.
-
-    Every token but the first is a target, unless it is masked.
-    """
+    """Count the targets (all tokens but the first and masked ones), and their bytes of UTF-8."""
     targets = size = 0
     for start in range(1, len(tokens), DECODE_TOKENS):
         ids = tokens.read(start, min(DECODE_TOKENS, len(tokens) - start))
@@ -91,13 +86,10 @@ def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
     return targets, size
 
 
-# ---- arithmetic ------------------------------------------------------------------------------
-
-
 def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     """Compute the share of held-out problems whose greedy answer is right to the last digit.
 
-    In all, and by operation and length of the longer number; some wrong answers are listed.
+    Also by operation and length of the longer number; some wrong answers are listed.
     """
     kinds, a, b = problems = task.held_out
     answers = greedy_answers(sampler, task, problems)
@@ -106,11 +98,9 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     is_right = np.array([(answer[: len(ids)] == ids).all() for answer, ids in pairs])
     result: dict[str, Any] = {"problems": len(a), "exact": float(is_right.mean())}
     lengths = np.char.str_len(np.maximum(a, b).astype(str))
-    for kind, name in enumerate(task.operations):
-        for length in range(1, task.digits + 1):
-            chosen = is_right[(kinds == kind) & (lengths == length)]
-            share = f"{chosen.mean():.2%} of {len(chosen):,}"
-            result[f"exact {name} of {length} digits"] = share
+    for (kind, name), length in product(enumerate(task.operations), range(1, task.digits + 1)):
+        chosen = is_right[(kinds == kind) & (lengths == length)]
+        result[f"exact {name} of {length} digits"] = f"{chosen.mean():.2%} of {len(chosen):,}"
     right_answers = problems.answers()
     for n in np.flatnonzero(~is_right)[:ERRORS_SHOWN]:
         problem = f"{a[n]}{task.operations[kinds[n]]}{b[n]}"
@@ -122,11 +112,11 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
 def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
     """Generate the likeliest tokens after each problem, [n, `longest_answer`]."""
     prompts = [~row[: (row >= 0).argmax()] for row in task.windows(problems, task.longest)]
-    options: dict[str, Any] = {"params": SamplingParams(temperature=0)}
-    options |= {"max_new_tokens": task.longest_answer}
+    greedy = SamplingParams(temperature=0)
     answers = []
     for start in range(0, len(prompts), PROBLEMS_PER_BATCH):
-        chunks = sampler.generate(prompts[start : start + PROBLEMS_PER_BATCH], **options)
+        batch = prompts[start : start + PROBLEMS_PER_BATCH]
+        chunks = sampler.generate(batch, max_new_tokens=task.longest_answer, params=greedy)
         answers.append(np.concatenate(list(chunks), axis=1)[:, : task.longest_answer])
     tokens = np.concatenate(answers)
     return np.where(tokens == NO_TOKEN, 0, tokens)

@@ -38,13 +38,13 @@ class Question(NamedTuple):
 def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
     """Compute the share of questions whose right ending the model finds the likeliest.
 
-    Endings are scored as completions, as build-nanogpt does: `acc` takes the ending with the
-    lowest summed loss, `acc_norm` that with the lowest mean loss. For the model see `open_model`.
+    Scored as completions, as build-nanogpt does: the likeliest has the lowest summed loss in `acc`,
+    the lowest mean loss in `acc_norm`. For `where` and `options` see `open_model`.
     """
     trained, mesh = open_model(*where, **options, attention="xla")  # which takes any length
     config, encode = trained.config, trained.tokenizer().encode
     default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
-    questions = read_questions(Path(file) if file else default)
+    questions = read_questions(Path(file or default))
     windows = []
     for question in questions:
         context = ~encode(question.ctx).astype(np.int32)
@@ -85,10 +85,9 @@ def read_questions(file: Path) -> list[Question]:
 def sequence_losses(
     config: Config, mesh: Mesh, params: dict[str, Any], windows: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the losses of each window's targets, in nats, and count the targets.
+    """Sum the losses of each window's targets, in nats, and count the targets (not `~id`).
 
-    In a window `~id` is a token that is not a target. Windows of similar length share a batch,
-    so that little is padded and few widths are compiled.
+    Windows of similar length share a batch: little is padded, and few widths are compiled.
     """
     graphdef, _, _ = abstract_model(config)
 
@@ -99,7 +98,7 @@ def sequence_losses(
 
     step = jax.jit(sharding.with_mesh(mesh, losses))
     by_batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    num_shards = sharding.batch_shards(mesh)
     order = sorted(range(len(windows)), key=lambda n: len(windows[n]))
     calls = []
     while order:
