@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -24,8 +24,7 @@ from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
-AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")
-"""Keys whose default means `choose`; the config of a run that was resolved has them filled in."""
+AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # filled in for a run
 SLOW_FLOPS = 1e10  # per step; about a tenth of a second on two cores
 FAST_STEPS = 10  # per call
 
@@ -34,32 +33,26 @@ FAST_STEPS = 10  # per call
 class ResolvedRun:
     """A run that holds its directory and is ready for its first step."""
 
-    config: Config
-    """What runs, and what config.json says: nothing in it is left to choose."""
+    config: Config  # what runs, and what config.json says: nothing in it is left to choose
     mesh: Mesh
     dataset: Dataset
     checkpoints: Checkpoints
-    weights: huggingface.Weights | run_dir.RunWeights | None
-    """The weights to begin with, if `init_from` names any."""
-    resume_step: int
-    """The checkpoint to resume from; 0 is a fresh run."""
-    notes: list[str]
-    """Lines for the log: what was taken from elsewhere, and what fell back."""
+    weights: huggingface.Weights | run_dir.RunWeights | None  # to begin with
+    resume_step: int  # 0 is a fresh run
+    notes: list[str]  # for the log: what was taken from elsewhere, and what fell back
 
 
 @contextmanager
 def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Iterator[ResolvedRun]:
     """Lock the run directory and resolve the run; nothing is written before all checks pass.
 
-    `cli_keys` are the keys set on the command line. Raises `UserError`. While the block runs, an
-    error in one of several processes ends all of them.
+    `cli_keys` are the keys set on the command line. Raises `UserError`.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
         distributed.on_process_0(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
         if config.init_from in ("resume", "auto"):
             checkpoints.quarantine_corrupt()
-
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
         dataset = find_dataset(config, config.block_size)
         config = _fill_in_from_dataset(config, dataset)
@@ -68,18 +61,17 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         if config.freeze:  # a bad pattern is an error
             frozen_mask(config, model.abstract_model(config)[1])
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
-
         mesh = sharding.make_mesh(config)
         config, device_notes = device.resolve_auto(config)
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
-        is_fresh = resume_step == 0
-        distributed.on_process_0(partial(run_dir.create, config, dataset, fresh=is_fresh))
-        notes = [*notes, *device_notes]
+        create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
+        distributed.on_process_0(create)
+        notes += device_notes
         yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
 
 def data_fits_on_device(config: Config, dataset: Dataset) -> bool:
-    """Decide whether both splits are kept in device memory."""
+    """Tell whether both splits are kept in device memory."""
     tokens = len(dataset.train) + len(dataset.val)
     return device.fits_on_device(config, tokens, tokens * dataset.train.dtype.itemsize)
 
@@ -103,31 +95,29 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
     """Fill in `vocab_size`, and `eot_id` where the model is to know it."""
     vocab_size = config.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"vocab_size={vocab_size}: must be at least the dataset's {dataset.vocab_size}"
-        )
+        least = f"must be at least the dataset's {dataset.vocab_size}"
+        raise UserError(f"vocab_size={vocab_size}: {least}")
     eot_id = config.eot_id
     if config.document_mask and eot_id < 0:
-        eot = dataset.tokenizer.eot if dataset.tokenizer else None
-        if eot is None:
-            raise UserError(
-                f"document_mask=True: the tokenizer of {config.dataset!r} has no end-of-text, or "
-                "is not known; --eot_id says which id begins a document"
-            )
-        eot_id = eot
+        eot_id = dataset.tokenizer.eot if dataset.tokenizer else None
+    if eot_id is None:
+        raise UserError(
+            f"document_mask=True: the tokenizer of {config.dataset!r} has no end-of-text, or "
+            "is not known; --eot_id says which id begins a document"
+        )
     return config.replace(vocab_size=vocab_size, eot_id=eot_id)
 
 
 def summary(run: ResolvedRun) -> list[str]:
     """Say in lines for the log what runs on which data and devices."""
     config, data = run.config, run.dataset
-    kind = jax.devices()[0].device_kind
     train_tokens = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
     place = ", held on the device" if data_fits_on_device(config, data) else ""
     sequences = sharding.global_batch_size(config)
     num_micro_batches = sharding.num_microbatches(config, run.mesh)
     lines = [
-        f"device: {run.mesh.size} x {kind}, {config.dtype}, {config.attention} attention",
+        f"device: {run.mesh.size} x {jax.devices()[0].device_kind}, {config.dtype}, "
+        f"{config.attention} attention",
         f"data: {data.source}; {train_tokens} train and {len(data.val):,} val tokens, "
         f"vocabulary {data.vocab_size}{place}",
         f"model: {model.count_params(config) / 1e6:.2f}M parameters; "
@@ -135,13 +125,11 @@ def summary(run: ResolvedRun) -> list[str]:
         f"in {num_micro_batches} micro-batch{'es' if num_micro_batches > 1 else ''}",
     ]
     if config.freeze:
-        _, shapes, _ = model.abstract_model(config)
+        shapes = model.abstract_model(config)[1]
         sizes = jax.tree.map(lambda p, still: p.size * still, shapes, frozen_mask(config, shapes))
         lines.append(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
-    lines += run.notes
-    if run.resume_step:
-        lines.append(f"going on from step {run.resume_step}")
-    return lines
+    resumed = [f"going on from step {run.resume_step}"] if run.resume_step else []
+    return [*lines, *run.notes, *resumed]
 
 
 # ---- data and state ------------------------------------------------------------------------
@@ -149,16 +137,15 @@ def summary(run: ResolvedRun) -> list[str]:
 
 def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batches]:
     """Make the batches of each stream: of training, and of evaluations on either split."""
-    on_device = data_fits_on_device(config, dataset)
     num_micro_batches = sharding.num_microbatches(config, mesh)
     micro_batch_size = sharding.global_batch_size(config) // num_micro_batches
     train_shape = steps_per_call(config, dataset), num_micro_batches, micro_batch_size
     num_eval_batches, eval_batch_size = sharding.eval_batches(config, mesh)
     eval_shape = min(BATCHES_PER_CALL, num_eval_batches), 1, eval_batch_size
     make = partial(Batches, mesh=mesh, block_size=config.block_size, seed=config.seed)
-    train, val = dataset.train, dataset.val
-    train_tokens = make_resident(train, mesh) if on_device else None
-    val_tokens = make_resident(val, mesh) if on_device else None
+    train, val, train_tokens, val_tokens = dataset.train, dataset.val, None, None
+    if data_fits_on_device(config, dataset):
+        train_tokens, val_tokens = make_resident(train, mesh), make_resident(val, mesh)
     return {
         TRAIN: make(train, shape_KMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
         EVAL_TRAIN: make(train, shape_KMB=eval_shape, stream=EVAL_TRAIN, resident=train_tokens),
@@ -170,17 +157,16 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
 class Best:
     """The lowest validation loss so far, and the step it belongs to."""
 
-    patience: int
-    """Steps without a lower loss that end the run; 0 is no end."""
+    patience: int  # steps without a lower loss that end the run; 0 is no end
     val_loss: float = math.inf
     step: int = 0
 
     def update(self, step: int, val_loss: float) -> bool:
         """Take note of a loss, and tell whether it is the lowest so far."""
-        is_lower = val_loss < self.val_loss
-        if is_lower:
-            self.step, self.val_loss = step, val_loss
-        return is_lower
+        if not val_loss < self.val_loss:  # it may be nan
+            return False
+        self.step, self.val_loss = step, val_loss
+        return True
 
     def is_too_old(self, step: int) -> bool:
         """Tell whether the run should stop early."""
@@ -190,7 +176,7 @@ class Best:
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Make the first state: fresh, with the weights if there are any, or a checkpoint's."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    best = Best(patience=config.early_stopping_patience * config.eval_interval)
+    best = Best(patience=config.early_stopping_patience * config.eval_interval, step=step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:
@@ -202,11 +188,9 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     best_step = checkpoints.best()  # None also where the best one is corrupt
     if best_step is None and meta.get("best_step") == 0:
         best_step = 0  # nothing was better than the initial weights
-    best_meta = checkpoints.meta(best_step) if best_step else meta
-    if best_step is None or best_meta["best_val_loss"] is None:
-        best = replace(best, step=step)
-    else:
-        best = replace(best, step=best_step, val_loss=best_meta["best_val_loss"])
+    best_val_loss = (checkpoints.meta(best_step) if best_step else meta)["best_val_loss"]
+    if best_step is not None and best_val_loss is not None:
+        best.update(best_step, best_val_loss)
     abstract = abstract_state(config, mesh)
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
     return TrainState(**checkpoints.restore(items, step), step=replicated(mesh, step)), best

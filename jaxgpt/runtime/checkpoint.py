@@ -1,18 +1,17 @@
 """Checkpoints: Orbax writes the arrays in the background, a digest makes them count.
 
 <folder>/<step>/{state/..., meta.json, digest.json}, and a link `best` to the step with the lowest
-validation loss. The digest is written last: a step without one does not exist. A step whose files
-are not what was written is moved to <step>.corrupt, and the step before it is used.
+validation loss. The digest is written last: a step without one does not exist.
 """
 
 import json
 import logging
-import math
 import shutil
 import sys
-import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +24,9 @@ from jaxgpt.config import UserError
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.files import atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # later formats, too, must have a meta.json and a digest.json like these
 META, DIGEST, BEST = "meta.json", "digest.json", "best"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")  # whose versions the meta names
 READ_BYTES = 1 << 22
 DISK_MARGIN = 1.1  # free disk space that a save needs, in sizes of its state
 
@@ -42,15 +42,18 @@ class Checkpoints:
         self.folder, self.keep = Path(folder).absolute(), keep
         _quiet_orbax()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
         self._verified: set[int] = set()
-        self.newest = self.latest()
-        """The newest step, on disk or on its way there."""
+        self.newest = self.latest()  # on disk, or on its way there
 
     def steps(self) -> list[int]:
         """Lists the steps that are whole on disk, in order."""
         return sorted(int(p.name) for p in self._folders() if (p / DIGEST).exists())
+
+    def _folders(self) -> list[Path]:
+        """Lists the folders of steps, whole or not."""
+        return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -72,10 +75,7 @@ class Checkpoints:
         return sorted(self.folder.glob("[0-9]*.corrupt"))
 
     def quarantine_corrupt(self) -> None:
-        """Moves corrupt steps to `<step>.corrupt` until the newest and the best one are verified.
-
-        Call it before a run is resumed. Of several processes, process 0 does the work.
-        """
+        """Moves corrupt steps to `<step>.corrupt` until the newest and the best are verified."""
         distributed.on_process_0(self._quarantine_corrupt)
         self.newest = self.latest()
 
@@ -94,28 +94,32 @@ class Checkpoints:
         try:
             return step == self.best() or self.meta(step).get("best", False)
         except CorruptCheckpoint:
-            return not self._is_verified(step)
+            return True  # perhaps: it is to be quarantined
 
     def _is_verified(self, step: int) -> bool:
         """Whether a step's files are what was written. A corrupt step is quarantined."""
-        if step in self._verified:
-            return True
         try:
             self._verify(step)
         except CorruptCheckpoint as error:
-            folder = self.folder / str(step)
-            aside = folder.with_name(f"{step}.corrupt")
+            aside = self.folder / f"{step}.corrupt"
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            (self.folder / str(step)).rename(aside)
             _warn(f"{error}; the checkpoint is damaged and now in {aside.name}")
             return False
-        self._verified.add(step)  # `restore` need not read it all again
         return True
+
+    def _verify(self, step: int) -> None:
+        if step in self._verified:
+            return
+        found = self.meta(step)["step"]
+        if found != step:
+            raise CorruptCheckpoint(f"{self.folder / str(step) / META}: is of step {found}")
+        _verify(self.folder / str(step))
+        self._verified.add(step)  # `restore` need not read it all again
 
     def check_disk_space(self, state: Any) -> None:
         """Raises `UserError` where the disk has no room for another checkpoint of this state."""
-        sizes = [math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(state)]
-        size = int(DISK_MARGIN * sum(sizes))
+        size = int(DISK_MARGIN * sum(array.nbytes for array in jax.tree.leaves(state)))
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < size:
@@ -131,8 +135,7 @@ class Checkpoints:
     def save(self, items: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
         """Copies these trees of arrays off the device, then writes them in the background.
 
-        `meta["step"]` is their step. Raises the error of the save before, if it failed, and
-        `UserError` where the disk is full.
+        Raises the error of the save before, if it failed, and `UserError` where the disk is full.
         """
         self.wait()
         distributed.on_process_0(partial(self.check_disk_space, items))
@@ -145,17 +148,13 @@ class Checkpoints:
             self._orbax.save(step / "state", args=ocp.args.Composite(**trees))
         except (OSError, ValueError) as error:
             raise self._disk_error(error, step) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, meta, best))
-        self._thread.start()
+        self._writing = self._thread.submit(self._finish, step, meta, best)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk. Raises its error, if it failed."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        """Waits until the last save is on disk. Raises its error if it failed, once."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _disk_error(self, error: BaseException, step: Path) -> BaseException:
         """Turns a disk's refusal into one line for the user; other errors stay as they are."""
@@ -170,65 +169,47 @@ class Checkpoints:
             self._orbax.wait_until_finished()  # every process has written its part
             if not distributed.is_process_0():
                 return
-            meta = {"format_version": FORMAT_VERSION, "versions": _versions(), "best": best} | meta
+            versions = {name: version(name) for name in PACKAGES}
+            meta = {"format_version": FORMAT_VERSION, "versions": versions, "best": best} | meta
             atomic_write(step / META, json.dumps(meta, indent=1))
             atomic_write(step / DIGEST, json.dumps(make_digest(step), indent=1))
             if best:
                 _link(self.folder / BEST, step.name)
             _verify(step, by=_size)  # before older steps are deleted
-            self._prune()
+            kept = {*self.steps()[-self.keep :], self.best()}
+            for folder in self._folders():
+                if int(folder.name) not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:  # raised by the next `save` or `wait`
-            self._error = self._disk_error(error, step)
-
-    def _prune(self) -> None:
-        kept = {*self.steps()[-self.keep :], self.best()}
-        for step in self._folders():
-            if int(step.name) not in kept:
-                shutil.rmtree(step, ignore_errors=True)
-
-    def _folders(self) -> list[Path]:
-        """Lists the folders of steps, whole or not."""
-        return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
+            raise self._disk_error(error, step) from error
 
     def meta(self, step: int | str) -> dict[str, Any]:
-        """Reads the meta of a step. Raises `CorruptCheckpoint` if it is not what was written.
-
-        Raises `UserError` for a later format, whose meta.json and digest.json must stay readable.
-        """
+        """Reads the meta of a step. Raises `CorruptCheckpoint`; `UserError` for a later format."""
         file = self.folder / str(step) / META
-        try:
-            meta = json.loads(file.read_text(encoding="utf-8"))
+        with _reading(file) as meta:
             version = int(meta["format_version"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptCheckpoint(f"{file}: not the meta of a checkpoint ({error})") from error
         _verify(file.parent, META)
         if version > FORMAT_VERSION:
             raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
         return meta
 
-    def _verify(self, step: int) -> None:
-        found = self.meta(step)["step"]
-        if found != step:
-            raise CorruptCheckpoint(f"{self.folder / str(step) / META}: is of step {found}")
-        _verify(self.folder / str(step))
-
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         """Restores the items of `abstract` (trees of shapes, types and shardings) from a step.
 
-        Raises `CorruptCheckpoint` if a file is not what was written, and `UserError` if the arrays
-        have other shapes.
+        Raises `CorruptCheckpoint`, and `UserError` if the arrays have other shapes.
         """
         folder = self.folder / str(step)
-        distributed.on_process_0(lambda: None if step in self._verified else self._verify(step))
+        distributed.on_process_0(partial(self._verify, step))
         self._verified.discard(step)
         reader: Any = ocp.StandardCheckpointHandler()
         for item, tree in abstract.items():
-            written = reader.metadata(folder / "state" / item)
-            there, here = _shapes(written.tree), _shapes(tree)
-            for name in there | here:
-                if there.get(name) != here.get(name):
-                    shapes = f"{there.get(name)} there, {here.get(name)} here"
-                    raise UserError(f"{folder}: the shape of {item}.{name} is {shapes}")
+            written = _shapes(reader.metadata(folder / "state" / item).tree)
+            wanted = _shapes(tree)
+            for name in written | wanted:
+                there, here = written.get(name), wanted.get(name)
+                if there != here:
+                    what = f"the shape of {item}.{name} is {there} there, {here} here"
+                    raise UserError(f"{folder}: {what}")
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
 
@@ -259,7 +240,10 @@ def _size(file: Path) -> dict[str, int]:
 
 def _verify(step: Path, *names: str, by: Callable = checksum) -> None:
     """Raises `CorruptCheckpoint` unless these files (by default all) are what was written."""
-    digest = _read_digest(step)
+    with _reading(step / DIGEST) as digest:
+        if META not in digest:
+            raise ValueError(f"nothing of {META}")
+        digest = {name: dict(sums) for name, sums in digest.items()}
     for name in names or digest:
         try:
             found = by(step / name)
@@ -269,19 +253,18 @@ def _verify(step: Path, *names: str, by: Callable = checksum) -> None:
             raise CorruptCheckpoint(f"{step / name}: not what was written there")
 
 
-def _read_digest(step: Path) -> dict[str, dict[str, int]]:
-    file = step / DIGEST
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """Yields a file's JSON. An error in the block, too, means that it is not what was written."""
     try:
-        digest = json.loads(file.read_text(encoding="utf-8"))
-        if META not in digest:
-            raise ValueError(f"nothing of {META}")
-        return {name: dict(sums) for name, sums in digest.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{file}: not the digest of a checkpoint ({error})") from error
+        yield json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"not the {file.stem} of a checkpoint"
+        raise CorruptCheckpoint(f"{file}: {what} ({error})") from error
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _link(link: Path, target: str) -> None:
@@ -292,10 +275,6 @@ def _link(link: Path, target: str) -> None:
     if link.is_dir() and not link.is_symlink():  # some ways to copy a run make a folder of it
         shutil.rmtree(link)
     partial.replace(link)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
 
 
 @cache

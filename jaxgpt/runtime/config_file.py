@@ -22,14 +22,14 @@ def load_config_file(path: str) -> dict[str, Config]:
     """
     if not Path(path).is_file():
         files = ", ".join(str(file) for file in sorted(Path("configs").rglob("*.py")))
-        raise UserError(
-            f"--config {path}: no such file" + (f"; there are {files}" if files else "")
-        )
+        there_are = f"; there are {files}" if files else ""
+        raise UserError(f"--config {path}: no such file{there_are}")
+    file = Path(path).resolve()
     # Dataclasses, type hints and --help look a class up in the module that defines it.
-    name = "jaxgpt_config_" + re.sub(r"\W", "_", str(Path(path).resolve()))
+    name = "jaxgpt_config_" + re.sub(r"\W", "_", str(file))
     module = ModuleType(name)
-    module.__file__ = str(Path(path).resolve())
-    with _importing_from(Path(path).resolve().parent):
+    module.__file__ = str(file)
+    with _importing_from(file.parent):
         sys.modules[name] = module
         try:
             SourceFileLoader(name, path).exec_module(module)
@@ -42,8 +42,7 @@ def load_config_file(path: str) -> dict[str, Config]:
     return {key: config.replace(config_file=path) for key, config in configs.items()}
 
 
-_imported: set[str] = set()
-"""Modules that config files imported from their own folders."""
+_imported: set[str] = set()  # modules that config files imported from their own folders
 
 
 @contextmanager

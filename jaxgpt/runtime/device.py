@@ -15,47 +15,30 @@ MAX_RESIDENT = 2**31  # tokens: their positions on the device are int32
 UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
 CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
 
-NO_DROPOUT = (
-    "has no dropout of attention weights, and dropout={}; --attention_dropout=False goes without"
-)
-
 # Dense bfloat16 FLOP/s of one device from the makers' data sheets, without sparsity, by the longest
 # prefix of JAX's name for the device.
 PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA GH200": 989.4e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
+    "NVIDIA A100": 312e12, "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12,
+    "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12, "NVIDIA GH200": 989.4e12,
+    "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
     "NVIDIA GeForce RTX 3090": 71e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,
-    "TPU v2": 22.5e12,  # a device of v2 and v3 is a core, half a chip
-    "TPU v3": 61.5e12,
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12,  # of a core, half a chip
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # a device is half a chip
-}
+    "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # of half a chip
+}  # fmt: skip
 
 
 def start(device: str = "auto", *, float64: bool = False) -> None:
     """Sets JAX up; call it before JAX computes anything. `device` is the config's.
 
-    A CPU becomes one virtual device per core, because XLA:CPU runs most elementwise work on one
-    thread per device. Compiled programs are kept in ~/.cache/jaxgpt. The user's own JAX_* and
-    XLA_FLAGS settings stand. Raises `UserError` if JAX does not find the device.
+    A CPU becomes one virtual device per core: XLA:CPU runs most elementwise work on one thread per
+    device. The user's own JAX_* and XLA_FLAGS settings stand. Raises `UserError`.
     """
     if device != "auto":
         jax.config.update("jax_platforms", device)
@@ -102,8 +85,8 @@ def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, lis
     A `target_platform`, "gpu" or "tpu", need not be attached, so no kernel is tried on it.
     """
     platform = target_platform or jax.default_backend()
-    auto = "float32" if platform == "cpu" else "bfloat16"
-    config = config.replace(dtype=config.dtype if config.dtype != "auto" else auto)
+    if config.dtype == "auto":
+        config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
     attention, notes = choose_attention(config, target_platform)
     return config.replace(attention=attention), notes
 
@@ -111,23 +94,15 @@ def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, lis
 def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:
     """Chooses the back end for `attention=auto`, and tries it unless a target platform is named.
 
-    Flash kernels take half-width types, and no dropout of attention weights. Raises `UserError`
-    where a back end that the user named cannot do what the model needs.
+    Raises `UserError` where a back end that the user named cannot do what the model needs.
     """
     c, platform = config, target_platform or jax.default_backend()
-    reasons = {
-        "cudnn": _cudnn_unsupported_reason(c, platform),
-        "splash": _splash_unsupported_reason(c, platform),
-        "cpu": "" if platform == "cpu" else "is laid out for CPUs",
-        "xla": "",
-        "reference": "",
-    }
-    if c.attention != "auto":
-        if reasons[c.attention]:
-            raise UserError(f"attention={c.attention!r}: {reasons[c.attention]}")
-        return c.attention, []
     best = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
-    reason = reasons[best]
+    reason = _unsupported_reason(c, best if c.attention == "auto" else c.attention, platform)
+    if c.attention != "auto":
+        if reason:
+            raise UserError(f"attention={c.attention!r}: {reason}")
+        return c.attention, []
     if not reason and not target_platform and platform != "cpu":
         failure = self_test(c.replace(attention=best))
         reason = f"its trial failed: {failure}" if failure else ""
@@ -137,28 +112,28 @@ def choose_attention(config: Config, target_platform: str = "") -> tuple[str, li
     return fallback, [f"attention: {fallback}, not {best}: {reason}"]
 
 
-def _cudnn_unsupported_reason(c: Config, platform: str) -> str:
-    if platform != "gpu":
-        return "needs an NVIDIA GPU"
-    if c.dtype != "bfloat16":
-        return f"needs dtype=bfloat16, not {c.dtype}"
-    if c.attention_dropout_rate:
-        return NO_DROPOUT.format(c.dropout)
-    if c.document_mask:
-        return "cannot keep documents apart, and document_mask=True"
-    if c.head_dim % 8 or c.head_dim > 128:
-        return f"needs a head width that is a multiple of 8 up to 128, not {c.head_dim}"
-    return ""
-
-
-def _splash_unsupported_reason(c: Config, platform: str) -> str:
-    if platform != "tpu":
-        return "needs a TPU"
-    if c.attention_dropout_rate:
-        return NO_DROPOUT.format(c.dropout)
-    if c.block_size % 128:
-        return f"needs a block_size that is a multiple of 128, not {c.block_size}"
-    return ""
+def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
+    """Tells what this back end cannot do of what the model needs; "" if it can do all."""
+    no_dropout = f"has no dropout of attention weights, and dropout={c.dropout}; "
+    no_dropout += "--attention_dropout=False goes without"
+    widths = f"needs a head width that is a multiple of 8 up to 128, not {c.head_dim}"
+    lengths = f"needs a block_size that is a multiple of 128, not {c.block_size}"
+    limits = {
+        "cpu": [(platform != "cpu", "is laid out for CPUs")],
+        "cudnn": [
+            (platform != "gpu", "needs an NVIDIA GPU"),
+            (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
+            (c.attention_dropout_rate, no_dropout),
+            (c.document_mask, "cannot keep documents apart, and document_mask=True"),
+            (c.head_dim % 8 or c.head_dim > 128, widths),
+        ],
+        "splash": [
+            (platform != "tpu", "needs a TPU"),
+            (c.attention_dropout_rate, no_dropout),
+            (c.block_size % 128, lengths),
+        ],
+    }
+    return next((reason for applies, reason in limits.get(backend, []) if applies), "")
 
 
 def self_test(c: Config) -> str:

@@ -31,10 +31,12 @@ def init_distributed(
     Slurm, Open MPI 4, Kubernetes and TPU pods say who takes part. Elsewhere every process names
     the coordinator's `host:port`, the number of processes, and its own. Raises `UserError`.
     """
-    # JAX lists the TPU platform only where it has seen TPU chips, so that no network is asked
-    # about other hosts without them.
+    # JAX lists the TPU platform only where it has seen TPU chips: elsewhere no network is asked.
     on_tpu = device in ("auto", "tpu") and "tpu" in (jax.config.values["jax_platforms"] or "")
-    launched = _launched_with_others()
+    env = os.environ
+    counts = [env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    on_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    launched = any(int(count) > 1 for count in counts) or on_kubernetes
     if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
         return
     if coordinator and not 0 <= process_id < num_processes:
@@ -42,13 +44,9 @@ def init_distributed(
             f"process_id={process_id}: with a coordinator, it must be from 0 to num_processes - 1 "
             f"= {num_processes - 1}"
         )
+    named: tuple[Any, ...] = (coordinator, num_processes, process_id) if coordinator else ()
     try:
-        jax.distributed.initialize(
-            coordinator or None,
-            num_processes if coordinator else None,
-            process_id if coordinator else None,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
+        jax.distributed.initialize(*named, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError, OSError) as error:
         said = str(error).splitlines()[0]
         if coordinator:
@@ -61,21 +59,11 @@ def init_distributed(
         # a TPU that no pod's environment describes: this host is all there is
 
 
-def _launched_with_others() -> bool:
-    """Tell whether a launcher that JAX knows has started more than this process."""
-    env = os.environ
-    counts = (env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(int(count) > 1 for count in counts) or (
-        "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    )
-
-
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """End this process at once when the run fails in it, or when another process is gone.
+    """End this process at once when the run fails in it: a normal exit would wait for the others.
 
-    A normal exit would wait for processes that do not answer. Those see their next collective
-    fail, or miss this heartbeat, and end in the same way.
+    Those see their next collective fail, or miss this heartbeat, which fails the run in them too.
     """
     try:
         yield
@@ -119,10 +107,8 @@ def on_process_0(function: Callable[[], int | None]) -> int:
 class StopSignal:
     """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
 
-    received = 0
-    """The signal that this process was sent, or 0."""
-    agreed = 0
-    """The signal that all processes have read, so that they stop at the same step."""
+    received = 0  # the signal that this process was sent
+    agreed = 0  # the signal that all processes have read, so that they stop at the same step
 
     @property
     def signal(self) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(file: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a path to write to, which replaces `file` when the block ends without an error.
+    """Yields a path to write to, with the suffix of `file`, which replaces it at the end.
 
-    After a crash `file` is whole: the old one, or the new one. The path has the suffix of `file`.
-    With `shared`, other processes may write the same file at the same time.
+    After an error or a crash `file` is the old one or the new one, whole. With `shared`, other
+    processes may write the same file at the same time.
     """
     unique = f".{secrets.token_hex(4)}" if shared else ""
     partial = file.with_name(f".{file.stem}{unique}.partial{file.suffix}")

@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,7 @@ class Log:
     """Everything a run reports, for people and for programs.
 
     On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line.
-    `metrics.jsonl` and `log.txt` get the rows too, and the trackers that the config asks for.
-    Rows after `first_step`, where the run starts, are deleted: their steps are taken again.
+    `metrics.jsonl` loses its rows after `first_step`: their steps are taken again.
     A log that is not `enabled` drops everything.
     """
 
@@ -38,14 +39,23 @@ class Log:
         if not enabled:
             return
         with ExitStack() as stack:
-            metrics = truncate_after(first_step, self.folder / "metrics.jsonl")
-            self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8"))
-            self._text = stack.enter_context(open(self.folder / "log.txt", "a", encoding="utf-8"))
-            trackers = _trackers(config, first_step)
-            self._trackers = [stack.enter_context(closing(tracker)) for tracker in trackers]
+            file = self.folder / "metrics.jsonl"
+            rows = [row for row in read_metrics(file) if row["step"] <= first_step]
+            atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
+            append = partial(open, mode="a", buffering=1, encoding="utf-8")  # a line at a time
+            self._metrics = stack.enter_context(append(file))
+            self._text = stack.enter_context(append(self.folder / "log.txt"))
+            self._trackers: list[Callable[[Row], None]] = []
+            if config.tensorboard:
+                self._trackers.append(_tensorboard(config, first_step, stack))
+            if config.wandb_log:
+                self._trackers.append(_wandb(config, stack))
             self._console = Terminal(highlight=False, emoji=False, soft_wrap=True)
             if self._console.is_interactive:
-                self._live = stack.enter_context(_live_line(config, self._console))
+                columns = BarColumn(20), TextColumn("{task.fields[text]}")
+                live = Progress(*columns, console=self._console, transient=True)
+                live.add_task("", total=config.max_iters, text="compiling")
+                self._live = stack.enter_context(live)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Log":
@@ -58,7 +68,7 @@ class Log:
         """Log a line for people."""
         if self.enabled:
             self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
-            self._write(text)
+            self._text.write(text + "\n")
 
     def train(self, row: Row, left_s: float) -> None:
         """Log a training step's numbers, and the seconds until the last step."""
@@ -73,7 +83,7 @@ class Log:
         if self._live:
             time_first = f"{_duration(left_s)}, {text}"  # a narrow terminal cuts the end
             self._live.update(self._live.task_ids[0], completed=row["step"], text=time_first)
-            self._write(text)
+            self._text.write(text + "\n")
         else:
             self.info(text)
 
@@ -86,28 +96,12 @@ class Log:
         self.info(f"step {row['step']}: " + ", ".join(losses))
         draw_losses(self.folder)
 
-    def _write(self, text: str) -> None:
-        self._text.write(text + "\n")
-        self._text.flush()
-
     def _record(self, row: Row) -> None:
-        row = {key: _finite(value) for key, value in row.items()}
+        bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        row = row | bad  # JSON has no such numbers
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for tracker in self._trackers:
-            tracker.log(row)
-
-
-def _finite(value: Any) -> Any:
-    """Return the value, or None for a number that JSON cannot hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def truncate_after(step: int, file: Path) -> Path:
-    """Delete the rows of a metrics file that are past a step, and a last one that is cut short."""
-    rows = [row for row in read_metrics(file) if row["step"] <= step]
-    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return file
+        for track in self._trackers:
+            track(row)
 
 
 def read_metrics(file: Path) -> list[Row]:
@@ -129,13 +123,6 @@ class Terminal(Console):
             super().on_broken_pipe()
 
 
-def _live_line(config: Config, console: Console) -> Progress:
-    columns = BarColumn(20), TextColumn("{task.fields[text]}")
-    progress = Progress(*columns, console=console, transient=True)
-    progress.add_task("", total=config.max_iters, text="compiling")
-    return progress
-
-
 def _duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     clock = f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
@@ -143,7 +130,7 @@ def _duration(seconds: float) -> str:
 
 
 def draw_losses(folder: Path) -> None:
-    """Redraw loss.png from metrics.jsonl: the losses of steps, and of both splits."""
+    """Redraw loss.png from metrics.jsonl."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder / "metrics.jsonl")
@@ -166,43 +153,28 @@ def draw_losses(folder: Path) -> None:
         figure.savefig(file, dpi=120)
 
 
-def _trackers(config: Config, first_step: int) -> list:
-    trackers = []
-    if config.tensorboard:
-        trackers.append(_TensorBoard(Path(config.out_dir, "tensorboard"), first_step))
-    if config.wandb_log:
-        trackers.append(_Wandb(config))
-    return trackers
+def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[[Row], None]:
+    writer_class = import_optional("tensorboardX", "tensorboard").SummaryWriter
+    writer = writer_class(str(Path(config.out_dir, "tensorboard")), purge_step=first_step + 1)
+    stack.callback(writer.close)
 
-
-class _TensorBoard:
-    def __init__(self, folder: Path, first_step: int):
-        writer = import_optional("tensorboardX", "tensorboard").SummaryWriter
-        self._writer = writer(str(folder), purge_step=first_step + 1)
-
-    def log(self, row: Row) -> None:
+    def track(row: Row) -> None:
         for key, value in row.items():
             if key not in ("step", "time") and value is not None:
-                self._writer.add_scalar(key, value, row["step"])
+                writer.add_scalar(key, value, row["step"])
 
-    def close(self) -> None:
-        self._writer.close()
+    return track
 
 
-class _Wandb:
-    def __init__(self, config: Config):
-        self._run = import_optional("wandb", "wandb_log").init(
-            project=config.wandb_project,
-            name=config.wandb_run_name or Path(config.out_dir).name,
-            dir=config.out_dir,
-            config=config.to_dict(),
-        )
-
-    def log(self, row: Row) -> None:
-        self._run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
-
-    def close(self) -> None:
-        self._run.finish()
+def _wandb(config: Config, stack: ExitStack) -> Callable[[Row], None]:
+    run = import_optional("wandb", "wandb_log").init(
+        project=config.wandb_project,
+        name=config.wandb_run_name or Path(config.out_dir).name,
+        dir=config.out_dir,
+        config=config.to_dict(),
+    )
+    stack.callback(run.finish)
+    return lambda row: run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
 
 def import_optional(package: str, key: str):

@@ -1,6 +1,5 @@
 """The run directory: its files, the lock that one writer holds, and how a run is read again."""
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -9,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ RUN_FILES = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tok
 def lock_run_dir(out_dir: str) -> Iterator[None]:
     """Keep other runs from writing to a run directory; the lock ends with the process.
 
-    Raises `UserError` if another run holds the lock, or if the disk is full.
+    Raises `UserError`, also where the disk is full.
     """
     file = distributed.on_process_0(partial(_lock, out_dir))
     try:
@@ -49,7 +48,7 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
 
 
 def _lock(out_dir: str) -> int:
-    """Lock a run directory; return the open lock file. It is never deleted, to avoid a race."""
+    """Return the open lock file. It is never deleted, to avoid a race."""
     _check_is_folder(out_dir)
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -83,29 +82,28 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
 
     Raises `UserError` if `init_from` does not fit what the directory holds.
     """
-    latest, out_dir = checkpoints.latest(), config.out_dir
+    latest, damaged, out_dir = checkpoints.latest(), checkpoints.damaged(), config.out_dir
     _check_is_folder(out_dir)
-    damaged = checkpoints.damaged()
-    if latest is None and not config.overwrite and damaged:
-        raise UserError(
-            f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} is; "
-            "--overwrite deletes them and starts anew"
-        )
+    if latest is None:
+        if damaged and not config.overwrite:
+            raise UserError(
+                f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} "
+                "is; --overwrite deletes them and starts anew"
+            )
+        if config.init_from == "resume":
+            raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
+        return 0
     if config.init_from not in ("resume", "auto"):
-        if latest is not None and not config.overwrite:
+        if not config.overwrite:
             raise UserError(
                 f"out_dir={out_dir!r}: holds a run of {latest} steps; --init_from=resume goes on "
                 "with it, --overwrite deletes it"
             )
         return 0
-    if latest is None:
-        if config.init_from == "resume":
-            raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
-        return 0
     saved = _saved_config(config, checkpoints, latest)
-    for key in (*config.model_keys(), "scan_layers", "optimizer", "freeze"):
+    for key in (*_model_values(saved), "scan_layers", "optimizer", "freeze"):
         ours, theirs = getattr(config, key), getattr(saved, key)
-        if key != "dropout" and ours != theirs:
+        if ours != theirs:
             raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
     return latest
 
@@ -113,19 +111,18 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
 def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
     """Return the model's keys of the run to resume; none if a fresh run starts."""
     latest = checkpoints.latest()
-    if config.init_from not in ("resume", "auto") or latest is None:
+    if latest is None or config.init_from not in ("resume", "auto"):
         return {}
     return _model_values(_saved_config(config, checkpoints, latest))
 
 
 def _saved_config(config: Config, checkpoints: Checkpoints, step: int) -> Config:
-    saved = checkpoints.meta(step)["config"]
+    meta, config_class = checkpoints.meta(step), type(config)
     try:
-        return config.from_dict(saved)
+        return config_class.from_dict(meta["config"])
     except (UserError, TypeError) as error:
-        raise UserError(
-            f"out_dir={config.out_dir!r}: its run is not of class {type(config).__name__} ({error})"
-        ) from error
+        what = f"its run is not of class {config_class.__name__} ({error})"
+        raise UserError(f"out_dir={config.out_dir!r}: {what}") from error
 
 
 def _model_values(config: Config) -> dict[str, Any]:
@@ -138,10 +135,9 @@ def merge_model_keys(
 ) -> Config:
     """Return `config` with the model's keys of an existing model.
 
-    Raises `UserError` for a different key that the user has set: on the command line, or in the
-    config file to other than its default.
+    Raises `UserError` for a different key that is set on the command line or not a default.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in fields(config)}
     for key, value in theirs.items():
         ours = getattr(config, key)
         if ours != value and (key in cli_keys or ours != defaults[key]):
@@ -183,32 +179,29 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def load_config(out_dir: str, config_file: str = "") -> Config:
-    """Load the config of the run in `out_dir`, as the class that `config_file` defines.
+def load_config(out_dir: str, config_file: str = "", config_class: type[Config] = Config) -> Config:
+    """Load the config of the run in `out_dir`, as this class or the one of a config file.
 
-    A run of the class `Config` needs no file. Raises `UserError`.
+    Raises `UserError`, also for a run of another class.
     """
-    config_class = type(load_config_file(config_file)["config"]) if config_file else Config
-    return _load_config(out_dir, config_class)
-
-
-def _load_config(out_dir: str, config_class: type[Config]) -> Config:
+    if config_file:
+        config_class = type(load_config_file(config_file)["config"])
     file = Path(out_dir, CONFIG)
     if not file.is_file():
         raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
     try:
-        saved = dict(json.loads(file.read_text(encoding="utf-8")))
+        saved = json.loads(file.read_text(encoding="utf-8"))
         # runs of before this entry existed may be of any class
         class_name = saved.get("config_class", config_class.__name__)
         if class_name == config_class.__name__:
             return config_class.from_dict(saved).replace(out_dir=out_dir)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the config of a run ({error})") from error
     message = f"out_dir={out_dir!r}: its config class {class_name} is "
     if class_name == "Config":
         raise UserError(message + f"not {config_class.__name__}; leave --config out")
-    config_file = saved.get("config_file") or "FILE"
-    raise UserError(message + f"defined in {config_file}; add --config {config_file}")
+    defined_in = saved.get("config_file") or "FILE"
+    raise UserError(message + f"defined in {defined_in}; add --config {defined_in}")
 
 
 def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, Any], int]:
@@ -253,16 +246,13 @@ class RunWeights:
         """Load the parameters onto the mesh, without positions past `config.block_size`."""
         params, _ = load_params(self.config, "best", mesh)
         shapes = abstract_params(config, mesh)
-        shardings = jax.tree.map(lambda p: p.sharding, shapes)
-        cut = partial(jax.tree.map, lambda p, shape: p[: shape.shape[0]])
-        return jax.jit(lambda params: cut(params, shapes), out_shardings=shardings)(params)
+        cut = partial(jax.tree.map, lambda shape, p: p[: shape.shape[0]], shapes)
+        return jax.jit(cut, out_shardings=jax.tree.map(lambda p: p.sharding, shapes))(params)
 
     def check_tokenizer(self, dataset: Dataset) -> None:
         """Raise `UserError` if a dataset's tokenizer is not the one that the run was trained on."""
-        file = Path(self.config.out_dir, tokenizers.FILE)
-        if not (dataset.tokenizer and file.is_file()):
-            return
-        if tokenizers.load(file).to_json() != dataset.tokenizer.to_json():
+        file, ours = Path(self.config.out_dir, tokenizers.FILE), dataset.tokenizer
+        if ours and file.is_file() and tokenizers.load(file).to_json() != ours.to_json():
             raise UserError(
                 f"init_from={self.config.out_dir!r}: the dataset has another tokenizer; prepare "
                 f"it with --tokenizer={file}"
@@ -277,7 +267,7 @@ def open_weights(config: Config) -> RunWeights:
             f"init_from={init_from!r}: is out_dir too; --init_from=resume goes on with the run, "
             "another --out_dir begins a new one with its weights"
         )
-    source = _load_config(init_from, type(config))
+    source = load_config(init_from, config_class=type(config))
     if open_checkpoints(source).latest() is None:
         raise UserError(f"init_from={init_from!r}: there is no checkpoint in it yet")
     return RunWeights(source)

@@ -17,8 +17,7 @@ class StepLog:
     """
 
     def __init__(self, config: Config, log: Log, stop: StopSignal, tokens: int, peak: float | None):
-        self.config, self.log, self.stop = config, log, stop
-        self.tokens, self.peak = tokens, peak
+        self.config, self.log, self.stop, self.tokens, self.peak = config, log, stop, tokens, peak
         self.stopwatch = Stopwatch()
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         self._skipped, self._skipped_in_a_row = 0, 0
@@ -44,10 +43,10 @@ class StepLog:
         self.stopwatch.lap(count)
         for i in range(count):
             step = before + 1 + i
-            row = {key: float(values[i]) for key, values in metrics.items()}
-            self._check_finite(step, row["loss"], row["grad_norm"])
+            numbers = {key: float(values[i]) for key, values in metrics.items()}
+            self._check_finite(step, numbers["loss"], numbers["grad_norm"])
             if step % self.config.log_interval == 0 or step == 1:
-                self._log_step(step, row)
+                self._log_step(step, numbers)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -65,13 +64,13 @@ class StepLog:
 
     def _log_step(self, step: int, numbers: Row) -> None:
         seconds = self.stopwatch.read()
-        row = {"step": step} | numbers
-        row |= {"tokens": step * self.tokens, "tokens_per_s": self.tokens / seconds}
+        rate = self.tokens / seconds
+        row = {"step": step, **numbers, "tokens": step * self.tokens, "tokens_per_s": rate}
         row |= {"step_ms": 1000 * seconds, "time": time.time()}
         if self.config.max_nonfinite_steps:
             row["skipped"] = self._skipped
             self._skipped = 0
-        row["mfu"] = row["tokens_per_s"] / self.peak if self.peak else None
+        row["mfu"] = rate / self.peak if self.peak else None
         self.log.train(row, seconds * (self.config.max_iters - step))
 
 
