@@ -21,6 +21,7 @@ from jax.tree_util import Partial, register_dataclass
 from jaxgpt import kernels
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.kernels.activation import gelu, relu2
+from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
 from jaxgpt.kernels.position import apply_rope, sinusoids
@@ -143,16 +144,10 @@ class Attention(nnx.Module):
         if ctx.cache is not None and ctx.position is not None:
             o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, c.sliding_window)
         else:
-            o_BTNH = kernels.dot_product_attention(
-                q_BTNH,
-                k_BTKH,
-                v_BTKH,
-                causal=c.causal,
-                window=c.sliding_window,
-                segment_ids_BT=ctx.segment_ids_BT,
-                dropout=self.weights_dropout(ctx),
-                backend=c.attention,
-            )
+            dropout, T = self.weights_dropout(ctx), x_BTD.shape[1]
+            attend = kernels.select_attention(c.attention, T, T, dropout)
+            options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
+            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, dropout, options)
         o_BTD = self.out(o_BTNH)
         return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
 
@@ -255,20 +250,19 @@ class GPT(nnx.Module):
     def output_map(self) -> Embedding:
         return self.embed if self.config.tie_embeddings else self.lm_head
 
-    def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
-        return self.logits(self.hidden_states(tokens_BT, dropout)[0])
-
-    def hidden_states(
+    def __call__(
         self,
         tokens_BT: jax.Array,
         dropout: Dropout = Dropout(),
         cache: list[KVCache] | None = None,
         position: DecodePosition | None = None,
-    ) -> tuple[jax.Array, list[KVCache]]:
-        """Return what the output map reads, [B, T, D], and the cache with these tokens in it.
+        at_B: jax.Array | None = None,
+    ) -> Any:
+        """Return logits [B, T, V]; with a `cache`, also the cache with these tokens in it.
 
         With a `cache` alone the tokens are the first of their sequences, and fill its past. With a
         `position` too they are one token for each sequence, which joins the cache's chunk.
+        `at_B` asks for the logits of one token per sequence only, [B, 1, V].
         """
         c = self.config
         segment_ids_BT = None
@@ -285,7 +279,12 @@ class GPT(nnx.Module):
                 context = replace(context, layer=layer, cache=cache and cache[layer])
                 x_BTD, context = with_remat(c, block)(x_BTD, context)
                 new_cache.append(context.cache)
-        return self.ln_f(x_BTD) if c.norm_position == "pre" else x_BTD, new_cache
+        if at_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
+        if c.norm_position == "pre":
+            x_BTD = self.ln_f(x_BTD)
+        logits_BTV = self.logits(x_BTD)
+        return logits_BTV if cache is None else (logits_BTV, new_cache)
 
     def embed_tokens(self, tokens_BT: jax.Array, position: DecodePosition | None) -> jax.Array:
         """Return the token's embedding and its position's, [B, T, D]."""

@@ -122,7 +122,7 @@ def prefill(network: Any, state: DecodeState, length: int) -> tuple[DecodeState,
     lengths_B = jnp.where(is_full_B, kept, state.lengths_B)
     cache = network.init_cache(len(lengths_B), CHUNK)
     if length:
-        _, cache = network.hidden_states(tokens_BS[:, :length], cache=cache)
+        _, cache = network(tokens_BS[:, :length], cache=cache)
     return replace(state, tokens_BS=tokens_BS, lengths_B=lengths_B), [kv.past for kv in cache]
 
 
@@ -141,10 +141,9 @@ def decode_chunk(network: Any, state: DecodeState, past, active_B, params: Sampl
         number, uniform_B = inputs
         cache, position = list(map(KVCache, visible, chunk)), DecodePosition(start_B, number)
         last_B1 = jnp.maximum(last_B, 0)[:, None]
-        x_BTD, cache = network.hidden_states(last_B1, cache=cache, position=position)
+        logits_B1V, cache = network(last_B1, cache=cache, position=position)
         is_drawing_B = active_B & (state.lengths_B <= state.block_size)
-        logits_BV = network.logits(x_BTD)[:, 0]
-        state, token_B = draw(state, logits_BV, uniform_B, is_drawing_B, params)
+        state, token_B = draw(state, logits_B1V[:, 0], uniform_B, is_drawing_B, params)
         return (state, [kv.chunk for kv in cache], token_B), token_B
 
     inputs = jnp.arange(CHUNK), decode.uniform_draws(state.keys_B, state.num_drawn_B, CHUNK)
@@ -178,10 +177,9 @@ def decode_uncached(network: Any, state: DecodeState, active_B, params: Sampling
 
 def logits_at(network: Any, tokens_BT: jax.Array, position_B: jax.Array) -> jax.Array:
     """Logits [B, V] of one position per sequence; GPT skips the output map of all others."""
-    take = partial(jnp.take_along_axis, indices=position_B[:, None, None], axis=1)
-    if not hasattr(network, "init_cache"):
-        return take(network(tokens_BT))[:, 0]
-    return network.logits(take(network.hidden_states(tokens_BT)[0]))[:, 0]
+    if hasattr(network, "init_cache"):
+        return network(tokens_BT, at_B=position_B)[:, 0]
+    return jnp.take_along_axis(network(tokens_BT), position_B[:, None, None], axis=1)[:, 0]
 
 
 def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, params: SamplingParams):

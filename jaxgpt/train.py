@@ -28,6 +28,7 @@ from jaxgpt.resolve import (
     tokens_per_step,
 )
 from jaxgpt.runtime import device, distributed
+from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
 from jaxgpt.sample import Sampler, generate_text
@@ -40,64 +41,53 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
     """Train `config` to its end; return 0, or 128 + n if signal n ended the run early.
 
     JAX has been started. `cli_keys` are the keys set on the command line, `notes` are lines for
-    the log. Raises `UserError`.
+    the log. The host reads the numbers of a call while the device works on the next one: it never
+    waits for the call that it has just launched. Raises `UserError`.
     """
-    with resolve_run(config, cli_keys) as run:
-        log = Log(run.config, run.resume_step, enabled=distributed.is_process_0())
-        with log, distributed.StopSignal() as stop:
-            for line in (*notes, *summary(run)):
-                log.info(line)
-            stopped_by = train_loop(run, log, stop)
-    return 128 + stopped_by if stopped_by else 0
+    with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, StopSignal() as stop:
+        config, step = run.config, run.resume_step
+        batches = make_batches(config, run.mesh, run.dataset)
+        state, best = init_or_restore(run)
+        events = Events(run, batches, best, log)
+        if step == 0 or config.eval_only:
+            events.evaluate(state, step, is_last=config.eval_only)
+        if config.eval_only or step >= config.max_iters:
+            return stop.exit_code
+        distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
+        began = time.perf_counter()
+        train_step = make_train_step(config, run.mesh)
+        arguments = state, batches[TRAIN].get(step), replicated(run.mesh, 1)
+        train_step = train_step.lower(*arguments).compile()
+        log.info(f"compiled in {time.perf_counter() - began:.1f} s")
+        peak = peak_tokens_per_s(config, run.mesh)
+        step_log = StepLog(config, log, stop, tokens_per_step(config), peak)
 
-
-def train_loop(run: ResolvedRun, log: Log, stop: distributed.StopSignal) -> int:
-    """Take steps until `max_iters`, an early stop or a signal; return that signal, or 0.
-
-    The host reads the numbers of a call while the device works on the next one: it never waits
-    for the call that it has just launched.
-    """
-    config, step = run.config, run.resume_step
-    batches = make_batches(config, run.mesh, run.dataset)
-    state, best = init_or_restore(run)
-    events = Events(run, batches, best, log)
-    if step == 0 or config.eval_only:
-        events.evaluate(state, step, is_last=config.eval_only)
-    if config.eval_only or step >= config.max_iters:
-        return stop.signal
-    distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
-    train_step = compile_train_step(run, state, batches[TRAIN].get(step), log)
-    peak = peak_tokens_per_s(config, run.mesh)
-    step_log = StepLog(config, log, stop, tokens_per_step(config), peak)
-
-    next_event = step + steps_to_next_event(config, step)
-    while step < config.max_iters and not stop.signal and not best.is_too_old(step):
-        count = min(config.steps_per_call, next_event - step)
-        windows_KMBT = batches[TRAIN].get(step)
-        state, metrics = train_step(state, windows_KMBT, replicated(run.mesh, count))
-        step_log.launched(step, count, metrics)
-        step += count
-        if step == next_event:
-            step_log.flush()
-            events.evaluate_and_save(state, step)
-            step_log.stopwatch.resume()
-            next_event = step + steps_to_next_event(config, step)
-
-    step_log.flush()
-    events.finish(state, step)
-    return stop.signal
+        next_event = step + steps_to_next_event(config, step)
+        while step < config.max_iters and not stop.signal and not best.is_too_old(step):
+            count = min(config.steps_per_call, next_event - step)
+            windows_KMBT = batches[TRAIN].get(step)
+            state, metrics = train_step(state, windows_KMBT, replicated(run.mesh, count))
+            step_log.launched(step, count, metrics)
+            step += count
+            if step == next_event:
+                step_log.flush()
+                events.evaluate_and_save(state, step)
+                step_log.stopwatch.resume()
+                next_event = step + steps_to_next_event(config, step)
+        step_log.flush()
+        events.finish(state, step)
+        return stop.exit_code
 
 
 # ---- before the first step -------------------------------------------------------------------
 
 
-def compile_train_step(run: ResolvedRun, state: TrainState, windows_KMBT: jax.Array, log: Log):
-    """Compile the training step, and log how long that takes."""
-    began = time.perf_counter()
-    step = make_train_step(run.config, run.mesh)
-    compiled = step.lower(state, windows_KMBT, replicated(run.mesh, 1)).compile()
-    log.info(f"compiled in {time.perf_counter() - began:.1f} s")
-    return compiled
+def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
+    """Open the run's log, and say what runs on what."""
+    log = Log(run.config, run.resume_step, enabled=distributed.is_process_0())
+    for line in (*notes, *summary(run)):
+        log.info(line)
+    return log
 
 
 def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:

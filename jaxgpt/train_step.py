@@ -89,55 +89,32 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     clipping) and `lr`. A step whose loss or norm is not finite leaves weights and moments as they
     are; its number and its batch are used up.
     """
-    one_step = make_one_step(config, mesh)
-
-    def train_step(state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
-        with use_mesh(mesh):
-            if len(windows_KMBT) == 1:
-                state, metrics = one_step(state, windows_KMBT[0])
-                return state, jax.tree.map(lambda value: value[None], metrics)
-            _, shapes = jax.eval_shape(one_step, state, windows_KMBT[0])
-            K = len(windows_KMBT)
-            metrics_K = jax.tree.map(lambda one: jnp.zeros((K, *one.shape), one.dtype), shapes)
-
-            def body(i: jax.Array, carry: tuple) -> tuple:
-                state, metrics_K = carry
-                state, metrics = one_step(state, windows_KMBT[i])
-                return state, jax.tree.map(
-                    lambda rows, new: rows.at[i].set(new), metrics_K, metrics
-                )
-
-            return jax.lax.fori_loop(0, count, body, (state, metrics_K))
-
-    shardings = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
-
-
-def make_one_step(config: Config, mesh: Mesh) -> Callable:
-    """Return `(state, windows_MBT) -> (state, metrics)`: accumulate, clip, update."""
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
     is_tied = ties_embedding(config)
     grad_fn = jax.value_and_grad(make_loss_fn(config, is_frozen, is_tied), has_aux=True)
 
-    def one_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
-        keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        weights = weights_by_use(state.params, config.dtype, is_tied)
-        (total, targets), grads = kernels.accumulate_gradients(
-            grad_fn, weights, windows_MBT, keys_MB, mesh
-        )
-        targets = jnp.maximum(targets, 1)  # a step of nothing but prompts has a loss of 0
-        if is_tied:
-            grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
-        grads = jax.tree.map(lambda g: g / targets, grads)
-        loss, norm = total / targets, optax.tree.norm(grads)
-        metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
-        return update(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm)), metrics
+    def train_step(state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
+        if len(windows_KMBT) > 1:
+            return repeat_step(train_step, state, windows_KMBT, count)
+        with use_mesh(mesh):
+            windows_MBT = windows_KMBT[0]
+            keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
+            weights = weights_by_use(state.params, config.dtype, is_tied)
+            accumulate = kernels.accumulation(mesh)
+            (total, targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+            targets = jnp.maximum(targets, 1)  # a step of nothing but prompts has a loss of 0
+            if is_tied:
+                grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
+            grads = jax.tree.map(lambda g: g / targets, grads)
+            loss, norm, lr = total / targets, optax.tree.norm(grads), learning_rate(state.step)
+            state = update(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm))
+            metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
+            return state, jax.tree.map(lambda value: value[None], metrics)
 
     def update(state: TrainState, grads: dict, is_finite: jax.Array) -> TrainState:
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, is_finite=is_finite
-        )
+        keys = {"is_finite": is_finite}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **keys)
 
         def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
             return old if frozen else where_finite(is_finite, new, old)
@@ -146,7 +123,23 @@ def make_one_step(config: Config, mesh: Mesh) -> Callable:
         params = jax.tree.map(keep_or_take, is_frozen, params, state.params)
         return TrainState(params, opt_state, state.step + 1)
 
-    return one_step
+    shardings = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+
+def repeat_step(step: Callable, state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
+    """Take `count` steps in a loop on the device; return the state and all metrics, [K]."""
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        state, metrics_K = carry
+        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_KMBT, i, 1)
+        state, metrics_1 = step(state, windows_1MBT, 1)
+        return state, jax.tree.map(lambda all_K, m: all_K.at[i].set(m[0]), metrics_K, metrics_1)
+
+    _, shapes = jax.eval_shape(step, state, windows_KMBT[:1], 1)
+    K = len(windows_KMBT)
+    metrics_K = jax.tree.map(lambda one: jnp.zeros(K, one.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, metrics_K))
 
 
 def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:

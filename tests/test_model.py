@@ -95,7 +95,7 @@ def test_dropout_is_the_same_scanned_or_not_and_off_without_a_rate():
     keys = jax.random.split(jax.random.key(0), len(tokens))
 
     def hidden(config: Config, params: dict, dropout: Dropout) -> jax.Array:
-        return jax.jit(lambda p: build_model(config, p).hidden_states(tokens, dropout)[0])(params)
+        return jax.jit(lambda p: build_model(config, p)(tokens, dropout))(params)
 
     plain = hidden(config, params, Dropout(0.3, keys))
     stacked = model.stack_layers(params)
@@ -197,7 +197,7 @@ def test_a_cache_is_invisible_beyond_what_it_holds():
     """Garbage in positions that are not filled yet, or are past, changes nothing."""
     config = make_config()
     network, (tokens, _) = build_model(config, random_params(config)), random_tokens(config)
-    _, cache = network.hidden_states(tokens[:, :3], cache=network.init_cache(len(tokens), 4))
+    _, cache = network(tokens[:, :3], cache=network.init_cache(len(tokens), 4))
     start_B = jnp.full(len(tokens), 3)
 
     def garbage(kv: KV, end: int) -> KV:
@@ -206,8 +206,8 @@ def test_a_cache_is_invisible_beyond_what_it_holds():
     for step in range(2):  # the tokens at 3 and 4, of a chunk of 4
         token_B1, position = tokens[:, 3 + step : 4 + step], DecodePosition(start_B, step)
         dirty = [KVCache(garbage(kv.past, 3), garbage(kv.chunk, step)) for kv in cache]
-        clean, cache = network.hidden_states(token_B1, cache=cache, position=position)
-        again, _ = network.hidden_states(token_B1, cache=dirty, position=position)
+        clean, cache = network(token_B1, cache=cache, position=position)
+        again, _ = network(token_B1, cache=dirty, position=position)
         np.testing.assert_array_equal(clean, again)
 
 
@@ -215,14 +215,14 @@ def test_a_cache_is_invisible_beyond_what_it_holds():
 def test_tokens_of_a_chunk_and_of_one_flushed_are_the_whole_forwards(options):
     config = make_config(**options)
     network, (tokens, _) = build_model(config, random_params(config)), random_tokens(config)
-    whole, _ = network.hidden_states(tokens)
+    whole = network(tokens)
     rows, start_B = np.arange(len(tokens)), np.array([1, 2, 1])
-    _, cache = network.hidden_states(tokens[:, :2], cache=network.init_cache(len(tokens), 3))
+    _, cache = network(tokens[:, :2], cache=network.init_cache(len(tokens), 3))
     for steps in (3, 2):
         for step in range(steps):
             at_B, position = start_B + step, DecodePosition(jnp.array(start_B), step)
             token_B1 = tokens[rows, at_B][:, None]
-            got, cache = network.hidden_states(token_B1, cache=cache, position=position)
+            got, cache = network(token_B1, cache=cache, position=position)
             np.testing.assert_allclose(got[:, 0], whole[rows, at_B], rtol=0, atol=1e-5)
         cache = [kv._replace(past=flush_chunk(kv, jnp.array(start_B))) for kv in cache]
         start_B += steps

@@ -8,7 +8,8 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,16 @@ def main() -> None:
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Run a command and exit with its code. A user's mistake is one line and code 2."""
-    try:
+    """Run a command and exit with its code."""
+    with exit_on_error():
         sys.exit(command(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn a user's mistake into one line and code 2; exit quietly on Ctrl-C or a closed pipe."""
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

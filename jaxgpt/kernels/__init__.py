@@ -27,8 +27,8 @@ from jaxgpt.kernels.platform import current_platform
 ANY = "any platform without a row of its own"
 
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("accumulate_gradients", ANY): accumulate.accumulate_reference,
-    ("accumulate_gradients", "cpu"): accumulate.accumulate_cpu,
+    ("accumulation", ANY): accumulate.accumulation_reference,
+    ("accumulation", "cpu"): accumulate.accumulation_cpu,
     ("adam_direction", ANY): adamw.adam_direction_folded,
     ("adam_direction", "cpu"): adamw.adam_direction_cpu,
     ("add_positions", ANY): embedding.add_positions_reference,
@@ -86,13 +86,20 @@ def dot_product_attention(
     included; 0 is no bound), `segment_ids_BT` keys of other segments (not for cudnn). `dropout`
     acts on the attention weights: a pytree, as `jax.tree_util.Partial` makes one, and linear.
     Scores are multiplied by `scale`, by default 1 / sqrt(H).
-    Where an implementation lacks the option or the shape, the reference takes its place.
     """
-    (T, S), H = (q_BTNH.shape[1], k_BSKH.shape[1]), q_BTNH.shape[-1]
+    T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
+    options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
+    attend = select_attention(backend, T, S, dropout)
+    return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)
+
+
+def select_attention(backend: str, T: int, S: int, dropout: Callable | None) -> Callable:
+    """Return the implementation that `backend` names.
+
+    Where it lacks the shape, or dropout of the weights, the reference takes its place.
+    """
     is_flash = backend in ("xla", "cudnn", "splash")
     fits_shape = {"cpu": T == S, "splash": T == S and T % 128 == 0}.get(backend, True)
     if not fits_shape or (is_flash and dropout is not None):
         backend = "reference"
-    options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
-    attend = __getattr__(f"attention_{backend}")
-    return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)
+    return __getattr__(f"attention_{backend}")

@@ -4,7 +4,6 @@ M micro-batches, B sequences of a micro-batch, T length.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +15,12 @@ BATCH = ("data", "fsdp")
 MAX_CPU_TOKENS = 2048  # per core and micro-batch (performance.md, "No more than 2,048 tokens")
 
 
-def accumulate_reference(grad_fn: Callable, params: Any, windows_MBT, keys_MB, mesh: Mesh) -> tuple:
+def accumulation_reference(mesh: Mesh) -> Callable:
+    """Return the function that accumulates on this mesh."""
+    return accumulate
+
+
+def accumulate(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
     """Sum loss, targets and gradients of the micro-batches, in float32 at least.
 
     `grad_fn(params, windows_BT, keys_B)` returns ((loss, targets), gradients).
@@ -42,25 +46,26 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def accumulate_cpu(grad_fn: Callable, params: Any, windows_MBT, keys_MB, mesh: Mesh) -> tuple:
-    """Accumulate on each device and then sum over the devices once, as one array.
+def accumulation_cpu(mesh: Mesh) -> Callable:
+    """Accumulate on each virtual device, and then sum over the devices once, as one array.
 
     XLA:CPU's all-reduce lets the devices meet once for every array that it is given
     (performance.md, "One all-reduce").
     """
     if not is_virtual_cpu_mesh(mesh):
-        return accumulate_reference(grad_fn, params, windows_MBT, keys_MB, mesh)
+        return accumulate
 
-    def local(params: Any, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
-        sums = accumulate_reference(grad_fn, params, windows_MBT, keys_MB, mesh)
-        flat, unravel = ravel_pytree(sums)
-        return unravel(jax.lax.psum(flat, BATCH))
+    def accumulate_apart(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
+        def local(params: Any, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
+            flat, unravel = ravel_pytree(accumulate(grad_fn, params, windows_MBT, keys_MB))
+            return unravel(jax.lax.psum(flat, BATCH))
 
-    split, whole = PartitionSpec(None, BATCH), PartitionSpec()
-    mapped = partial(jax.shard_map, mesh=mesh, check_vma=False)
-    return mapped(local, in_specs=(whole, split, split), out_specs=whole)(
-        params, windows_MBT, keys_MB
-    )
+        split, whole = PartitionSpec(None, BATCH), PartitionSpec()
+        specs: dict[str, Any] = {"in_specs": (whole, split, split), "out_specs": whole}
+        mapped = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+        return mapped(params, windows_MBT, keys_MB)
+
+    return accumulate_apart
 
 
 def is_virtual_cpu_mesh(mesh: Mesh) -> bool:

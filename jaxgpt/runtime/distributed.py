@@ -115,6 +115,11 @@ class StopSignal:
         """The signal that ends the run, or 0."""
         return self.received if jax.process_count() == 1 else self.agreed
 
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + n if signal n ends the run."""
+        return 128 + self.signal if self.signal else 0
+
     def highest(self) -> jax.Array:
         """Start to find the highest signal that any process was sent; all can read the result."""
         mesh, mine = Mesh(np.array(jax.devices()), ("all",)), np.full(1, self.received, np.int32)

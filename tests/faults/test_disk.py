@@ -40,7 +40,7 @@ def sound_step(config) -> int | None:
 def test_a_disk_without_room_is_rejected_before_anything_is_compiled(data, tmp_path, monkeypatch):
     set_free(monkeypatch, 10_000)
     loop, fail = sys.modules["jaxgpt.train"], lambda *args: pytest.fail("compiles")
-    monkeypatch.setattr(loop, "compile_train_step", fail)
+    monkeypatch.setattr(loop, "make_train_step", fail)
     with pytest.raises(UserError, match=r"needs 0\.000 GB and the disk has .* nothing is saved"):
         train(tiny(tmp_path, data))
 

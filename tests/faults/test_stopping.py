@@ -40,7 +40,7 @@ def test_a_long_run_under_faults_ends_as_if_left_alone(tmp_path, capsys):
 LOOP, EVALUATE = sys.modules["jaxgpt.train"], sys.modules["jaxgpt.evaluate"]
 # what is under way -> what is called then, and at which call the signal comes
 PHASES = {
-    "compile": (LOOP, "compile_train_step", 1),
+    "compile": (LOOP, "make_train_step", 1),
     "step": (Log, "train", 2),
     "evaluation": (EVALUATE, "mean_loss", 4),
     "save": (Checkpoints, "save", 2),

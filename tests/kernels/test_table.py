@@ -23,7 +23,7 @@ ELSEWHERE = {
     *(f"attention_{b}" for b in ("cpu", "cudnn", "reference", "splash", "xla")),
 }
 OTHERWISE = {
-    "accumulate_gradients",
+    "accumulation",
     "adam_direction",
     "log_sum_exp",
     "compute_dtype",
@@ -143,7 +143,7 @@ def test_rotation_is_that_of_complex_numbers(positions):
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("row", variants("accumulate_gradients"))
+@pytest.mark.parametrize("row", variants("accumulation"))
 def test_accumulation_is_the_sum_of_all_sequences(row, micro):
     """On a mesh of a CPU's devices, too, where half-width gradients are summed in float32."""
     windows_GT = jnp.asarray(draw(8, 3))
@@ -156,7 +156,7 @@ def test_accumulation_is_the_sum_of_all_sequences(row, micro):
 
     windows_MBT = windows_GT.reshape(micro, -1, 3)
     keys_MB = jnp.arange(8.0, dtype=jnp.bfloat16).reshape(micro, -1)
-    step = jax.jit(lambda params, *batch: TABLE[row](grad_fn, params, *batch, mesh))
+    step = jax.jit(lambda params, *batch: TABLE[row](mesh)(grad_fn, params, *batch))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         (total, count), grads = step(params, windows_MBT, keys_MB)
     assert (float(total), int(count)) == (pytest.approx(float(windows_GT.sum()), rel=1e-5), 8)
