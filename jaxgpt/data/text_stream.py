@@ -33,15 +33,13 @@ class TextStream:
             _, start = min(found)
             text = text[:start]
         elif not last:
-            text = text[: len(text) - self._begun(text)]
+            begun = (
+                n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])
+            )
+            text = text[: len(text) - max(begun, default=0)]
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
-
-    def _begun(self, text: str) -> int:
-        """The length of the longest beginning of a stop string that the text ends with."""
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(begun, default=0)
 
 
 def stream_texts(

@@ -1,8 +1,8 @@
 """Text <-> token ids: characters, bytes, or GPT-2's byte-pair encoding; JSON on disk."""
 
 import json
-import os
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -14,6 +14,7 @@ from jaxgpt.data.text import Download, fetch
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+PIECE_CHARS = 1 << 16
 
 
 class Tokenizer(Protocol):
@@ -21,10 +22,8 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
-    eot: int | None = None
-    """The id that ends a document, if there is one."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a sample, unless the user names others."""
+    eot: int | None = None  # the id that ends a document, if there is one
+    stop: tuple[str, ...] = ()  # strings that end a sample, unless the user names others
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, unsigned [n]. Raises `UserError` where it has none."""
@@ -151,8 +150,7 @@ class BpeTokenizer(Tokenizer):
         self._bpe.encode_special_tokens = False
         ids: list[list[int]] = []
         for pieces in cuts:
-            ids += [next(encoded) for _ in pieces]
-            ids.append([cast(int, self.eot)])
+            ids += [*islice(encoded, len(pieces)), [cast(int, self.eot)]]
         return self._join(ids)
 
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
@@ -167,9 +165,6 @@ class BpeTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         return self._bpe.to_str()
-
-
-PIECE_CHARS = 1 << 16
 
 
 def _cut(text: str) -> list[str]:
@@ -210,9 +205,9 @@ GPT2_FILES = tuple(
 
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
     """Loads GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
-    for download in GPT2_FILES:
-        fetch(download, Path(data_dir, "gpt2", Path(download.url).name))
     merges, vocab = (str(Path(data_dir, "gpt2", Path(file.url).name)) for file in GPT2_FILES)
+    for download, file in zip(GPT2_FILES, (merges, vocab), strict=True):
+        fetch(download, Path(file))
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -233,4 +228,4 @@ def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
                 return ArithmeticTokenizer(operations, digits)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise UserError(f"{os.fspath(file)}: not a tokenizer ({error})") from error
+        raise UserError(f"{file}: not a tokenizer ({error})") from error
