@@ -2,8 +2,7 @@
 
 The source is cut into pieces that depend on it alone. The documents of a piece, with an end-of-text
 after each, become train_<piece>.bin and val_<piece>.bin; <piece>.json then says that both are
-whole. So processes and machines can share the work, and be killed and restarted, and the files are
-always the same.
+whole. So processes and machines can share the work and be restarted, and the files are the same.
 """
 
 import hashlib
@@ -58,19 +57,8 @@ HUB = {
 VAL_FRACTION = {True: 0.0005, False: 0.01}  # of documents, by whether HUB has the set; nanoGPT's
 
 
-def is_document_set(dataset: str) -> bool:
-    """Whether `dataset` is a set of documents: one of HUB, a folder, or a parquet file."""
-    return dataset in HUB or Path(dataset).is_dir() or dataset.endswith(".parquet")
-
-
 def prepare(
-    dataset: str,
-    data_dir: str = "data",
-    tokenizer: str = "gpt2",
-    *,
-    val_share: float = 0.0,
-    shard: str = "",
-    processes: int = 0,
+    dataset: str, data_dir: str, tokenizer: str, *, val_share=0.0, shard="", processes=0
 ) -> Path:
     """Writes shards of ids and a meta.json to `data_dir`/<name>/, and returns that folder.
 
@@ -84,7 +72,12 @@ def prepare(
     if first >= count:
         raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
     pieces, source = _open(dataset)
-    encoder = _load_encoder(tokenizer, data_dir)
+    encoder = tokenizers.find(tokenizer, data_dir)
+    if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
+        raise UserError(
+            f"tokenizer={tokenizer!r}: documents need gpt2, or a tokenizer.json that has "
+            f"{tokenizers.END_OF_TEXT}"
+        )
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
@@ -103,18 +96,6 @@ def prepare(
     _make_pieces(folder, manifest, mine, min(processes or cores(), len(mine)))
     _finish(folder, manifest)
     return folder
-
-
-def _load_encoder(name: str, data_dir: str) -> BpeTokenizer:
-    if name == "gpt2":
-        return tokenizers.gpt2(data_dir)
-    found = tokenizers.load(name) if Path(name).is_file() else None
-    if not isinstance(found, BpeTokenizer) or found.eot is None:
-        raise UserError(
-            f"tokenizer={name!r}: documents need gpt2, or a tokenizer.json that has "
-            f"{tokenizers.END_OF_TEXT}"
-        )
-    return found
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:

@@ -35,7 +35,7 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options
             f"{dataset}: {name} is a task whose problems are made as they are needed, so there is "
             "nothing to prepare; a text needs another name"
         )
-    if documents.is_document_set(dataset):
+    if dataset in documents.HUB or Path(dataset).is_dir() or dataset.endswith(".parquet"):
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     for key, value in options.items():
         if value:
@@ -94,8 +94,15 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
         train = int(TRAIN_FRACTION * length)
         if train in (0, length):
             raise UserError(f"{file}: {length} {unit} are too few to split into train and val")
-        encoder = make_tokenizer(tokenizer, chars, data_dir)
-        encoder.encode("".join(chars))  # names characters that it lacks, before anything is written
+        text_chars = "".join(chars)
+        is_char = tokenizer == "char"
+        encoder = CharTokenizer(text_chars) if is_char else tokenizers.find(tokenizer, data_dir)
+        if encoder is None:
+            raise UserError(
+                f"tokenizer={tokenizer!r}: must be char, byte, gpt2 or a tokenizer.json, or a "
+                f"corpus jaxgpt knows ({', '.join(CORPORA)})"
+            )
+        encoder.encode(text_chars)  # names characters that it lacks, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         files = {split: folder / f"{split}.bin" for split in tokens.SPLITS}
         pieces = encode(_read(file, progress, "encoding"), encoder, train)
@@ -112,22 +119,6 @@ def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:
     for text, done in read_text(file):
         progress.update(task, completed=done)
         yield text
-
-
-def make_tokenizer(name: str, chars: set[str], data_dir: str) -> Tokenizer:
-    """Makes a char tokenizer of `chars`, or loads the tokenizer that `name` stands for."""
-    if name == "char":
-        return CharTokenizer("".join(chars))
-    if name == "byte":
-        return tokenizers.ByteTokenizer()
-    if name == "gpt2":
-        return tokenizers.gpt2(data_dir)
-    if Path(name).is_file():
-        return tokenizers.load(name)
-    raise UserError(
-        f"tokenizer={name!r}: must be char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt "
-        f"knows ({', '.join(CORPORA)})"
-    )
 
 
 def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:

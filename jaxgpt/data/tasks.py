@@ -98,16 +98,21 @@ class Arithmetic:
         The answer and its line break are targets; all else is `~id`.
         """
         kind, a, b = problems
-        answers = problems.answers()
+        answers, d, start = problems.answers(), self.digits, 2 * self.digits + 2
+        powers = 10 ** np.arange(self.longest_answer - 1)
         text = np.full((len(a), length), ord("\n"), np.uint8)
-        at = _write(text, np.zeros(len(a), int), a, width=self.digits)
-        at = _write_signs(text, at, np.frombuffer(self.operations.encode(), np.uint8)[kind])
-        at = _write(text, at, b, width=self.digits)
-        at = _write_signs(text, at, np.full(len(a), ord("=")))
-        signs = np.where(answers < 0, ord("-"), 0)
-        end = _write(text, _write_signs(text, at, signs), np.abs(answers), units_first=True)
+        for at, numbers in (0, a), (d + 1, b):
+            text[:, at : at + d] = ord("0") + numbers[:, None] // powers[d - 1 :: -1] % 10
+        text[:, d] = np.frombuffer(self.operations.encode(), np.uint8)[kind]
+        text[:, start - 1] = ord("=")
+        is_negative, size = (answers < 0)[:, None], np.abs(answers)[:, None]
+        num_digits = np.maximum(1, (size >= powers).sum(1, keepdims=True))
+        exponent = np.arange(len(powers)) - is_negative  # of an answer's digits; -1 is its sign
+        answer = ord("0") + size // powers[np.maximum(exponent, 0)] % 10
+        answer = np.where(exponent < 0, ord("-"), answer)
+        text[:, start:][:, : len(powers)] = np.where(exponent < num_digits, answer, ord("\n"))
         column = np.arange(length)
-        is_target = (column >= at[:, None]) & (column <= end[:, None])
+        is_target = (column >= start) & (column <= start + is_negative + num_digits)
         alphabet = np.frombuffer(self.tokenizer.chars.encode(), np.uint8)
         ids = np.searchsorted(alphabet, text).astype(np.int32)
         return np.where(is_target, ids, ~ids)
@@ -116,27 +121,6 @@ class Arithmetic:
 def _divisors(kind: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Replaces a divisor of 0 by 1."""
     return np.where(kind == 3, np.maximum(b, 1), b)
-
-
-def _write(
-    text: np.ndarray, at: np.ndarray, numbers: np.ndarray, *, width: int = 1, units_first=False
-) -> np.ndarray:
-    """Writes a number of `width` digits or more in each row from column `at` on -> columns after."""
-    powers = 10 ** np.arange(max(width, len(str(numbers.max(initial=0)))))
-    digits = numbers[:, None] // powers % 10
-    lengths = np.maximum(width, 1 + (numbers[:, None] >= powers[1:]).sum(1))
-    exponent = np.arange(len(powers))
-    columns = at[:, None] + (exponent if units_first else lengths[:, None] - 1 - exponent)
-    row, digit = np.nonzero(exponent < lengths[:, None])
-    text[row, columns[row, digit]] = ord("0") + digits[row, digit]
-    return at + lengths
-
-
-def _write_signs(text: np.ndarray, at: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Writes each sign that is not 0 into its row -> the columns after them."""
-    (row,) = np.nonzero(signs)
-    text[row, at[row]] = signs[row]
-    return at + (signs > 0)
 
 
 class TrainProblems(TokenSplit):

@@ -33,9 +33,8 @@ class TextStream:
             _, start = min(found)
             text = text[:start]
         elif not last:
-            begun = (
-                n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])
-            )
+            begins = [stop[:n] for stop in self._stop for n in range(1, len(stop))]
+            begun = [len(begin) for begin in begins if text.endswith(begin)]
             text = text[: len(text) - max(begun, default=0)]
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))

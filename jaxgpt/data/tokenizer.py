@@ -25,17 +25,9 @@ class Tokenizer(Protocol):
     eot: int | None = None  # the id that ends a document, if there is one
     stop: tuple[str, ...] = ()  # strings that end a sample, unless the user names others
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, unsigned [n]. Raises `UserError` where it has none."""
-        ...
-
-    def decode(self, ids) -> str:
-        """Returns the text of these ids."""
-        ...
-
-    def to_json(self) -> str:
-        """Returns what `load` reads."""
-        ...
+    def encode(self, text: str) -> np.ndarray: ...  # unsigned [n]; `UserError` where it has none
+    def decode(self, ids) -> str: ...
+    def to_json(self) -> str: ...  # what `load` reads
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -78,8 +70,8 @@ class ArithmeticTokenizer(CharTokenizer):
     """Characters of problems such as 123+456=, and of answers that end with a line break.
 
     In ids, the numbers of a problem have leading zeros, so that their digits line up, and an
-    answer's digits are reversed. In text, both are written as usual. An answer without its line
-    break is incomplete, so it decodes to U+FFFD, as half a character would.
+    answer's digits are reversed. An answer without its line break is incomplete, so it decodes to
+    U+FFFD, as half a character would.
     """
 
     kind = "arithmetic"
@@ -106,8 +98,8 @@ class ArithmeticTokenizer(CharTokenizer):
         return re.sub(r"\d+\Z", "\ufffd", text)
 
     def to_json(self) -> str:
-        fields = {"operations": self.operations, "digits": self.digits}
-        return json.dumps({"type": self.kind} | fields)
+        fields = {"type": self.kind, "operations": self.operations, "digits": self.digits}
+        return json.dumps(fields)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -182,8 +174,8 @@ def _cut(text: str) -> list[str]:
 def last_break(text: str, start: int, stop: int) -> int:
     """Finds the last line break in text[start:stop] that follows something visible, or 0.
 
-    GPT-2's pattern always ends a word there, so text that is cut there has the ids of the whole
-    text. The same holds for a space, which is the second choice.
+    GPT-2's pattern always ends a word there, so a cut there keeps the ids of the whole text. The
+    same holds for a space, which is the second choice.
     """
     for mark in "\n ":
         at = text.rfind(mark, start + 1, stop)
@@ -213,6 +205,15 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT])
     return BpeTokenizer(bpe, "gpt2")
+
+
+def find(name: str, data_dir: str) -> Tokenizer | None:
+    """Returns the tokenizer that `name` stands for: gpt2, byte, or a file."""
+    if name == "gpt2":
+        return gpt2(data_dir)
+    if name == "byte":
+        return ByteTokenizer()
+    return load(name) if Path(name).is_file() else None
 
 
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
