@@ -35,6 +35,7 @@ COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
 Piece = Callable[[], Iterable[str]]
+LOAD_ONCE = cache(tokenizers.load)  # in each process
 
 
 class HubSet(NamedTuple):
@@ -152,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
-    """Marks the folder as unfinished. Raises `UserError` if it holds pieces of something else."""
+    """Marks the folder as unfinished. Raises `UserError` if it holds something else."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
     for note in folder.glob("[0-9]*.json"):
@@ -172,8 +173,7 @@ def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> Non
 def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], processes: int) -> None:
     """Makes the pieces that are not whole yet, in worker processes."""
     began, made = time.perf_counter(), 0
-    console = Console(stderr=True)
-    spawn = multiprocessing.get_context("spawn")
+    console, spawn = Console(stderr=True), multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
     with Progress(console=console) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
@@ -203,9 +203,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-_load_once = cache(tokenizers.load)  # per process
-
-
 def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
     """Writes a piece, unless its files are as its note says -> how many tokens it wrote."""
     files, note = _files(folder, number)
@@ -213,7 +210,7 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
         made = _read(note)
         if all(f.is_file() and sha256_of(f) == made[s]["sha256"] for s, f in files.items()):
             return 0
-    encoder: Any = _load_once(folder / tokenizers.FILE)
+    encoder: Any = LOAD_ONCE(folder / tokenizers.FILE)
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     name_partial(files)
     made = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
@@ -247,11 +244,11 @@ def _read(file: Path) -> dict[str, Any]:
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes meta.json, if all pieces are there."""
     pieces = [_files(folder, number) for number in range(manifest["pieces"])]
-    missing = sum(not note.exists() for _, note in pieces)
+    made = [(files, _read(note)) for files, note in pieces if note.exists()]
+    missing = len(pieces) - len(made)
     if missing:
         print(f"{missing} of {len(pieces)} pieces are still to come, from other shards")
         return
-    made = [(files, _read(note)) for files, note in pieces]
     counts, sums = dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS}
     for split in SPLITS:
         for files, note in made:

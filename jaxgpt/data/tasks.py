@@ -52,8 +52,7 @@ class Arithmetic:
                 key = np.full(len(first), 100 * n + kind, np.uint64)
                 a, b = np.divmod(permute(first, size, key).astype(np.int64), 10**n)
                 pairs.append((np.full(len(first), kind), a, b))
-        kind, a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        problems = Problems(kind, a, _divisors(kind, b))
+        problems = _problems(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
         triples = np.unique(np.stack(problems), axis=1)
         hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
         self.held_out = Problems(*triples[:, np.argsort(hashes, kind="stable")])
@@ -68,8 +67,7 @@ class Arithmetic:
     def draw(self, keys: np.ndarray) -> Problems:
         """Draws a problem from each key. A key whose problem is held out is hashed again.
 
-        The length is the longer of two even draws, because long numbers take more learning. The
-        numbers of a length may have fewer digits.
+        The length is the longer of two even draws, because long numbers take more learning.
         """
         keys = keys.astype(np.uint64)
         while True:
@@ -82,15 +80,11 @@ class Arithmetic:
             keys = np.where(held_out, splitmix64(~keys), keys)
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        rng = []
-        for _ in range(5):
-            keys = splitmix64(keys)
-            rng.append(keys)
+        rng = [keys := splitmix64(keys) for _ in range(5)]
         digits, operations = np.uint64(self.digits), np.uint64(len(self.operations))
         top = np.uint64(10) ** (np.maximum(rng[0] % digits, rng[1] % digits) + np.uint64(1))
         drawn = rng[2] % operations, rng[3] % top, rng[4] % top
-        kind, a, b = (x.astype(np.int64) for x in drawn)
-        return Problems(kind, a, _divisors(kind, b))
+        return _problems(*(x.astype(np.int64) for x in drawn))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
         """Writes one problem per row, int32 [n, `length`], filled up with line breaks.
@@ -118,9 +112,9 @@ class Arithmetic:
         return np.where(is_target, ids, ~ids)
 
 
-def _divisors(kind: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _problems(kind: np.ndarray, a: np.ndarray, b: np.ndarray) -> Problems:
     """Replaces a divisor of 0 by 1."""
-    return np.where(kind == 3, np.maximum(b, 1), b)
+    return Problems(kind, a, np.where(kind == 3, np.maximum(b, 1), b))
 
 
 class TrainProblems(TokenSplit):

