@@ -20,8 +20,7 @@ from jaxgpt.sharding import BATCH
 class Batches:
     """The batches of one stream, each a pure function of its step.
 
-    Where the tokens are `resident` on the device, it gathers the windows. Otherwise a thread
-    reads them from disk, `ahead` calls early.
+    The device gathers windows of `resident` tokens; a thread reads others, `ahead` calls early.
     """
 
     def __init__(

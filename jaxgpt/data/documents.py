@@ -75,10 +75,8 @@ def prepare(
     pieces, source = _open(dataset)
     encoder = tokenizers.find(tokenizer, data_dir)
     if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
-        raise UserError(
-            f"tokenizer={tokenizer!r}: documents need gpt2, or a tokenizer.json that has "
-            f"{tokenizers.END_OF_TEXT}"
-        )
+        need = f"documents need gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
+        raise UserError(f"tokenizer={tokenizer!r}: {need}")
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
@@ -256,10 +254,9 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
                 counts[split] += note[split]["tokens"]
                 sums[split][files[split].name] = note[split]["sha256"]
         if not counts[split]:
-            raise UserError(
-                f"val_share={manifest['val_share']}: leaves no document for {split}; delete "
-                f"{folder} and begin anew with another one"
-            )
+            do = f"delete {folder} and begin anew with another one"
+            share = f"val_share={manifest['val_share']}"
+            raise UserError(f"{share}: leaves no document for {split}; {do}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
     (folder / (META + PARTIAL)).unlink(missing_ok=True)

@@ -34,10 +34,7 @@ def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: i
 
 
 def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields the prompt and the completion of every line that is not blank.
-
-    Raises `UserError` that names the first line that is no example.
-    """
+    """Yields the prompt and completion of every line that is not blank. Raises `UserError`."""
     for number, line in enumerate(_lines(pieces), 1):
         if not line.strip():
             continue
@@ -47,10 +44,8 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
         except (ValueError, KeyError, TypeError):
             prompt = completion = None
         if not (isinstance(prompt, str) and isinstance(completion, str)):
-            raise UserError(
-                f"line {number}: {line.strip()[:60]!r}: must be an object with two texts, as in "
-                '{"prompt": "2+2=", "completion": "4"}'
-            )
+            form = 'an object with two texts, as in {"prompt": "2+2=", "completion": "4"}'
+            raise UserError(f"line {number}: {line.strip()[:60]!r}: must be {form}")
         yield prompt, completion
 
 

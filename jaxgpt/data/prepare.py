@@ -31,20 +31,16 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options
     """
     name = Path(dataset).stem
     if name in TASKS:
-        raise UserError(
-            f"{dataset}: {name} is a task whose problems are made as they are needed, so there is "
-            "nothing to prepare; a text needs another name"
-        )
+        task = f"{dataset}: {name} is a task whose problems are made as they are needed"
+        raise UserError(f"{task}, so there is nothing to prepare; a text needs another name")
     if dataset in documents.HUB or Path(dataset).is_dir() or dataset.endswith(".parquet"):
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     for key, value in options.items():
         if value:
             raise UserError(f"{key}={value!r}: is for documents, and {dataset} is a text")
     if dataset not in CORPORA and not Path(dataset).is_file():
-        raise UserError(
-            f"{dataset}: neither a text file, a folder nor a corpus jaxgpt knows "
-            f"({', '.join([*CORPORA, *documents.HUB])})"
-        )
+        known = f"a corpus jaxgpt knows ({', '.join([*CORPORA, *documents.HUB])})"
+        raise UserError(f"{dataset}: neither a text file, a folder nor {known}")
     folder = Path(data_dir, name)
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
@@ -69,18 +65,14 @@ def find_dataset(config: DataConfig, block_size: int) -> Dataset:
     prepare_if_missing(config)
     folder = Path(config.data_dir, config.dataset)
     if not folder.is_dir():
-        raise UserError(
-            f"dataset={config.dataset!r}: there is no {folder}; make it with jaxgpt prepare, or "
-            f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
-        )
+        known = f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
+        do = f"make it with jaxgpt prepare, or {known}"
+        raise UserError(f"dataset={config.dataset!r}: there is no {folder}; {do}")
     return tokens.open_dataset(folder, Path(config.data_dir), block_size)
 
 
 def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_dir: str) -> None:
-    """Encodes a file in two passes: the first collects its characters, the second writes ids.
-
-    The partial token files say that the folder is unfinished, so they get their names last.
-    """
+    """Encodes a file in two passes: the first collects its characters, the second writes ids."""
     if tokenizer in CORPORA:
         prepare_if_missing(DataConfig(dataset=tokenizer, data_dir=data_dir))
         tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
@@ -98,10 +90,8 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
         is_char = tokenizer == "char"
         encoder = CharTokenizer(text_chars) if is_char else tokenizers.find(tokenizer, data_dir)
         if encoder is None:
-            raise UserError(
-                f"tokenizer={tokenizer!r}: must be char, byte, gpt2 or a tokenizer.json, or a "
-                f"corpus jaxgpt knows ({', '.join(CORPORA)})"
-            )
+            kinds = "char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt knows"
+            raise UserError(f"tokenizer={tokenizer!r}: must be {kinds} ({', '.join(CORPORA)})")
         encoder.encode(text_chars)  # names characters that it lacks, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         files = {split: folder / f"{split}.bin" for split in tokens.SPLITS}
@@ -111,7 +101,7 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
     meta = ids | {"counts": counts, "sha256": sums, "source": source}
     atomic_write(folder / tokenizers.FILE, encoder.to_json())
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
-    tokens.name_partial(files)
+    tokens.name_partial(files)  # last, because partial files say that the folder is unfinished
 
 
 def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:

@@ -87,10 +87,7 @@ class Arithmetic:
         return _problems(*(x.astype(np.int64) for x in drawn))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
-        """Writes one problem per row, int32 [n, `length`], filled up with line breaks.
-
-        The answer and its line break are targets; all else is `~id`.
-        """
+        """Writes a problem a row, int32 [n, `length`]: `~id`, but for the answer and its end."""
         kind, a, b = problems
         answers, d, start = problems.answers(), self.digits, 2 * self.digits + 2
         powers = 10 ** np.arange(self.longest_answer - 1)
@@ -161,10 +158,8 @@ def open_task(config: DataConfig, block_size: int) -> Dataset:
     operations, digits = TASKS[config.dataset], config.digits
     task = Arithmetic(operations, digits)
     if block_size < task.longest - 1:
-        raise UserError(
-            f"block_size={block_size}: must be at least {task.longest - 1} for the "
-            f"{config.dataset} with digits={digits}"
-        )
+        least = f"at least {task.longest - 1} for the {config.dataset} with digits={digits}"
+        raise UserError(f"block_size={block_size}: must be {least}")
     val = ValProblems(task, block_size)
     train, vocab_size = TrainProblems(task), task.tokenizer.vocab_size
     source = f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out"

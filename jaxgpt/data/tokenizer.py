@@ -52,10 +52,8 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of[codes]
         if (ids < 0).any():
             unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
-            raise UserError(
-                f"no token for {unknown!r}: this tokenizer knows the {self.vocab_size} "
-                f"characters {self.chars!r}"
-            )
+            known = f"the {self.vocab_size} characters {self.chars!r}"
+            raise UserError(f"no token for {unknown!r}: this tokenizer knows {known}")
         return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
@@ -86,10 +84,9 @@ class ArithmeticTokenizer(CharTokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         if not self._problem.fullmatch(text):
-            raise UserError(
-                f"{text!r}: must be a problem as 12{self.operations[0]}34= is, of two numbers of "
-                f"at most {self.digits} digits and one of {' '.join(self.operations)}"
-            )
+            parts = f"two numbers of at most {self.digits} digits and one of"
+            form = f"12{self.operations[0]}34= is, of {parts} {' '.join(self.operations)}"
+            raise UserError(f"{text!r}: must be a problem as {form}")
         return super().encode(re.sub(r"\d+", lambda n: n[0].zfill(self.digits), text))
 
     def decode(self, ids) -> str:

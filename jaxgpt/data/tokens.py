@@ -1,8 +1,8 @@
 """Token ids on disk: raw little-endian files, with `meta.json` beside them.
 
 A set of documents has many files per split, in the order of meta.json. Two foreign formats are
-read as they are: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of
-256 int32, then uint16), many files in the order of their names.
+read, too: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of 256
+int32, then uint16), many files in the order of their names.
 """
 
 import hashlib
@@ -53,10 +53,8 @@ class TokenSplit:
             piece = self._parts[part][offset : offset + length - done]
             if max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
                 at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
-                raise UserError(
-                    f"{self.files[part]}: id {piece[at]} at token {offset + at} is not below "
-                    f"vocab_size={self.vocab_size}"
-                )
+                found = f"{self.files[part]}: id {piece[at]} at token {offset + at}"
+                raise UserError(f"{found} is not below vocab_size={self.vocab_size}")
             ids[done : done + len(piece)] = piece
             done += len(piece)
             part += 1
@@ -84,10 +82,9 @@ def _open(file: Path, dtype: str) -> np.ndarray:
         offset, dtype = LLMC_HEADER_BYTES, "uint16"
         if size != offset + 2 * max(0, int(head[2])):
             raise UserError(f"{file}: {size} bytes, but its header promises {int(head[2])} tokens")
-    width = np.dtype(dtype).itemsize
     if size == offset:
         raise UserError(f"{file}: holds no tokens")
-    if (size - offset) % width:
+    if (size - offset) % np.dtype(dtype).itemsize:
         raise UserError(f"{file}: {size} bytes is not a whole number of {dtype} ids")
     return np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r", offset=offset)
 
@@ -137,8 +134,7 @@ def is_prepared(folder: Path) -> bool:
 def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
     """Opens a folder that `jaxgpt prepare` made (it has a meta.json), nanoGPT's, or llm.c's.
 
-    Raises `UserError` for files that are missing, damaged, not what the meta says, or too short
-    for one sequence of `block_size` tokens and its last target.
+    Raises `UserError` for files that are missing, damaged, not what the meta says, or too short.
     """
     if any(folder.glob(f"*{PARTIAL}")):
         raise UserError(f"{folder}: its preparation was interrupted; run jaxgpt prepare again")
@@ -146,10 +142,8 @@ def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
     dataset = _open_prepared(folder) if is_ours else _open_foreign(folder, data_dir)
     for tokens in (dataset.train, dataset.val):
         if len(tokens) < block_size + 1:
-            raise UserError(
-                f"{tokens.files[0]}: {len(tokens)} tokens are too few for block_size={block_size}, "
-                f"which needs at least {block_size + 1}"
-            )
+            few = f"{tokens.files[0]}: {len(tokens)} tokens are too few for block_size={block_size}"
+            raise UserError(f"{few}, which needs at least {block_size + 1}")
     return dataset
 
 
@@ -170,10 +164,8 @@ def _open_prepared(folder: Path) -> Dataset:
     for split, tokens in splits.items():
         if len(tokens) != counts[split]:
             of = f"one of {folder / split}_*.bin" if len(tokens.files) > 1 else "the file"
-            raise UserError(
-                f"{tokens.files[0]}: {len(tokens)} tokens, but {META} says {counts[split]}; "
-                f"{of} is cut short or was replaced"
-            )
+            found = f"{tokens.files[0]}: {len(tokens)} tokens, but {META} says {counts[split]}"
+            raise UserError(f"{found}; {of} is cut short or was replaced")
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
     return Dataset(splits["train"], splits["val"], vocab_size, tokenizer, source, fingerprint)

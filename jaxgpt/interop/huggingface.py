@@ -132,10 +132,8 @@ class Weights:
         else:
             raise UserError(f"{self.source}: there is no {tokenizers.FILE} beside the weights")
         if tokenizer.vocab_size > vocab_size:
-            raise UserError(
-                f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids, but the weights "
-                f"have vocab_size={vocab_size}"
-            )
+            found = f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids"
+            raise UserError(f"{found}, but the weights have vocab_size={vocab_size}")
         return tokenizer
 
 
@@ -255,10 +253,8 @@ def _download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # offline, no such name, disk full: the hub raises many kinds
-        raise UserError(
-            f"init_from={name!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__})"
-        ) from error
+        found = "no such folder, and the Hugging Face hub did not give it"
+        raise UserError(f"init_from={name!r}: {found} ({type(error).__name__})") from error
 
 
 def _read_folder(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
