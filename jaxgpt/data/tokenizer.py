@@ -1,8 +1,8 @@
 """Text <-> token ids: characters, bytes, or GPT-2's byte-pair encoding; JSON on disk."""
 
 import json
-import os
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -14,6 +14,7 @@ from jaxgpt.data.text import Download, fetch
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+PIECE_CHARS = 1 << 16
 
 
 class Tokenizer(Protocol):
@@ -21,22 +22,12 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
-    eot: int | None = None
-    """The id that ends a document, if there is one."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a sample, unless the user names others."""
+    eot: int | None = None  # the id that ends a document, if there is one
+    stop: tuple[str, ...] = ()  # strings that end a sample, unless the user names others
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, unsigned [n]. Raises `UserError` where it has none."""
-        ...
-
-    def decode(self, ids) -> str:
-        """Returns the text of these ids."""
-        ...
-
-    def to_json(self) -> str:
-        """Returns what `load` reads."""
-        ...
+    def encode(self, text: str) -> np.ndarray: ...  # unsigned [n]; `UserError` where it has none
+    def decode(self, ids) -> str: ...
+    def to_json(self) -> str: ...  # what `load` reads
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -61,10 +52,8 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of[codes]
         if (ids < 0).any():
             unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
-            raise UserError(
-                f"no token for {unknown!r}: this tokenizer knows the {self.vocab_size} "
-                f"characters {self.chars!r}"
-            )
+            known = f"the {self.vocab_size} characters {self.chars!r}"
+            raise UserError(f"no token for {unknown!r}: this tokenizer knows {known}")
         return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
@@ -79,8 +68,8 @@ class ArithmeticTokenizer(CharTokenizer):
     """Characters of problems such as 123+456=, and of answers that end with a line break.
 
     In ids, the numbers of a problem have leading zeros, so that their digits line up, and an
-    answer's digits are reversed. In text, both are written as usual. An answer without its line
-    break is incomplete, so it decodes to U+FFFD, as half a character would.
+    answer's digits are reversed. An answer without its line break is incomplete, so it decodes to
+    U+FFFD, as half a character would.
     """
 
     kind = "arithmetic"
@@ -95,10 +84,9 @@ class ArithmeticTokenizer(CharTokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         if not self._problem.fullmatch(text):
-            raise UserError(
-                f"{text!r}: must be a problem as 12{self.operations[0]}34= is, of two numbers of "
-                f"at most {self.digits} digits and one of {' '.join(self.operations)}"
-            )
+            parts = f"two numbers of at most {self.digits} digits and one of"
+            form = f"12{self.operations[0]}34= is, of {parts} {' '.join(self.operations)}"
+            raise UserError(f"{text!r}: must be a problem as {form}")
         return super().encode(re.sub(r"\d+", lambda n: n[0].zfill(self.digits), text))
 
     def decode(self, ids) -> str:
@@ -107,8 +95,8 @@ class ArithmeticTokenizer(CharTokenizer):
         return re.sub(r"\d+\Z", "\ufffd", text)
 
     def to_json(self) -> str:
-        fields = {"operations": self.operations, "digits": self.digits}
-        return json.dumps({"type": self.kind} | fields)
+        fields = {"type": self.kind, "operations": self.operations, "digits": self.digits}
+        return json.dumps(fields)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -151,8 +139,7 @@ class BpeTokenizer(Tokenizer):
         self._bpe.encode_special_tokens = False
         ids: list[list[int]] = []
         for pieces in cuts:
-            ids += [next(encoded) for _ in pieces]
-            ids.append([cast(int, self.eot)])
+            ids += [*islice(encoded, len(pieces)), [cast(int, self.eot)]]
         return self._join(ids)
 
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
@@ -167,9 +154,6 @@ class BpeTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         return self._bpe.to_str()
-
-
-PIECE_CHARS = 1 << 16
 
 
 def _cut(text: str) -> list[str]:
@@ -187,8 +171,8 @@ def _cut(text: str) -> list[str]:
 def last_break(text: str, start: int, stop: int) -> int:
     """Finds the last line break in text[start:stop] that follows something visible, or 0.
 
-    GPT-2's pattern always ends a word there, so text that is cut there has the ids of the whole
-    text. The same holds for a space, which is the second choice.
+    GPT-2's pattern always ends a word there, so a cut there keeps the ids of the whole text. The
+    same holds for a space, which is the second choice.
     """
     for mark in "\n ":
         at = text.rfind(mark, start + 1, stop)
@@ -210,14 +194,23 @@ GPT2_FILES = tuple(
 
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
     """Loads GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
-    for download in GPT2_FILES:
-        fetch(download, Path(data_dir, "gpt2", Path(download.url).name))
     merges, vocab = (str(Path(data_dir, "gpt2", Path(file.url).name)) for file in GPT2_FILES)
+    for download, file in zip(GPT2_FILES, (merges, vocab), strict=True):
+        fetch(download, Path(file))
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT])
     return BpeTokenizer(bpe, "gpt2")
+
+
+def find(name: str, data_dir: str) -> Tokenizer | None:
+    """Returns the tokenizer that `name` stands for: gpt2, byte, or a file."""
+    if name == "gpt2":
+        return gpt2(data_dir)
+    if name == "byte":
+        return ByteTokenizer()
+    return load(name) if Path(name).is_file() else None
 
 
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
@@ -233,4 +226,4 @@ def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
                 return ArithmeticTokenizer(operations, digits)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise UserError(f"{os.fspath(file)}: not a tokenizer ({error})") from error
+        raise UserError(f"{file}: not a tokenizer ({error})") from error

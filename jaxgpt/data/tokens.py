@@ -1,14 +1,14 @@
 """Token ids on disk: raw little-endian files, with `meta.json` beside them.
 
 A set of documents has many files per split, in the order of meta.json. Two foreign formats are
-read as they are: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of
-256 int32, then uint16), many files in the order of their names.
+read, too: nanoGPT's train.bin and val.bin (no meta: uint16), and llm.c's shards (a header of 256
+int32, then uint16), many files in the order of their names.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 META, PARTIAL = "meta.json", ".partial"
 SPLITS: tuple[str, ...] = "train", "val"
+SplitIds = Iterator[tuple[str, np.ndarray]]  # splits, and some of their ids in order
 GPT2_VOCAB = 50_257
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 
@@ -50,20 +51,14 @@ class TokenSplit:
         while done < length:
             offset = int(start + done - self._starts[part])
             piece = self._parts[part][offset : offset + length - done]
-            self._check(piece, part, offset)
+            if max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
+                at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
+                found = f"{self.files[part]}: id {piece[at]} at token {offset + at}"
+                raise UserError(f"{found} is not below vocab_size={self.vocab_size}")
             ids[done : done + len(piece)] = piece
             done += len(piece)
             part += 1
         return ids
-
-    def _check(self, piece: np.ndarray, part: int, offset: int) -> None:
-        if not len(piece) or max(int(piece.max()), ~int(piece.min())) < self.vocab_size:
-            return
-        at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
-        raise UserError(
-            f"{self.files[part]}: id {piece[at]} at token {offset + at} is not below "
-            f"vocab_size={self.vocab_size}"
-        )
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Reads `length` ids from each start on, [n, `length`]."""
@@ -73,8 +68,8 @@ class TokenSplit:
         self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
     ) -> np.ndarray:
         """Returns where the windows of these samples start, int64."""
-        sizes = {"num_tokens": len(self), "block_size": block_size}
-        return window_starts(sample_ids, **sizes, seed=seed, stream=stream)
+        keys = {"block_size": block_size, "seed": seed, "stream": stream}
+        return window_starts(sample_ids, num_tokens=len(self), **keys)
 
 
 def _open(file: Path, dtype: str) -> np.ndarray:
@@ -87,10 +82,9 @@ def _open(file: Path, dtype: str) -> np.ndarray:
         offset, dtype = LLMC_HEADER_BYTES, "uint16"
         if size != offset + 2 * max(0, int(head[2])):
             raise UserError(f"{file}: {size} bytes, but its header promises {int(head[2])} tokens")
-    width = np.dtype(dtype).itemsize
     if size == offset:
         raise UserError(f"{file}: holds no tokens")
-    if (size - offset) % width:
+    if (size - offset) % np.dtype(dtype).itemsize:
         raise UserError(f"{file}: {size} bytes is not a whole number of {dtype} ids")
     return np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r", offset=offset)
 
@@ -102,22 +96,16 @@ class Dataset:
     train: TokenSplit
     val: TokenSplit
     vocab_size: int
-    tokenizer: Tokenizer | None
-    """None for files of nanoGPT and llm.c whose tokenizer is not at hand."""
-    source: str
-    """Where the ids came from, for the log."""
-    fingerprint: dict[str, Any]
-    """What tells this dataset from another, for checkpoints."""
-    example: str = ""
-    """A prompt for the samples in a run's log; empty takes the tokenizer's first id."""
+    tokenizer: Tokenizer | None  # None for foreign files whose tokenizer is not at hand
+    source: str  # where the ids came from, for the log
+    fingerprint: dict[str, Any]  # what tells this dataset from another, for checkpoints
+    example: str = ""  # a prompt for the samples in a run's log; empty takes the first id
 
 
-def write_partial(
-    files: dict[str, Path], pieces: Iterable[tuple[str, np.ndarray]]
-) -> tuple[dict[str, int], dict[str, str], np.dtype]:
+def write_partial(files: dict[str, Path], pieces: SplitIds) -> tuple[dict, dict, np.dtype]:
     """Writes the ids of each split to its file with PARTIAL after the name, little-endian.
 
-    `pieces` are splits and ids of one type -> by split the number of ids and the SHA-256; the type.
+    All ids have one type -> by split the number of ids and the SHA-256; the type.
     """
     digests = {split: hashlib.sha256() for split in files}
     counts, dtype = dict.fromkeys(files, 0), np.dtype("uint16")
@@ -146,8 +134,7 @@ def is_prepared(folder: Path) -> bool:
 def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
     """Opens a folder that `jaxgpt prepare` made (it has a meta.json), nanoGPT's, or llm.c's.
 
-    Raises `UserError` for files that are missing, damaged, not what the meta says, or too short
-    for one sequence of `block_size` tokens and its last target.
+    Raises `UserError` for files that are missing, damaged, not what the meta says, or too short.
     """
     if any(folder.glob(f"*{PARTIAL}")):
         raise UserError(f"{folder}: its preparation was interrupted; run jaxgpt prepare again")
@@ -155,10 +142,8 @@ def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
     dataset = _open_prepared(folder) if is_ours else _open_foreign(folder, data_dir)
     for tokens in (dataset.train, dataset.val):
         if len(tokens) < block_size + 1:
-            raise UserError(
-                f"{tokens.files[0]}: {len(tokens)} tokens are too few for block_size={block_size}, "
-                f"which needs at least {block_size + 1}"
-            )
+            few = f"{tokens.files[0]}: {len(tokens)} tokens are too few for block_size={block_size}"
+            raise UserError(f"{few}, which needs at least {block_size + 1}")
     return dataset
 
 
@@ -179,10 +164,8 @@ def _open_prepared(folder: Path) -> Dataset:
     for split, tokens in splits.items():
         if len(tokens) != counts[split]:
             of = f"one of {folder / split}_*.bin" if len(tokens.files) > 1 else "the file"
-            raise UserError(
-                f"{tokens.files[0]}: {len(tokens)} tokens, but {META} says {counts[split]}; "
-                f"{of} is cut short or was replaced"
-            )
+            found = f"{tokens.files[0]}: {len(tokens)} tokens, but {META} says {counts[split]}"
+            raise UserError(f"{found}; {of} is cut short or was replaced")
     tokenizer = tokenizers.load(folder / tokenizers.FILE, kind)
     fingerprint = {key: meta.get(key) for key in ("vocab_size", "counts", "sha256")}
     return Dataset(splits["train"], splits["val"], vocab_size, tokenizer, source, fingerprint)
@@ -192,31 +175,22 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
     """Opens files of nanoGPT or llm.c. Their vocabulary is GPT-2's, unless a text shows characters.
 
     nanoGPT keeps its characters in a pickle, which is not opened, because it could run any code.
-    They are the sorted characters of the input.txt beside it; without that text, the tokenizer is
-    unknown.
+    They are those of the input.txt beside it; without that text, the tokenizer is unknown.
     """
     files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in SPLITS}
     for split in SPLITS:
         if not files[split]:
             raise UserError(f"{folder}: no {split}.bin, no *{split}*.bin, no {META}")
     train, val = (TokenSplit(files[split], "uint16", GPT2_VOCAB) for split in SPLITS)
-    text = folder / "input.txt"
+    tokenizer, text = None, folder / "input.txt"
     if not (folder / "meta.pkl").exists():
-        tokenizer = _gpt2_if_at_hand(data_dir)
+        with suppress(UserError):  # it is not at hand
+            tokenizer = tokenizers.gpt2(data_dir)
     elif text.exists():
         chars = {char for piece, _ in read_text(text) for char in piece}
         tokenizer = tokenizers.CharTokenizer("".join(chars).replace("\r", "\n"))  # as open() does
-    else:
-        tokenizer = None
     vocab_size = tokenizer.vocab_size if tokenizer else GPT2_VOCAB
     train.vocab_size = val.vocab_size = vocab_size
     counts = {"train": len(train), "val": len(val)}
     fingerprint = {"vocab_size": vocab_size, "counts": counts}
     return Dataset(train, val, vocab_size, tokenizer, f"token files in {folder}", fingerprint)
-
-
-def _gpt2_if_at_hand(data_dir: Path) -> Tokenizer | None:
-    try:
-        return tokenizers.gpt2(data_dir)
-    except UserError:
-        return None

@@ -4,6 +4,7 @@ V vocabulary, D embedding; huggingface.py has the table of names and letters.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,7 @@ import tokenizers as bpe_library
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
-from jaxgpt.interop.huggingface import (
-    ACTIVATIONS,
-    CONFIG,
-    OUR_TOKENIZER,
-    REQUIRED_FIELDS,
-    REQUIRED_KEYS,
-    SIZES,
-    WEIGHTS,
-    hf_shape,
-    needs_extra,
-    param_rows,
-)
+from jaxgpt.interop import huggingface as hf
 from jaxgpt.model import unstack_layers
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.files import atomic_write
@@ -37,10 +27,7 @@ def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int
 
     Raises `UserError` for a model that GPT-2's format cannot describe, and for a folder in use.
     """
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise needs_extra("export") from error
+    safetensors = hf.import_extra("safetensors.numpy", "export")
     config, folder = run_dir.load_config(out_dir, config_file), Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -51,8 +38,9 @@ def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int
         folder.mkdir(parents=True, exist_ok=True)
         fields = to_fields(config) | {"jaxgpt_step": step}
         fields |= _write_tokenizer(config, Path(out_dir, tokenizers.FILE), folder)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        atomic_write(folder / CONFIG, json.dumps(fields, indent=2))  # last: it makes the rest load
+        safetensors.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
+        # last: it makes the rest load
+        atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))
     except OSError as error:
         raise UserError(f"to={to!r}: {error.strerror}") from error
     return step
@@ -61,25 +49,23 @@ def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int
 def _check_expressible(c: Config) -> None:
     if type(c).make_model is not Config.make_model:
         raise UserError(f"{type(c).__name__}: has a model of its own; GPT-2's format has only GPT")
-    for key, value in REQUIRED_KEYS.items():
+    for key, value in hf.REQUIRED_KEYS.items():
         if getattr(c, key) != value:
             raise UserError(f"{key}={getattr(c, key)!r}: GPT-2's format has only {value!r}")
     if c.kv_heads != c.n_head:
         raise UserError(f"n_kv_head={c.n_kv_head}: GPT-2's format has only n_head={c.n_head}")
-    if c.mlp not in ACTIVATIONS.values():
+    if c.mlp not in hf.ACTIVATIONS.values():
         raise UserError(f"mlp={c.mlp!r}: GPT-2's format has no such MLP")
 
 
 def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Converts parameters to GPT-2's names and shapes, float32, without padded rows."""
     params = jax.device_get(unstack_layers(params) if config.scan_layers else params)
-    ours = {
-        jax.tree_util.keystr(path, simple=True, separator="."): array
-        for path, array in jax.tree.leaves_with_path(params)
-    }
+    name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
+    ours = {name_of(path): array for path, array in jax.tree.leaves_with_path(params)}
     tensors = {}
-    for path, (name, letters) in param_rows(config.replace(bias=True)).items():
-        shape = hf_shape(config, letters)
+    for path, (name, letters) in hf.param_rows(config.replace(bias=True)).items():
+        shape = hf.hf_shape(config, letters)
         array = ours.get(path, np.zeros(shape))  # a bias that the model lacks
         if letters == "V D":
             array = array[: config.vocab_size]
@@ -89,40 +75,30 @@ def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def to_fields(c: Config) -> dict[str, Any]:
     """Makes the config.json that transformers reads."""
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp)
-    fields = REQUIRED_FIELDS | {field: getattr(c, key) for field, (key, _) in SIZES.items()}
-    return fields | {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_inner": c.mlp_dim or None,
-        "activation_function": activation,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.attention_dropout_rate,
-        "resid_pdrop": c.dropout,
-        "dtype": "float32",
-    }
+    activation = next(theirs for theirs, ours in hf.ACTIVATIONS.items() if ours == c.mlp)
+    fields = hf.REQUIRED_FIELDS | {field: getattr(c, key) for field, (key, _) in hf.SIZES.items()}
+    fields |= {"architectures": ["GPT2LMHeadModel"], "n_inner": c.mlp_dim or None}
+    fields["activation_function"] = activation
+    dropout = {"embd_pdrop": c.dropout, "attn_pdrop": c.attention_dropout_rate}
+    return fields | dropout | {"resid_pdrop": c.dropout, "dtype": "float32"}
 
 
 def _write_tokenizer(config: Config, file: Path, folder: Path) -> dict[str, Any]:
-    """Writes the run's tokenizer, if there is one -> fields of config.json.
-
-    transformers can read a BPE; other kinds get a name of their own.
-    """
+    """Writes the run's tokenizer, if any -> fields of config.json. transformers only reads BPE."""
     ids = {"bos_token_id": None, "eos_token_id": None}
     if not file.is_file():
         return ids | {"jaxgpt_tokenizer": None}
     tokenizer = tokenizers.load(file)
     if not isinstance(tokenizer, BpeTokenizer):
-        (folder / OUR_TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        what = f"{OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"
+        (folder / hf.OUR_TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        what = f"{hf.OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"
         return ids | {"jaxgpt_tokenizer": what}
     bpe = bpe_library.Tokenizer.from_str(tokenizer.to_json())
     (folder / tokenizers.FILE).write_text(tokenizer.to_json(), encoding="utf-8")
     bpe.model.save(str(folder))  # vocab.json and merges.txt
     is_gpt2 = isinstance(bpe.pre_tokenizer, bpe_library.pre_tokenizers.ByteLevel)
-    fields: dict[str, Any] = {
-        "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
-        "model_max_length": config.block_size,
-    }
+    kind = "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"
+    fields: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": config.block_size}
     end = bpe.token_to_id(END_OF_TEXT)
     if end is not None:
         fields |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

@@ -8,18 +8,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB
-from jaxgpt.interop import nanogpt
 from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.model import stack_layers
 from jaxgpt.runtime import run_dir
@@ -74,17 +75,9 @@ REQUIRED_FIELDS = {
     "tie_word_embeddings": True,
 }
 # Values that our keys must have for GPT-2's format; missing biases are written as zeros.
-REQUIRED_KEYS = {
-    "norm": "layernorm",
-    "norm_position": "pre",
-    "position": "learned",
-    "tie_embeddings": True,
-    "qk_norm": False,
-    "logit_softcap": 0.0,
-    "sliding_window": 0,
-    "causal": True,
-    "value_residual": False,
-}
+REQUIRED_KEYS: dict[str, Any] = {"norm": "layernorm", "norm_position": "pre", "position": "learned"}
+REQUIRED_KEYS |= {"tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0}
+REQUIRED_KEYS |= {"sliding_window": 0, "causal": True, "value_residual": False}
 HUB = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 CONFIG, WEIGHTS, CKPT = "config.json", "model.safetensors", "ckpt.pt"
 OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # one that transformers could not read
@@ -109,10 +102,9 @@ class Weights:
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
         """Reads the parameters of `config`'s model, float32, onto the mesh.
 
-        `config` has the model's keys, but its `block_size` may be smaller: later positions are
-        cut off. Rows that pad the vocabulary are zero.
+        Positions past `config.block_size` are cut off. Rows that pad the vocabulary are zero.
         """
-        sizes, params = _sizes(config), {}
+        sizes, arrays = _sizes(config), {}
         for path, (name, letters) in param_rows(config).items():
             array = self.tensors[name].read().astype(np.float32)
             if letters == "V D":
@@ -121,17 +113,12 @@ class Weights:
                 array = array[: config.block_size]
             else:
                 array = array.reshape([sizes[letter] for letter in letters.replace(" ", "")])
-            *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
-            node: dict = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = array
+            keys = (int(part) if part.isdigit() else part for part in path.split("."))
+            arrays[tuple(keys)] = array
+        params = unflatten_dict(arrays)
         params = stack_layers(params) if config.scan_layers else params
-        return jax.tree.map(
-            lambda a, p: jax.make_array_from_callback(a.shape, a.sharding, p.__getitem__),
-            abstract_params(config, mesh),
-            params,
-        )
+        put = lambda a, p: jax.make_array_from_callback(a.shape, a.sharding, p.__getitem__)
+        return jax.tree.map(put, abstract_params(config, mesh), params)
 
     def tokenizer(self, data_dir: str) -> Tokenizer:
         """Loads the tokenizer beside the weights, or GPT-2's where the vocabulary has its size."""
@@ -145,10 +132,8 @@ class Weights:
         else:
             raise UserError(f"{self.source}: there is no {tokenizers.FILE} beside the weights")
         if tokenizer.vocab_size > vocab_size:
-            raise UserError(
-                f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids, but the weights "
-                f"have vocab_size={vocab_size}"
-            )
+            found = f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids"
+            raise UserError(f"{found}, but the weights have vocab_size={vocab_size}")
         return tokenizer
 
 
@@ -173,9 +158,6 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
     return sizes | {"N": c.n_head, "H": c.head_dim, "F": c.mlp_hidden_dim}
 
 
-# ---- what a run begins with, or a command uses -----------------------------------------------
-
-
 def resolve_init(
     config: Config, checkpoints: Checkpoints, given: frozenset[str]
 ) -> tuple[Weights | run_dir.RunWeights | None, Config, list[str]]:
@@ -189,10 +171,8 @@ def resolve_init(
         merged = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
         return None, merged, [f"the run's model: {', '.join(changed)}"] if changed else []
-    if run_dir.is_run(Path(config.init_from)):
-        weights = run_dir.open_weights(config)
-    else:
-        weights = open_weights(config.init_from)
+    is_run = run_dir.is_run(Path(config.init_from))
+    weights = run_dir.open_weights(config) if is_run else open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
     config = run_dir.merge_model_keys(config, REQUIRED_KEYS | theirs, config.init_from, given)
@@ -207,8 +187,7 @@ class Trained(NamedTuple):
     """A model to sample or to evaluate: a run's, or weights."""
 
     config: Config
-    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]
-    """-> the parameters on a mesh, and their step if they are a run's."""
+    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]  # -> parameters; the step of a run
     tokenizer: Callable[[], Tokenizer]
 
 
@@ -227,90 +206,92 @@ def load_trained(
     return Trained(config, load_weights, partial(weights.tokenizer, config.data_dir))
 
 
-# ---- reading ---------------------------------------------------------------------------------
-
-
 def open_weights(init_from: str) -> Weights:
-    """Opens the GPT-2 that `init_from` names. It checks names and shapes, and reads no array yet.
+    """Opens a GPT-2 -> its weights, their names and shapes checked, no array read yet.
 
     `init_from` is a folder with config.json and model.safetensors, a nanoGPT ckpt.pt or a folder
     with one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
     """
     path = Path(init_from)
+    is_on_hub = init_from in HUB or (init_from.count("/") == 1 and init_from[0] not in "./")
     if path.is_file() or (path / CKPT).is_file():
-        weights = _open_nanogpt(init_from, path if path.is_file() else path / CKPT)
-    elif path.is_dir():
-        weights = _open_folder(init_from, path)
-    elif init_from in HUB or (init_from.count("/") == 1 and not init_from.startswith((".", "/"))):
-        weights = _open_folder(init_from, _download(init_from))
+        file = path if path.is_file() else path / CKPT
+        keys, tensors = _read_nanogpt(init_from, file)
+    elif path.is_dir() or is_on_hub:
+        file = (path if path.is_dir() else _download(init_from)) / CONFIG
+        keys, tensors = _read_folder(init_from, file.parent)
     else:
         raise UserError(
             f"init_from={init_from!r}: must be resume (to train, also scratch or auto), "
             f"{', '.join(HUB)}, an owner/name of the hub, or a folder or ckpt.pt that is there"
         )
-    _check_tensors(weights)
-    return weights
-
-
-def _check_tensors(weights: Weights) -> None:
-    config = Config(**weights.keys)
-    expected = dict(param_rows(config).values())
+    try:
+        config = Config(**keys)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    weights, expected = {}, dict(param_rows(config).values())
+    for name, tensor in tensors.items():
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        if name != TIED and not name.endswith(NOT_WEIGHTS):
+            weights[name] = tensor
     for name, letters in expected.items():
-        if name not in weights.tensors:
-            raise UserError(f"{weights.source}: there is no tensor {name}")
-        found, shape = weights.tensors[name].shape, hf_shape(config, letters)
+        if name not in weights:
+            raise UserError(f"{init_from}: there is no tensor {name}")
+        found, shape = weights[name].shape, hf_shape(config, letters)
         if found != shape:
-            raise UserError(f"{weights.source}: tensor {name} has shape {found}, expected {shape}")
-    unknown = sorted(weights.tensors.keys() - expected.keys())
+            raise UserError(f"{init_from}: tensor {name} has shape {found}, expected {shape}")
+    unknown = sorted(weights.keys() - expected.keys())
     if unknown:
-        raise UserError(f"{weights.source}: tensor {unknown[0]} is not of a GPT-2 with these sizes")
+        raise UserError(f"{init_from}: tensor {unknown[0]} is not of a GPT-2 with these sizes")
+    return Weights(init_from, keys, weights, file.parent)
 
 
 def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise needs_extra(f"init_from={name!r}") from error
+    hub = import_extra("huggingface_hub", f"init_from={name!r}")
     wanted = [CONFIG, "model*.safetensors", tokenizers.FILE]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # offline, no such name, disk full: the hub raises many kinds
-        raise UserError(
-            f"init_from={name!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__})"
-        ) from error
+        found = "no such folder, and the Hugging Face hub did not give it"
+        raise UserError(f"init_from={name!r}: {found} ({type(error).__name__})") from error
 
 
-def _open_folder(source: str, folder: Path) -> Weights:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise needs_extra(f"init_from={source!r}") from error
+def _read_folder(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    safetensors = import_extra("safetensors", f"init_from={source!r}")
     keys, tensors = _model_keys(folder / CONFIG), {}
-
-    def read(file: Path, name: str) -> np.ndarray:
-        with safe_open(file, "numpy") as opened:
-            return opened.get_tensor(name)
-
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder}: there is no {WEIGHTS}")
     for file in files:
         try:
-            with safe_open(file, "numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no dict
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    tensors[name] = Tensor(shape, partial(read, file, name))
-        except (SafetensorError, OSError) as error:
+            opened = safetensors.safe_open(file, "numpy")  # maps the file, reads its header
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                shape = tuple(opened.get_slice(name).get_shape())
+                tensors[name] = Tensor(shape, partial(opened.get_tensor, name))
+        except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a safetensors file ({error})") from error
-    return Weights(source, keys, _plain_names(tensors), folder)
+    return keys, tensors
 
 
-def _open_nanogpt(source: str, file: Path) -> Weights:
-    keys, tensors = nanogpt.read_checkpoint(source, file)
-    read = lambda tensor: tensor.float().numpy()
-    found = {name: Tensor(tuple(t.shape), partial(read, t)) for name, t in tensors.items()}
-    return Weights(source, _checked(keys, file), _plain_names(found), file.parent)
+def _read_nanogpt(source: str, file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads nanoGPT's ckpt.pt. Its linear maps are [out, in]; they become GPT-2's [in, out]."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(f"init_from={source!r}: reading {file} needs PyTorch: torch") from error
+    try:
+        # weights_only unpickles tensors and plain containers, and runs no code
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        names = "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias"
+        keys = {name: checkpoint["model_args"][name] for name in names}
+        tensors = {}
+        for name, tensor in checkpoint["model"].items():
+            tensor = tensor.t() if ".h." in name and tensor.ndim == 2 else tensor
+            tensors[name] = Tensor(tuple(tensor.shape), lambda t=tensor: t.float().numpy())
+        return keys | {"mlp": "gelu", "mlp_dim": 0}, tensors
+    except Exception as error:  # torch raises many kinds, and advises to let a pickle run
+        raise UserError(f"{file}: not a checkpoint of nanoGPT ({type(error).__name__})") from error
 
 
 def _model_keys(file: Path) -> dict[str, Any]:
@@ -331,27 +312,12 @@ def _model_keys(file: Path) -> dict[str, Any]:
     keys = {key: fields.get(field, default) for field, (key, default) in SIZES.items()}
     inner = fields.get("n_inner") or 0
     keys["mlp_dim"] = inner if inner != 4 * keys["n_embd"] else 0
-    return _checked(keys | {"bias": True, "mlp": ACTIVATIONS[activation]}, file)
+    return keys | {"bias": True, "mlp": ACTIVATIONS[activation]}
 
 
-def _checked(keys: dict[str, Any], file: Path) -> dict[str, Any]:
+def import_extra(module: str, what: str) -> Any:
+    """Imports a module of the extra `hf` for `what` the user asks for. Raises `UserError`."""
     try:
-        Config(**keys)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    return keys
-
-
-def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps the tensors that are weights, and strips the prefixes that some files have."""
-    plain = {}
-    for name, tensor in tensors.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        if name != TIED and not name.endswith(NOT_WEIGHTS):
-            plain[name] = tensor
-    return plain
-
-
-def needs_extra(what: str) -> UserError:
-    return UserError(f"{what}: needs the extra `hf`: pip install 'jaxgpt[hf]'")
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what}: needs the extra `hf`: pip install 'jaxgpt[hf]'") from error
