@@ -49,8 +49,8 @@ FEATURES[COMBINED] = (_KEYS, ", ".join(WINNERS))
 
 # Lengths of runs, as shares of the config's steps; each has a schedule of its own. They show what
 # the baseline reaches in another time, and how soon the winners reach the baseline's end.
-LENGTHS = {BASELINE: (0.75, 1.0, 1.5), COMBINED: (0.2, 0.4, 1.0)}
-ONE_LENGTH = (1.0,)
+LENGTHS = dict.fromkeys(FEATURES, (1.0,))
+LENGTHS |= {BASELINE: (0.75, 1.0, 1.5), COMBINED: (0.2, 0.4, 1.0)}
 REPEATS, ROUND_STEPS = 7, 40  # turns that time a step, and the steps of a turn
 
 
@@ -76,9 +76,8 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
     names = [BASELINE, *(features or FEATURES)]
     for seed in range(1, seeds + 1):
         for name in names:
-            for share in LENGTHS.get(name, ONE_LENGTH):
-                code = train_run(run_config(config, name, seed, share, out_dir))
-                if code:
+            for share in LENGTHS[name]:
+                if code := train_run(run_config(config, name, seed, share, out_dir)):
                     return code
     costs = {name: step_cost(config, name, out_dir) for name in names}
     results = compare(config, costs, seeds, out_dir)
@@ -94,12 +93,8 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
 def run_config(config: Config, name: str, seed: int, share: float, out_dir: str) -> Config:
     """Return the config of a feature's run with a seed, over a share of the config's steps."""
     folder = name if share == 1 else f"{name}-x{share:g}"
-    return with_feature(config, name).replace(
-        out_dir=str(Path(out_dir, folder, str(seed))),
-        init_from="auto",
-        seed=seed,
-        max_iters=round(share * config.max_iters),
-    )
+    keys = {"out_dir": str(Path(out_dir, folder, str(seed))), "init_from": "auto", "seed": seed}
+    return with_feature(config, name).replace(max_iters=round(share * config.max_iters), **keys)
 
 
 def with_feature(config: Config, name: str) -> Config:
@@ -122,15 +117,12 @@ def final_loss(config: Config) -> float | None:
     """
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
-    saved = run_dir.load_config(config.out_dir)
-    defaults = Config().to_dict()
+    saved, default = run_dir.load_config(config.out_dir), Config()
     for key, value in config.to_dict().items():
-        is_auto = key in AUTO_KEYS and value == defaults[key]
-        if getattr(saved, key) != value and not is_auto:
-            raise UserError(
-                f"{key}={value!r}: {config.out_dir} was trained with {getattr(saved, key)!r}; "
-                "name another --out_dir"
-            )
+        found, is_auto = getattr(saved, key), key in AUTO_KEYS and value == getattr(default, key)
+        if found != value and not is_auto:
+            said = f"{config.out_dir} was trained with {found!r}; name another --out_dir"
+            raise UserError(f"{key}={value!r}: {said}")
     rows = read_metrics(Path(config.out_dir, "metrics.jsonl"))
     done = rows and rows[-1]["step"] == config.max_iters and "val_loss" in rows[-1]
     return rows[-1].get("full_val_loss", rows[-1]["val_loss"]) if done else None
@@ -140,11 +132,10 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
     """Time a step in turn with the baseline's -> the median ratio, kept in cost.json."""
     file = Path(out_dir, name, "cost.json")
     if not file.exists():
-        turns = [round_of_steps(config, one) for one in (BASELINE, name)]
-        for turn in turns:
+        baseline, feature = (round_of_steps(config, one) for one in (BASELINE, name))
+        for turn in (baseline, feature):
             turn()  # the first steps are slower
-        keys = "baseline_s", "feature_s"
-        (found,) = interleaved(turns[:1], turns[1], REPEATS, keys)
+        (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
@@ -160,12 +151,9 @@ def round_of_steps(config: Config, name: str) -> Callable[[], float]:
 
 def read_losses(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:
     """Read the final losses of all of a feature's runs, [seeds, lengths]."""
-    losses = [
-        final_loss(run_config(config, name, seed, share, out_dir))
-        for seed in range(1, seeds + 1)
-        for share in LENGTHS.get(name, ONE_LENGTH)
-    ]
-    return np.array(losses, float).reshape(seeds, -1)
+    loss = lambda seed, share: final_loss(run_config(config, name, seed, share, out_dir))
+    losses = [[loss(seed, share) for share in LENGTHS[name]] for seed in range(1, seeds + 1)]
+    return np.array(losses, float)
 
 
 def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -> dict[str, Result]:
@@ -178,8 +166,7 @@ def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -
     baseline = read_losses(config, BASELINE, seeds, out_dir)
     same_steps, results = baseline[:, LENGTHS[BASELINE].index(1.0)], {}
     for name, cost in costs.items():
-        whole = LENGTHS.get(name, ONE_LENGTH).index(1.0)
-        losses = read_losses(config, name, seeds, out_dir)[:, whole]
+        losses = read_losses(config, name, seeds, out_dir)[:, LENGTHS[name].index(1.0)]
         at_time = [np.interp(math.log(cost), lengths, row, math.nan, math.nan) for row in baseline]
         results[name] = Result(losses, losses - same_steps, cost, losses - np.array(at_time))
     return results
@@ -203,23 +190,18 @@ def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_d
 
 def format_table(results: dict[str, Result]) -> str:
     """Write a Markdown table, a row per feature; a mean beyond 3 standard errors is bold."""
-    lines = [
-        "| feature | keys | validation loss | to the baseline | better | step time | "
-        "at equal time | source |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["feature", "keys", "validation loss", "to the baseline", "better", "step time"]
+    columns += ["at equal time", "source"]
+    rows = [columns]
     for name, r in results.items():
         keys, source = FEATURES.get(name, ({}, ""))
         flags = " ".join(f"`{key}={value}`" for key, value in keys.items())
-        cells = [name, flags, _spread(r.losses, ".4f")]
-        if name == BASELINE:
-            cells += [""] * 5
-        else:
-            better = f"{(r.difference < 0).sum()} of {len(r.difference)}"
-            cells += [_difference(r.difference), better, f"{r.cost:.2f}"]
-            cells += [_difference(r.same_time), source]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        better = f"{(r.difference < 0).sum()} of {len(r.difference)}"
+        compared = [_difference(r.difference), better, f"{r.cost:.2f}", _difference(r.same_time)]
+        compared = [""] * 4 if name == BASELINE else compared
+        rows.append([name, flags, _spread(r.losses, ".4f"), *compared, source])
+    header, *lines = ("| " + " | ".join(row) + " |\n" for row in rows)
+    return "".join([header, "|" + "---|" * len(columns) + "\n", *lines])
 
 
 def _spread(values: np.ndarray, form: str) -> str:

@@ -7,7 +7,7 @@ instruction outside a fusion is a kernel, a library call, a copy or a collective
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,7 @@ FREE = {  # these do no work of their own
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "async-update"),
 }
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # notes on a TPU
-SLICES = ("dynamic-slice", "gather", "slice")
+SLICES = {"dynamic-slice", "gather", "slice"}
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -47,34 +47,32 @@ class Op:
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        """List the arrays that this instruction returns; several for a tuple."""
+        """The arrays that this instruction returns; several for a tuple."""
         return _parse_shapes(self.type)
 
     @cached_property
     def bytes(self) -> int:
-        """Count the bytes of the result."""
         return sum(map(array_bytes, self.shapes))
 
     @cached_property
     def main_bytes(self) -> int:
-        """Count the result's bytes in main memory, so not in a TPU's memory beside its cores."""
-        in_fast_memory = _parse_shapes(" ".join(_FAST.findall(self.type)))
-        return self.bytes - sum(map(array_bytes, in_fast_memory))
+        """The result's bytes in main memory, so not in a TPU's memory beside its cores."""
+        return sum(map(array_bytes, _parse_shapes(_FAST.sub("", self.type))))
 
     @cached_property
     def called(self) -> list[str]:
-        """List the computations that this instruction runs."""
+        """The computations that this instruction runs."""
         branches = _search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
         return _CALLED.findall(self.attributes) + re.findall(r"[\w.-]+", branches)
 
     @cached_property
     def target(self) -> str:
-        """Name what a custom call calls."""
+        """What a custom call calls."""
         return _search(r'custom_call_target="([^"]*)"', self.attributes)
 
     @property
     def is_kernel(self) -> bool:
-        """Tell whether the device launches it; an asynchronous operation counts at its start."""
+        """Whether the device launches it; an asynchronous operation counts at its start."""
         is_end = self.opcode.endswith("-done")
         return not (is_end or self.opcode in FREE or self.target in FREE_CALLS)
 
@@ -143,11 +141,11 @@ class Program:
 
     def kernels(self) -> Counter[str]:
         """Count the launches of one call by opcode: kernels, library calls, copies, collectives."""
-        return _count((op.opcode, times) for op, times in self.executed() if op.is_kernel)
-
-    def custom_calls(self) -> Counter[str]:
-        """Count by target how often one call runs each custom call."""
-        return _count((op.target, n) for op, n in self.executed() if op.opcode == "custom-call")
+        counts: Counter[str] = Counter()
+        for op, times in self.executed():
+            if op.is_kernel:
+                counts[op.opcode] += times
+        return counts
 
     def arrays(self) -> set[Shape]:
         """Collect every array held in memory, so none that lives inside a fusion."""
@@ -166,23 +164,22 @@ class Program:
         if op.opcode == "fusion":
             inside = self.computations[op.called[0]]
             body = list(inside.values())
-            parameters = (o for o in body if o.opcode == "parameter")
+            parameters = [o for o in body if o.opcode == "parameter"]
             arguments = {o.name: op.operands[int(o.operands[0])] for o in parameters}
         else:
-            inside, body = ops, [op]
-            arguments = {name: name for name in op.operands}
+            inside, body, arguments = ops, [op], {name: name for name in op.operands}
         read, written = 0, op.main_bytes
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
-            if not size:
-                continue
-            name, users = _users(name, body)
-            is_first = [o.operands[0] == name for o in users]
-            opcodes = [o.opcode for o in users]
-            if opcodes == ["dynamic-update-slice"] and is_first[0]:
+            users = [o for o in body if name in o.operands]
+            while len(users) == 1 and users[0].opcode == "bitcast":
+                name = users[0].name
+                users = [o for o in body if name in o.operands]
+            opcodes = [o.opcode for o in users] if all(o.operands[0] == name for o in users) else []
+            if size and opcodes == ["dynamic-update-slice"]:
                 part = inside[users[0].operands[1]].bytes  # the rest stays where it is
                 written += part - size
-            elif users and all(is_first) and set(opcodes) <= set(SLICES):
+            elif opcodes and SLICES.issuperset(opcodes):
                 read += min(size, sum(o.bytes for o in users))  # only the slices
             else:
                 read += size
@@ -195,7 +192,10 @@ class Program:
         reduce-scatter and an all-to-all of a whole array of S bytes send S (n - 1) / n, and a
         permutation S.
         """
-        fused = _count((op.called[0], n) for op, n in self.executed() if op.opcode == "fusion")
+        fused: Counter[str] = Counter()
+        for op, times in self.executed():
+            if op.opcode == "fusion":
+                fused[op.called[0]] += times
         found: dict[str, Collective] = {}
         for name, times in (self.execution_counts + fused).items():
             ops = self.computations[name].values()
@@ -214,29 +214,6 @@ class Program:
         return [c for c in found.values() if len(c.group) > 1]
 
 
-def _search(pattern: str, text: str) -> str:
-    """Return the first group of a pattern's first match, or an empty text."""
-    found = re.search(pattern, text)
-    return found[1] if found else ""
-
-
-def _count(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
-    """Sum the numbers of each key."""
-    counts: Counter[str] = Counter()
-    for key, times in pairs:
-        counts[key] += times
-    return counts
-
-
-def _users(name: str, body: list[Op]) -> tuple[str, list[Op]]:
-    """Find what uses an array, looking through bitcasts -> the name it is used by, its users."""
-    users = [o for o in body if name in o.operands]
-    while len(users) == 1 and users[0].opcode == "bitcast":
-        name = users[0].name
-        users = [o for o in body if name in o.operands]
-    return name, users
-
-
 def bytes_sent(kind: str, op: Op, n: int) -> int:
     """Count the bytes that a device in a group of n sends; see `Program.collectives`."""
     if kind == "collective-permute":  # started: (operand, result, notes)
@@ -251,23 +228,22 @@ def bytes_sent(kind: str, op: Op, n: int) -> int:
 
 def array_bytes(shape: Shape) -> int:
     kind, dims = shape
-    digits = re.search(r"\d+", kind)
-    bits = int(digits[0]) if digits else {"pred": 8}.get(kind, 0)
+    bits = int(_search(r"(\d+)", kind) or (8 if kind == "pred" else 0))
     return -(-math.prod(dims) * bits // 8)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
     """Read which devices talk to one another, [groups, members]; XLA writes this in four ways."""
-    if pairs := re.search(r"source_target_pairs=\{\{([\d,{}]*)\}\}", attributes):
-        return np.array([pairs[1].split("},{")[0].split(",")], int)
+    if pair := _search(r"source_target_pairs=\{\{([\d,]*)\}", attributes):
+        return np.array([_ints(pair)])
     text = attributes.partition("replica_groups=")[2]
     if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        inside = re.findall(r"'(\w+)'", mesh[3])
-        outside = [name for name in sizes if name not in inside]
-        order = [list(sizes).index(name) for name in outside + inside]
-        ids = _iota(mesh[2] or f"[{devices}]").reshape(list(sizes.values()))
-        return ids.transpose(order).reshape(-1, math.prod(sizes[n] for n in inside))
+        names = re.findall(r"'(\w+)'", mesh[1])
+        sizes = [int(size) for size in re.findall(r"=(\d+)", mesh[1])]
+        inside = [names.index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        outside = [axis for axis in range(len(names)) if axis not in inside]
+        ids = _iota(mesh[2] or f"[{devices}]").reshape(sizes)
+        return ids.transpose(outside + inside).reshape(-1, math.prod(sizes[i] for i in inside))
     if iota := re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
         return _iota(iota[2]).reshape(_ints(iota[1]))
     if listed := re.match(r"\{\{([\d,{}]*)\}\}", text):
@@ -288,6 +264,12 @@ def _iota(text: str) -> np.ndarray:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def _search(pattern: str, text: str) -> str:
+    """Return the first group of a pattern's first match, or an empty text."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _parse_shapes(text: str) -> list[Shape]:

@@ -64,7 +64,6 @@ LIBTPU = {  # ask no network what this machine is; let several processes compile
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-FITTED = ("mesh", "remat", "batch_size", "gradient_accumulation_steps")
 TOPOLOGY = "a chip and its shape, as in h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4"
 
 
@@ -112,31 +111,28 @@ class Plan:
 
 
 def find_topology(name: str) -> Topology:
-    """Look up the devices that `name` means.
-
-    Raises `UserError` if there are no such devices, or there is no compiler for them.
-    """
+    """Look up devices. Raises `UserError` if there are none such, or no compiler for them."""
     chip_name, _, sizes = name.partition(":")
     chip = CHIPS.get(chip_name)
     shape = [int(size) for size in sizes.split("x")] if re.fullmatch(r"\d+(x\d+)*", sizes) else []
-    dims = {"gpu": (1, 2), "tpu": (2, 3)}[chip.platform] if chip else ()
-    if not chip or len(shape) not in dims or not all(shape):
+    is_gpu = bool(chip and chip.cores)
+    if not chip or len(shape) not in ((1, 2) if is_gpu else (2, 3)) or not all(shape):
         raise UserError(f"topology={name!r}: must be {TOPOLOGY}; chips: {', '.join(CHIPS)}")
-    extra, module = {"gpu": ("cuda", "jax_plugins"), "tpu": ("tpu", "libtpu")}[chip.platform]
+    platform, module = ("cuda", "jax_plugins") if is_gpu else ("tpu", "libtpu")
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{extra}]'")
-    cards, keys = math.prod(shape), {}
-    if chip.platform == "gpu":
+        raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{platform}]'")
+    keys: dict[str, Any] = {}
+    if is_gpu:
         machines, cards = [1, *shape][-2:]
-        keys |= {"platform": "cuda", "topology": f"1x{machines}x{cards}"}
-        keys |= {"target_config": _gpu_description(chip)}
+        keys |= {"topology": f"1x{machines}x{cards}", "target_config": _gpu_description(chip)}
     else:
+        cards = math.prod(shape)
+        keys |= {"topology_name": name}
+        keys |= {"chips_per_host_bounds": [1, 1, 1]} if cards == 1 else {}
         for variable, value in LIBTPU.items():
             os.environ.setdefault(variable, value)
-        keys |= {"platform": "tpu", "topology_name": name}
-        keys |= {"chips_per_host_bounds": [1, 1, 1]} if cards == 1 else {}
     try:
-        devices = topologies.get_topology_desc(**keys).devices
+        devices = topologies.get_topology_desc(platform=platform, **keys).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"topology={name!r}: {str(error).splitlines()[0]}") from error
     return Topology(name, chip, devices, cards)
@@ -148,14 +144,13 @@ def _gpu_description(chip: Chip) -> str:
     major, minor = capability.split(".")
     return f"""gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-      shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-      shared_memory_per_block_optin: {int(shared) - 1024} core_count: {count}
-      fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-      block_dim_limit_z: 65535 memory_bandwidth: {int(chip.memory_rate)} l2_cache_size: {l2}
-      clock_rate_ghz: {clock} device_memory_size: {int(chip.memory)}
-      cuda_compute_capability {{ major: {major} minor: {minor} }}
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-    }}
+      shared_memory_per_block: 49152 shared_memory_per_core: {shared} core_count: {count}
+      shared_memory_per_block_optin: {int(shared) - 1024} fpus_per_core: {fpus}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(chip.memory_rate)} l2_cache_size: {l2} clock_rate_ghz: {clock}
+      device_memory_size: {int(chip.memory)} registers_per_core_limit: 65536
+      registers_per_block_limit: 65536
+      cuda_compute_capability {{ major: {major} minor: {minor} }} }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
     device_description_str: "{chip.kind}" """
 
@@ -163,21 +158,17 @@ def _gpu_description(chip: Chip) -> str:
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     """Resolve `config` for this chip -> the config, and notes on what was assumed."""
     config, notes = device.resolve_auto(config, chip.platform)
-    if config.vocab_size:
-        return config, notes
-    meta, known = Path(config.data_dir, config.dataset, "meta.json"), GPT2_VOCAB
-    if meta.is_file():
+    meta, known = Path(config.data_dir, config.dataset, "meta.json"), config.vocab_size
+    if not known and meta.is_file():
         known = json.loads(meta.read_text())["vocab_size"]
-    else:
+    elif not known:
+        known = GPT2_VOCAB
         notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
     return config.replace(vocab_size=known), notes
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile the training step of a resolved config, for batches that are read from disk.
-
-    Raises `DoesNotFitError` where XLA finds that the devices have too little memory.
-    """
+    """Compile a resolved config's step, for batches read from disk. Raises `DoesNotFitError`."""
     micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
@@ -189,12 +180,13 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile for a mesh of devices that are not here. Raises `DoesNotFitError`."""
-    gpu = mesh.devices.flat[0].platform == "gpu"
-    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    """Compile for devices that are not here. Raises `DoesNotFitError` where XLA says so."""
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    option = "jax_persistent_cache_min_compile_time_secs"
+    seconds = jax.config.values[option]
     try:  # tuning would need the card; a kept program could not be read back without one
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
-        return lowered.compile({"xla_gpu_autotune_level": "0"} if gpu else {})
+        jax.config.update(option, math.inf)
+        return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -202,7 +194,7 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]
         raise DoesNotFitError(said) from error
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        jax.config.update(option, seconds)
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
@@ -271,8 +263,7 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
     The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
     total = sharding.global_batch_size(config)
-    mesh = sharding.make_mesh(config, topology.devices)
-    share = total // (mesh.shape["data"] * mesh.shape["fsdp"])
+    share = total // sharding.batch_shards(sharding.make_mesh(config, topology.devices))
     sizes = [n for n in range(1, share + 1) if share % n == 0]
 
     def attempt(remat: str, size: int) -> Plan | None:
@@ -291,8 +282,7 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
         low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
         while best and high - low > 1:
             middle = (low + high) // 2
-            plan = attempt(remat, sizes[middle])
-            if plan:
+            if plan := attempt(remat, sizes[middle]):
                 best, low = plan, middle
             else:
                 high = middle
@@ -307,6 +297,7 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 def format_plan(plan: Plan) -> str:
     """Write the plan as lines for people."""
     c, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
+    gib = lambda count: f"{count / GIB:10.3f} GiB"
     tokens = sharding.global_batch_size(c) * c.block_size
     peak = devices * device.PEAK_FLOPS[chip.kind]
     fast, slow = max(plan.work_seconds), sum(plan.work_seconds)
@@ -319,19 +310,19 @@ def format_plan(plan: Plan) -> str:
         f"model: {model.count_params(c) / 1e6:,.1f}M parameters; step: {tokens:,} tokens in "
         f"{plan.micro_batches} micro-batches",
         "per device:",
-        f"  parameters        {_gib(plan.params)}",
-        f"  optimizer state   {_gib(plan.opt_state)}",
-        f"  temporaries       {_gib(plan.temporaries)}  activations, gradients, casts",
-        f"  peak memory       {_gib(plan.peak_memory)}  of {_gib(usable_memory(chip))} that JAX "
-        f"may use of {_gib(chip.memory)}: {verdict}",
+        f"  parameters        {gib(plan.params)}",
+        f"  optimizer state   {gib(plan.opt_state)}",
+        f"  temporaries       {gib(plan.temporaries)}  activations, gradients, casts",
+        f"  peak memory       {gib(plan.peak_memory)}  of {gib(usable_memory(chip))} that JAX "
+        f"may use of {gib(chip.memory)}: {verdict}",
         f"  FLOPs a step      {plan.flops / 1e12:10.1f} T    by formula, recomputation included",
-        f"  memory traffic    {_gib(plan.traffic)}  a step, what kernels read and write",
+        f"  memory traffic    {gib(plan.traffic)}  a step, what kernels read and write",
         f"  kernels a step    {plan.kernels:10,}",
     ]
     for kind in sorted({c.kind for c in plan.collectives}):
         of_kind = [c for c in plan.collectives if c.kind == kind]
         sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
-        lines.append(f"  {kind:<17} {_gib(sent)}  sent a step, in {count:,}")
+        lines.append(f"  {kind:<17} {gib(sent)}  sent a step, in {count:,}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
         f"estimate: {1000 * fast:,.0f} ms a step if all overlaps, {1000 * slow:,.0f} ms if nothing "
@@ -342,15 +333,11 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _gib(count: float) -> str:
-    return f"{count / GIB:10.3f} GiB"
-
-
 def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
-    """Print the plan of a config on a topology -> whether it fits.
+    """Print a config's plan -> whether it fits.
 
-    If whole copies of the state do not fit, and the config names no mesh, the plan is what `fit`
-    finds with the state split over all devices.
+    If whole copies of the state do not, and the config names no mesh, the plan is what `fit` finds
+    with the state split over all devices.
     """
     topology = find_topology(topology_name)
     config, notes = resolve(config, topology.chip)
@@ -374,6 +361,7 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         plan = fit(config, topology, say)
     say(format_plan(plan))
     if search:
-        found = {key: getattr(plan.config, key) for key in FITTED}
-        say("use: " + " ".join(f"--{key}={value}" for key, value in found.items() if value))
+        keys = "mesh", "remat", "batch_size", "gradient_accumulation_steps"
+        found = [(key, getattr(plan.config, key)) for key in keys]
+        say("use: " + " ".join(f"--{key}={value}" for key, value in found if value))
     return plan.fits

@@ -19,9 +19,8 @@ from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
-from jaxgpt.tools.bench.parts import bench_attention, bench_data
 from jaxgpt.tools.bench.report import Bench, Report, describe_machine, show
-from jaxgpt.tools.bench.sampling import bench_sampling
+from jaxgpt.tools.bench.sampling import bench_attention, bench_data, bench_sampling
 from jaxgpt.tools.bench.training import bench_training
 
 MAX_TOKENS = 1 << 24  # of a dataset that a benchmark reads
@@ -95,13 +94,20 @@ def choose(options: BenchOptions) -> tuple[str, Config]:
     c = variants.get("config", Config())
     device.start(c.device, float64=c.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
+    is_cpu = device.is_cpu()
     if options.config:
-        c = variants.get("cpu_config", c) if device.is_cpu() and c.use_cpu_variant else c
+        c = variants.get("cpu_config", c) if is_cpu and c.use_cpu_variant else c
     else:
-        check_preset(preset, options.benchmark)
-        preset = preset or ("cpu" if device.is_cpu() else "gpt2")
+        if is_cpu and options.benchmark == "train" and preset.startswith("gpt2"):
+            needs = "needs an accelerator; for a CPU there is --preset=cpu"
+            raise UserError(f"--preset={preset}: {needs}")
+        if is_cpu and preset not in ("", "cpu"):
+            print(
+                f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr
+            )
+        preset = preset or ("cpu" if is_cpu else "gpt2")
         c = PRESETS[preset]
-    if is_comparison and not device.is_cpu():
+    if is_comparison and not is_cpu:
         c = c.replace(mesh="data:1")
     c, _ = device.resolve_auto(c)
     if is_comparison:
@@ -109,28 +115,17 @@ def choose(options: BenchOptions) -> tuple[str, Config]:
     return options.config or preset, c
 
 
-def check_preset(preset: str, benchmark: str) -> None:
-    """Refuse to train a GPT-2 on a CPU; warn of what else takes long there."""
-    if not device.is_cpu() or preset in ("", "cpu"):
-        return
-    if benchmark == "train" and preset.startswith("gpt2"):
-        raise UserError(f"--preset={preset}: needs an accelerator; for a CPU there is --preset=cpu")
-    print(f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr)
-
-
 def run(options: BenchOptions, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
     """Run a benchmark, with its files in `folder` -> its report, and all of it for JSON."""
-    beside_json = str(Path(options.json).with_suffix(".png")) if options.json else "bench.png"
     c, dataset = make_data(c, folder)
     nanogpt = None
     if options.compare_to:
         nanogpt = NanoGPT(options.compare_to, options.torch_python or sys.executable, folder)
     modes = ("eager", "compiled") if options.compile == "both" else (options.compile,)
-    plot = Path(options.plot or beside_json)
+    plot = Path(options.plot or Path(options.json or "bench").with_suffix(".png"))
     try:
         with Console(stderr=True).status("starting") as status:
-            say = lambda text: status.update(text)
-            b = Bench(name, c, dataset, nanogpt, modes, options.repeats, plot, say)
+            b = Bench(name, c, dataset, nanogpt, modes, options.repeats, plot, status.update)
             report = BENCHMARKS[options.benchmark](b)
     except NanoGPTError as error:
         raise UserError(f"--compare_to {options.compare_to}: {error}") from error

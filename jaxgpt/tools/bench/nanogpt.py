@@ -17,7 +17,7 @@ from jaxgpt.runtime import device
 from jaxgpt.tools.bench import torch_server
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-OPTIMIZER = ("weight_decay", "learning_rate", "beta1", "beta2", "grad_clip")
+OPTIMIZER = ("weight_decay", "learning_rate", "beta1", "beta2", "grad_clip")  # in this order
 
 
 class NanoGPTError(Exception):
@@ -45,8 +45,7 @@ class NanoGPT:
             self._log.close()
             raise UserError(f"--torch_python {python}: {error.strerror}") from error
         try:
-            self._answer()
-            self.versions = self.ask("hello")
+            self.versions = self._answer()
         except NanoGPTError as error:
             self.close()
             raise UserError(f"--torch_python {python}: {error}") from error
@@ -56,15 +55,10 @@ class NanoGPT:
         file = self._folder / "weights.npz"
         arrays: Any = to_nanogpt(c, params)
         np.savez(file, **arrays)
-        self.ask(
-            "load",
-            weights=str(file),
-            sizes={key: getattr(c, key) for key in SIZES},
-            optimizer={key: getattr(c, key) for key in OPTIMIZER},
-            data={"file": str(tokens.files[0]), "dtype": str(tokens.dtype)},
-            dtype=c.dtype,
-            mode=mode,
-        )
+        data = {"file": str(tokens.files[0]), "dtype": str(tokens.dtype)}
+        sizes, optimizer = ({key: getattr(c, key) for key in keys} for keys in (SIZES, OPTIMIZER))
+        model: dict[str, Any] = {"weights": str(file), "sizes": sizes, "optimizer": optimizer}
+        self.ask("load", **model, data=data, dtype=c.dtype, mode=mode)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for its answer. Raises `NanoGPTError`."""
@@ -107,10 +101,9 @@ def check_comparable(c: Config) -> None:
         "dtype": "float32" if device.is_cpu() else c.dtype,
     }
     for key, value in has.items():
-        if getattr(c, key) != value:
-            raise UserError(
-                f"{key}={getattr(c, key)!r}: with --compare_to, must be nanoGPT's {value!r}"
-            )
+        mine = getattr(c, key)
+        if mine != value:
+            raise UserError(f"{key}={mine!r}: with --compare_to, must be nanoGPT's {value!r}")
 
 
 def to_nanogpt(config: Config, params: dict) -> dict[str, np.ndarray]:

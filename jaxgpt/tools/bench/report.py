@@ -55,17 +55,17 @@ def quartiles(samples: list[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3}
 
 
-def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
-    """Time a call: milliseconds per call in each round of about 0.1 s, after some to warm up."""
+def call_ms(call: Callable[[], Any]) -> list[float]:
+    """Time a call: milliseconds per call in seven rounds of about 0.1 s, after some to warm up."""
 
-    def seconds_per_call(calls: int) -> float:
+    def time_calls(calls: int) -> float:
         began = time.perf_counter()
         jax.block_until_ready([call() for _ in range(calls)])
-        return (time.perf_counter() - began) / calls
+        return 1000 * (time.perf_counter() - began) / calls
 
-    seconds_per_call(1)
-    calls = max(1, int(0.1 / seconds_per_call(2)))
-    return [1000 * seconds_per_call(calls) for _ in range(rounds)]
+    time_calls(1)
+    calls = max(1, int(100 / time_calls(2)))
+    return [time_calls(calls) for _ in range(7)]
 
 
 def interleaved(
@@ -106,16 +106,15 @@ def format_ratios(name: str, result: dict[str, Any]) -> str:
 def describe_machine() -> dict[str, Any]:
     """Collect the hardware, the versions, and this commit."""
     info, root, git = Path("/proc/cpuinfo"), Path(__file__).parents[3], shutil.which("git")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""
     if git and (root / ".git").exists():
         command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     hardware = {
         "device": jax.devices()[0].device_kind,
         "devices": 1 if device.is_cpu() else jax.device_count(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "memory_bytes": device.memory_bytes(),
     }
@@ -127,22 +126,20 @@ def describe_machine() -> dict[str, Any]:
 
 def show(report: Report, facts: dict[str, Any]) -> None:
     """Print the headline, then the table, then the notes."""
-    console = Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
         console.width = 120
     on, config = facts["hardware"], facts["config"]
     chip = on["device"] if on["device"] != "cpu" else f"{on['cpu']}, {on['cores']} cores"
     torch = f", torch {facts['nanogpt']['torch']}" if facts["nanogpt"] else ""
-    headline = f"{facts['what']}, {facts['preset']}: {report.headline}"
-    console.print(headline, style="bold", markup=False)
+    console.print(f"{facts['what']}, {facts['preset']}: {report.headline}", style="bold")
     console.print(
         f"{chip}; jax {facts['versions']['jax']}{torch}; {config['dtype']}, "
-        f"{config['attention']} attention; data: {facts['data']}",
-        markup=False,
+        f"{config['attention']} attention; data: {facts['data']}"
     )
     table = Table(*report.columns)
     for row in report.rows:
         table.add_row(*row)
     console.print(table)
     for note in report.notes:
-        console.print(note, markup=False)
+        console.print(note)

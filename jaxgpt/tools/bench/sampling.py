@@ -1,8 +1,13 @@
-"""Time sampling, jaxgpt alone or in turn with nanoGPT."""
+"""Time sampling, jaxgpt alone or in turn with nanoGPT; and batches and attention, alone.
+
+B batch, T length, S key length, N heads, K KV heads, H head width; M micro-batches of a step.
+"""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from typing import Any
 
 import jax
@@ -10,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt import model
-from jaxgpt.config import Config
+from jaxgpt import model, sharding
+from jaxgpt.config import Config, UserError
+from jaxgpt.data.batches import Batches, make_resident
+from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime import device
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
 from jaxgpt.tools.bench.report import Bench, Report, call_ms, format_ratios, interleaved, quartiles
+from jaxgpt.train import TRAIN
 
 NEW_TOKENS = 500
 LONG_S = 5.0  # for one sequence; then larger batches are left out
@@ -39,8 +47,8 @@ def bench_sampling(b: Bench) -> Report:
             share = decode_bytes(sampler, batch) * NEW_TOKENS / whole / bandwidth
             found = {"samples_s": times, "tokens_per_s": rate}
             found |= {"first_s": first, "bandwidth_share": share}
-            results["_".join(filter(None, ("batch", str(batch), kind)))] = found
             name = f"{batch} {kind}".strip()
+            results["batch_" + name.replace(" ", "_")] = found
             rows.append([name, f"{1000 * first:.1f}", f"{rate:,.0f}", f"{share:.1%}"])
             if whole > LONG_S:
                 break
@@ -80,8 +88,7 @@ def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[
     chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, params=params, overflow=overflow)
     next(chunks)
     first = time.perf_counter() - began
-    for _ in chunks:
-        pass
+    list(chunks)
     return first, time.perf_counter() - began
 
 
@@ -117,9 +124,69 @@ def compare(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str, Any]]
 def read_bandwidth() -> float:
     """Time reading a large array -> bytes per second of the device, or of all cores together."""
     if device.is_cpu():
-        parts = np.ones((device.cores(), 1 << 25), np.float32)
-        with ThreadPoolExecutor(len(parts)) as pool:
-            ms = call_ms(lambda: list(pool.map(np.max, parts)))
-        return parts.nbytes / min(ms) * 1000
-    x = jnp.ones(1 << 28, jnp.float32)
-    return x.nbytes / min(call_ms(partial(jax.jit(jnp.max), x))) * 1000
+        x = np.ones((device.cores(), 1 << 25), np.float32)
+        with ThreadPoolExecutor(len(x)) as pool:
+            ms = call_ms(lambda: list(pool.map(np.max, x)))
+    else:
+        x = jnp.ones(1 << 28, jnp.float32)
+        ms = call_ms(partial(jax.jit(jnp.max), x))
+    return x.nbytes / min(ms) * 1000
+
+
+def bench_data(b: Bench) -> Report:
+    """Time batches: drawn, placed on the device, gathered."""
+    c, mesh, data = b.config, sharding.make_mesh(b.config), b.dataset.train
+    M = sharding.num_microbatches(c, mesh)
+    shape_KMB = 1, M, sharding.global_batch_size(c) // M
+    rows, results = [], {}
+    for name, resident in ("resident", make_resident(data, mesh)), ("read from disk", None):
+        keys = {"block_size": c.block_size, "seed": c.seed, "stream": TRAIN, "ahead": 2}
+        batches, steps = Batches(data, mesh, shape_KMB, resident=resident, **keys), count()
+        ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
+        windows = 1000 * sharding.global_batch_size(c) / quartiles(ms)["median"]
+        tokens = windows * c.block_size
+        results[name] = {"samples_ms": ms, "windows_per_s": windows, "tokens_per_s": tokens}
+        rows.append([name, f"{windows:,.0f}", f"{tokens:,.0f}"])
+    headline = f"{rows[0][2]} tokens/s resident, {rows[1][2]} from disk"
+    return Report(headline, ["tokens", "windows/s", "tokens/s"], rows, [], results)
+
+
+def bench_attention(b: Bench) -> Report:
+    """Time every back end this device can run, forward and backward, at the same tokens a batch."""
+    tokens, rows, notes, results = b.config.batch_size * b.config.block_size, [], [], {}
+    for backend in ("reference", "cpu", "xla", "cudnn", "splash"):
+        for T in (n * b.config.block_size for n in (1, 2, 4)):
+            c = b.config.replace(attention=backend, block_size=T, dropout=0.0, batch_tokens=0)
+            B = max(1, tokens // T)
+            b.say(f"{backend}, length {T}")
+            try:
+                device.choose_attention(c)
+                ms = call_ms(attention_call(c, B))
+            except UserError as error:
+                notes.append(str(error))
+                break
+            except jax.errors.JaxRuntimeError as error:
+                notes.append(f"{backend}, length {T}: {str(error).splitlines()[0]}")
+                continue
+            results[f"{backend}_{T}"] = {"batch": B, "samples_ms": ms}
+            rows.append([backend, str(T), str(B), f"{quartiles(ms)['median']:.3g}"])
+    at_shape = [row for row in rows if row[1] == str(b.config.block_size)]
+    best = min(at_shape, key=lambda row: float(row[3]))
+    headline = f"{best[0]} is fastest at the config's shape: {best[3]} ms"
+    columns = ["back end", "length", "batch", "ms, forward and backward"]
+    return Report(headline, columns, rows, notes, results)
+
+
+def attention_call(c: Config, B: int) -> Callable[[], Any]:
+    """Make a call of attention, forward and backward, on random arrays."""
+    shapes = [(B, c.block_size, n, c.head_dim) for n in (c.n_head, c.kv_heads, c.kv_heads)]
+    *keys, weight_key = jax.random.split(jax.random.key(0), 4)
+    q_BTNH, k_BSKH, v_BSKH = map(partial(jax.random.normal, dtype=c.dtype), keys, shapes)
+    weight_BTNH = jax.random.normal(weight_key, shapes[0], c.dtype)
+
+    def loss(q, k, v) -> jax.Array:
+        keys = {"causal": c.causal, "window": c.sliding_window, "backend": c.attention}
+        out = dot_product_attention(q, k, v, **keys)
+        return (out * weight_BTNH).astype(jnp.float32).sum()
+
+    return partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), q_BTNH, k_BSKH, v_BSKH)

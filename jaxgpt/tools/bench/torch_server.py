@@ -14,28 +14,24 @@ import json
 import os
 import sys
 import time
+from itertools import chain
 from typing import Any
 
 
 class NanoGPT:
     """The model, its optimizer and its data; every public method is a command."""
 
-    def __init__(self, path: str, device: str):
+    def start(self, path: str, device: str) -> dict[str, Any]:
+        """Import torch and nanoGPT -> what runs here."""
         self.np, self.torch = (importlib.import_module(name) for name in ("numpy", "torch"))
         spec: Any = importlib.util.spec_from_file_location("model", os.path.join(path, "model.py"))
         self.gpt = sys.modules["model"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.gpt)
-        self.torch.backends.cuda.matmul.allow_tf32 = True
-        self.torch.backends.cudnn.allow_tf32 = True
-        self.device = device
-        if device == "cuda" and not self.torch.cuda.is_available():
+        t, self.device, is_cuda = self.torch, device, device == "cuda"
+        t.backends.cuda.matmul.allow_tf32 = t.backends.cudnn.allow_tf32 = True
+        if is_cuda and not t.cuda.is_available():
             raise RuntimeError("this torch finds no CUDA device")
-        self.free()
-
-    def hello(self) -> dict[str, Any]:
-        """Tell what runs here."""
-        t = self.torch
-        name = t.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        name = t.cuda.get_device_name() if is_cuda else "cpu"
         return {"torch": t.__version__, "device": name, "threads": t.get_num_threads()}
 
     def load(self, weights: str, sizes: dict, optimizer: dict, data: dict, dtype: str, mode: str):
@@ -51,10 +47,8 @@ class NanoGPT:
         with self.np.load(weights) as arrays:
             model.load_state_dict({name: t.from_numpy(arrays[name]) for name in arrays.files})
         self.model = model.to(self.device).train()
-        rates = optimizer["weight_decay"], optimizer["learning_rate"]
-        betas = optimizer["beta1"], optimizer["beta2"]
-        self.optimizer = self.model.configure_optimizers(*rates, betas, self.device)
-        self.grad_clip = optimizer["grad_clip"]
+        decay, rate, *betas, self.grad_clip = optimizer.values()
+        self.optimizer = self.model.configure_optimizers(decay, rate, tuple(betas), self.device)
         self.forward = t.compile(self.model) if mode == "compiled" else self.model
 
     def free(self) -> None:
@@ -127,22 +121,15 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # jaxgpt's names stay apart
 
-    def answer(function: Any, **arguments: Any) -> Any:
-        """Call a function, and write what it returns or raises."""
-        result, reply = None, {}
+    server = NanoGPT()
+    start = {"do": "start", "path": sys.argv[1], "device": sys.argv[2]}
+    for command in chain([start], map(json.loads, sys.stdin)):
         try:
-            result = function(**arguments)
-            reply = result if isinstance(result, dict) else {}
+            reply = getattr(server, command.pop("do"))(**command) or {}
         except Exception as error:  # whatever torch, a compiler or a driver can raise
             reply = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
-        return result
-
-    server = answer(lambda: NanoGPT(*sys.argv[1:3]))
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer(getattr(server, command.pop("do")), **command)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Time whole training steps, jaxgpt alone or in turn with nanoGPT.
-
-K steps per call, B batch.
-"""
+"""Time whole training steps, jaxgpt alone or in turn with nanoGPT. K steps per call, B batch."""
 
 import time
 from pathlib import Path
@@ -59,16 +56,10 @@ class JaxGPT:
     def next_steps(self, steps: int) -> dict[str, list]:
         """List where the next steps' windows start, [steps, M, B], and their learning rates."""
         upcoming, rate = range(self.steps_taken, self.steps_taken + steps), schedule(self.config)
-        starts = [self.batches.starts(step) for step in upcoming[:: self.K]]
+        starts = np.concatenate([self.batches.starts(step) for step in upcoming[:: self.K]])
+        lrs = np.array([rate(step) for step in upcoming])
         shape = steps, -1, self.config.batch_size
-        return {
-            "starts": np.concatenate(starts).reshape(shape).tolist(),
-            "lrs": np.array([rate(step) for step in upcoming]).tolist(),
-        }
-
-    def params(self) -> dict[str, Any]:
-        """Copy the parameters to NumPy arrays."""
-        return jax.device_get(self.state.params)
+        return {"starts": starts.reshape(shape).tolist(), "lrs": lrs.tolist()}
 
     def round_steps(self) -> int:
         """Warm up -> how many steps make a round."""
@@ -128,7 +119,9 @@ def bench_training(b: Bench) -> Report:
     mine: dict[str, Any] = jaxgpt.summary(ms) | {"steps_a_round": steps}
     results["jaxgpt"] = mine
     rows.insert(0, format_row("jaxgpt", mine))
-    notes.append(format_kernels(mine["kernels"]))
+    kernels = mine["kernels"]
+    top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
+    notes.append(f"{sum(kernels.values())} kernels in the compiled step: {top}")
     headline = f"{mine['step_ms']['median']:.4g} ms a step, {mine['tokens_per_s']:,.0f} tokens/s"
     for mode in b.modes:
         if "pairs" in results.get(mode, ()):
@@ -153,11 +146,6 @@ def format_row(name: str, found: dict[str, Any]) -> list[str]:
     return [name, times, f"{found['tokens_per_s']:,.0f}", mfu, memory, compiling, ratio]
 
 
-def format_kernels(kernels: dict[str, int]) -> str:
-    top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
-    return f"{sum(kernels.values())} kernels in the compiled step: {top}"
-
-
 def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
     """Time rounds of both sides in turn -> what was found, or nanoGPT's {"error"}."""
     nanogpt: Any = b.nanogpt
@@ -167,11 +155,9 @@ def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
         upcoming.update(jaxgpt.next_steps(steps))  # nanoGPT then takes the same steps
         return jaxgpt.train(steps)[0]
 
-    def nanogpt_round() -> float:
-        return nanogpt.ask("train", **upcoming)["seconds"]
-
+    nanogpt_round = lambda: nanogpt.ask("train", **upcoming)["seconds"]
     try:
-        nanogpt.load(b.config, b.dataset.train, jaxgpt.params(), mode)
+        nanogpt.load(b.config, b.dataset.train, jax.device_get(jaxgpt.state.params), mode)
         warm_up = jaxgpt.next_steps(-(-3 // jaxgpt.K) * jaxgpt.K)
         warm_up_s = sum(nanogpt.ask("train", **warm_up)["seconds"] for _ in range(2))
         (found,) = interleaved([jaxgpt_round], nanogpt_round, b.repeats)
@@ -208,7 +194,7 @@ def loss_parity(b: Bench, jaxgpt: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
     """
     if b.config.dropout:
         jaxgpt = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
-    nanogpt.load(jaxgpt.config, b.dataset.train, jaxgpt.params(), "eager")
+    nanogpt.load(jaxgpt.config, b.dataset.train, jax.device_get(jaxgpt.state.params), "eager")
     upcoming = jaxgpt.next_steps(-(-PARITY_STEPS // jaxgpt.K) * jaxgpt.K)
     theirs = nanogpt.ask("train", **upcoming)["losses"][:PARITY_STEPS]
     losses = jaxgpt.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
