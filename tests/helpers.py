@@ -32,6 +32,8 @@ from jaxgpt.train_step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
+PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+CHILD_ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # imports jaxgpt from anywhere
 CLOCK = ("tokens_per_s", "step_ms", "mfu", "time")  # what differs from run to run
 
 TINY = {
@@ -100,12 +102,19 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def refusal(function, *args) -> str:
+def refusal(function, *args, **keys) -> str:
     """The one line of the `UserError` that a call must raise."""
     with pytest.raises(UserError) as raised:
-        function(*args)
+        function(*args, **keys)
     assert "\n" not in str(raised.value)
     return str(raised.value)
+
+
+def exit_code(function, *args) -> int | None:
+    """The code that a call ends the process with."""
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    return end.value.code
 
 
 # ---- steps by hand ---------------------------------------------------------------------------
