@@ -253,6 +253,20 @@ def set_val_losses(monkeypatch, by_step: dict[int, float]) -> None:
     monkeypatch.setattr(Evaluator, "full_loss", lambda self, params: 9.0)
 
 
+def write_run(config: Config, steps: dict[int, dict], tokenizer=None, best: int | None = None):
+    """A run directory with these parameters at these steps; returns the config."""
+    folder = Path(config.out_dir)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    checkpoints = Checkpoints(folder / "checkpoints", keep=5)
+    for step, params in steps.items():
+        checkpoints.save({"params": params}, {"step": step}, best=step == best)
+        checkpoints.wait()
+    return config
+
+
 TRAIN_SCRIPT = (
     "import sys, json; from jaxgpt.config import Config; from jaxgpt.train import train; "
     "from jaxgpt.cli.commands import run; run(lambda argv: train(Config(**json.loads(argv[0]))))"
