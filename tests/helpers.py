@@ -32,6 +32,8 @@ from jaxgpt.train_step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
+PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+CHILD_ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # imports jaxgpt from anywhere
 CLOCK = ("tokens_per_s", "step_ms", "mfu", "time")  # what differs from run to run
 
 TINY = {
@@ -100,12 +102,19 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def refusal(function, *args) -> str:
+def refusal(function, *args, **keys) -> str:
     """The one line of the `UserError` that a call must raise."""
     with pytest.raises(UserError) as raised:
-        function(*args)
+        function(*args, **keys)
     assert "\n" not in str(raised.value)
     return str(raised.value)
+
+
+def exit_code(function, *args) -> int | None:
+    """The code that a call ends the process with."""
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    return end.value.code
 
 
 # ---- steps by hand ---------------------------------------------------------------------------
@@ -242,6 +251,20 @@ def set_val_losses(monkeypatch, by_step: dict[int, float]) -> None:
 
     monkeypatch.setattr(Evaluator, "losses", losses)
     monkeypatch.setattr(Evaluator, "full_loss", lambda self, params: 9.0)
+
+
+def write_run(config: Config, steps: dict[int, dict], tokenizer=None, best: int | None = None):
+    """A run directory with these parameters at these steps; returns the config."""
+    folder = Path(config.out_dir)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    checkpoints = Checkpoints(folder / "checkpoints", keep=5)
+    for step, params in steps.items():
+        checkpoints.save({"params": params}, {"step": step}, best=step == best)
+        checkpoints.wait()
+    return config
 
 
 TRAIN_SCRIPT = (

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import re
 import typing
 
 import pytest
 from config_strategy import configs
 from flax import nnx
+from helpers import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,30 +23,20 @@ DEFAULTS = Config().to_dict()
 
 # Keys of one kind, a value that they may not have, and what the message says is allowed.
 KINDS = [
-    (
-        "max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
-        "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
-        "max_nonfinite_steps num_processes steps_per_call",
-        *(-1, "a whole number at least 0"),
-    ),
-    (
-        "eval_interval log_interval keep_checkpoints batch_size gradient_accumulation_steps "
-        "block_size n_head n_embd",
-        *(0, "a whole number at least 1"),
-    ),
-    ("eot_id", -2, "a whole number at least -1"),
-    ("process_id", -2, "a whole number at least -1"),
+    ("max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
+     "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
+     "max_nonfinite_steps num_processes steps_per_call", -1, "a whole number at least 0"),
+    ("eval_interval log_interval keep_checkpoints batch_size gradient_accumulation_steps "
+     "block_size n_head n_embd", 0, "a whole number at least 1"),
+    ("eot_id process_id", -2, "a whole number at least -1"),
     ("digits", 10, "a whole number from 1 to 9"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
     ("learning_rate min_lr weight_decay grad_clip logit_softcap", -1e-9, "a number at least 0"),
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
-    (
-        "overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
-        "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
-        "decay_lr use_cpu_variant scan_layers",
-        *("yes", "True or False"),
-    ),
+    ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
+     "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
+     "decay_lr use_cpu_variant scan_layers", "yes", "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
     ("wandb_run_name freeze", 7, "text"),
@@ -65,14 +55,8 @@ KINDS = [
     ("attention", "flash", "one of auto, reference, cpu, xla, cudnn, splash"),
     ("remat", False, "one of none, dots, full"),
     ("coordinator", "localhost", "host:port"),
-]
+]  # fmt: skip
 BAD = {key: (value, allowed) for keys, value, allowed in KINDS for key in keys.split()}
-
-
-def refusal(**keys) -> str:
-    with pytest.raises(UserError) as raised:
-        Config(**keys)
-    return str(raised.value)
 
 
 def test_every_key_has_a_bad_value():
@@ -82,7 +66,7 @@ def test_every_key_has_a_bad_value():
 @pytest.mark.parametrize("key", BAD)
 def test_a_bad_value_is_refused_by_name_with_what_is_allowed(key):
     value, allowed = BAD[key]
-    assert refusal(**{key: value}) == f"{key}={value!r}: must be {allowed}"
+    assert refusal(Config, **{key: value}) == f"{key}={value!r}: must be {allowed}"
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -95,14 +79,12 @@ def test_a_value_of_another_type_is_refused(key):
         str: [0, True, None, b"auto", ["auto"], {}],
     }
     for value in others[type(DEFAULTS[key])]:
-        assert refusal(**{key: value}).startswith(f"{key}={value!r}: must be ")
+        assert refusal(Config, **{key: value}).startswith(f"{key}={value!r}: must be ")
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if type(DEFAULTS[key]) is float])
 def test_a_whole_number_may_stand_for_a_real_one(key):
-    value = getattr(Config(**{"min_lr": 0, key: 0}), key)
-    assert value == 0
-    assert type(value) is float
+    assert repr(getattr(Config(**{"min_lr": 0, key: 0}), key)) == "0.0"
 
 
 def test_numbers_without_a_bound_may_be_huge():
@@ -117,35 +99,25 @@ TOGETHER = [
     ({"n_embd": 100, "n_head": 12}, "n_embd=100: must be a multiple of n_head=12"),
     ({"n_kv_head": 5}, "n_kv_head=5: must divide n_head=12"),
     ({"n_kv_head": 24}, "n_kv_head=24: must divide n_head=12"),
-    (
-        {"position": "rope", "n_head": 3, "n_embd": 9},
-        "position='rope': needs an even head width, and n_embd / n_head is 3",
-    ),
+    ({"position": "rope", "n_head": 3, "n_embd": 9},
+     "position='rope': needs an even head width, and n_embd / n_head is 3"),
     ({"sliding_window": 8, "causal": False}, "sliding_window=8: needs causal=True"),
-    (
-        {"min_lr": 2e-3, "learning_rate": 1e-3},
-        "min_lr=0.002: must be at most learning_rate=0.001",
-    ),
-    (
-        {"batch_tokens": 100, "batch_size": 4, "block_size": 8},
-        "batch_tokens=100: must be a multiple of batch_size x block_size = 32",
-    ),
-]
+    ({"min_lr": 2e-3, "learning_rate": 1e-3}, "min_lr=0.002: must be at most learning_rate=0.001"),
+    ({"batch_tokens": 100, "batch_size": 4, "block_size": 8},
+     "batch_tokens=100: must be a multiple of batch_size x block_size = 32"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("keys", "message"), TOGETHER, ids=[m for _, m in TOGETHER])
 def test_keys_that_do_not_fit_together_are_refused_whichever_is_set_last(keys, message):
-    assert refusal(**keys) == message
-    with pytest.raises(UserError, match=re.escape(message)):
-        Config.from_dict(keys)
+    assert refusal(Config, **keys) == refusal(Config.from_dict, keys) == message
     for last, value in keys.items():
         others = {k: v for k, v in keys.items() if k != last}
         try:
             config = Config(**others)
         except UserError:
             continue  # the default of the last key is refused too
-        with pytest.raises(UserError, match=re.escape(message)):
-            config.replace(**{last: value})
+        assert refusal(config.replace, **{last: value}) == message
 
 
 @pytest.mark.parametrize(
@@ -167,38 +139,30 @@ def test_keys_that_fit_together_are_allowed(keys):
 # ---- names of keys ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "hint"),
-    [
-        ("n_heads", ", did you mean n_head?"),
-        ("lerning_rate", ", did you mean learning_rate?"),
-        ("batchsize", ", did you mean batch_size?"),
-        ("zzzzzz", ""),
-    ],
-)
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, hint):
-    for make in Config.from_dict, lambda keys: Config().replace(**keys):
-        with pytest.raises(UserError) as raised:
-            make({key: 1})
-        assert str(raised.value) == f"{key}: there is no such key{hint}"
+NEAREST = {"n_heads": "n_head", "lerning_rate": "learning_rate", "batchsize": "batch_size"}
+
+
+@pytest.mark.parametrize("key", [*NEAREST, "zzzzzz"])
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key):
+    hint = f", did you mean {NEAREST[key]}?" if key in NEAREST else ""
+    for message in refusal(Config.from_dict, {key: 1}), refusal(Config().replace, **{key: 1}):
+        assert message == f"{key}: there is no such key{hint}"
 
 
 def test_old_names_of_keys_are_read():
-    new = {new: BAD[new][0] for new in OLD_KEYS.values()}
     for old, key in OLD_KEYS.items():
         assert old not in KEYS
-        with pytest.raises(UserError, match=f"^{key}="):  # it reaches the new key, and its check
-            Config.from_dict({old: new[key]})
-    assert Config.from_dict({"n_inner": 5, "on_cpu": False}).to_dict() == DEFAULTS | {
-        "mlp_dim": 5,
-        "use_cpu_variant": False,
-    }
+        message = refusal(Config.from_dict, {old: BAD[key][0]})
+        assert message.startswith(f"{key}=")  # it reaches the new key, and its check
+    config = Config.from_dict({"n_inner": 5, "on_cpu": False})
+    assert config.to_dict() == DEFAULTS | {"mlp_dim": 5, "use_cpu_variant": False}
 
 
 def test_keys_of_the_lecture_are_dropped_where_they_are_gpt2s_and_else_refused():
     assert Config.from_dict({"residual": True, "init": "gpt2"}) == Config()
-    with pytest.raises(UserError, match=r"^residual=False: .*--config configs/lecture/"):
-        Config.from_dict({"residual": False})
+    message = refusal(Config.from_dict, {"residual": False})
+    assert message.startswith("residual=False: ")
+    assert "--config configs/lecture/" in message
 
 
 # ---- all configs -----------------------------------------------------------------------------
@@ -277,8 +241,7 @@ def test_a_subclass_keeps_its_class_and_its_keys():
     wider = config.replace(width=10)
     assert (type(wider), wider.width, wider.seed) == (WideConfig, 10, 3)
     assert WideConfig.from_dict({"n_inner": 5}).mlp_dim == 5
-    own = set(WideConfig.model_keys()) - set(Config.model_keys())
-    assert own == {"width", "mode"}
+    assert set(WideConfig.model_keys()) - set(Config.model_keys()) == {"width", "mode"}
     assert not {"seed", "learning_rate", "device"} & set(WideConfig.model_keys())
 
 
@@ -295,10 +258,8 @@ def test_a_subclass_keeps_its_class_and_its_keys():
     ids=str,
 )
 def test_a_subclass_checks_its_own_keys_too(keys, message):
-    for make in WideConfig.from_dict, lambda keys: WideConfig().replace(**keys):
-        with pytest.raises(UserError) as raised:
-            make(keys)
-        assert str(raised.value) == message
+    for told in refusal(WideConfig.from_dict, keys), refusal(WideConfig().replace, **keys):
+        assert told == message
 
 
 def test_a_key_of_a_type_that_no_flag_can_have_is_refused():
@@ -306,8 +267,7 @@ def test_a_key_of_a_type_that_no_flag_can_have_is_refused():
     class ListConfig(Config):
         sizes: dict = dataclasses.field(default_factory=dict)
 
-    with pytest.raises(UserError, match=r"^sizes: a key's type must be int, float"):
-        ListConfig()
+    assert refusal(ListConfig).startswith("sizes: a key's type must be int, float")
 
 
 def test_the_hooks_make_a_gpt_and_decay_kernels():

@@ -189,8 +189,7 @@ def test_package_index_comes_last(folder, corpus, pip, web):
 
 
 @pytest.mark.parametrize(
-    ("name", "works"),
-    [("shakespeare_plays", sorted(PLAYS)), ("shakespeare_sonnets", ["sonnets"])],
+    ("name", "works"), [("shakespeare_plays", sorted(PLAYS)), ("shakespeare_sonnets", ["sonnets"])]
 )
 def test_plays_and_sonnets_come_from_the_package_index_alone(
     folder, pip, web, monkeypatch, name, works

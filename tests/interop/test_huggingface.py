@@ -309,10 +309,7 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        *BAD_TENSORS.values(),
-        *BAD_FIELDS,
-    ],
+    [*BAD_TENSORS.values(), *BAD_FIELDS],
     ids=[*BAD_TENSORS, *(str(fields) for fields, _ in BAD_FIELDS)],
 )
 def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, change, message):
