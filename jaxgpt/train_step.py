@@ -108,23 +108,31 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
                 grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
             grads = jax.tree.map(lambda g: g / targets, grads)
             loss, norm, lr = total / targets, optax.tree.norm(grads), learning_rate(state.step)
-            state = update(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm))
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            state = apply_update(optimizer, is_frozen, state, grads, is_finite)
             metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
             return state, jax.tree.map(lambda value: value[None], metrics)
 
-    def update(state: TrainState, grads: dict, is_finite: jax.Array) -> TrainState:
-        keys = {"is_finite": is_finite}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **keys)
-
-        def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
-            return old if frozen else where_finite(is_finite, new, old)
-
-        params = optax.apply_updates(state.params, updates)
-        params = jax.tree.map(keep_or_take, is_frozen, params, state.params)
-        return TrainState(params, opt_state, state.step + 1)
-
     shardings = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+
+def apply_update(
+    optimizer: optax.GradientTransformationExtraArgs,
+    is_frozen: dict,
+    state: TrainState,
+    grads: dict,
+    is_finite: jax.Array,
+) -> TrainState:
+    """Update what is not frozen, if loss and gradient are finite; count the step in any case."""
+    old = state.params
+    updates, opt_state = optimizer.update(grads, state.opt_state, old, is_finite=is_finite)
+
+    def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
+        return old if frozen else where_finite(is_finite, new, old)
+
+    params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(old, updates), old)
+    return TrainState(params, opt_state, state.step + 1)
 
 
 def repeat_step(step: Callable, state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
