@@ -47,15 +47,11 @@ def _damage(folder: Path, rounds: int, rng: random.Random) -> bool:
     folder.mkdir()
     run = tiny(folder, make_data(folder))
     fork(run, folder / "output").join()
-    found = damage_at_random(run, folder, rounds, rng)
-    print(
-        f"damage: {found.rounds - len(found.missed)} of {found.rounds} found, "
-        f"{len(found.lost)} lost the step before",
-        flush=True,
-    )
-    for what in (*found.missed, *found.lost):
-        print("  ", what)
-    return not (found.missed or found.lost)
+    missed, lost = damage_at_random(run, folder, rounds, rng)
+    found = f"{rounds - len(missed)} of {rounds} found"
+    print(f"damage: {found}, {len(lost)} lost the step before", flush=True)
+    print(*(f"   {what}\n" for what in missed + lost), sep="", end="")
+    return not (missed or lost)
 
 
 def _kill(folder: Path, rounds: int, rng: random.Random) -> bool:
@@ -67,8 +63,7 @@ def _kill(folder: Path, rounds: int, rng: random.Random) -> bool:
         f"most {killed.again} steps taken again; {killed.runs} runs came to their end, "
         f"{killed.others} of them with another digit"
     )
-    for errors in killed.failed:
-        print("  ", errors[-2000:])
+    print(*(f"   {errors[-2000:]}\n" for errors in killed.failed), sep="", end="")
     return not (killed.failed or killed.others)
 
 
