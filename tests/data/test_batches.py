@@ -266,7 +266,7 @@ def test_whole_split_has_every_target_once(tmp_path_factory, split, share, dispa
     mesh = mesh_of(name)
     sequences, seen = share * mesh.shape["data"] * mesh.shape["fsdp"], []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluate, "DISPATCH", dispatch)
+        patched.setattr(evaluate, "BATCHES_PER_CALL", dispatch)
         tokens = TokenSplit([file], "uint16", num_tokens)
         batches = list(evaluate.full_split(tokens, mesh, sequences, T))
     for batch, count in batches:

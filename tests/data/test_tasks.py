@@ -259,4 +259,4 @@ def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
     assert found["exact"] == 1
     capsys.readouterr()
     cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
-    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.RULE}\n"
+    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.SEPARATOR}\n"
