@@ -50,7 +50,8 @@ def _damage(folder: Path, rounds: int, rng: random.Random) -> bool:
     missed, lost = damage_at_random(run, folder, rounds, rng)
     found = f"{rounds - len(missed)} of {rounds} found"
     print(f"damage: {found}, {len(lost)} lost the step before", flush=True)
-    print(*(f"   {what}\n" for what in missed + lost), sep="", end="")
+    for what in missed + lost:
+        print("  ", what)
     return not (missed or lost)
 
 
@@ -63,7 +64,8 @@ def _kill(folder: Path, rounds: int, rng: random.Random) -> bool:
         f"most {killed.again} steps taken again; {killed.runs} runs came to their end, "
         f"{killed.others} of them with another digit"
     )
-    print(*(f"   {errors[-2000:]}\n" for errors in killed.failed), sep="", end="")
+    for errors in killed.failed:
+        print("  ", errors[-2000:])
     return not (killed.failed or killed.others)
 
 
