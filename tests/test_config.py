@@ -19,8 +19,6 @@ KEYS = [field.name for field in dataclasses.fields(Config)]
 DEFAULTS = Config().to_dict()
 
 
-# ---- one key ---------------------------------------------------------------------------------
-
 # Keys of one kind, a value that they may not have, and what the message says is allowed.
 KINDS = [
     ("max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
@@ -92,8 +90,6 @@ def test_numbers_without_a_bound_may_be_huge():
     assert Config(learning_rate=1e308).learning_rate == 1e308
 
 
-# ---- keys together ---------------------------------------------------------------------------
-
 # (keys that do not go together, what the message says)
 TOGETHER = [
     ({"n_embd": 100, "n_head": 12}, "n_embd=100: must be a multiple of n_head=12"),
@@ -136,9 +132,6 @@ def test_keys_that_fit_together_are_allowed(keys):
     assert Config().replace(**keys).to_dict() == DEFAULTS | keys
 
 
-# ---- names of keys ---------------------------------------------------------------------------
-
-
 NEAREST = {"n_heads": "n_head", "lerning_rate": "learning_rate", "batchsize": "batch_size"}
 
 
@@ -165,9 +158,6 @@ def test_keys_of_the_lecture_are_dropped_where_they_are_gpt2s_and_else_refused()
     assert "--config configs/lecture/" in message
 
 
-# ---- all configs -----------------------------------------------------------------------------
-
-
 @given(configs())
 def test_a_config_survives_json(config):
     text = json.dumps(config.to_dict(), allow_nan=False)
@@ -185,9 +175,6 @@ def test_replace_returns_another_config_with_every_key_given(config, other):
     assert config.to_dict() == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_layer = 5
-
-
-# ---- derived values --------------------------------------------------------------------------
 
 
 @given(configs())
@@ -214,9 +201,6 @@ def test_the_mlp_is_four_times_as_wide_and_swiglu_two_thirds_of_that(n_embd):
     assert 8 * n_embd <= 3 * width < 8 * n_embd + 3 * 64
     for mlp in "relu", "swiglu":
         assert config.replace(mlp=mlp, mlp_dim=5).mlp_hidden_dim == 5
-
-
-# ---- a config class of one's own -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,8 +86,6 @@ def greedy_loop(logits_after, prompt: list[int], new: int, size: int, overflow: 
 
 
 # ---- the logits that tokens are drawn from ---------------------------------------------------
-
-
 @pytest.fixture
 def logits(monkeypatch) -> list[np.ndarray]:
     """Collects the logits [B, V] of every draw, with chunks of one token."""
@@ -169,8 +167,6 @@ def test_an_encoder_cannot_be_sampled():
 
 
 # ---- parameters and devices ------------------------------------------------------------------
-
-
 def test_loaded_parameters_replace_those_before():
     config, params = lively_case()
     other = jax.tree.map(lambda p: -p, params)
@@ -204,7 +200,6 @@ def test_devices_share_sequences_and_change_no_token(rows, devices, monkeypatch)
 
 
 # ---- past block_size, and side by side -------------------------------------------------------
-
 LIVELY = [
     ({}, 1.0),
     ({"n_layer": 1}, 2.5),
@@ -266,8 +261,6 @@ def test_padding_is_never_seen(overflow, monkeypatch):
 
 
 # ---- a user's own model ----------------------------------------------------------------------
-
-
 class MeanModel(nnx.Module):
     """A model without a cache: a linear map of the last token's row and of the mean row so far."""
 
@@ -308,7 +301,6 @@ def test_a_model_without_a_cache_is_sampled_as_numpy_samples_it(overflow, penalt
 
 
 # ---- draws -----------------------------------------------------------------------------------
-
 DRAWS = 10_000
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
 SEEN = np.arange(12) % 3 == 0
@@ -448,8 +440,6 @@ def test_neither_number_nor_length_nor_chunk_of_samples_changes_a_token(overflow
 
 
 # ---- chunks, the mask, and how often it compiles ---------------------------------------------
-
-
 @settings(max_examples=25)
 @given(st.tuples(*3 * [st.integers(0, 4)]), st.integers(1, 50), st.sampled_from(OVERFLOWS))
 def test_clearing_an_entry_of_active_ends_that_sequence_alone(ends, new, overflow):
@@ -521,8 +511,6 @@ def test_buckets_of_lengths_are_wide_enough_and_few(block_size):
 
 
 # ---- models whose text is known --------------------------------------------------------------
-
-
 def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dict]:
     """A bigram model that says these tokens, each of them different, round and round."""
     sizes = {"vocab_size": vocab_size, "block_size": 8, "n_layer": 0, "n_head": 1}
@@ -588,7 +576,6 @@ def test_an_impossible_prompt_is_refused_before_anything_runs(alphabet, prompts,
 
 
 # ---- the command -----------------------------------------------------------------------------
-
 SEPARATOR = "-" * 15 + "\n"
 
 

@@ -50,7 +50,6 @@ def write(tmp_path, monkeypatch):
 
 
 # ---- mistakes in a config file ---------------------------------------------------------------
-
 # (the file after its import, the line to blame, what is wrong)
 MISTAKES = {
     "syntax": ("config = Config(\n    n_layer=3\n    n_head=2,\n)\n", "n_layer=3", "syntax"),
@@ -125,24 +124,17 @@ def test_a_missing_file_is_refused_with_those_that_there_are(write):
 
 
 # ---- flags -----------------------------------------------------------------------------------
+WAYS = [
+    "--config mine.py --n_layer=2", "--config=mine.py --n_layer=2", "mine.py --n_layer=2",
+    "mine.py --n_layer 2", "--n_layer 2 --config mine.py", "--n_layer=2 --config=mine.py",
+    "mine.py --n_layer=9 --n_layer=2",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--config", "mine.py", "--n_layer=2"],
-        ["--config=mine.py", "--n_layer=2"],
-        ["mine.py", "--n_layer=2"],
-        ["mine.py", "--n_layer", "2"],
-        ["--n_layer", "2", "--config", "mine.py"],
-        ["--n_layer=2", "--config=mine.py"],
-        ["mine.py", "--n_layer=9", "--n_layer=2"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("argv", WAYS)
 def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
     write("config = Config(n_layer=5, n_head=4)\n")
-    assert parse(*argv) == Config(n_layer=2, n_head=4)
+    assert parse(*argv.split()) == Config(n_layer=2, n_head=4)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +226,6 @@ def test_the_parsed_command_line_has_the_keys_that_were_set_and_no_other(write):
 
 
 # ---- the variant for a CPU -------------------------------------------------------------------
-
 VARIANTS = (
     "config = Config(n_layer=6, n_head=6, n_embd=384)\ncpu_config = config.replace(n_layer=4)\n"
 )
@@ -285,7 +276,6 @@ def test_processes_and_device_start_as_the_command_line_says(write, monkeypatch)
 
 
 # ---- a config class of one's own -------------------------------------------------------------
-
 OWN = """
 from dataclasses import dataclass
 from typing import Annotated
@@ -324,7 +314,6 @@ def test_keys_of_a_subclass_are_flags_with_help(write, capsys):
 
 
 # ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------
-
 # nanoGPT's config/train_shakespeare_char.py over the defaults of its train.py, then what its
 # model.py and train.py do without a key for it.
 BABY_GPT = """
@@ -381,8 +370,6 @@ def test_every_config_that_comes_with_jaxgpt_loads(path):
 
 
 # ---- exit codes ------------------------------------------------------------------------------
-
-
 MISTAKE = "n_layer=-1: must be at least 0"
 ENDS = {None: None, 0: 0, 143: 143, KeyboardInterrupt(): 130, UserError(MISTAKE): 2}
 
@@ -464,7 +451,6 @@ def test_plan_takes_its_own_flags_and_those_of_the_config(write, monkeypatch):
 
 
 # ---- help ------------------------------------------------------------------------------------
-
 RUN = """
 import json, sys
 from jaxgpt.cli import commands as cli
@@ -512,20 +498,8 @@ def test_mistakes_are_told_without_a_traceback_and_before_jax_is_there(write, tm
     assert "Traceback" not in done.stderr
 
 
-UNFIT = {
-    b"": "0 characters are too few",
-    b"abc\xff": "byte 3 (0xff) is not UTF-8",
-    None: "neither a text file, a folder nor a corpus",
-}
-
-
-@pytest.mark.parametrize("content", [b"to be or not to be\n" * 9, *UNFIT])
-def test_prepare_writes_a_dataset_or_says_in_a_line_why_not(tmp_path, capsys, content):
-    file = tmp_path / "verse.txt"
-    if content is not None:
-        file.write_bytes(content)
-    code = exit_code(cli.run, cli.prepare, [str(file), f"--data_dir={tmp_path / 'data'}"])
-    assert code == (2 if content in UNFIT else None)
-    last = capsys.readouterr().err.splitlines()[-1:]
-    assert content not in UNFIT or last[0].startswith(f"error: {file}: {UNFIT[content]}")
-    assert list(tmp_path.glob("data/*")) == ([] if content in UNFIT else [tmp_path / "data/verse"])
+def test_prepare_writes_a_dataset(tmp_path):
+    (tmp_path / "verse.txt").write_bytes(b"to be or not to be\n" * 9)
+    argv = [str(tmp_path / "verse.txt"), f"--data_dir={tmp_path / 'data'}"]
+    assert exit_code(cli.run, cli.prepare, argv) is None
+    assert list(tmp_path.glob("data/*")) == [tmp_path / "data/verse"]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +15,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from helpers import read_files
+from helpers import CHILD_ENV, read_files, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import jaxgpt
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.data import prepare as prepares
 from jaxgpt.data import text as texts
 from jaxgpt.data import tokenizer as tokenizers
@@ -79,9 +78,6 @@ def assert_opens(folder: Path, text: str) -> None:
     assert "".join(map(dataset.tokenizer.decode, ids.values())) == text
 
 
-# --- The ids ------------------------------------------------------------------------------------
-
-
 @given(st.text(min_size=2) | st.text("ab \n\u20ac\U0001f600", min_size=2), st.integers(1, 9))
 @example("ab", 1)
 @example("no break and no end" * 3, 4)
@@ -132,14 +128,11 @@ def test_tokenizer_may_be_a_file(tmp_path):
     assert_opens(folder, VERSE)
 
 
-@pytest.mark.skipif(
-    not SHAKESPEARE.exists(),
-    reason=f"needs data/shakespeare_char/input.txt, from {texts.TINY_SHAKESPEARE.url}",
-)
-@pytest.mark.parametrize(
-    ("name", "train", "val", "vocab_size"),
-    [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50_257)],
-)
+NANOGPT = [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50_257)]
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {texts.TINY_SHAKESPEARE.url} in data/")
+@pytest.mark.parametrize(("name", "train", "val", "vocab_size"), NANOGPT)
 def test_shakespeare_has_nanogpts_counts(request, tmp_path, name, train, val, vocab_size):
     """Those in the readmes of nanoGPT's data/shakespeare_char and data/shakespeare."""
     if name == "shakespeare":
@@ -167,9 +160,6 @@ def test_text_is_streamed(tmp_path):
         tracemalloc.stop()
     assert (folder / "train.bin").stat().st_size == 2 * int(0.9 * len(line) * times)
     assert peak < 40_000_000
-
-
-# --- Interruptions ------------------------------------------------------------------------------
 
 
 def test_preparing_again_gives_the_same_files(tmp_path):
@@ -205,17 +195,14 @@ def test_killed_in_the_middle(tmp_path, before):
         prepare(write_text(tmp_path, before), str(tmp_path))
     old = read_files(folder) if before else {}
     command = [sys.executable, "-c", HANG, write_text(tmp_path, VERSE), str(tmp_path)]
-    paths = str(Path(jaxgpt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=CHILD_ENV) as process:
         assert process.stdout.readline() == b"encoding\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
     left = read_files(folder)
     assert {name: left[name] for name in left if not name.endswith(".partial")} == old
     assert len(left) > len(old)
-    with pytest.raises(UserError, match=r"some: .*interrupted"):
-        open_dataset(folder, tmp_path, 8)
+    assert re.search("some: .*interrupted", refusal(open_dataset, folder, tmp_path, 8))
     prepare(str(tmp_path / "some.txt"), str(tmp_path))
     assert_prepared(folder, VERSE, char_ids, "char", len(set(VERSE)))
     assert_opens(folder, VERSE)
@@ -245,8 +232,7 @@ def test_killed_while_files_get_their_names(tmp_path, steps):
             prepare(file, str(tmp_path))
     if steps < 4:
         # Both texts have the same counts and characters: nothing but the leftovers can tell.
-        with pytest.raises(UserError, match=r"some: .*interrupted"):
-            open_dataset(folder, tmp_path, 8)
+        assert re.search("some: .*interrupted", refusal(open_dataset, folder, tmp_path, 8))
         left = read_files(folder)
         changed = sum(left[name] != old[name] for name in ("train.bin", "val.bin"))
         assert changed == max(0, steps - 2)
@@ -254,14 +240,12 @@ def test_killed_while_files_get_their_names(tmp_path, steps):
     assert_prepared(folder, VERSE, char_ids, "char", len(set(VERSE)))
 
 
-# --- Mistakes -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("content", "kind", "said"),
     [
         *((text.encode(), kind, rf"some\.txt: {len(text)} characters are too few")
           for text in ("", "a", "\U0001f600") for kind in ("char", "byte", "")),
+        (None, "", "neither .*shakespeare_char"),
         (b"a" * 99 + b"\xff", "", r"some\.txt: .*byte 99"),
         (b"a" * 99 + b"\xe2\x82", "", r"some\.txt: .*byte 99"),
         *((VERSE.encode(), name, f"tokenizer='{name}': must be char, byte, gpt2 or")
@@ -269,18 +253,12 @@ def test_killed_while_files_get_their_names(tmp_path, steps):
     ],
 )  # fmt: skip
 def test_text_or_tokenizer_that_will_not_do_is_named(tmp_path, content, kind, said):
-    (tmp_path / "some.txt").write_bytes(content)
-    with pytest.raises(UserError, match=said):
-        prepare(str(tmp_path / "some.txt"), str(tmp_path / "data"), kind)
-    assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("none.txt", "neither .*shakespeare_char"), (".", "holds no .parquet")]
-)
-def test_text_that_is_missing_is_named(tmp_path, name, said):
-    with pytest.raises(UserError, match=said):
-        prepare(str(tmp_path / name), str(tmp_path / "data"))
+    file, data = tmp_path / "some.txt", tmp_path / "data"
+    if content is None:
+        assert "holds no .parquet" in refusal(prepare, str(tmp_path), str(data))
+    else:
+        file.write_bytes(content)
+    assert re.search(said, refusal(prepare, str(file), str(data), kind))
     assert not (tmp_path / "data").exists()
 
 
@@ -289,23 +267,17 @@ def test_characters_that_a_tokenizer_lacks_are_named(tmp_path):
     folder = prepare(write_text(tmp_path, "abba" * 20), str(tmp_path))
     old = read_files(folder)
     file = write_text(tmp_path, "a" * 20 + "y" + "b" * 20 + "\0" + "a" * 20 + "x")
-    with (
-        patch.object(texts, "CHUNK_BYTES", 5),
-        pytest.raises(UserError, match=r"no token for '\\x00xy':"),
-    ):
-        prepare(file, str(tmp_path), str(folder / "tokenizer.json"))
+    with patch.object(texts, "CHUNK_BYTES", 5):
+        message = refusal(prepare, file, str(tmp_path), str(folder / "tokenizer.json"))
+    assert r"no token for '\x00xy':" in message
     assert read_files(folder) == old
 
 
 def test_folder_whose_name_a_file_has_is_named(tmp_path):
     """As when a text without a suffix lies in the data folder itself."""
     file = write_text(tmp_path, VERSE, "some")
-    with pytest.raises(UserError, match=rf"{tmp_path / 'some'}: "):
-        prepare(file, str(tmp_path))
+    assert f"{tmp_path / 'some'}: " in refusal(prepare, file, str(tmp_path))
     assert (tmp_path / "some").read_text() == VERSE
-
-
-# --- First use ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -360,12 +332,6 @@ def _write_archive(folder: Path) -> None:
 
 
 def test_unknown_dataset_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"dataset='none': there is no .*none; .*shakespeare_char"):
-        find_dataset(config(tmp_path, "none"), 8)
+    message = refusal(find_dataset, config(tmp_path, "none"), 8)
+    assert re.search("dataset='none': there is no .*none; .*shakespeare_char", message)
     assert not list(tmp_path.iterdir())
-
-
-def test_dataset_of_ones_own_is_opened(tmp_path):
-    prepare(write_text(tmp_path, VERSE), str(tmp_path))
-    dataset = find_dataset(config(tmp_path, "some"), 8)
-    assert len(dataset.train) + len(dataset.val) == len(VERSE)

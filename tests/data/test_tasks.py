@@ -3,15 +3,17 @@
 K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
 """
 
+import operator
 import re
 
 import numpy as np
 import pytest
+from helpers import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.cli import commands as cli
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset, prepare
@@ -23,12 +25,7 @@ from jaxgpt.sharding import make_mesh
 from jaxgpt.tools import evaluation
 from jaxgpt.train import train
 
-PYTHON = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b,
-}
+PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 ALL = [("adder", 1), ("adder", 3), ("calculator", 1), ("calculator", 2), ("calculator", 9)]
 
 
@@ -55,9 +52,6 @@ def triples(problems: Problems) -> set[tuple[int, int, int]]:
 def make_config(**keys) -> Config:
     model = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 9, "batch_size": 8}
     return Config(**{"dataset": "adder", "digits": 2, "mesh": "data:1"} | model | keys)
-
-
-# --- Problems and answers -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
@@ -96,9 +90,6 @@ def test_operations_are_drawn_evenly_and_long_numbers_more_often(name, digits):
     np.testing.assert_allclose(below, expected, atol=0.05)  # fewer of the short, held out
 
 
-# --- What is held out ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "digits"), ALL)
 def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
     task = task_of(name, digits)
@@ -109,8 +100,7 @@ def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
         samples = np.arange(100_000, dtype=np.uint64)
         keys = endless.starts(samples, block_size=9, seed=seed, stream=seed)
         drawn = triples(task.draw(keys.view(np.uint64)))
-        assert not drawn & held
-        assert not drawn & mirrored
+        assert not drawn & (held | mirrored)
     if digits == 1:  # all others are
         numbers = [(a, b) for a in range(10) for b in range(10)]
         every = {(k, a, b) for k in range(len(task.operations)) for a, b in numbers}
@@ -118,14 +108,14 @@ def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
         assert drawn == every - held - mirrored
 
 
-@pytest.mark.parametrize(
-    ("name", "digits", "counts"),
-    [
-        ("adder", 1, {1: 5}),
-        ("adder", 3, {1: 5, 2: 500, 3: 10_000}),
-        ("calculator", 2, {1: 5, 2: 500}),
-    ],
-)
+COUNTS = [
+    ("adder", 1, {1: 5}),
+    ("adder", 3, {1: 5, 2: 500, 3: 10_000}),
+    ("calculator", 2, {1: 5, 2: 500}),
+]
+
+
+@pytest.mark.parametrize(("name", "digits", "counts"), COUNTS)
 def test_a_fixed_number_of_every_operation_and_length_is_held_out(name, digits, counts):
     task = task_of(name, digits)
     kind, a, b = task.held_out
@@ -150,24 +140,17 @@ def test_the_held_out_split_is_walked_problem_by_problem(first, count):
 
 def test_the_whole_split_has_every_held_out_answer_once():
     task, mesh = task_of("calculator", 1), make_mesh(make_config())
-    windows = []
-    for batch, count in full_split(ValProblems(task, 9), mesh, 4, 9):
-        windows.append(np.asarray(batch)[:count].reshape(-1, 10))
-    windows = np.concatenate(windows)
+    batches = full_split(ValProblems(task, 9), mesh, 4, 9)
+    windows = np.concatenate([np.asarray(b)[:count].reshape(-1, 10) for b, count in batches])
     expected = task.windows(task.held_out, 10)
     np.testing.assert_array_equal(windows[: len(expected)], expected)
     assert (windows[len(expected) :] < 0).all()
 
 
-# --- Batches ------------------------------------------------------------------------------------
-
-
 def test_batches_are_pure_functions_of_seed_and_step():
     dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
 
-    def take(
-        step: int, shape_KMB: tuple[int, int, int], *, seed: int = 5, on=mesh, stream: int = 0
-    ):
+    def take(step: int, shape_KMB: tuple, *, seed: int = 5, on=mesh, stream: int = 0):
         batches = Batches(dataset.train, on, shape_KMB, block_size=9, seed=seed, stream=stream)
         return np.asarray(batches.get(step))
 
@@ -187,15 +170,8 @@ def test_problems_are_the_same_on_every_machine():
     keys = TrainProblems(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
     drawn = [ask for ask, _ in spelled(task, task.draw(keys.view(np.uint64)), 11)]
     held = [ask for ask, _ in spelled(task, task.held_out, 11)[:4]]
-    assert drawn == DRAWN
-    assert held == HELD
-
-
-DRAWN = ["68+23=", "47*06=", "71*97=", "37/04="]
-HELD = ["87+15=", "07/84=", "13*49=", "96-88="]
-
-
-# --- Text ---------------------------------------------------------------------------------------
+    assert drawn == ["68+23=", "47*06=", "71*97=", "37/04="]
+    assert held == ["87+15=", "07/84=", "13*49=", "96-88="]
 
 
 def test_text_shows_answers_as_usual(tmp_path):
@@ -217,42 +193,33 @@ def test_text_shows_answers_as_usual(tmp_path):
     "text", ["", "\n", "12", "12+34", "012+3=", "123+4=", "1*2=", "1+2=3", "+1=", "a"]
 )
 def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
-    with pytest.raises(UserError) as raised:
-        ArithmeticTokenizer("+-", 2).encode(text)
-    assert str(raised.value) == (
-        f"{text!r}: must be a problem as 12+34= is, of two numbers of at most 2 digits "
-        "and one of + -"
-    )
+    problem = "a problem as 12+34= is, of two numbers of at most 2 digits and one of + -"
+    assert refusal(ArithmeticTokenizer("+-", 2).encode, text) == f"{text!r}: must be {problem}"
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"block_size": 8}, "block_size=8: must be at least 9 for the adder with digits=2"),
-        ({"dataset": "calculator"}, "block_size=9: must be at least 10 for the calculator with"),
-        ({"data_on_device": "always"}, "data_on_device='always'"),
-    ],
-    ids=str,
-)
+IMPOSSIBLE = [
+    ({"block_size": 8}, "block_size=8: must be at least 9 for the adder with digits=2"),
+    ({"dataset": "calculator"}, "block_size=9: must be at least 10 for the calculator with"),
+    ({"data_on_device": "always"}, "data_on_device='always'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), IMPOSSIBLE, ids=str)
 def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        train(make_config(out_dir=str(tmp_path / "run"), max_iters=1, **keys))
+    assert message in refusal(train, make_config(out_dir=f"{tmp_path}/run", max_iters=1, **keys))
 
 
 def test_endless_problems_cannot_be_evaluated_whole():
-    dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
-    with pytest.raises(UserError, match="eval_iters=0: must be at least 1"):
-        next(full_split(dataset.train, mesh, 4, 9))
+    problems = find_dataset(make_config(), 9).train
+    batches = full_split(problems, make_mesh(make_config()), 4, 9)
+    assert "eval_iters=0: must be at least 1" in refusal(next, batches)
 
 
 @pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
 def test_there_is_nothing_to_prepare(tmp_path, name):
-    with pytest.raises(UserError, match="made as they are needed, so there is nothing to prepare"):
-        prepare(name, str(tmp_path))
+    message = refusal(prepare, name, str(tmp_path))
+    assert "made as they are needed, so there is nothing to prepare" in message
     assert not list(tmp_path.iterdir())
-
-
-# --- Exactness ----------------------------------------------------------------------------------
 
 
 def test_exactness_counts_the_answers_that_are_right(monkeypatch):
@@ -282,25 +249,14 @@ def test_exactness_counts_the_answers_that_are_right(monkeypatch):
 @pytest.mark.slow
 def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
     config = make_config(
-        out_dir=str(tmp_path / "run"),
-        n_layer=2,
-        n_head=4,
-        n_embd=64,
-        bias=False,
-        batch_size=128,
-        gradient_accumulation_steps=1,
-        steps_per_call=10,
-        learning_rate=5e-3,
-        min_lr=1e-5,
-        warmup_iters=50,
-        max_iters=1500,
-        eval_interval=1500,
-        eval_iters=2,
-    )
+        out_dir=str(tmp_path / "run"), n_layer=2, n_head=4, n_embd=64, bias=False, batch_size=128,
+        gradient_accumulation_steps=1, steps_per_call=10, learning_rate=5e-3, min_lr=1e-5,
+        warmup_iters=50, max_iters=1500, eval_interval=1500, eval_iters=2,
+    )  # fmt: skip
     assert train(config) == 0
     found = evaluation.evaluate(config.out_dir, "latest")
     assert found["problems"] == 505
     assert found["exact"] == 1
     capsys.readouterr()
     cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
-    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.RULE}\n"
+    assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.SEPARATOR}\n"

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import CharTokenizer
 from jaxgpt.data.tokens import Dataset, TokenSplit, is_prepared, open_dataset
 
 GPT2_VOCAB = 50_257
 RNG = np.random.default_rng(0)
+each_split = pytest.mark.parametrize("split", ["train", "val"])
 
 
 def write_ids(file: Path, ids, dtype: str = "<u2") -> Path:
@@ -40,7 +41,12 @@ def assert_holds(tokens: TokenSplit, ids) -> None:
     np.testing.assert_array_equal(tokens.read(0, len(ids)), ids)
 
 
-# --- One sequence over many files ---------------------------------------------------------------
+def assert_dataset(dataset: Dataset, splits: dict, vocab_size: int) -> None:
+    """Both splits hold these ids, of so many kinds."""
+    assert_holds(dataset.train, splits["train"])
+    assert_holds(dataset.val, splits["val"])
+    sizes = dataset.vocab_size, dataset.train.vocab_size, dataset.val.vocab_size
+    assert sizes == (vocab_size,) * 3
 
 
 @given(
@@ -57,12 +63,8 @@ def test_read_is_a_slice_of_the_concatenation(tmp_path_factory, parts, wide, dat
     files = [write_ids(folder / f"{i}.bin", part, dtype) for i, part in enumerate(parts)]
     tokens = TokenSplit(files, dtype, vocab_size=2**32)
     assert len(tokens) == len(whole)
-    if data is None:
-        spans = [(i, j) for j in range(len(whole) + 1) for i in range(j)]
-    else:
-        start = data.draw(st.integers(0, len(whole) - 1))
-        spans = [(start, data.draw(st.integers(start, len(whole))))]
-    for start, stop in spans:
+    spans = [(i, j) for j in range(len(whole) + 1) for i in range(j)]
+    for start, stop in spans if data is None else [data.draw(st.sampled_from(spans))]:
         ids = tokens.read(start, stop - start)
         assert ids.dtype == dtype
         np.testing.assert_array_equal(ids, whole[start:stop])
@@ -85,15 +87,11 @@ def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
         write_ids(tmp_path / name, part)
     tokens = TokenSplit([tmp_path / name for name in names], "uint16", vocab_size=10)
     file = int(np.searchsorted([5, 9], at, "right"))
-    expected = rf"{names[file]}: id 10 at token {at - [0, 5, 9][file]} is not below vocab_size=10"
+    expected = f"{names[file]}: id 10 at token {at - [0, 5, 9][file]} is not below vocab_size=10"
     for start in range(at + 1):
-        with pytest.raises(UserError, match=expected):
-            tokens.read(start, at + 1 - start)
+        assert expected in refusal(tokens.read, start, at + 1 - start)
         np.testing.assert_array_equal(tokens.read(start, at - start), ids[start:at])
     np.testing.assert_array_equal(tokens.read(at + 1, 11 - at), ids[at + 1 :])
-
-
-# --- nanoGPT's and llm.c's folders --------------------------------------------------------------
 
 
 def test_llmc_shards_are_one_sequence_in_order_of_name(tmp_path, no_gpt2):
@@ -103,9 +101,8 @@ def test_llmc_shards_are_one_sequence_in_order_of_name(tmp_path, no_gpt2):
     val = RNG.integers(0, GPT2_VOCAB, 7)
     write_shard(tmp_path / "fineweb_val_000000.bin", val)
     dataset = open_folder(tmp_path)
-    assert_holds(dataset.train, np.concatenate([shards[name] for name in sorted(shards)]))
-    assert_holds(dataset.val, val)
-    assert dataset.vocab_size == dataset.train.vocab_size == dataset.val.vocab_size == GPT2_VOCAB
+    train = np.concatenate([shards[name] for name in sorted(shards)])
+    assert_dataset(dataset, {"train": train, "val": val}, GPT2_VOCAB)
     assert dataset.tokenizer is None
 
 
@@ -120,14 +117,10 @@ def write_nanogpt(folder: Path, vocab_size: int = GPT2_VOCAB) -> dict[str, np.nd
 def test_nanogpt_folder_without_meta_is_gpt2s(tmp_path, no_gpt2):
     splits = write_nanogpt(tmp_path)
     (tmp_path / "input.txt").write_text("nanoGPT's data/shakespeare has a text too")
-    dataset = open_folder(tmp_path)
-    assert_holds(dataset.train, splits["train"])
-    assert_holds(dataset.val, splits["val"])
-    assert dataset.vocab_size == GPT2_VOCAB
-    assert dataset.tokenizer is None
+    assert_dataset(open_folder(tmp_path), splits, GPT2_VOCAB)
+    assert open_folder(tmp_path).tokenizer is None
     write_ids(tmp_path / "val.bin", [0] * 6 + [GPT2_VOCAB])
-    with pytest.raises(UserError, match=rf"val\.bin: id {GPT2_VOCAB} at token 6 "):
-        open_folder(tmp_path).val.read(2, 5)
+    assert f"val.bin: id {GPT2_VOCAB} at token 6 " in refusal(open_folder(tmp_path).val.read, 2, 5)
 
 
 def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2, gpt2_data):
@@ -158,9 +151,7 @@ def test_nanogpt_pickle_is_never_opened(tmp_path):
     (tmp_path / "char" / "input.txt").write_text(text, encoding="utf-8")
     dataset = open_folder(tmp_path / "char")
     assert not burnt.exists()
-    assert_holds(dataset.train, splits["train"])
-    assert_holds(dataset.val, splits["val"])
-    assert dataset.vocab_size == dataset.train.vocab_size == len(stoi)
+    assert_dataset(dataset, splits, len(stoi))
     assert dataset.tokenizer.encode("hold").tolist() == [stoi[ch] for ch in "hold"]
 
 
@@ -183,27 +174,21 @@ def test_nanogpt_characters_need_their_text(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"")
     assert open_folder(tmp_path).tokenizer is None
     (tmp_path / "input.txt").write_bytes(b"abc\xff")
-    with pytest.raises(UserError, match=r"input\.txt: byte 3 \(0xff\) is not UTF-8"):
-        open_folder(tmp_path)
+    assert "input.txt: byte 3 (0xff) is not UTF-8" in refusal(open_folder, tmp_path)
 
 
-# --- Prepared folders ---------------------------------------------------------------------------
-
+IDS = {"train": [0, 1, 2, 0, 1, 2, 0, 1], "val": [2, 1, 0, 2, 1, 0]}
 META = {
-    "dtype": "uint16",
-    "vocab_size": 3,
-    "tokenizer": "char",
-    "counts": {"train": 8, "val": 6},
-    "sha256": {"train": "", "val": ""},
-    "source": "here",
-}
+    "dtype": "uint16", "vocab_size": 3, "tokenizer": "char", "counts": {"train": 8, "val": 6},
+    "sha256": {"train": "", "val": ""}, "source": "here",
+}  # fmt: skip
 
 
 @pytest.fixture
 def prepared(tmp_path):
     """A folder as `jaxgpt prepare` leaves it."""
-    write_ids(tmp_path / "train.bin", [0, 1, 2, 0, 1, 2, 0, 1])
-    write_ids(tmp_path / "val.bin", [2, 1, 0, 2, 1, 0])
+    for split, ids in IDS.items():
+        write_ids(tmp_path / f"{split}.bin", ids)
     (tmp_path / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
     (tmp_path / "meta.json").write_text(json.dumps(META))
     return tmp_path
@@ -215,10 +200,8 @@ def change_meta(folder: Path, **fields) -> None:
 
 def test_prepared_folder_is_what_its_meta_says(prepared):
     dataset = open_folder(prepared)
-    assert_holds(dataset.train, [0, 1, 2, 0, 1, 2, 0, 1])
-    assert_holds(dataset.val, [2, 1, 0, 2, 1, 0])
+    assert_dataset(dataset, IDS, 3)
     assert dataset.train.dtype == dataset.val.dtype == np.uint16
-    assert dataset.vocab_size == dataset.train.vocab_size == dataset.val.vocab_size == 3
     assert dataset.tokenizer.decode([2, 1, 0]) == "cba"
     assert dataset.source == "here"
 
@@ -246,9 +229,6 @@ def test_fingerprint_tells_datasets_apart(prepared, fields):
         write_ids(prepared / "val.bin", [0] * 5)
     assert open_folder(prepared).fingerprint != fingerprint
     assert json.loads(json.dumps(fingerprint)) == fingerprint
-
-
-# --- Damage -------------------------------------------------------------------------------------
 
 
 NOT_META = r"meta\.json: not the meta"
@@ -287,12 +267,10 @@ DAMAGE = BAD_FILES | {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(prepared, name):
     file, content, expected = DAMAGE[name]
-    if content is None:
-        (prepared / file).unlink()
-    else:
+    (prepared / file).unlink(missing_ok=True)
+    if content is not None:
         (prepared / file).write_bytes(content)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(prepared))}.*{expected}"):
-        open_folder(prepared)
+    assert re.match(rf"{re.escape(str(prepared))}.*{expected}", refusal(open_folder, prepared))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +280,7 @@ def test_llmc_header_that_lies_is_named(tmp_path, no_gpt2, size, count):
     write_shard(tmp_path / "a_train_1.bin", [0] * 9)
     write_shard(tmp_path / "a_train_2.bin", [0] * size, count)
     write_shard(tmp_path / "a_val.bin", [0] * 9)
-    with pytest.raises(UserError, match=r"a_train_2\.bin: "):
-        open_folder(tmp_path)
+    assert "a_train_2.bin: " in refusal(open_folder, tmp_path)
 
 
 @pytest.mark.parametrize("size", [12, 14, 512, 1000, 1022, 1023])
@@ -312,27 +289,25 @@ def test_llmc_header_that_is_cut_short_is_named(tmp_path, no_gpt2, size):
         whole = write_shard(tmp_path / "a_train.bin", [0] * 9, count).read_bytes()
         (tmp_path / "a_train.bin").write_bytes(whole[:size])
         write_shard(tmp_path / "a_val.bin", [0] * 9)
-        with pytest.raises(UserError, match=r"a_train\.bin: "):
-            open_folder(tmp_path)
+        assert "a_train.bin: " in refusal(open_folder, tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@each_split
 def test_folder_without_a_split_is_named(tmp_path, no_gpt2, split):
     write_nanogpt(tmp_path)
     (tmp_path / f"{split}.bin").unlink()
-    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}: no {split}\.bin"):
-        open_folder(tmp_path)
+    assert f"{tmp_path}: no {split}.bin" in refusal(open_folder, tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@each_split
 def test_split_shorter_than_a_window_is_named(prepared, split):
     """A window is block_size tokens and one more."""
     counts = META["counts"] | {split: 5}
     write_ids(prepared / f"{split}.bin", [0] * 5)
     change_meta(prepared, counts=counts)
     assert len(getattr(open_folder(prepared, block_size=4), split)) == 5
-    with pytest.raises(UserError, match=rf"{split}\.bin: 5 tokens .* block_size=5, .* least 6"):
-        open_folder(prepared, block_size=5)
+    message = refusal(open_folder, prepared, block_size=5)
+    assert re.search(rf"{split}\.bin: 5 tokens .* block_size=5, .* least 6", message)
 
 
 def test_folder_is_prepared_when_all_its_files_are_whole(tmp_path):

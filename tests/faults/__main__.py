@@ -47,15 +47,12 @@ def _damage(folder: Path, rounds: int, rng: random.Random) -> bool:
     folder.mkdir()
     run = tiny(folder, make_data(folder))
     fork(run, folder / "output").join()
-    found = damage_at_random(run, folder, rounds, rng)
-    print(
-        f"damage: {found.rounds - len(found.missed)} of {found.rounds} found, "
-        f"{len(found.lost)} lost the step before",
-        flush=True,
-    )
-    for what in (*found.missed, *found.lost):
+    missed, lost = damage_at_random(run, folder, rounds, rng)
+    found = f"{rounds - len(missed)} of {rounds} found"
+    print(f"damage: {found}, {len(lost)} lost the step before", flush=True)
+    for what in missed + lost:
         print("  ", what)
-    return not (found.missed or found.lost)
+    return not (missed or lost)
 
 
 def _kill(folder: Path, rounds: int, rng: random.Random) -> bool:

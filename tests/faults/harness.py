@@ -104,8 +104,10 @@ def damage(newest: Path, before: Path, rng: random.Random) -> str:
     """Does one thing to one file of a step -> what. A swap puts there the file of another step."""
     kind = rng.choice(FAULTS)
     files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
+    other = {p: before / p.relative_to(newest) for p in files}
     if kind == "swap":
-        files = [p for p in files if not _same(p, before / p.relative_to(newest))]
+        is_other = lambda p: other[p].is_file() and p.read_bytes() != other[p].read_bytes()
+        files = list(filter(is_other, files))
     file = rng.choice(files)
     data = bytearray(file.read_bytes())
     if kind == "flip":
@@ -118,7 +120,7 @@ def damage(newest: Path, before: Path, rng: random.Random) -> str:
     elif kind == "delete":
         file.unlink()
     else:
-        file.write_bytes((before / file.relative_to(newest)).read_bytes())
+        file.write_bytes(other[file].read_bytes())
     return f"{kind} {file.relative_to(newest)}"
 
 
@@ -130,22 +132,12 @@ def sign_again(step: Path) -> None:
     (step / "digest.json").write_text(json.dumps(sums))
 
 
-def _same(file: Path, other: Path) -> bool:
-    return not other.is_file() or file.read_bytes() == other.read_bytes()
-
-
-class Found(NamedTuple):
-    """What came of damage: how often, and the faults that were missed or that lost a state."""
-
-    rounds: int
-    missed: list[str]
-    lost: list[str]
-
-
-def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random) -> Found:
+def damage_at_random(
+    run: Config, scratch: Path, rounds: int, rng: random.Random
+) -> tuple[list[str], list[str]]:
     """Damages the newest step of copies of a run directory, and looks what a run would go on from.
 
-    Missed is damage after which that step is still used, lost a step before that is not the same.
+    Returns what was missed, after which that step is still used, and what lost the step before.
     """
     source, missed, lost = run_dir.open_checkpoints(run), [], []
     before, newest = source.steps()[-2:]
@@ -161,4 +153,4 @@ def damage_at_random(run: Config, scratch: Path, rounds: int, rng: random.Random
         elif checkpoints.newest != before or state_of(checkpoints, before) != whole:
             lost.append(what)
         shutil.rmtree(folder)
-    return Found(rounds, missed, lost)
+    return missed, lost

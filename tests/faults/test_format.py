@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from golden.make_checkpoint_v1 import HERE, sums
+from helpers import refusal
 
 import jaxgpt
 from jaxgpt import sharding
-from jaxgpt.config import UserError
 from jaxgpt.runtime import run_dir
 
 from .harness import sign_again
@@ -47,8 +47,7 @@ def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
         ts.open(spec, create=True, delete_existing=True).result()
         sign_again(step)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="the shape of params"):
-        run_dir.load_params(config, "2", sharding.local_mesh())
+    assert "the shape of params" in refusal(run_dir.load_params, config, "2", sharding.local_mesh())
     unit = 1 if sys.platform == "darwin" else 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     assert grown < 500e6
@@ -57,13 +56,12 @@ def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
 FORBIDDEN = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 TEXTS = r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|shell\s*=\s*True|trust_remote_code"
+TEXTS += r"|yaml\.load|os\.system|extractall"
 
 
 def offences(source: str) -> list[str]:
     """What of a module's source could run data as code."""
-    found = [
-        match[0] for match in re.finditer(TEXTS + r"|yaml\.load|os\.system|extractall", source)
-    ]
+    found = re.findall(TEXTS, source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [a.name for a in node.names if a.name.split(".")[0] in MODULES]
@@ -79,19 +77,13 @@ def test_nothing_in_the_package_runs_data_as_code(file):
     assert offences(file.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import pickle",
-        "from pickle import load",
-        "eval(x)",
-        "exec(open(f).read())",
-        "yaml.load(f)",
-        "run(c, shell=True)",
-        "np.load(f, allow_pickle=True)",
-        "torch.load(f, weights_only=False)",
-        "load_dataset(n, trust_remote_code=True)",
-    ],
-)
+OFFENCES = [
+    "import pickle", "from pickle import load", "eval(x)", "exec(open(f).read())", "yaml.load(f)",
+    "run(c, shell=True)", "np.load(f, allow_pickle=True)", "torch.load(f, weights_only=False)",
+    "load_dataset(n, trust_remote_code=True)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", OFFENCES)
 def test_the_search_finds_what_it_is_for(line):
     assert offences(line)

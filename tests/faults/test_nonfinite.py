@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -9,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TEXT, call_step, log_of, make_data, set_val_losses, state_of
+from helpers import TEXT, call_step, log_of, make_data, refusal, set_val_losses, state_of
 
 from jaxgpt import sharding, train_step
-from jaxgpt.config import UserError
 from jaxgpt.data.tokenizer import load
 from jaxgpt.runtime import run_dir
 from jaxgpt.train import train
@@ -116,12 +116,9 @@ def strict_rows(config) -> list[dict]:
 
 
 def test_a_run_stops_at_the_first_bad_step_and_what_it_saved_is_finite(rare):
-    with pytest.raises(UserError) as raised:
-        train(rare)
-    message = str(raised.value)
+    message = refusal(train, rare)
     for part in "step ", "loss is nan", "gradient's norm", "learning_rate", "max_nonfinite_steps":
         assert part in message
-    assert "\n" not in message
     assert is_finite(rare)
 
 
@@ -138,8 +135,7 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
 def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
     config = tiny(tmp_path, data, max_nonfinite_steps=3, mesh="data:1", **SMALL)
-    with pytest.raises(UserError, match=r"step 4: the loss is inf"):
-        train(config)
+    assert "step 4: the loss is inf" in refusal(train, config)
     assert log_of(config).count(": skipped") == 3
     assert is_finite(config)
     assert [row["loss"] for row in strict_rows(config) if "loss" in row] == [None] * 3
@@ -149,8 +145,7 @@ def test_weights_that_overflow_in_an_update_are_not_saved(data, tmp_path):
     """Loss and gradient of the step are finite; the update is not."""
     keys = {"learning_rate": 3e38, "warmup_iters": 0, "save_interval": 1}
     config = tiny(tmp_path, data, mesh="data:1", **keys | SMALL)
-    with pytest.raises(UserError, match=r"step \d+: (a weight or moment|the loss) is"):
-        train(config)
+    assert re.search(r"step \d+: (a weight or moment|the loss) is", refusal(train, config))
     steps = run_dir.open_checkpoints(config).steps()
     assert not steps or is_finite(config)
 

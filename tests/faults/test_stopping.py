@@ -1,24 +1,19 @@
 """Runs that are killed or told to stop, at any moment: nothing is lost, no digit differs."""
 
-import os
 import random
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-from helpers import TEXT, rows_of, stop_at
+from helpers import rows_of, stop_at
 
-from jaxgpt.config import UserError
-from jaxgpt.data.prepare import prepare
-from jaxgpt.data.tokens import open_dataset
 from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.train import train
 
-from .harness import FORKS, kill_at_random, outcome, tiny
+from .harness import kill_at_random, outcome, tiny
 from .soak import soak
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -85,38 +80,3 @@ def test_a_signal_in_a_call_of_many_steps_saves_its_last(data, tmp_path, monkeyp
     assert train(config) == 128 + signal.SIGTERM
     assert rows_of(config)[-1]["step"] == 20
     assert run_dir.open_checkpoints(config).steps() == [20]
-
-
-def _prepare(data_dir: Path, kill_at: int) -> None:
-    """Prepare the text, and get SIGTERM before the n-th file gets its name."""
-    replace, left = Path.replace, [kill_at]
-
-    def killing(self, target):
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGTERM)
-        left[0] -= 1
-        return replace(self, target)
-
-    Path.replace = killing
-    prepare(str(data_dir / "tale.txt"), str(data_dir))
-
-
-@pytest.mark.parametrize("kill_at", range(4))
-def test_a_signal_while_data_is_prepared_leaves_nothing_half_written(data, tmp_path, kill_at):
-    """Killed before each of the renames; prepared again, the files are those of a quiet run."""
-    (tmp_path / "tale.txt").write_text(TEXT)
-    process = FORKS.Process(target=_prepare, args=(tmp_path, kill_at))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGTERM
-    folder, whole = tmp_path / "tale", data / "tale"
-    names = {p.name for p in folder.iterdir() if ".partial" not in p.name}
-    assert len(names) == kill_at
-    with pytest.raises(UserError, match="interrupted"):
-        open_dataset(folder, tmp_path, 8)
-    names -= {"meta.json"}  # names the text by its path
-    assert all((folder / n).read_bytes() == (whole / n).read_bytes() for n in names)
-    prepare(str(tmp_path / "tale.txt"), str(tmp_path))
-    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
-    for file in whole.glob("*.bin"):
-        assert (folder / file.name).read_bytes() == file.read_bytes()

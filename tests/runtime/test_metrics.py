@@ -10,10 +10,11 @@ from functools import partial
 from types import ModuleType
 
 import pytest
+from helpers import refusal
 from matplotlib.image import imread
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 from jaxgpt.runtime import metrics
 from jaxgpt.runtime.metrics import Log, draw_losses, escape_controls, read_metrics
 
@@ -46,9 +47,6 @@ def lines(folder, name: str) -> list[str]:
     return (folder / name).read_text(encoding="utf-8").splitlines()
 
 
-# ---- metrics.jsonl and log.txt ---------------------------------------------------------------
-
-
 LOUD = """
 import sys
 from jaxgpt.config import Config
@@ -69,12 +67,18 @@ def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
     assert lines(tmp_path, "log.txt") == [f"line {n}" for n in range(5000)]
 
 
+TOLD = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
+
+
+def tell(log: Log, row: dict) -> None:
+    log.train(row, 60.0) if "loss" in row else log.eval(row)
+
+
 def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
-    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
     with Log(config, 0) as log:
-        for i, row in enumerate(told, 1):
-            log.train(row, 60.0) if "loss" in row else log.eval(row)
-            assert [json.loads(line) for line in lines(tmp_path, "metrics.jsonl")] == told[:i]
+        for i, row in enumerate(TOLD, 1):
+            tell(log, row)
+            assert [json.loads(line) for line in lines(tmp_path, "metrics.jsonl")] == TOLD[:i]
             assert len(lines(tmp_path, "log.txt")) == i
 
 
@@ -101,45 +105,31 @@ def test_a_log_that_is_not_enabled_writes_nothing(config, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_log_is_appended_to(config, tmp_path):
-    for text in "first", "second, with é and [brackets]", "two\nlines":
-        with Log(config, 0) as log:
-            log.info(text)
-    assert lines(tmp_path, "log.txt") == ["first", "second, with é and [brackets]", "two", "lines"]
-
-
-# ---- lines for people ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("mfu", "told"), [(None, "mfu n/a"), (0.4125, "mfu 41.2%"), (0, "0.0%")])
-def test_without_a_terminal_a_step_is_one_plain_line(config, tmp_path, capsys, mfu, told):
+def test_without_a_terminal_a_row_is_one_plain_line(config, tmp_path, capsys, mfu, told):
     with Log(config, 0) as log:
         log.train(train_row(40, mfu=mfu, grad_norm=1e9), 83.0)
         log.train(train_row(50), 73.0)
+        log.eval(eval_row(10, full_val_loss=3.25))
     out, err = capsys.readouterr()
-    line, other = out.splitlines()
+    line, other, losses = out.splitlines()
     for part in "step 40: ", "loss 3.6000", "123,457 tokens/s", "8.1 ms", "lr 3.00e-04", told:
         assert part in line
     assert other.startswith("step 50: loss 3.5000")
+    assert losses == "step 10: train loss 3.8000, val loss 4.0000, full val loss 3.2500"
     assert "\x1b" not in out
     assert not err
-    assert lines(tmp_path, "log.txt") == [line, other]
+    assert lines(tmp_path, "log.txt") == [line, other, losses]
 
 
-def test_an_evaluation_is_one_line_with_all_its_losses(config, capsys):
-    with Log(config, 0) as log:
-        log.eval(eval_row(10, full_val_loss=3.25))
-    line = "step 10: train loss 3.8000, val loss 4.0000, full val loss 3.2500\n"
-    assert capsys.readouterr().out == line
-
-
-def test_text_is_printed_unchanged(config, tmp_path, capsys):
+def test_text_is_printed_unchanged_and_appended_to_the_log(config, tmp_path, capsys):
     """Samples can hold anything: brackets that look like markup, emoji codes, long lines."""
-    text = "[bold]ROMEO:[/bold] :heart: http://x.y 'z' 123 " + "long " * 100
-    with Log(config, 0) as log:
-        log.info(text)
-    assert capsys.readouterr().out == text + "\n"
-    assert lines(tmp_path, "log.txt") == [text]
+    told = ["first", "[bold]é:[/bold] :heart: http://x.y 'z' 123 " + "long " * 100, "two\nlines"]
+    for text in told:
+        with Log(config, 0) as log:
+            log.info(text)
+    assert capsys.readouterr().out == "".join(text + "\n" for text in told)
+    assert lines(tmp_path, "log.txt") == [*told[:2], "two", "lines"]
 
 
 def test_control_characters_are_spelled_out_on_a_terminal_alone():
@@ -162,9 +152,7 @@ def frames(screen: io.StringIO) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-@pytest.mark.parametrize(
-    ("left_s", "left"), [(5, "0:05 left"), (83.9, "1:23 left"), (7384, "2:03:04 left")]
-)
+@pytest.mark.parametrize(("left_s", "left"), [(5, "0:05"), (83.9, "1:23"), (7384, "2:03:04")])
 def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width, left_s, left):
     screen = on_a_terminal(monkeypatch, width)
     with Log(config, 0) as log:
@@ -174,7 +162,7 @@ def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width
         log.train(train_row(50), left_s)
         assert len(lines(tmp_path, "log.txt")) == 3  # at once
     live = frames(screen)[-1]
-    for part in "step 50", "loss 3.5000", left:
+    for part in "step 50", "loss 3.5000", f"{left} left":
         assert part in live
     assert len(live) <= width
     assert "something else, 42 times" in screen.getvalue()  # without colours
@@ -192,9 +180,6 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(config, monkeyp
     with Log(config, 0) as log:
         log.train(train_row(40), 83.0)
     assert "step 40: loss 3.6000" in screen.getvalue()
-
-
-# ---- the picture -----------------------------------------------------------------------------
 
 
 def draw(folder, rows: list[dict]) -> bytes:
@@ -216,12 +201,14 @@ ROWS = {
 def test_the_picture_is_a_png_whatever_rows_there_are(tmp_path, monkeypatch, kind):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # which would look for a display
-    png = draw(tmp_path, ROWS[kind])
+    folder = tmp_path / r"5$ \frac 5$"  # a name that looks like mathematics
+    folder.mkdir()
+    png = draw(folder, ROWS[kind])
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert png[12:16] == b"IHDR"
     width, height = struct.unpack(">II", png[16:24])
-    assert imread(tmp_path / "loss.png").shape[:2] == (height, width)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+    assert imread(folder / "loss.png").shape[:2] == (height, width)
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
 @pytest.mark.parametrize("key", ["loss", "train_loss", "val_loss"])
@@ -243,15 +230,6 @@ def test_an_evaluation_redraws_the_picture(config, tmp_path):
     assert (tmp_path / "loss.png").read_bytes() != first
 
 
-def test_a_folder_may_have_a_name_that_looks_like_mathematics(tmp_path):
-    folder = tmp_path / r"5$ \frac 5$"
-    folder.mkdir()
-    assert draw(folder, ROWS["eval"])
-
-
-# ---- trackers --------------------------------------------------------------------------------
-
-
 def read_events(folder) -> list[Event]:
     """The events of every TensorBoard file in a folder: records of length, CRC, bytes, CRC."""
     events = []
@@ -265,18 +243,13 @@ def read_events(folder) -> list[Event]:
 
 
 def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
-    told = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
     with Log(config.replace(tensorboard=True), 0) as log:
-        for row in told:
-            log.train(row, 1.0) if "loss" in row else log.eval(row)
+        for row in TOLD:
+            tell(log, row)
     events = read_events(tmp_path / "tensorboard")
     found = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
-    numbers = {
-        (row["step"], key): value
-        for row in told
-        for key, value in row.items()
-        if key not in ("step", "time") and value is not None
-    }
+    numbers = {(row["step"], key): value for row in TOLD for key, value in row.items()
+               if key not in ("step", "time") and value is not None}  # fmt: skip
     assert found == pytest.approx(numbers)
 
 
@@ -284,11 +257,8 @@ def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
 def test_tensorboard_is_told_which_steps_are_taken_again(config, tmp_path, first_step):
     with Log(config.replace(tensorboard=True), first_step):
         pass
-    starts = [
-        event.step
-        for event in read_events(tmp_path / "tensorboard")
-        if event.session_log.status == SessionLog.START
-    ]
+    events = read_events(tmp_path / "tensorboard")
+    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert starts == [first_step + 1]
 
 
@@ -316,32 +286,21 @@ def test_weights_and_biases_gets_the_config_and_every_row(config, tmp_path, monk
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = config.replace(wandb_log=True, wandb_project="plays", wandb_run_name=name)
     with Log(config, 0) as log:
-        log.eval(eval_row(0))
-        log.train(train_row(1), 1.0)
-        log.train(train_row(2, mfu=0.4), 1.0)
+        for row in TOLD:
+            tell(log, row)
         assert not wandb.finished
-    assert wandb.options["project"] == "plays"
-    assert wandb.options["name"] == (name or tmp_path.name)
-    assert wandb.options["dir"] == str(tmp_path)
-    assert wandb.options["config"] == config.to_dict()
-    known = {key: value for key, value in train_row(1).items() if value is not None}
-    assert wandb.told == [(0, eval_row(0)), (1, known), (2, train_row(2, mfu=0.4))]
+    keys = {"project": "plays", "name": name or tmp_path.name, "dir": str(tmp_path)}
+    keys["config"] = config.to_dict()
+    assert {key: wandb.options[key] for key in keys} == keys
+    known = [{key: value for key, value in row.items() if value is not None} for row in TOLD]
+    assert wandb.told == [(row["step"], row) for row in known]
     assert wandb.finished
 
 
-@pytest.mark.parametrize(
-    ("key", "package"), [("tensorboard", "tensorboardX"), ("wandb_log", "wandb")]
-)
-def test_a_missing_tracker_is_the_users_to_install(config, monkeypatch, key, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError) as raised:
-        Log(config.replace(**{key: True}), 0)
-    assert str(raised.value) == f"{key}=True: needs {package}; pip install 'jaxgpt[log]'"
-
-
-def test_nothing_is_tracked_unless_it_is_asked_for(config, tmp_path, monkeypatch):
-    for package in "tensorboardX", "wandb":
+def test_a_missing_tracker_is_the_users_to_install_if_it_is_asked_for(config, monkeypatch):
+    for key, package in ("tensorboard", "tensorboardX"), ("wandb_log", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
+        message = refusal(Log, config.replace(**{key: True}), 0)
+        assert message == f"{key}=True: needs {package}; pip install 'jaxgpt[log]'"
     with Log(config, 0) as log:
         log.eval(eval_row(0))
-    assert not (tmp_path / "tensorboard").exists()
