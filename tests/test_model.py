@@ -69,7 +69,7 @@ def test_scanned_layers_and_recomputation_change_nothing(options, remat):
 
 def test_recomputation_takes_no_more_products_again_than_it_says(monkeypatch):
     """Without the norms of a CPU, whose sums are products."""
-    monkeypatch.setitem(TABLE, ("norm", "cpu"), norm_reference)
+    monkeypatch.setitem(TABLE, ("normalize", "cpu"), norm_reference)
     config = make_config(n_layer=1)
     params, windows = random_params(config), random_tokens(config)
 
