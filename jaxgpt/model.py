@@ -30,11 +30,11 @@ from jaxgpt.sharding import constrain, constrain_batch
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
 ACTIVATIONS = {
     "gelu": gelu,
-    "gelu_tanh": lambda x: kernels.gelu_tanh(x),  # looked up while a step is traced
+    "gelu_tanh": lambda x: kernels.gelu_tanh(x),  # at import the platform is not known yet
     "relu": jax.nn.relu,
     "relu2": relu2,
 }
-SAVED = "linear"  # names the output of a linear map, which remat="dots" keeps
+SAVED = "linear"  # the name of a linear map's output, which remat="dots" keeps
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -56,7 +56,7 @@ class Context:
     first_v_BTKH: jax.Array | None = None
     """The first layer's values, for `value_residual`."""
     cache: KVCache | None = None
-    """This layer's; without a `position` the tokens are the first of their sequences."""
+    """The cache of this layer. Training has none; a prompt has a cache but no `position`."""
     position: DecodePosition | None = None
 
 
@@ -81,13 +81,13 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A row of width D for each token or position."""
 
-    equation = ""  # of the output map, if the table is it
+    equation = ""  # for `logits` and for packing, if the table is the output map too
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
 
     def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
-        """Return the rows of the ids, [B, T, D], split over D where the table is."""
+        """Return the rows of the ids, [B, T, D], split over devices as the table is."""
         rows_BTD = kernels.embed(self.kernel[...], ids_BT)
         return constrain(rows_BTD, "data", None, "fsdp").astype(dtype)
 
@@ -109,8 +109,8 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head causal attention (Vaswani et al. 2017) with a fused map for query, key and value.
 
-    The fused kernel [D, 3, N, H] holds the maps of N heads side by side, and the output kernel
-    [N, H, D] sums over heads what separate heads would concatenate and then map.
+    The fused kernel [D, 3, N, H] holds the maps of N heads side by side. The output kernel
+    [N, H, D] sums over heads, which equals concatenating the heads and then mapping them.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
@@ -160,7 +160,7 @@ class Attention(nnx.Module):
         return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
 
     def weights_dropout(self, context: Context) -> Partial | None:
-        """Return the dropout of the attention weights, a pytree; None for none."""
+        """Return the dropout of the attention weights as a pytree, or None."""
         if not self.config.attention_dropout or not context.dropout.rate:
             return None
         site = DropoutSite.ATTENTION_WEIGHTS
@@ -226,7 +226,7 @@ class PostNormBlock(Block):
 class GPT(nnx.Module):
     """A decoder-only transformer: token ids [B, T] -> logits [B, T, V].
 
-    `config` is resolved: `vocab_size`, `dtype` and `attention` say what they are. With
+    `config` is resolved: `vocab_size`, `dtype` and `attention` have their final values. With
     `scan_layers` the blocks' parameters carry a leading axis L.
     """
 
@@ -272,7 +272,7 @@ class GPT(nnx.Module):
         x_BTD = constrain_batch(self.embed_tokens(tokens_BT, position))
         x_BTD = dropout(x_BTD, c.n_layer, DropoutSite.EMBEDDING)
         new_cache = []
-        if c.scan_layers:
+        if c.scan_layers:  # not with a cache: the sampler unstacks the layers first
             x_BTD = self.scan_blocks(x_BTD, context)
         else:
             for layer, block in enumerate(self.blocks):
@@ -332,7 +332,7 @@ class GPT(nnx.Module):
     def init_cache(self, batch: int, chunk: int) -> list[KVCache]:
         """Return an empty cache for each layer, for sequences decoded `chunk` tokens at a time.
 
-        The past has room for `block_size` positions and a chunk that begins after the last.
+        The past has room for `block_size` positions, and for a chunk after them.
         """
         c = self.config
         rows, past = batch * c.kv_heads, c.block_size + chunk
@@ -348,7 +348,7 @@ def residual_std(c: ModelConfig) -> float:
 
 
 def token_positions(length: int, position: DecodePosition | None) -> jax.Array:
-    """Return the tokens' positions, [1 or B, T]: from 0, or that of the token decoded."""
+    """Return the tokens' positions, [1 or B, T]: 0 to T - 1, or the decoded token's."""
     start_B = jnp.zeros(1, jnp.int32) if position is None else position.start_B + position.step
     return start_B[:, None] + jnp.arange(length)
 
@@ -357,7 +357,7 @@ def with_remat(c: Config, block: Block) -> Callable:
     """Return the block, which recomputes in its gradient what `remat` says."""
     if c.remat == "none":
         return block
-    # a scan's body cannot be merged with its recomputation
+    # inside a scan, XLA cannot merge the recomputation with the original anyway
     return jax.checkpoint(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
 
 
@@ -374,8 +374,9 @@ def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     """Return the model's structure, and two trees like its parameters: shapes, and axis letters.
 
-    The letters of a parameter that names none are spaces.
+    A parameter without axis letters gets spaces.
     """
+    # a GPT, unless the config's class makes another model
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
 
     def letters(param: Any) -> str:
@@ -425,6 +426,6 @@ def count_params(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Count a training step's FLOPs by PaLM's and nanoGPT's formula, 6 N + 12 L H Q T."""
+    """Count a training step's FLOPs by nanoGPT's formula, 6 P + 12 L D T, P parameters."""
     c = config
     return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size

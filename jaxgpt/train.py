@@ -41,8 +41,8 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
     """Train `config` to its end; return 0, or 128 + n if signal n ended the run early.
 
     JAX has been started. `cli_keys` are the keys set on the command line, `notes` are lines for
-    the log. The host reads the numbers of a call while the device works on the next one: it never
-    waits for the call that it has just launched. Raises `UserError`.
+    the log. The host reads the metrics of one call of the step while the device works on the next
+    call, so it never waits for the call that it has just launched. Raises `UserError`.
     """
     with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, StopSignal() as stop:
         config, step = run.config, run.resume_step
@@ -65,7 +65,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         next_event = step + steps_to_next_event(config, step)
         while step < config.max_iters and not stop.signal and not best.is_too_old(step):
             count = min(config.steps_per_call, next_event - step)
-            windows_KMBT = batches[TRAIN].get(step)
+            windows_KMBT = batches[TRAIN].get(step)  # of K steps; the device takes `count` of them
             state, metrics = train_step(state, windows_KMBT, replicated(run.mesh, count))
             step_log.launched(step, count, metrics)
             step += count
@@ -83,7 +83,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
 
 
 def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
-    """Open the run's log, and say what runs on what."""
+    """Open the run's log, and log what runs on which data and devices."""
     log = Log(run.config, run.resume_step, enabled=distributed.is_process_0())
     for line in (*notes, *summary(run)):
         log.info(line)
@@ -152,7 +152,9 @@ class Events:
         whole = self.replicate(state.params)
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(jax.tree.map(lambda p: p.addressable_data(0), whole))
-        start = dataset.example or dataset.tokenizer.decode([0])  # of characters: a line break
+        start = dataset.example or dataset.tokenizer.decode(
+            [0]
+        )  # a line break, if tokens are characters
         seed = self.config.seed
         text = generate_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
         self.log.info("".join(new for (new,) in text))
@@ -177,7 +179,7 @@ class Events:
         self.run.checkpoints.save(items, meta, best=is_best)
 
     def finish(self, state: TrainState, step: int) -> None:
-        """Save the last state unless it is saved, wait for that, and log how the run ended."""
+        """Save the last state if that is not done, wait until it is, and log how the run ended."""
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)
         self.run.checkpoints.wait()

@@ -56,7 +56,7 @@ def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
-    An optimizer's array is sharded as the parameter whose path ends its own path.
+    An optimizer's array has the sharding of the parameter whose path its own path ends with.
     """
     keystr = jax.tree_util.keystr
     params = jax.tree.leaves_with_path(abstract_params(config, mesh))
@@ -87,7 +87,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     `windows_KMBT` are token ids [K, M, B, T + 1], of which the first `count` of K steps are taken.
     Metrics are arrays [K]: `loss` (the mean over the step's targets, in nats), `grad_norm` (before
     clipping) and `lr`. A step whose loss or norm is not finite leaves weights and moments as they
-    are; its number and its batch are used up.
+    are, but it counts as a step.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
@@ -100,14 +100,17 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         with use_mesh(mesh):
             windows_MBT = windows_KMBT[0]
             keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
+            # a tied embedding becomes two weights here; their gradients are added below
             weights = weights_by_use(state.params, config.dtype, is_tied)
+            # sums of losses, target counts and gradients over the M micro-batches
             accumulate = kernels.accumulation(mesh)
-            (total, targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
-            targets = jnp.maximum(targets, 1)  # a step of nothing but prompts has a loss of 0
+            (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+            num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of a step are prompts
             if is_tied:
                 grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
-            grads = jax.tree.map(lambda g: g / targets, grads)
-            loss, norm, lr = total / targets, optax.tree.norm(grads), learning_rate(state.step)
+            grads = jax.tree.map(lambda g: g / num_targets, grads)
+            loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
+            lr = learning_rate(state.step)
             is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             state = apply_update(optimizer, is_frozen, state, grads, is_finite)
             metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
@@ -174,7 +177,7 @@ def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:
 def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """Return the jitted `(params, windows_KMBT, count) -> (summed loss, number of targets)`.
 
-    Of K batches [1, B, T + 1] the first `count` are evaluated.
+    It evaluates the first `count` of K batches, [1, B, T + 1].
     """
     graphdef, _, _ = abstract_model(config)
 
@@ -204,9 +207,9 @@ def cast_params(params: dict, dtype: str) -> dict:
 def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
     """Return the weights to compute with; a tied embedding becomes one weight for each use.
 
-    Its two gradients are added after the last micro-batch. Added in each, they would also be summed
-    over all devices in each: XLA scatters one into the other. The lookup stays in float32, so that
-    the many additions to a frequent token's row are float32's.
+    Its two gradients are added after the last micro-batch. Adding them in every micro-batch would
+    make XLA sum them over all devices in every micro-batch. The lookup stays in float32, because
+    its gradient sums many small contributions to a frequent token's row.
     """
     weights = cast_params(params, dtype)
     if is_tied:
@@ -219,13 +222,16 @@ def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return tokens, and the token after each; in a window `~id` is a token but no target."""
     windows_BT = windows_BT.astype(jnp.int32)
+    # ~id is negative: the model reads the id, and cross_entropy skips negative targets
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]
 
 
 def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return a key for every sequence of a step, by its number in the step, [M, B]."""
-    seed = config.seed if config.dropout else 0  # so that without dropout seeds share a program
+    seed = (
+        config.seed if config.dropout else 0
+    )  # without dropout, all seeds share a compiled program
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
     numbers_MB = jnp.arange(shape[0] * shape[1]).reshape(shape)
     return jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(numbers_MB)
