@@ -82,6 +82,7 @@ def test_a_run_is_the_same_on_every_mesh(mesh):
     assert_same(run(TINY.replace(mesh=mesh)), run(TINY), 1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_is_the_same_on_a_mesh():
     config = TINY.replace(optimizer="muon")
     assert_same(run(config.replace(mesh=ALL_AXES)), run(config), 1e-9)

@@ -53,6 +53,7 @@ def make_run(data_dir, tmp_path):
 SCANNED = pytest.param({"scan_layers": True, "mesh": "fsdp:2,tensor:2"}, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SCANNED], ids=str)
 def test_a_run_begins_with_the_best_weights_of_another_run_and_nothing_else(make_run, options):
     """The model's keys are theirs; weights to the bit; moments, steps and rates are fresh."""
@@ -79,6 +80,7 @@ def test_a_run_begins_with_the_best_weights_of_another_run_and_nothing_else(make
     assert f"weights of {first.out_dir}: " in log_of(second)
 
 
+@pytest.mark.slow
 def test_a_finetuning_run_is_stopped_and_resumed_as_any_other(make_run, monkeypatch):
     first = make_run("first")
     train(first)
@@ -173,6 +175,7 @@ def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed(
     assert flops < 0.6 * all_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "scan"), [("fsdp:2,tensor:2", False), ("data:2,fsdp:2", True), ("data:4", False)]
 )
@@ -246,6 +249,7 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
     assert rows_of(quiet) == rows
 
 
+@pytest.mark.slow
 def test_without_the_best_checkpoint_the_count_begins_anew(make_run, monkeypatch):
     set_val_losses(monkeypatch, {step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
     keys = {"eval_interval": 2, "early_stopping_patience": 3, "keep_checkpoints": 1}

@@ -464,6 +464,7 @@ def make_config(data_dir, tmp_path):
     return lambda **options: Config(**keys | options)
 
 
+@pytest.mark.slow
 def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
     folder = write_case("small")
     config = make_config(init_from=str(folder), scan_layers=True, dropout=0.1)
@@ -489,6 +490,7 @@ def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
     assert row["val_loss"] == pytest.approx(after, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, make_config):
     config = make_config(init_from=str(write_case("small")))
     whole = config.replace(out_dir=f"{config.out_dir}-whole", max_iters=6)

@@ -74,6 +74,7 @@ def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_pa
         ablate.ablate(config.replace(learning_rate=0.5), ["rope"], 2, out_dir)
 
 
+@pytest.mark.slow
 def test_seeds_change_weights_and_order_and_features_share_the_order(config, tmp_path):
     """Without a learning rate the weights stay as they began, and losses tell batches apart."""
     still = config.replace(learning_rate=0.0, min_lr=0.0, max_iters=4, log_interval=1)
