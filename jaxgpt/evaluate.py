@@ -1,6 +1,6 @@
 """Losses: estimates from random batches, and the exact loss of a whole split.
 
-K batches in a call, B sequences in a batch, T length.
+U batches in a call, B sequences in a batch, T length.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +40,7 @@ class Evaluator:
     def full_loss(self, params: dict[str, Any], split: str = "val") -> float:
         """Compute the loss of a whole split."""
         batches = self.splits[split]
-        size = batches.shape_KMB[2]
+        size = batches.shape_UMB[2]
         every = full_split(batches.tokens, self.mesh, size, batches.block_size)
         return mean_loss(self.eval_step, params, every)
 
@@ -48,7 +48,7 @@ class Evaluator:
 def mean_loss(
     eval_step: Callable, params: dict[str, Any], calls: Iterable[tuple[jax.Array, int]]
 ) -> float:
-    """Average the cross-entropy, in nats per target, over calls of K batches.
+    """Average the cross-entropy, in nats per target, over calls of U batches.
 
     The number beside each call says how many of its batches count.
     """

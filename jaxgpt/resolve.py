@@ -147,9 +147,9 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     if data_fits_on_device(config, dataset):
         train_tokens, val_tokens = make_resident(train, mesh), make_resident(val, mesh)
     return {
-        TRAIN: make(train, shape_KMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
-        EVAL_TRAIN: make(train, shape_KMB=eval_shape, stream=EVAL_TRAIN, resident=train_tokens),
-        EVAL_VAL: make(val, shape_KMB=eval_shape, stream=EVAL_VAL, resident=val_tokens),
+        TRAIN: make(train, shape_UMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
+        EVAL_TRAIN: make(train, shape_UMB=eval_shape, stream=EVAL_TRAIN, resident=train_tokens),
+        EVAL_VAL: make(val, shape_UMB=eval_shape, stream=EVAL_VAL, resident=val_tokens),
     }
 
 

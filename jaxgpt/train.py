@@ -65,8 +65,8 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         next_event = step + steps_to_next_event(config, step)
         while step < config.max_iters and not stop.signal and not best.is_too_old(step):
             count = min(config.steps_per_call, next_event - step)
-            windows_KMBT = batches[TRAIN].get(step)  # of K steps; the device takes `count` of them
-            state, metrics = train_step(state, windows_KMBT, replicated(run.mesh, count))
+            windows_UMBT = batches[TRAIN].get(step)  # of U steps; the device takes `count` of them
+            state, metrics = train_step(state, windows_UMBT, replicated(run.mesh, count))
             step_log.launched(step, count, metrics)
             step += count
             if step == next_event:

@@ -1,6 +1,6 @@
 """The training step and the evaluation step: pure functions, jitted once.
 
-K steps of a call, M micro-batches of a step, B sequences of a micro-batch, T length.
+U steps of a call, M micro-batches of a step, B sequences of a micro-batch, T length.
 """
 
 from collections.abc import Callable
@@ -82,10 +82,10 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
-    """Return the jitted `(state, windows_KMBT, count) -> (state, metrics)`; it donates the state.
+    """Return the jitted `(state, windows_UMBT, count) -> (state, metrics)`; it donates the state.
 
-    `windows_KMBT` are token ids [K, M, B, T + 1], of which the first `count` of K steps are taken.
-    Metrics are arrays [K]: `loss` (the mean over the step's targets, in nats), `grad_norm` (before
+    `windows_UMBT` are token ids [U, M, B, T + 1], of which the first `count` of U steps are taken.
+    Metrics are arrays [U]: `loss` (the mean over the step's targets, in nats), `grad_norm` (before
     clipping) and `lr`. A step whose loss or norm is not finite leaves weights and moments as they
     are, but it counts as a step.
     """
@@ -94,11 +94,11 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     is_tied = ties_embedding(config)
     grad_fn = jax.value_and_grad(make_loss_fn(config, is_frozen, is_tied), has_aux=True)
 
-    def train_step(state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
-        if len(windows_KMBT) > 1:
-            return repeat_step(train_step, state, windows_KMBT, count)
+    def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
+        if len(windows_UMBT) > 1:
+            return repeat_step(train_step, state, windows_UMBT, count)
         with use_mesh(mesh):
-            windows_MBT = windows_KMBT[0]
+            windows_MBT = windows_UMBT[0]
             keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
             # a tied embedding becomes two weights here; their gradients are added below
             weights = weights_by_use(state.params, config.dtype, is_tied)
@@ -138,19 +138,19 @@ def apply_update(
     return TrainState(params, opt_state, state.step + 1)
 
 
-def repeat_step(step: Callable, state: TrainState, windows_KMBT: jax.Array, count: jax.Array):
-    """Take `count` steps in a loop on the device; return the state and all metrics, [K]."""
+def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
+    """Take `count` steps in a loop on the device; return the state and all metrics, [U]."""
 
     def body(i: jax.Array, carry: tuple) -> tuple:
-        state, metrics_K = carry
-        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_KMBT, i, 1)
+        state, metrics_U = carry
+        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_UMBT, i, 1)
         state, metrics_1 = step(state, windows_1MBT, 1)
-        return state, jax.tree.map(lambda all_K, m: all_K.at[i].set(m[0]), metrics_K, metrics_1)
+        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m[0]), metrics_U, metrics_1)
 
-    _, shapes = jax.eval_shape(step, state, windows_KMBT[:1], 1)
-    K = len(windows_KMBT)
-    metrics_K = jax.tree.map(lambda one: jnp.zeros(K, one.dtype), shapes)
-    return jax.lax.fori_loop(0, count, body, (state, metrics_K))
+    _, shapes = jax.eval_shape(step, state, windows_UMBT[:1], 1)
+    U = len(windows_UMBT)
+    metrics_U = jax.tree.map(lambda one: jnp.zeros(U, one.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, metrics_U))
 
 
 def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:
@@ -175,17 +175,17 @@ def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
-    """Return the jitted `(params, windows_KMBT, count) -> (summed loss, number of targets)`.
+    """Return the jitted `(params, windows_UMBT, count) -> (summed loss, number of targets)`.
 
-    It evaluates the first `count` of K batches, [1, B, T + 1].
+    It evaluates the first `count` of U batches, [1, B, T + 1].
     """
     graphdef, _, _ = abstract_model(config)
 
-    def eval_step(params: dict, windows_KMBT: jax.Array, count: jax.Array):
+    def eval_step(params: dict, windows_UMBT: jax.Array, count: jax.Array):
         model = nnx.merge(graphdef, cast_params(params, config.dtype))
 
         def body(i: jax.Array, totals: tuple) -> tuple:
-            inputs_BT, targets_BT = inputs_and_targets(windows_KMBT[i, 0])
+            inputs_BT, targets_BT = inputs_and_targets(windows_UMBT[i, 0])
             return jax.tree.map(jnp.add, totals, cross_entropy(model(inputs_BT), targets_BT))
 
         shapes = jax.eval_shape(body, 0, (jnp.zeros(()), jnp.zeros((), jnp.int32)))

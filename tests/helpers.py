@@ -1,6 +1,6 @@
 """What several test files share: a text, tiny configs, steps by hand, and how runs are read.
 
-K steps in a call, M micro-batches in a step, B sequences in a micro-batch, T length.
+U steps in a call, M micro-batches in a step, B sequences in a micro-batch, T length.
 """
 
 import json
@@ -121,25 +121,25 @@ def exit_code(function, *args) -> int | None:
 
 
 def make_windows(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 0) -> jax.Array:
-    """Random windows_KMBT: `steps` steps of 8 sequences in `micro` micro-batches."""
+    """Random windows_UMBT: `steps` steps of 8 sequences in `micro` micro-batches."""
     rng = np.random.default_rng(seed)
     windows = rng.integers(0, config.vocab_size, (steps, 8, config.block_size + 1))
     return jnp.asarray(windows.reshape(steps, micro, 8 // micro, -1), jnp.int32)
 
 
-def call_step(step, state, windows_KMBT):
+def call_step(step, state, windows_UMBT):
     """Take all steps of the windows in one call."""
-    return step(state, windows_KMBT, jnp.int32(len(windows_KMBT)))
+    return step(state, windows_UMBT, jnp.int32(len(windows_UMBT)))
 
 
 def take_steps(config: Config, batches: Iterable) -> tuple:
-    """Train on these windows_KMBT from a fresh state; return the state and a row per step."""
+    """Train on these windows_UMBT from a fresh state; return the state and a row per step."""
     mesh = sharding.make_mesh(config)
     state, step, rows = init_state(config, mesh), make_train_step(config, mesh), []
-    for windows_KMBT in batches:
-        state, metrics = call_step(step, state, windows_KMBT)
+    for windows_UMBT in batches:
+        state, metrics = call_step(step, state, windows_UMBT)
         metrics = jax.device_get(metrics)
-        rows += [{k: v[i] for k, v in metrics.items()} for i in range(len(windows_KMBT))]
+        rows += [{k: v[i] for k, v in metrics.items()} for i in range(len(windows_UMBT))]
     return jax.device_get(state), rows
 
 

@@ -114,9 +114,9 @@ def test_an_evaluation_is_the_same_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
         with jax.enable_x64(True):
             mesh = sharding.make_mesh(config)
-            windows_KMBT = batch(config, 0)[0][:, None]
+            windows_UMBT = batch(config, 0)[0][:, None]
             eval_step = make_eval_step(config, mesh)
-            loss, targets = call_step(eval_step, init_state(config, mesh).params, windows_KMBT)
+            loss, targets = call_step(eval_step, init_state(config, mesh).params, windows_UMBT)
             return float(loss), int(targets)
 
     want, targets = total(TINY)

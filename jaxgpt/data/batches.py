@@ -1,6 +1,6 @@
 """(seed, step) -> the batch, without replacement: gathered on the device, or read ahead from disk.
 
-A batch is one array `windows_KMBT`: K steps per call, M micro-batches per step, B sequences per
+A batch is one array `windows_UMBT`: U steps per call, M micro-batches per step, B sequences per
 micro-batch, and T + 1 tokens, because the last target follows the last input.
 """
 
@@ -27,7 +27,7 @@ class Batches:
         self,
         tokens: TokenSplit,
         mesh: Mesh,
-        shape_KMB: tuple[int, int, int],
+        shape_UMB: tuple[int, int, int],
         *,
         block_size: int,
         seed: int,
@@ -35,33 +35,33 @@ class Batches:
         resident: jax.Array | None = None,
         ahead: int = 0,
     ):
-        self.tokens, self.shape_KMB, self.block_size = tokens, shape_KMB, block_size
+        self.tokens, self.shape_UMB, self.block_size = tokens, shape_UMB, block_size
         self._starts = partial(tokens.starts, block_size=block_size, seed=seed, stream=stream)
         self._sharding = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
         self._resident, self._ahead = resident, ahead
 
-        def gather(tokens: jax.Array, starts_KMB: jax.Array) -> jax.Array:
-            return tokens[starts_KMB[..., None] + jnp.arange(block_size + 1)]
+        def gather(tokens: jax.Array, starts_UMB: jax.Array) -> jax.Array:
+            return tokens[starts_UMB[..., None] + jnp.arange(block_size + 1)]
 
         self._gather = jax.jit(gather, out_shardings=self._sharding)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._pending: dict[int, Future] = {}
 
     def get(self, step: int) -> jax.Array:
-        """Returns the windows of the K steps from `step` on, [K, M, B, T + 1], over the mesh."""
-        K = self.shape_KMB[0]
+        """Returns the windows of the U steps from `step` on, [U, M, B, T + 1], over the mesh."""
+        U = self.shape_UMB[0]
         pending = {}
-        for later in range(step, step + (self._ahead + 1) * K, K):
+        for later in range(step, step + (self._ahead + 1) * U, U):
             pending[later] = self._pending.get(later) or self._reader.submit(self._read, later)
         made = pending.pop(step).result()
         self._pending = pending
         return made if self._resident is None else self._gather(self._resident, made)
 
     def starts(self, step: int) -> np.ndarray:
-        """Returns where the windows of the K steps from `step` on start, int64 [K, M, B]."""
-        K, M, B = self.shape_KMB
-        sample_ids = np.arange(step * M * B, (step + K) * M * B, dtype=np.uint64)
-        return self._starts(sample_ids).reshape(self.shape_KMB)
+        """Returns where the windows of the U steps from `step` on start, int64 [U, M, B]."""
+        U, M, B = self.shape_UMB
+        sample_ids = np.arange(step * M * B, (step + U) * M * B, dtype=np.uint64)
+        return self._starts(sample_ids).reshape(self.shape_UMB)
 
     def _read(self, step: int) -> jax.Array:
         """Puts the windows on the mesh, or where the tokens are resident, only their starts."""
@@ -71,9 +71,9 @@ class Batches:
             mine = starts[index[:3]]  # the sequences of one device
             return self.tokens.windows(mine.ravel(), length).reshape(*mine.shape, length)
 
-        shape, part = (*self.shape_KMB, length), read
+        shape, part = (*self.shape_UMB, length), read
         if self._resident is not None:
-            shape, part = self.shape_KMB, starts.astype(np.int32).__getitem__
+            shape, part = self.shape_UMB, starts.astype(np.int32).__getitem__
         return jax.make_array_from_callback(shape, self._sharding, part)
 
 

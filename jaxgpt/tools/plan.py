@@ -172,11 +172,11 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
-    shape_KMBT = (1, micro, total // micro, config.block_size + 1)
-    windows_KMBT = jax.ShapeDtypeStruct(shape_KMBT, jnp.int32, sharding=over_batch)
+    shape_UMBT = (1, micro, total // micro, config.block_size + 1)
+    windows_UMBT = jax.ShapeDtypeStruct(shape_UMBT, jnp.int32, sharding=over_batch)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     step = make_train_step(config, mesh)
-    return compile_absent(step.lower(abstract_state(config, mesh), windows_KMBT, count), mesh)
+    return compile_absent(step.lower(abstract_state(config, mesh), windows_UMBT, count), mesh)
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:

@@ -1,6 +1,6 @@
 """The order of the data, its batches against slices of NumPy arrays, and the walk over a split.
 
-K steps per call, M micro-batches per step, B sequences per micro-batch, T length.
+U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
 
 import threading
@@ -176,11 +176,11 @@ def tokens_of(ids: np.ndarray, folder, kind: type[TokenSplit] = TokenSplit) -> T
     return kind(files, ids.dtype.name, int(ids.max()) + 1)
 
 
-def windows_of(ids: np.ndarray, step: int, shape_KMB: tuple[int, int, int]) -> np.ndarray:
-    """[K, M, B, T + 1]: sample after sample, from the first one of the step on."""
-    K, M, B = shape_KMB
-    starts = starts_of(np.arange(step * M * B, (step + K) * M * B), len(ids), T, 5, 2)
-    return np.stack([ids[start : start + T + 1] for start in starts]).reshape(K, M, B, T + 1)
+def windows_of(ids: np.ndarray, step: int, shape_UMB: tuple[int, int, int]) -> np.ndarray:
+    """[U, M, B, T + 1]: sample after sample, from the first one of the step on."""
+    U, M, B = shape_UMB
+    starts = starts_of(np.arange(step * M * B, (step + U) * M * B), len(ids), T, 5, 2)
+    return np.stack([ids[start : start + T + 1] for start in starts]).reshape(U, M, B, T + 1)
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -191,7 +191,7 @@ def test_batches_are_slices_of_the_ids_sharded_over_the_sequences(tmp_path, ids,
     for shard in held.addressable_shards if resident else ():
         np.testing.assert_array_equal(shard.data, ids)
     per_device = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
-    for shape in ((2, 3, 8), (1, 3, 8)):  # a batch of K steps is K batches
+    for shape in ((2, 3, 8), (1, 3, 8)):  # a batch of U steps is U batches
         batches = make(tokens, mesh, shape, resident=held)
         for step in (0, 2, 50):
             batch = batches.get(step)
@@ -226,14 +226,14 @@ class Watched(TokenSplit):
 
 @pytest.mark.parametrize("ids", ["uint16"], indirect=True)
 def test_batches_are_read_ahead_once(tmp_path, ids):
-    K, M, B = shape = (2, 1, 4)
+    U, M, B = shape = (2, 1, 4)
     tokens = tokens_of(ids, tmp_path, Watched)
     batches = make(tokens, mesh_of("data:1"), shape, ahead=2)
     taken = 0
     # In order, then a jump ahead, one back, and one that a batch read ahead answers in part.
     for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
         np.testing.assert_array_equal(batches.get(step), windows_of(ids, step, shape))
-        taken += fresh * K * M * B
+        taken += fresh * U * M * B
         assert tokens.settled(taken) == taken
     tokens.go.clear()
     np.testing.assert_array_equal(batches.get(16), windows_of(ids, 16, shape))

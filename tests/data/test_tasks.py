@@ -1,6 +1,6 @@
 """Problems of arithmetic against Python's own, what is held out, and a model that learns them.
 
-K steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+U steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
 """
 
 import operator
@@ -150,8 +150,8 @@ def test_the_whole_split_has_every_held_out_answer_once():
 def test_batches_are_pure_functions_of_seed_and_step():
     dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
 
-    def take(step: int, shape_KMB: tuple, *, seed: int = 5, on=mesh, stream: int = 0):
-        batches = Batches(dataset.train, on, shape_KMB, block_size=9, seed=seed, stream=stream)
+    def take(step: int, shape_UMB: tuple, *, seed: int = 5, on=mesh, stream: int = 0):
+        batches = Batches(dataset.train, on, shape_UMB, block_size=9, seed=seed, stream=stream)
         return np.asarray(batches.get(step))
 
     several = take(6, (4, 1, 8))

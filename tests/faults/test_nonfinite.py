@@ -59,14 +59,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "K", "keys"), CASES)
-def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, K, keys):
+@pytest.mark.parametrize(("mesh", "U", "keys"), CASES)
+def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, U, keys):
     kinds = {"nan": 1, "inf": 2, "gradient": 3}
     monkeypatch.setattr(train_step, "cross_entropy", poisoned(kinds))
     config = tiny(tmp_path, tmp_path, vocab_size=20, mesh=mesh, **keys)
     devices = sharding.make_mesh(config)
     step = make_train_step(config, devices)
-    good = np.random.default_rng(0).integers(4, 20, (K, 2, 4, 9), np.int32)
+    good = np.random.default_rng(0).integers(4, 20, (U, 2, 4, 9), np.int32)
     state, _ = call_step(step, init_state(config, devices), good)
     floats = lambda tree: [a for a in jax.tree.leaves(tree) if a.dtype.kind == "f"]
     for kind, token in kinds.items():
@@ -75,7 +75,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
         bad[:, 1, 2, 5] = token
         state, metrics = call_step(step, state, bad)
         after = jax.device_get(state)
-        assert after.step == before.step + K
+        assert after.step == before.step + U
         for name, is_bad in ("loss", kind != "gradient"), ("grad_norm", kind == "gradient"):
             assert (np.isfinite(metrics[name]) == (not is_bad)).all(), (kind, name)
         assert len(floats(after)) >= 6

@@ -137,11 +137,11 @@ def bench_data(b: Bench) -> Report:
     """Time batches: drawn, placed on the device, gathered."""
     c, mesh, data = b.config, sharding.make_mesh(b.config), b.dataset.train
     M = sharding.num_microbatches(c, mesh)
-    shape_KMB = 1, M, sharding.global_batch_size(c) // M
+    shape_UMB = 1, M, sharding.global_batch_size(c) // M
     rows, results = [], {}
     for name, resident in ("resident", make_resident(data, mesh)), ("read from disk", None):
         keys = {"block_size": c.block_size, "seed": c.seed, "stream": TRAIN, "ahead": 2}
-        batches, steps = Batches(data, mesh, shape_KMB, resident=resident, **keys), count()
+        batches, steps = Batches(data, mesh, shape_UMB, resident=resident, **keys), count()
         ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
         windows = 1000 * sharding.global_batch_size(c) / quartiles(ms)["median"]
         tokens = windows * c.block_size

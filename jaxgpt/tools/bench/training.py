@@ -1,4 +1,4 @@
-"""Time whole training steps, jaxgpt alone or in turn with nanoGPT. K steps per call, B batch."""
+"""Time whole training steps, jaxgpt alone or in turn with nanoGPT. U steps per call, B batch."""
 
 import time
 from pathlib import Path
@@ -30,8 +30,8 @@ class JaxGPT:
         self.config, self.steps_taken = config, 0
         self.batches = make_batches(config, mesh, dataset)[TRAIN]
         self.state = init_state(config, mesh)
-        self.K = self.batches.shape_KMB[0]
-        self.count = jax.device_put(np.int32(self.K), NamedSharding(mesh, PartitionSpec()))
+        self.U = self.batches.shape_UMB[0]
+        self.count = jax.device_put(np.int32(self.U), NamedSharding(mesh, PartitionSpec()))
         began = time.perf_counter()
         step = make_train_step(config, mesh)
         self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
@@ -43,10 +43,10 @@ class JaxGPT:
         """Take steps -> seconds, losses. As in training, one call is always under way."""
         losses, pending = [], None
         began = time.perf_counter()
-        for _ in range(0, steps, self.K):
+        for _ in range(0, steps, self.U):
             batch = self.batches.get(self.steps_taken)
             self.state, metrics = self.step(self.state, batch, self.count)
-            self.steps_taken += self.K
+            self.steps_taken += self.U
             if pending is not None:
                 losses += jax.device_get(pending)["loss"].tolist()
             pending = metrics
@@ -56,16 +56,16 @@ class JaxGPT:
     def next_steps(self, steps: int) -> dict[str, list]:
         """List where the next steps' windows start, [steps, M, B], and their learning rates."""
         upcoming, rate = range(self.steps_taken, self.steps_taken + steps), schedule(self.config)
-        starts = np.concatenate([self.batches.starts(step) for step in upcoming[:: self.K]])
+        starts = np.concatenate([self.batches.starts(step) for step in upcoming[:: self.U]])
         lrs = np.array([rate(step) for step in upcoming])
         shape = steps, -1, self.config.batch_size
         return {"starts": starts.reshape(shape).tolist(), "lrs": lrs.tolist()}
 
     def round_steps(self) -> int:
         """Warm up -> how many steps make a round."""
-        self.train(2 * self.K)
-        call_s = self.train(2 * self.K)[0] / 2
-        return self.K * max(1, min(100 // self.K, round(ROUND_S / call_s)))
+        self.train(2 * self.U)
+        call_s = self.train(2 * self.U)[0] / 2
+        return self.U * max(1, min(100 // self.U, round(ROUND_S / call_s)))
 
     def step_ms(self, steps: int, rounds: int) -> list[float]:
         """Time rounds of steps -> each one's milliseconds per step."""
@@ -158,7 +158,7 @@ def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
     nanogpt_round = lambda: nanogpt.ask("train", **upcoming)["seconds"]
     try:
         nanogpt.load(b.config, b.dataset.train, jax.device_get(jaxgpt.state.params), mode)
-        warm_up = jaxgpt.next_steps(-(-3 // jaxgpt.K) * jaxgpt.K)
+        warm_up = jaxgpt.next_steps(-(-3 // jaxgpt.U) * jaxgpt.U)
         warm_up_s = sum(nanogpt.ask("train", **warm_up)["seconds"] for _ in range(2))
         (found,) = interleaved([jaxgpt_round], nanogpt_round, b.repeats)
         memory = nanogpt.ask("train", **warm_up)["peak_bytes"]
@@ -195,7 +195,7 @@ def loss_parity(b: Bench, jaxgpt: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
     if b.config.dropout:
         jaxgpt = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
     nanogpt.load(jaxgpt.config, b.dataset.train, jax.device_get(jaxgpt.state.params), "eager")
-    upcoming = jaxgpt.next_steps(-(-PARITY_STEPS // jaxgpt.K) * jaxgpt.K)
+    upcoming = jaxgpt.next_steps(-(-PARITY_STEPS // jaxgpt.U) * jaxgpt.U)
     theirs = nanogpt.ask("train", **upcoming)["losses"][:PARITY_STEPS]
     losses = jaxgpt.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
     nanogpt.ask("free")
