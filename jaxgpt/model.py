@@ -387,10 +387,9 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def ties_embedding(config: Config) -> bool:
-    """Return whether the model is a GPT whose embedding is its output map too."""
-    model = nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0)))
-    return isinstance(model, GPT) and config.tie_embeddings
+def ties_embedding(config: Config, graphdef: nnx.GraphDef, shapes: dict) -> bool:
+    """Return whether this abstract model is a GPT whose embedding is its output map too."""
+    return config.tie_embeddings and isinstance(nnx.merge(graphdef, shapes), GPT)
 
 
 def init_params(config: Config, key: jax.Array) -> dict:

@@ -85,10 +85,12 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
 
     A signal waits for the end of a call, so steps that are slow on a CPU are taken one by one.
     """
+    if config.steps_per_call:
+        return config.steps_per_call
     flops = model.flops_per_token(config) * tokens_per_step(config)
     is_slow = device.is_cpu() and flops > SLOW_FLOPS
     is_fast = data_fits_on_device(config, dataset) and not is_slow
-    return config.steps_per_call or (FAST_STEPS if is_fast else 1)
+    return FAST_STEPS if is_fast else 1
 
 
 def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:

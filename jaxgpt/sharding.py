@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.kernels.accumulate import max_sequences_per_device
+from jaxgpt.kernels.accumulate import BATCH, max_sequences_per_device
 from jaxgpt.kernels.platform import is_partitioned, target_platform
 
 AXES = ("data", "fsdp", "tensor")
@@ -20,7 +20,6 @@ AXES = ("data", "fsdp", "tensor")
 # A parameter's letters (see model.py) -> the mesh axis that splits them. Letters that are not
 # here, and vectors of width D, are whole on every device.
 RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
-BATCH = ("data", "fsdp")
 
 
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:

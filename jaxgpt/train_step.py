@@ -90,9 +90,11 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     are, but it counts as a step.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
-    is_frozen = frozen_mask(config, abstract_model(config)[1])
-    is_tied = ties_embedding(config)
-    grad_fn = jax.value_and_grad(make_loss_fn(config, is_frozen, is_tied), has_aux=True)
+    graphdef, shapes, _ = abstract_model(config)
+    is_frozen = frozen_mask(config, shapes)
+    is_tied = ties_embedding(config, graphdef, shapes)
+    loss_fn = make_loss_fn(config, graphdef, is_frozen, is_tied)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
         if len(windows_UMBT) > 1:
@@ -153,15 +155,16 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))
 
 
-def make_loss_fn(config: Config, is_frozen: dict, is_tied: bool) -> Callable:
+def make_loss_fn(
+    config: Config, graphdef: nnx.GraphDef, is_frozen: dict, is_tied: bool
+) -> Callable:
     """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`.
 
     The weights are those of `weights_by_use`, so the model is one whose embedding is not tied.
     """
     if is_tied:
         is_frozen = is_frozen | {"lm_head": is_frozen["embed"]}
-        config = config.replace(tie_embeddings=False)
-    graphdef, _, _ = abstract_model(config)
+        graphdef, _, _ = abstract_model(config.replace(tie_embeddings=False))
 
     def stop_frozen(frozen: bool, weight: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(weight) if frozen else weight
@@ -229,9 +232,8 @@ def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return a key for every sequence of a step, by its number in the step, [M, B]."""
-    seed = (
-        config.seed if config.dropout else 0
-    )  # without dropout, all seeds share a compiled program
+    # without dropout, all seeds share a compiled program
+    seed = config.seed if config.dropout else 0
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
     numbers_MB = jnp.arange(shape[0] * shape[1]).reshape(shape)
     return jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(numbers_MB)

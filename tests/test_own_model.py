@@ -47,7 +47,7 @@ def test_parameters_without_letters_are_blank_and_whole_on_every_device():
     _, shapes, letters = model.abstract_model(config)
     assert letters == {"table": "  ", "scale": " "}
     assert shapes["table"].shape == (31, 31)
-    assert not model.ties_embedding(config)
+    assert not model.ties_embedding(config, *model.abstract_model(config)[:2])
     assert model.count_params(config) == 31 * 31 + 31
     for param in abstract_params(config, make_mesh(config)).values():
         assert param.sharding.is_fully_replicated
