@@ -16,12 +16,13 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from jaxgpt import model
+from jaxgpt.data.text_stream import generate_text
 from jaxgpt.interop.huggingface import Trained, load_trained
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.position import sinusoids
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.runtime.metrics import read_metrics
-from jaxgpt.sample import Sampler, generate_text
-from jaxgpt.sharding import local_mesh
+from jaxgpt.sample import Sampler
 
 STAGES = {
     "1_bigram": "bigram",

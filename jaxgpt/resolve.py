@@ -1,6 +1,7 @@
 """From a config to a run that is ready for its first step: keys filled in, mistakes found."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import device, distributed, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
@@ -58,10 +60,9 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         config = _fill_in_from_dataset(config, dataset)
         if isinstance(weights, run_dir.RunWeights):
             weights.check_tokenizer(dataset)
-        if config.freeze:  # a bad pattern is an error
-            frozen_mask(config, model.abstract_model(config)[1])
+        check_freeze(config)
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
@@ -93,19 +94,44 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
     return FAST_STEPS if is_fast else 1
 
 
+def check_freeze(config: Config) -> None:
+    """Raise `UserError` unless `freeze` matches some parameters and leaves some to train."""
+    if not config.freeze:
+        return
+    try:
+        re.compile(config.freeze)
+    except re.error as error:
+        raise UserError(
+            f"freeze={config.freeze!r}: {error}; expected a regular expression"
+        ) from error
+    _, params, _ = model.abstract_model(config)
+    matches = jax.tree.leaves(frozen_mask(config, params))
+    if len(set(matches)) > 1:
+        return
+    keys = [key for key, _ in jax.tree.leaves_with_path(params)]
+    paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
+    kinds = dict.fromkeys(re.sub(r"/\d+/", "/0/", path) for path in paths)
+    raise UserError(
+        f"freeze={config.freeze!r}: matches {'all' if matches[0] else 'none'} of the parameters; "
+        f"expected a pattern that matches some of {', '.join(kinds)}"
+    )
+
+
 def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
     """Fill in `vocab_size`, and `eot_id` where the model is to know it."""
     vocab_size = config.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
-        least = f"must be at least the dataset's {dataset.vocab_size}"
-        raise UserError(f"vocab_size={vocab_size}: {least}")
+        raise UserError(
+            f"vocab_size={vocab_size}: smaller than the dataset's vocabulary; expected at least "
+            f"{dataset.vocab_size}, or 0 for the dataset's own"
+        )
     eot_id = config.eot_id
     if config.document_mask and eot_id < 0:
         eot_id = dataset.tokenizer.eot if dataset.tokenizer else None
     if eot_id is None:
         raise UserError(
-            f"document_mask=True: the tokenizer of {config.dataset!r} has no end-of-text, or "
-            "is not known; --eot_id says which id begins a document"
+            f"document_mask=True: the tokenizer of dataset={config.dataset!r} has no end-of-text "
+            "token, or is unknown; try --eot_id=ID, the token id that starts a document"
         )
     return config.replace(vocab_size=vocab_size, eot_id=eot_id)
 
@@ -186,7 +212,10 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
         return state, best
     meta = checkpoints.meta(step)
     if meta["dataset"] == config.dataset and meta["data"] != run.dataset.fingerprint:
-        raise UserError(f"dataset={config.dataset!r}: has changed since the checkpoint")
+        raise UserError(
+            f"dataset={config.dataset!r}: its token files have changed since the checkpoint; "
+            "expected the same files; try to restore them, or --init_from=scratch in a new out_dir"
+        )
     best_step = checkpoints.best()  # None also where the best one is corrupt
     if best_step is None and meta.get("best_step") == 0:
         best_step = 0  # nothing was better than the initial weights

@@ -18,11 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import kernels, model
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.text_stream import TextStream, stream_texts
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.kernels import decode
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, flush_chunk
-from jaxgpt.sharding import local_mesh
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.train_step import cast_params
 
 CHUNK = 16  # tokens per host round trip; a power of two, as most block sizes are
@@ -205,7 +203,7 @@ class Sampler:
 
     def __init__(self, config: Config):
         if not config.causal:
-            raise UserError("causal=False: an encoder cannot be sampled")
+            raise UserError("causal=False: an encoder cannot be sampled; expected causal=True")
         dtype = kernels.compute_dtype(config.dtype)
         self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
         graphdef, shapes, _ = model.abstract_model(self.config)
@@ -298,21 +296,3 @@ class Sampler:
             whole = NamedSharding(mesh, PartitionSpec())
             self._replicas[mesh] = jax.device_put(self.params, whole)
         return mesh, self._replicas[mesh]
-
-
-def generate_text(
-    sampler: Sampler, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
-    stop: tuple[str, ...] = (), **options: Any,
-) -> Iterator[list[str]]:  # fmt: skip
-    """Yields the text that continues each prompt, in pieces; `options` are those of `generate`.
-
-    Raises `UserError`, before the first piece is asked for, for a prompt without tokens, a
-    character without a token, or an empty stop string.
-    """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    if any(len(i) == 0 for i in ids):
-        raise UserError("start='': a prompt needs at least one character; a line break will do")
-    streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
-    active = np.ones(len(prompts), bool)
-    chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, active=active, **options)
-    return stream_texts(chunks, streams, active, max_new_tokens)

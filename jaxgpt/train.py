@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
+from jaxgpt.data.text_stream import generate_text
 from jaxgpt.evaluate import Evaluator
 from jaxgpt.resolve import (
     EVAL_TRAIN,
@@ -31,7 +32,7 @@ from jaxgpt.runtime import device, distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
-from jaxgpt.sample import Sampler, generate_text
+from jaxgpt.sample import Sampler
 from jaxgpt.train_step import TrainState, make_train_step
 
 SAMPLE_TOKENS = 200
@@ -163,8 +164,8 @@ class Events:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
         if not self.all_finite(state):  # an update can overflow though its gradient does not
             raise UserError(
-                f"step {step}: a weight or moment is not finite, so it is not saved; try a "
-                "lower learning_rate"
+                f"step {step}: a weight or moment is not finite, so the state is not saved; try a "
+                "lower learning_rate, then --init_from=resume"
             )
         best_val_loss = self.best.val_loss if math.isfinite(self.best.val_loss) else None
         meta = {

@@ -22,7 +22,7 @@ from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model, init_params, ties_embedding
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
-from jaxgpt.sharding import param_sharding, use_mesh, with_mesh
+from jaxgpt.sharding import param_sharding, use_mesh
 
 
 @partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
@@ -77,7 +77,7 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state before the first step, made where it belongs on the mesh."""
-    create = with_mesh(mesh, partial(create_state, config))
+    create = use_mesh(mesh)(partial(create_state, config))
     return jax.jit(create, out_shardings=state_shardings(config, mesh))()
 
 
@@ -195,7 +195,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         zeros = jax.tree.map(jnp.zeros_like, shapes)
         return jax.lax.fori_loop(0, count, body, zeros)
 
-    return jax.jit(with_mesh(mesh, eval_step))
+    return jax.jit(use_mesh(mesh)(eval_step))
 
 
 def cast_params(params: dict, dtype: str) -> dict:

@@ -142,8 +142,8 @@ def sample(argv: list[str]) -> None:
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.interop import huggingface
     from jaxgpt.runtime import device
+    from jaxgpt.runtime.mesh import local_mesh
     from jaxgpt.sample import Sampler
-    from jaxgpt.sharding import local_mesh
 
     config, load, tokenizer = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
@@ -182,8 +182,9 @@ def read_start(start: str) -> str:
 
 def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[str]) -> None:
     """Print every sample of every prompt: stream the first, print the others when all are done."""
+    from jaxgpt.data.text_stream import generate_text
     from jaxgpt.runtime.metrics import escape_controls
-    from jaxgpt.sample import SamplingParams, generate_text
+    from jaxgpt.sample import SamplingParams
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     names = [field.name for field in dataclasses.fields(SamplingParams)]

@@ -12,6 +12,7 @@ from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError
 from jaxgpt.tools.bench.report import Bench, Report, format_ratios, interleaved, quartiles
 from jaxgpt.tools.hlo import Program
@@ -26,7 +27,7 @@ class JaxGPT:
     """jaxgpt's side: the trainer's batches and its jitted step, called by hand."""
 
     def __init__(self, config: Config, dataset: Dataset):
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         self.config, self.steps_taken = config, 0
         self.batches = make_batches(config, mesh, dataset)[TRAIN]
         self.state = init_state(config, mesh)
