@@ -105,7 +105,8 @@ TOGETHER = [
     ({"min_lr": 2e-3, "learning_rate": 1e-3},
      "min_lr=0.002: above the peak; expected at most learning_rate=0.001; try min_lr=0.0001"),
     ({"batch_tokens": 100, "batch_size": 4, "block_size": 8},
-     "batch_tokens=100: not whole micro-batches; expected a multiple of batch_size x block_size = 32"),
+     "batch_tokens=100: not whole micro-batches; "
+     "expected a multiple of batch_size x block_size = 32"),
 ]  # fmt: skip
 
 
