@@ -20,21 +20,21 @@ RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Return how many parts a batch is split into."""
+    """Return the number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def global_batch_size(config: Config) -> int:
-    """Return the sequences of a step, over all devices and micro-batches."""
+    """Return the sequences per step, over all devices and micro-batches."""
     accumulation = config.batch_tokens // (config.batch_size * config.block_size)
     return config.batch_size * (accumulation or config.gradient_accumulation_steps)
 
 
 def num_microbatches(config: Config, mesh: Mesh) -> int:
-    """Return the micro-batches of a step: as few as keep a device's share within its bound.
+    """Return the micro-batches per step: as few as keep a device's share within its limit.
 
-    The bound is `batch_size`, or what the platform processes fast at a time. Every count gives the
-    same step, up to rounding.
+    The limit is `batch_size`, or fewer sequences where the platform computes those faster. The
+    result of a step does not depend on the number of micro-batches, up to rounding.
     """
     total, shards = global_batch_size(config), batch_shards(mesh)
     share = max_sequences_per_device(mesh, config.batch_size, config.block_size)
@@ -43,10 +43,10 @@ def num_microbatches(config: Config, mesh: Mesh) -> int:
 
 
 def eval_batches(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Return the batches of an estimate, and the sequences of each.
+    """Return the batches per evaluation of a split, and the sequences per batch.
 
-    Together they have `eval_iters * batch_size` sequences on every mesh, rounded up to a multiple
-    of its devices.
+    On every mesh their product is `eval_iters * batch_size`, rounded up to a multiple of the
+    parts of a batch.
     """
     shards = batch_shards(mesh)
     total = -(-(config.eval_iters or 1) * config.batch_size // shards) * shards
@@ -64,22 +64,22 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
-    """Return where a parameter with these letters lives: `VD` is P('tensor', 'fsdp')."""
+    """Return the sharding of a parameter with these axis letters: VD is P("tensor", "fsdp")."""
     letters = axes if axes.strip("L") != "D" else ""
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in letters)))
 
 
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """Split an array over these mesh axes, where a function is traced for several devices."""
+    """Split an array over these mesh axes if the function is traced for several devices."""
     if not is_partitioned():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def constrain_batch(x_BTD: jax.Array) -> jax.Array:
-    """Split the residual stream over the batch alone.
+    """Split the residual stream over the batch only.
 
-    Left to itself, XLA may split it over D, as weights are under `fsdp`. Then every device would
-    compute the whole batch, and sum it with the others.
+    Otherwise XLA may split it over D, as it splits weights under `fsdp`. Then every device would
+    compute the whole batch, and the devices would sum their parts.
     """
     return constrain(x_BTD, BATCH)

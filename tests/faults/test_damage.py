@@ -55,7 +55,7 @@ def test_a_run_resumes_from_the_step_before_with_the_same_digits(quiet, run, cap
         flip(data_file(newest) if target == "data" else newest / target)
     assert train(run) == 0
     said = capsys.readouterr()
-    assert "going on from step 21" in said.out
+    assert "resuming from step 21" in said.out
     assert f"warning: {newest}" in said.err
     assert outcome(run) == outcome(quiet)
     assert newest.with_name("24.corrupt").exists() == (target != "no digest")
