@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +18,7 @@ from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
+from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import Bench, Report, describe_machine, show
 from jaxgpt.tools.bench.sampling import bench_attention, bench_data, bench_sampling
 from jaxgpt.tools.bench.training import bench_training
@@ -46,59 +46,44 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 }
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """The flags of `jaxgpt bench`, which its --help documents."""
-
-    benchmark: str
-    config: str
-    preset: str
-    compare_to: str
-    torch_python: str
-    compile: str
-    repeats: int
-    json: str
-    plot: str
-
-
-def bench(options: BenchOptions) -> None:
+def bench(args: BenchArgs) -> None:
     """Run what the command line asks for, and print what was found. Raises `UserError`."""
-    for file in filter(None, (options.json, options.plot)):
+    for file in filter(None, (args.json, args.plot)):
         if not Path(file).parent.is_dir():
             raise UserError(f"{file}: there is no folder {Path(file).parent}")
     load_before = os.getloadavg()[0]
-    name, config = choose(options)
+    name, config = choose(args)
     with TemporaryDirectory() as folder:
-        report, facts = run(options, name, config, Path(folder))
+        report, facts = run(args, name, config, Path(folder))
     facts["load_before"] = load_before
     if load_before > 0.3 * (os.cpu_count() or 1):
         note = f"load average before the start: {load_before:.1f}; others used this machine"
         report.notes.append(note)
-    if options.json:
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     show(report, facts)
 
 
-def choose(options: BenchOptions) -> tuple[str, Config]:
+def choose(args: BenchArgs) -> tuple[str, Config]:
     """Start JAX -> the name of what is benchmarked, and its config for this device.
 
     The compilation cache is off: compile times are those of a first run. Beside nanoGPT, JAX takes
     device memory only as needed, and one accelerator, as nanoGPT does without torchrun.
     """
-    preset, is_comparison = options.preset, bool(options.compare_to)
-    if options.config and preset:
+    preset, is_comparison = args.preset, bool(args.compare_to)
+    if args.config and preset:
         raise UserError(f"--preset={preset}: name a preset or a config file, not both")
     if is_comparison:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    variants = load_config_file(options.config) if options.config else {}
+    variants = load_config_file(args.config) if args.config else {}
     c = variants.get("config", Config())
     device.start(c.device, float64=c.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
     is_cpu = device.is_cpu()
-    if options.config:
+    if args.config:
         c = variants.get("cpu_config", c) if is_cpu and c.use_cpu_variant else c
     else:
-        if is_cpu and options.benchmark == "train" and preset.startswith("gpt2"):
+        if is_cpu and args.benchmark == "train" and preset.startswith("gpt2"):
             needs = "needs an accelerator; for a CPU there is --preset=cpu"
             raise UserError(f"--preset={preset}: {needs}")
         if is_cpu and preset not in ("", "cpu"):
@@ -112,23 +97,23 @@ def choose(options: BenchOptions) -> tuple[str, Config]:
     c, _ = device.resolve_auto(c)
     if is_comparison:
         check_comparable(c)
-    return options.config or preset, c
+    return args.config or preset, c
 
 
-def run(options: BenchOptions, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
+def run(args: BenchArgs, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
     """Run a benchmark, with its files in `folder` -> its report, and all of it for JSON."""
     c, dataset = make_data(c, folder)
     nanogpt = None
-    if options.compare_to:
-        nanogpt = NanoGPT(options.compare_to, options.torch_python or sys.executable, folder)
-    modes = ("eager", "compiled") if options.compile == "both" else (options.compile,)
-    plot = Path(options.plot or Path(options.json or "bench").with_suffix(".png"))
+    if args.compare_to:
+        nanogpt = NanoGPT(args.compare_to, args.torch_python or sys.executable, folder)
+    modes = ("eager", "compiled") if args.compile == "both" else (args.compile,)
+    plot = Path(args.plot or Path(args.json or "bench").with_suffix(".png"))
     try:
         with Console(stderr=True).status("starting") as status:
-            b = Bench(name, c, dataset, nanogpt, modes, options.repeats, plot, status.update)
-            report = BENCHMARKS[options.benchmark](b)
+            b = Bench(name, c, dataset, nanogpt, modes, args.repeats, plot, status.update)
+            report = BENCHMARKS[args.benchmark](b)
     except NanoGPTError as error:
-        raise UserError(f"--compare_to {options.compare_to}: {error}") from error
+        raise UserError(f"--compare_to {args.compare_to}: {error}") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -136,7 +121,7 @@ def run(options: BenchOptions, name: str, c: Config, folder: Path) -> tuple[Repo
     finally:
         if nanogpt:
             nanogpt.close()
-    facts = {"what": options.benchmark, "preset": name, "config": c.to_dict()}
+    facts = {"what": args.benchmark, "preset": name, "config": c.to_dict()}
     facts |= {"data": dataset.source, "nanogpt": nanogpt and nanogpt.versions}
     return report, facts | describe_machine() | {"results": report.results}
 
