@@ -1,4 +1,7 @@
-"""The baseline of docs/menu.md: a GPT-2 small enough for `jaxgpt ablate` to train dozens."""
+"""Define the baseline of docs/menu.md, a GPT-2 small enough to train dozens of times.
+
+Used by `jaxgpt ablate`.
+"""
 
 from jaxgpt.config import Config
 
@@ -16,7 +19,7 @@ config = Config(
     beta2=0.99,
     warmup_iters=50,
     max_iters=500,
-    eval_interval=100_000,  # only at the end, on the whole validation split
+    eval_interval=100_000,  # evaluate only at the end, on the whole validation split
     eval_iters=1,
     log_interval=50,
 )

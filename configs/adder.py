@@ -1,6 +1,7 @@
-"""A GPT that adds, exercise 2 of nanoGPT's lecture: "123+456=" and the sum, units first.
+"""Train a GPT that adds, exercise 2 of the lecture: "123+456=" and the sum, units first.
 
-`jaxgpt eval --out_dir=out/adder` counts correct answers to held-out sums; docs/exercises.md.
+`jaxgpt eval --out_dir=out/adder` counts its correct answers to held-out sums. docs/exercises.md
+describes the data and the results.
 """
 
 from jaxgpt.config import Config

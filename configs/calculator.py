@@ -1,6 +1,6 @@
-"""A GPT that adds, subtracts, multiplies and divides: "12*34=" and the answer, units first.
+"""Train a GPT that adds, subtracts, multiplies and divides: "12*34=" and the answer, units first.
 
-Division drops the remainder. docs/exercises.md says what the model learns.
+Division drops the remainder. docs/exercises.md shows what the model learns.
 """
 
 from configs.adder import config as adder

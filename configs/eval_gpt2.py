@@ -1,4 +1,4 @@
-"""The losses of OpenAI's gpt2 (124M parameters); nanoGPT's config of this name."""
+"""Evaluate OpenAI's gpt2 (124M parameters), as nanoGPT's config of this name does."""
 
 from jaxgpt.config import Config
 

@@ -1,4 +1,4 @@
-"""The losses of OpenAI's gpt2-xl (1558M parameters); nanoGPT's config of this name."""
+"""Evaluate OpenAI's gpt2-xl (1558M parameters), as nanoGPT's config of this name does."""
 
 from configs.eval_gpt2 import config as eval_gpt2
 

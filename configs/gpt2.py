@@ -1,6 +1,6 @@
-"""GPT-2 124M on OpenWebText: nanoGPT's train_gpt2, for eight A100s.
+"""Train GPT-2 124M on OpenWebText, as nanoGPT's train_gpt2 does on eight A100s.
 
-Each step trains on 480 sequences, 491,520 tokens, on any number of devices.
+Each step trains on 480 sequences (491,520 tokens), on any number of devices.
 """
 
 from jaxgpt.config import Config
@@ -11,7 +11,7 @@ config = Config(
     eval_iters=200,
     log_interval=10,
     dataset="openwebtext",
-    batch_size=12,  # sequences per device at a time
+    batch_size=12,  # largest number of sequences that a device processes at a time
     gradient_accumulation_steps=40,  # 5 for each of nanoGPT's eight GPUs
     block_size=1024,
     n_layer=12,

@@ -1,7 +1,7 @@
-"""GPT-2 124M on 10 billion tokens of FineWeb-Edu: build-nanogpt's recipe, one epoch.
+"""Train GPT-2 124M on 10 billion tokens of FineWeb-Edu: build-nanogpt's recipe, one epoch.
 
-Run `jaxgpt prepare fineweb_edu` first. Each step trains on 512 sequences, 524,288 tokens, on any
-number of devices. docs/reproduction.md shows the expected curve and the cost.
+Run `jaxgpt prepare fineweb_edu` first. Each step trains on 512 sequences (524,288 tokens), on any
+number of devices. docs/reproduction.md shows the expected loss and the cost.
 """
 
 from jaxgpt.config import Config
@@ -12,7 +12,7 @@ config = Config(
     eval_iters=20,
     log_interval=10,
     dataset="fineweb_edu",
-    batch_size=32,  # sequences per device at a time
+    batch_size=32,  # largest number of sequences that a device processes at a time
     batch_tokens=524_288,
     block_size=1024,
     n_layer=12,

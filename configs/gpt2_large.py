@@ -1,7 +1,7 @@
-"""A GPT of GPT-2 Large's size, 774M parameters, on OpenWebText.
+"""Train a GPT of GPT-2 Large's size, 774M parameters, on OpenWebText.
 
-Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: GPT-3's
-for a model of this size (Brown et al. 2020, table 2.1).
+Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: it is that
+of GPT-3 at this size (Brown et al. 2020, table 2.1).
 """
 
 from configs.gpt2 import config as gpt2

@@ -1,10 +1,10 @@
-"""A GPT of GPT-2 XL's size, 1.5 billion parameters, on OpenWebText.
+"""Train a GPT of GPT-2 XL's size, 1.5 billion parameters, on OpenWebText.
 
-For GPUs with 80 GB. On TPUs add --scan_layers=True, to compile in less than minutes, and
---remat=dots.
+The config is for GPUs with 80 GB. On TPUs, add --scan_layers=True and --remat=dots; without
+--scan_layers=True the compilation takes minutes.
 
-Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: GPT-3's
-for a model of this width (Brown et al. 2020, table 2.1).
+Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: it is that
+of GPT-3 at this width (Brown et al. 2020, table 2.1).
 """
 
 from configs.gpt2 import config as gpt2

@@ -1,4 +1,4 @@
-"""The shape of Llama 2 70B (Touvron et al. 2023), for `jaxgpt plan`."""
+"""Give `jaxgpt plan` the shape of Llama 2 70B (Touvron et al. 2023)."""
 
 from configs.llama_7b_shape import config as llama_7b
 

@@ -1,4 +1,7 @@
-"""The shape of Llama 2 7B (Touvron et al. 2023), for `jaxgpt plan`; jaxgpt has no data for it."""
+"""Give `jaxgpt plan` the shape of Llama 2 7B (Touvron et al. 2023).
+
+It cannot be trained as it is, because jaxgpt has no dataset with its vocabulary.
+"""
 
 from jaxgpt.config import Config
 

@@ -2,8 +2,9 @@
 
     python configs/pretrain_then_finetune.py
 
-makes all runs with three seeds and compares their losses on held-out sonnets. Finished runs are
-not repeated and interrupted runs resume. For train.py this file is the pretraining config.
+This command makes all runs with three seeds and compares their losses on held-out sonnets. It does
+not repeat finished runs, and it resumes interrupted ones. As a config file for train.py, this file
+describes the pretraining.
 """
 
 import statistics
@@ -43,7 +44,7 @@ finetune = alone.replace(learning_rate=5e-4, max_iters=500)
 
 
 def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:
-    """Train to the end, resuming an interrupted run; return the run directory."""
+    """Train to the end, resuming an interrupted run, and return the run directory."""
     from jaxgpt import train
     from jaxgpt.runtime import run_dir
 
@@ -57,7 +58,7 @@ def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str
 
 
 def compare(argv: list[str]) -> None:
-    """Make the runs of every seed and print the losses of their best checkpoints."""
+    """Make the runs of every seed and print the validation losses of their best checkpoints."""
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
 

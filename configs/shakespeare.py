@@ -1,7 +1,7 @@
-"""A GPT that writes Shakespeare, one character at a time: nanoGPT's train_shakespeare_char.
+"""Train a GPT on Shakespeare, character by character, as nanoGPT's train_shakespeare_char does.
 
-`config` is the baby GPT, for an accelerator. Without one, `cpu_config` runs: the recipe that
-nanoGPT's README gives for a laptop.
+`config` is the baby GPT, for an accelerator. Without an accelerator `cpu_config` runs. It is the
+recipe that nanoGPT's README gives for a laptop, with a higher learning rate.
 """
 
 from jaxgpt.config import Config
@@ -11,7 +11,7 @@ config = Config(
     eval_interval=250,  # often, because the model overfits this small text quickly
     eval_iters=200,
     log_interval=10,
-    always_save_checkpoint=False,  # it will overfit: keep the best checkpoint
+    always_save_checkpoint=False,  # the model will overfit, so save only improvements
     dataset="shakespeare_char",
     gradient_accumulation_steps=1,
     batch_size=64,
@@ -22,11 +22,11 @@ config = Config(
     dropout=0.2,
     bias=False,
     mlp="gelu",
-    learning_rate=1e-3,  # small networks can use higher rates
+    learning_rate=1e-3,  # small networks allow a high learning rate
     max_iters=5000,
     lr_decay_iters=5000,
     min_lr=1e-4,
-    beta2=0.99,  # a longer average, because a step has few tokens
+    beta2=0.99,  # a longer average, because there are few tokens per step
     warmup_iters=100,
     wandb_project="shakespeare-char",
 )
@@ -39,7 +39,7 @@ cpu_config = config.replace(
     n_head=4,
     n_embd=128,
     dropout=0.0,
-    learning_rate=4e-3,  # even smaller, even higher; nanoGPT stays at 1e-3
+    learning_rate=4e-3,  # this network is even smaller; nanoGPT uses 1e-3
     max_iters=2000,
     lr_decay_iters=2000,
 )

@@ -1,4 +1,4 @@
-"""nanoGPT's config of this name: the baby GPT of shakespeare.py, without a CPU variant."""
+"""Train the baby GPT of shakespeare.py under nanoGPT's name for it, without a CPU variant."""
 
 from configs.shakespeare import config as baby_gpt
 

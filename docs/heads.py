@@ -1,4 +1,4 @@
-"""Compare heads computed one by one with heads computed all at once: numbers and speed.
+"""Compare heads computed one by one with heads computed all at once: outputs and speed.
 
     python docs/heads.py
 
@@ -15,7 +15,7 @@ H = D // N
 
 
 def one_head(x_BTD, wq_DH, wk_DH, wv_DH):
-    """Compute one head by itself: three matrices, a mask, a softmax."""
+    """Compute one head separately: three matrices, a mask, a softmax. Return [B, T, H]."""
     q_BTH, k_BTH, v_BTH = x_BTD @ wq_DH, x_BTD @ wk_DH, x_BTD @ wv_DH
     scores_BTS = q_BTH @ k_BTH.swapaxes(1, 2) / H**0.5
     scores_BTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BTS, -jnp.inf)
@@ -23,12 +23,13 @@ def one_head(x_BTD, wq_DH, wk_DH, wv_DH):
 
 
 def separate(x_BTD, w_DCNH):
+    """Compute the heads one by one and concatenate them. Return [B, T, D]."""
     heads = [one_head(x_BTD, *w_DCNH[:, :, n].swapaxes(0, 1)) for n in range(N)]
     return jnp.concatenate(heads, axis=-1)
 
 
 def together(x_BTD, w_DCNH):
-    """Compute all heads at once; the head is one more axis, beside the batch."""
+    """Compute all heads at once; the head is one more axis, like the batch. Return [B, T, D]."""
     q_BTNH, k_BTNH, v_BTNH = jnp.moveaxis(jnp.einsum("BTD,DCNH->BTCNH", x_BTD, w_DCNH), 2, 0)
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / H**0.5
     scores_BNTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BNTS, -jnp.inf)
@@ -37,6 +38,7 @@ def together(x_BTD, w_DCNH):
 
 
 def main() -> None:
+    """Print the difference of the outputs, then the compile and run time of both gradients."""
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD = jax.random.normal(keys[0], (B, T, D))
     w_DCNH = jax.random.normal(keys[1], (D, 3, N, H)) / D**0.5
@@ -51,7 +53,7 @@ def main() -> None:
         jax.block_until_ready(grad(w_DCNH))
         print(f"{name}: compiled in {time.perf_counter() - began:.2f} s")
         seconds[name] = []
-    for _ in range(200):  # in turn, so that other jobs disturb both alike
+    for _ in range(200):  # alternating, so that other jobs disturb both equally
         for name, grad in grads.items():
             began = time.perf_counter()
             jax.block_until_ready(grad(w_DCNH))

@@ -1,4 +1,4 @@
-"""Draw the pictures of lecture.md, and print its table and samples, from the stages' runs.
+"""Draw the pictures of lecture.md, and print its table and samples, from the runs of all stages.
 
     python docs/lecture.py [FOLDER-OF-THE-RUNS [FOLDER-FOR-THE-PICTURES]]
 
@@ -16,12 +16,13 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from jaxgpt import model
+from jaxgpt.data.text_stream import generate_text
 from jaxgpt.interop.huggingface import Trained, load_trained
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.position import sinusoids
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.runtime.metrics import read_metrics
-from jaxgpt.sample import Sampler, generate_text
-from jaxgpt.sharding import local_mesh
+from jaxgpt.sample import Sampler
 
 STAGES = {
     "1_bigram": "bigram",
@@ -45,6 +46,7 @@ def load_stage(folder: Path, stage: str) -> Trained:
 
 
 def save(figure: Figure, file: Path) -> None:
+    """Write a figure to a file, without the name of the software, so that the bytes repeat."""
     figure.savefig(file, dpi=72, metadata={"Software": None})
     print(f"drew {file}")
 
@@ -53,7 +55,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Draw the validation loss of every stage by step."""
+    """Draw the validation losses of all stages over the steps."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     for i, (stage, rows) in enumerate(runs.items()):
@@ -61,13 +63,14 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
         steps, losses = ([row[key] for row in some] for key in ("step", "val_loss"))
         label = f"{stage.replace('_', ' ')}: {losses[-1]:.3f}"
         axes.plot(steps, losses, ".-", color=f"C{i}", label=label)
-    axes.set(xlabel="step", ylabel="validation loss (nats a character)", ylim=(1.5, 3.3))
+    axes.set(xlabel="step", ylabel="validation loss (nats per character)", ylim=(1.5, 3.3))
     axes.grid(alpha=0.3)
     axes.legend(title="last value", loc="upper left", bbox_to_anchor=(1.01, 1))
     save(figure, file)
 
 
 def print_table(runs: dict[str, list[dict[str, Any]]], trained: dict[str, Trained]) -> None:
+    """Print a row per stage: name, parameters, loss on the whole validation split, seconds."""
     for stage, rows in runs.items():
         seconds = rows[-1]["time"] - rows[0]["time"]
         count = model.count_params(trained[stage].config)
@@ -77,6 +80,7 @@ def print_table(runs: dict[str, list[dict[str, Any]]], trained: dict[str, Traine
 
 
 def print_sample(stage: str, trained: Trained) -> None:
+    """Print the first 160 characters that a stage generates after a line break."""
     params, step = trained.load(local_mesh())
     config = trained.config.replace(dtype="float32", attention="reference")
     sampler, tokenizer = Sampler(config).load(params), trained.tokenizer()
@@ -88,7 +92,7 @@ def print_sample(stage: str, trained: Trained) -> None:
 
 
 def draw_masks(file: Path) -> None:
-    """Draw which key (column) each query (row) may see: dark is seen."""
+    """Draw which keys (columns) each query (row) attends to; those are dark."""
     masks = {
         "causal": mask_TS(8, 8, causal=True),
         "causal, window of 3": mask_TS(8, 8, causal=True, window=3),
@@ -110,12 +114,13 @@ def draw_masks(file: Path) -> None:
 
 
 def mask_TS(queries: int, keys: int, *, causal: bool, window: int = 0) -> np.ndarray:
+    """Return an attention mask, bool [T, S]."""
     query_T1, key_S = jnp.arange(queries)[:, None], jnp.arange(keys)
     return np.broadcast_to(attention_mask(query_T1, key_S, causal, window), (queries, keys))
 
 
 def attention_weights(trained: Trained, layer: int, text: str) -> np.ndarray:
-    """Return the attention weights of a layer's heads over a text, [N, T, S]: rows sum to one."""
+    """Return the attention weights of a layer's heads for a text, [N, T, S]; rows sum to one."""
     config = trained.config.replace(dtype="float32", attention="reference")
     params, _ = trained.load(local_mesh())
     network = nnx.merge(model.abstract_model(config)[0], params)
@@ -130,7 +135,7 @@ def attention_weights(trained: Trained, layer: int, text: str) -> np.ndarray:
 
 
 def draw_attention(trained: dict[str, Trained], file: Path) -> None:
-    """Draw the one head of stage 3 on eight characters, and some heads of the last model."""
+    """Draw the head of stage 3 on eight characters, and seven heads of stage 8."""
     deep = trained["8_dropout_and_scale"]
     panels = [("the head of stage 3", attention_weights(trained["3_one_head"], 0, TEXT[:8])[0], 8)]
     for layer, heads in (0, 3), (deep.config.n_layer - 1, 4):
@@ -150,7 +155,7 @@ def draw_attention(trained: dict[str, Trained], file: Path) -> None:
 
 
 def draw_positions(trained: Trained, file: Path) -> None:
-    """Draw position vectors, learned and sinusoidal, and the cosine between any two of them."""
+    """Draw position vectors, learned and sinusoidal, and the cosines between all pairs of them."""
     learned_TD = np.asarray(trained.load(local_mesh())[0]["pos_embed"]["kernel"])
     key = jax.random.fold_in(jax.random.key(trained.config.seed), 0)
     start_TD = np.asarray(model.init_params(trained.config, key)["pos_embed"]["kernel"])
@@ -178,6 +183,7 @@ def draw_positions(trained: Trained, file: Path) -> None:
 
 
 def main(folder: str = "out/lecture", pictures: str = "docs/pictures") -> None:
+    """Draw all pictures, then print the table and the samples."""
     runs_dir, pictures_dir = Path(folder), Path(pictures)
     pictures_dir.mkdir(parents=True, exist_ok=True)
     runs = {stage: read_metrics(runs_dir / stage / "metrics.jsonl") for stage in STAGES}

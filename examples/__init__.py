@@ -1,1 +1,1 @@
-"""Models that are built on jaxgpt from the outside. The package itself imports none of them."""
+"""Show models that use jaxgpt as a library; the package jaxgpt imports none of them."""

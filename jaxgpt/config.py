@@ -308,7 +308,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
             elif key in LECTURE_KEYS and value != LECTURE_KEYS[key]:
                 raise UserError(
                     f"{key}={value!r}: only the lecture's models have this key; "
-                    "add --config configs/lecture/STAGE.py"
+                    "try --config configs/lecture/STAGE.py"
                 )
             elif key not in ("config_file", "config_class", *LECTURE_KEYS):
                 raise cls.unknown_key(key)
@@ -319,8 +319,8 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     @classmethod
     def unknown_key(cls, key: str) -> UserError:
         nearest = difflib.get_close_matches(key, key_types(cls), n=1)
-        hint = f", did you mean {nearest[0]}?" if nearest else ""
-        return UserError(f"{key}: there is no such key{hint}")
+        hint = nearest[0] if nearest else "--help, which lists all keys"
+        return UserError(f"{key}: unknown key; try {hint}")
 
     def replace(self, **keys: Any) -> Self:
         """Return this config with other values for some keys."""
@@ -341,19 +341,34 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         c = self
         step_size = c.batch_size * c.block_size
         if c.n_embd % c.n_head:
-            raise UserError(f"n_embd={c.n_embd}: must be a multiple of n_head={c.n_head}")
+            raise UserError(
+                f"n_head={c.n_head}: does not divide n_embd={c.n_embd}; expected a divisor; "
+                f"try n_head={max(n for n in range(1, c.n_head) if c.n_embd % n == 0)}"
+            )
         if c.n_head % c.kv_heads:
-            raise UserError(f"n_kv_head={c.n_kv_head}: must divide n_head={c.n_head}")
+            raise UserError(
+                f"n_kv_head={c.n_kv_head}: does not divide n_head={c.n_head}; expected a divisor"
+            )
         if c.position == "rope" and c.head_dim % 2:
-            needs = f"needs an even head width, and n_embd / n_head is {c.head_dim}"
-            raise UserError(f"position='rope': {needs}")
+            raise UserError(
+                f"position='rope': n_embd / n_head is {c.head_dim}, which is odd; "
+                "expected an even head width"
+            )
         if c.sliding_window and not c.causal:
-            raise UserError(f"sliding_window={c.sliding_window}: needs causal=True")
+            raise UserError(
+                f"sliding_window={c.sliding_window}: an encoder has no window; expected "
+                "causal=True, or sliding_window=0"
+            )
         if c.decay_lr and c.min_lr > c.learning_rate:
-            raise UserError(f"min_lr={c.min_lr}: must be at most learning_rate={c.learning_rate}")
+            raise UserError(
+                f"min_lr={c.min_lr}: above the peak; expected at most "
+                f"learning_rate={c.learning_rate}; try min_lr={c.learning_rate / 10:g}"
+            )
         if c.batch_tokens % step_size:
-            needs = f"must be a multiple of batch_size x block_size = {step_size}"
-            raise UserError(f"batch_tokens={c.batch_tokens}: {needs}")
+            raise UserError(
+                f"batch_tokens={c.batch_tokens}: not whole micro-batches; expected a multiple of "
+                f"batch_size x block_size = {step_size}"
+            )
 
     # What a subclass in a config file may override; docs/extending.md.
 
@@ -393,13 +408,16 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
         choices = typing.get_args(kind)
         if value in choices:
             return value
-        raise UserError(f"{key}={value!r}: must be one of {', '.join(map(str, choices))}")
+        choices = ", ".join(map(str, choices))
+        raise UserError(f"{key}={value!r}: invalid value; expected one of {choices}")
     nouns = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     if kind not in nouns:
-        raise UserError(f"{key}: a key's type must be int, float, bool, str or Literal, not {kind}")
+        raise UserError(
+            f"{key}: unsupported type {kind}; expected int, float, bool, str or Literal"
+        )
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is kind and all(value in rule for rule in rules):
         return value
     allowed = rules[0] if kind is str and rules else " ".join([nouns[kind], *map(str, rules)])
-    raise UserError(f"{key}={value!r}: must be {allowed}")
+    raise UserError(f"{key}={value!r}: invalid value; expected {allowed}")

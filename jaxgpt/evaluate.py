@@ -1,6 +1,6 @@
 """Losses: estimates from random batches, and the exact loss of a whole split.
 
-U batches in a call, B sequences in a batch, T length.
+U batches per call, B sequences per batch, T length.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ BATCHES_PER_CALL = 20
 
 
 class Evaluator:
-    """Computes the losses of a run on the train and the val split."""
+    """Computes the losses of a run on its train split and its val split."""
 
     def __init__(self, config: Config, mesh: Mesh, train: Batches, val: Batches):
         self.config, self.mesh, self.splits = config, mesh, {"train": train, "val": val}
@@ -28,7 +28,7 @@ class Evaluator:
         self.eval_step = make_eval_step(config, mesh)
 
     def losses(self, params: dict[str, Any], step: int) -> dict[str, float]:
-        """Estimate both losses from `eval_iters` random batches each; with 0 they are exact."""
+        """Return both losses, from `eval_iters` random batches each, or exact if that is 0."""
         if not self.config.eval_iters:
             return {f"{name}_loss": self.full_loss(params, name) for name in self.splits}
         losses = {}
@@ -38,7 +38,7 @@ class Evaluator:
         return losses
 
     def full_loss(self, params: dict[str, Any], split: str = "val") -> float:
-        """Compute the loss of a whole split."""
+        """Return the exact loss of a whole split, in nats per token."""
         batches = self.splits[split]
         size = batches.shape_UMB[2]
         every = full_split(batches.tokens, self.mesh, size, batches.block_size)
@@ -48,9 +48,9 @@ class Evaluator:
 def mean_loss(
     eval_step: Callable, params: dict[str, Any], calls: Iterable[tuple[jax.Array, int]]
 ) -> float:
-    """Average the cross-entropy, in nats per target, over calls of U batches.
+    """Return the mean cross-entropy in nats per target over calls.
 
-    The number beside each call says how many of its batches count.
+    A call is (windows [U, 1, B, T + 1], count); only the first `count` of its U batches count.
     """
     sums = [eval_step(params, batches, count) for batches, count in calls]
     total, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
@@ -58,7 +58,7 @@ def mean_loss(
 
 
 def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[jax.Array, int]]:
-    """Draw `count` batches, a pure function of the training step."""
+    """Yield `count` batches in calls, as a pure function of the training step."""
     first = step * count
     for done in range(0, count, BATCHES_PER_CALL):
         yield batches.get(first + done), min(BATCHES_PER_CALL, count - done)
@@ -67,7 +67,7 @@ def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[ja
 def full_split(
     tokens: TokenSplit, mesh: Mesh, sequences: int, block_size: int
 ) -> Iterator[tuple[jax.Array, int]]:
-    """Cut a split into batches in which every token but the first is a target exactly once.
+    """Yield a split in calls, so that every token but the first is a target exactly once.
 
     Windows follow each other without overlap. The last window and the last batch are padded
     with -1, which is never a target.

@@ -7,12 +7,12 @@ from jaxgpt import kernels
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the summed cross-entropy in nats, float32 at least, and the number of targets.
+    """Return the summed cross-entropy in nats, at least float32, and the number of targets.
 
-    A negative target does not count; nanoGPT's -1 is one.
+    A negative target, such as nanoGPT's -1, does not count.
     """
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-    # a comparison fuses with the sum; a gather, and its gradient's scatter, would not
+    # XLA fuses the comparison with the sum; it could not fuse a gather and its gradient's scatter
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logit_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
     loss_BT = kernels.log_sum_exp(logits_BTV) - target_logit_BT

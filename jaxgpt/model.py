@@ -1,8 +1,8 @@
 """The GPT: token ids in, logits out.
 
-B batch, T length, D embedding, N heads, K key-value heads, H head dim, F MLP hidden, V vocabulary
-(padded), L layers, C parts of a fused map (query, key, value; or gate, up).
-A parameter carries the letters of its axes as `axes`: sharding.py maps letters to the mesh.
+Array names end with their axes: B batch, T length, D embedding, N heads, K key-value heads,
+H head width, F MLP width, V vocabulary (padded), L layers, C parts of a fused map (query, key and
+value; or gate and up). A parameter keeps its letters as `axes`; sharding.py maps them to the mesh.
 """
 
 import math
@@ -48,15 +48,15 @@ REMAT_POLICIES = {
 )
 @dataclass(frozen=True)
 class Context:
-    """What a layer knows beside its input: its number, masks and, in sampling, its cache."""
+    """What a layer needs besides its input: its index, masks and, when sampling, its cache."""
 
     dropout: Dropout
     layer: int | jax.Array = 0
     segment_ids_BT: jax.Array | None = None
     first_v_BTKH: jax.Array | None = None
-    """The first layer's values, for `value_residual`."""
+    """Values of the first layer, for `value_residual`."""
     cache: KVCache | None = None
-    """The cache of this layer. Training has none; a prompt has a cache but no `position`."""
+    """This layer's KV cache. Training has none; prefill has a cache but no `position`."""
     position: DecodePosition | None = None
 
 
@@ -79,9 +79,9 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A row of width D for each token or position."""
+    """A table with a row of width D for each token or position."""
 
-    equation = ""  # for `logits` and for packing, if the table is the output map too
+    equation = ""  # the einsum of the output layer, if this table is its kernel
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
@@ -93,7 +93,7 @@ class Embedding(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm of the last axis. Statistics are float32 at least."""
+    """LayerNorm or RMSNorm over the last axis. Statistics are at least float32."""
 
     def __init__(self, kind: str, width: int, axes: str = "D", *, bias: bool = False):
         self.centered = kind == "layernorm"
@@ -109,8 +109,8 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head causal attention (Vaswani et al. 2017) with a fused map for query, key and value.
 
-    The fused kernel [D, 3, N, H] holds the maps of N heads side by side. The output kernel
-    [N, H, D] sums over heads, which equals concatenating the heads and then mapping them.
+    The fused kernel [D, 3, N, H] holds the maps of all heads. The output kernel [N, H, D] sums
+    over the heads, which equals concatenating the heads and applying one linear map.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
         self.config: Any = c
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Return the branch [B, T, D], and the context with this layer's keys and values in it."""
+        """Return the branch's output [B, T, D], and the context with updated cache and values."""
         c, ctx = self.config, context
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         if c.qk_norm:
@@ -160,7 +160,7 @@ class Attention(nnx.Module):
         return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
 
     def weights_dropout(self, context: Context) -> Partial | None:
-        """Return the dropout of the attention weights as a pytree, or None."""
+        """Return the dropout of attention weights as a pytree, or None if it is off."""
         if not self.config.attention_dropout or not context.dropout.rate:
             return None
         site = DropoutSite.ATTENTION_WEIGHTS
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Up, non-linearity, down; swiglu gates instead (Shazeer 2020)."""
+    """Two linear maps with a non-linearity, or a gate (SwiGLU; Shazeer 2020), between them."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         linear = partial(Linear, bias=c.bias, rngs=rngs)
@@ -198,7 +198,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each added to the residual stream, with norms before them."""
+    """Attention and MLP, each with a norm before it, added to the residual stream."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         self.ln_1 = Norm(c.norm, c.n_embd, bias=c.bias)
@@ -214,7 +214,7 @@ class Block(nnx.Module):
 
 
 class PostNormBlock(Block):
-    """The block of the 2017 paper: norms after the additions."""
+    """The block of Vaswani et al. (2017), with a norm after each addition."""
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         attn_BTD, context = self.attn(x_BTD, context)
@@ -226,8 +226,8 @@ class PostNormBlock(Block):
 class GPT(nnx.Module):
     """A decoder-only transformer: token ids [B, T] -> logits [B, T, V].
 
-    `config` is resolved: `vocab_size`, `dtype` and `attention` have their final values. With
-    `scan_layers` the blocks' parameters carry a leading axis L.
+    `vocab_size`, `dtype` and `attention` of `config` must have their final values. With
+    `scan_layers` the parameters of all blocks are stacked on a leading axis L.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -258,11 +258,11 @@ class GPT(nnx.Module):
         position: DecodePosition | None = None,
         at_B: jax.Array | None = None,
     ) -> Any:
-        """Return logits [B, T, V]; with a `cache`, also the cache with these tokens in it.
+        """Return logits [B, T, V]; with a `cache`, return (logits, updated cache).
 
-        With a `cache` alone the tokens are the first of their sequences, and fill its past. With a
-        `position` too they are one token for each sequence, which joins the cache's chunk.
-        `at_B` asks for the logits of one token per sequence only, [B, 1, V].
+        With a `cache` alone (prefill), the tokens start their sequences, and fill the cache's past.
+        With a `position` too (decode), they are one new token per sequence, T = 1, which is added
+        to the cache's chunk. With `at_B`, logits are of this one position per sequence, [B, 1, V].
         """
         c = self.config
         segment_ids_BT = None
@@ -272,7 +272,7 @@ class GPT(nnx.Module):
         x_BTD = constrain_batch(self.embed_tokens(tokens_BT, position))
         x_BTD = dropout(x_BTD, c.n_layer, DropoutSite.EMBEDDING)
         new_cache = []
-        if c.scan_layers:  # not with a cache: the sampler unstacks the layers first
+        if c.scan_layers:  # never with a cache, because the sampler unstacks the layers
             x_BTD = self.scan_blocks(x_BTD, context)
         else:
             for layer, block in enumerate(self.blocks):
@@ -287,7 +287,7 @@ class GPT(nnx.Module):
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
     def embed_tokens(self, tokens_BT: jax.Array, position: DecodePosition | None) -> jax.Array:
-        """Return the token's embedding and its position's, [B, T, D]."""
+        """Return the sum of token and position embeddings, [B, T, D]."""
         c, T = self.config, tokens_BT.shape[1]
         x_BTD = constrain_batch(self.embed(tokens_BT, c.dtype))
         if c.position == "learned":
@@ -302,7 +302,7 @@ class GPT(nnx.Module):
         return x_BTD
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Return logits [B, T, V]; those of padded ids are -inf."""
+        """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
         head = self.output_map
         logits_BTV: Any = kernels.linear_map(head.equation, x_BTD, head.kernel[...])
@@ -312,7 +312,7 @@ class GPT(nnx.Module):
         return jnp.where(is_token_V, logits_BTV, -jnp.inf)
 
     def scan_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """Run one compiled block over the stacked layers."""
+        """Apply all blocks in a loop over the stacked layers, so that one block is compiled."""
         c = self.config
         graphdef, stacked = nnx.split(self.blocks)
         first_v = None
@@ -330,9 +330,9 @@ class GPT(nnx.Module):
         return x_BTD
 
     def init_cache(self, batch: int, chunk: int) -> list[KVCache]:
-        """Return an empty cache for each layer, for sequences decoded `chunk` tokens at a time.
+        """Return an empty cache per layer, for sequences decoded in chunks of `chunk` tokens.
 
-        The past has room for `block_size` positions, and for a chunk after them.
+        Its past has room for `block_size` positions and one more chunk.
         """
         c = self.config
         rows, past = batch * c.kv_heads, c.block_size + chunk
@@ -340,29 +340,29 @@ class GPT(nnx.Module):
 
 
 def residual_std(c: ModelConfig) -> float:
-    """Scale a branch's last map so that all 2L branches sum to the deviation of one (GPT-2).
+    """Return the initial deviation of a branch's last map, so that 2L branches sum as one (GPT-2).
 
-    Or start it at zero (Zhang et al. 2019, "Fixup").
+    It is 0 with `zero_init_projections` (Zhang et al. 2019, "Fixup").
     """
     return 0.0 if c.zero_init_projections else INIT_STD / math.sqrt(2 * c.n_layer)
 
 
 def token_positions(length: int, position: DecodePosition | None) -> jax.Array:
-    """Return the tokens' positions, [1 or B, T]: 0 to T - 1, or the decoded token's."""
+    """Return positions [1 or B, T]: 0 to T - 1, or where the decoded tokens are."""
     start_B = jnp.zeros(1, jnp.int32) if position is None else position.start_B + position.step
     return start_B[:, None] + jnp.arange(length)
 
 
 def with_remat(c: Config, block: Block) -> Callable:
-    """Return the block, which recomputes in its gradient what `remat` says."""
+    """Return the block, whose backward pass recomputes what `remat` says."""
     if c.remat == "none":
         return block
-    # inside a scan, XLA cannot merge the recomputation with the original anyway
+    # without a scan, XLA must be kept from merging the recomputation with the forward pass
     return jax.checkpoint(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
 
 
 def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
-    """Return a Block whose parameters are those of one block for each key, stacked on an axis L."""
+    """Return a Block whose parameters are those of one block per key, stacked on an axis L."""
     graphdef, _ = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
     init = lambda key: nnx.to_pure_dict(nnx.split(make(key))[1])
     return nnx.merge(graphdef, jax.vmap(init)(keys))
@@ -372,11 +372,11 @@ def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
-    """Return the model's structure, and two trees like its parameters: shapes, and axis letters.
+    """Return (graphdef, shapes, axes): the model's structure, and two trees like its parameters.
 
-    A parameter without axis letters gets spaces.
+    `axes` holds the axis letters of each parameter, or spaces if it has none. The model is a GPT,
+    unless the config's class makes another one.
     """
-    # a GPT, unless the config's class makes another model
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
 
     def letters(param: Any) -> str:
@@ -388,7 +388,7 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
 
 
 def ties_embedding(config: Config, graphdef: nnx.GraphDef, shapes: dict) -> bool:
-    """Return whether this abstract model is a GPT whose embedding is its output map too."""
+    """Return whether this abstract model is a GPT whose embedding is also its output layer."""
     return config.tie_embeddings and isinstance(nnx.merge(graphdef, shapes), GPT)
 
 
@@ -398,20 +398,20 @@ def init_params(config: Config, key: jax.Array) -> dict:
 
 
 def unstack_layers(params: dict) -> dict:
-    """Turn parameters of a model with `scan_layers` into those of one without it."""
+    """Convert parameters of a model with `scan_layers` to those of a model without it."""
     layers = len(jax.tree.leaves(params["blocks"])[0])
     blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
     return params | {"blocks": blocks}
 
 
 def stack_layers(params: dict) -> dict:
-    """Turn NumPy parameters of a model without `scan_layers` into those of one with it."""
+    """Convert NumPy parameters of a model without `scan_layers` to those of a model with it."""
     blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
     return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
 def count_params(config: Config) -> int:
-    """Count parameters as nanoGPT does: without position embeddings, and without padding."""
+    """Count parameters as nanoGPT does: without position embeddings and without padding."""
     _, shapes, axes = abstract_model(config)
     shapes.pop("pos_embed", None)
     axes.pop("pos_embed", None)
@@ -425,6 +425,6 @@ def count_params(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Count a training step's FLOPs by nanoGPT's formula, 6 P + 12 L D T, P parameters."""
+    """Return training FLOPs per token by nanoGPT's formula: 6 P + 12 L D T, P parameters."""
     c = config
     return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size

@@ -1,4 +1,4 @@
-"""AdamW or Muon, the learning-rate schedules, and frozen parameters; all from optax."""
+"""The optimizer: AdamW or Muon, gradient clipping, learning-rate schedules, frozen parameters."""
 
 import math
 import re
@@ -11,17 +11,17 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt import kernels, model
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 
 MUON_RMS = 0.2  # of an update's elements, about AdamW's (Liu et al. 2025, "Muon is Scalable")
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate by step, from 0: linear warm-up, decay to `min_lr`, then constant.
+    """Return the learning rate of each step: linear warm-up, decay to `min_lr`, then constant.
 
-    The cosine is nanoGPT's. `wsd` (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") keeps
-    `learning_rate` until the last `decay_fraction` of the steps, and then decays linearly.
-    The warm-up's first step is already above zero: learning_rate / (warmup_iters + 1).
+    Steps count from 0, and step 0 has the rate learning_rate / (warmup_iters + 1). The cosine decay
+    is nanoGPT's. `wsd` (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") stays at
+    `learning_rate` and decays linearly in the last `decay_fraction` of the steps.
     """
     c = config
     if not c.decay_lr:
@@ -45,10 +45,11 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019).
+    """Return the optimizer: clipping by global norm, then AdamW (Loshchilov & Hutter 2019).
 
-    Or, for the blocks' matrices, Muon (Jordan et al. 2024), with the same decay. Frozen parameters
-    have no moments. `update` takes `is_finite`: where it is False, moments stay as they are.
+    With `optimizer="muon"` the blocks' matrices use Muon (Jordan et al. 2024) instead, with the
+    same weight decay. Frozen parameters have no moments. `update` takes the argument `is_finite`;
+    if it is False, the moments do not change.
     """
     c = config
     direction = scale_by_adam(c.beta1, c.beta2)
@@ -65,7 +66,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
-    """Return Adam's direction; moments are kept where the gradient is not finite."""
+    """Scale gradients to Adam's update direction (Kingma & Ba 2015)."""
     adam = skip_if_nonfinite(optax.scale_by_adam(b1, b2, eps=kernels.ADAM_EPSILON))
 
     def update(updates, state, params=None, **extra):
@@ -78,7 +79,7 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
 def skip_if_nonfinite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of `inner` unless `is_finite`; its integer step counts go on."""
+    """Wrap `inner` so that its moments change only if `is_finite`; step counts always advance."""
 
     def update(updates, state, params=None, *, is_finite: jax.typing.ArrayLike = True, **_):
         updates, new = inner.update(updates, state, params)
@@ -88,12 +89,12 @@ def skip_if_nonfinite(
 
 
 def where_finite(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Return the new floating-point array if `is_finite`, else the old one; integers are new."""
+    """Return `new` if `is_finite`, else `old`; an array of integers is always `new`."""
     return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def partition_by_kind(config: Config, adam: optax.GradientTransformation):
-    """Give Muon the blocks' matrices if it is chosen, and what is frozen no update."""
+    """Apply Muon to the blocks' matrices if it is chosen, and no update to frozen parameters."""
     _, shapes, letters = model.abstract_model(config)
     is_frozen = frozen_mask(config, shapes)
     axes = muon_dimension_numbers(config, letters, is_frozen)
@@ -113,37 +114,20 @@ def partition_by_kind(config: Config, adam: optax.GradientTransformation):
 
 
 def frozen_mask(config: Config, params: dict) -> dict:
-    """Return a tree of bools: which parameters `freeze` names by their paths.
+    """Return a tree of bools like `params`: whether `freeze` matches a parameter's path."""
 
-    Raises `UserError` unless it is a regular expression that names some and leaves some to train.
-    """
+    def is_frozen(keys: tuple, _) -> bool:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return bool(config.freeze) and re.search(config.freeze, path) is not None
 
-    def path_of(keys: tuple) -> str:
-        return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-    if not config.freeze:
-        return jax.tree.map(lambda _: False, params)
-    try:
-        pattern = re.compile(config.freeze)
-    except re.error as error:
-        raise UserError(f"freeze={config.freeze!r}: not a regular expression ({error})") from error
-    mask = jax.tree.map_with_path(lambda keys, _: bool(pattern.search(path_of(keys))), params)
-    if len(set(jax.tree.leaves(mask))) == 1:
-        paths = (path_of(keys) for keys, _ in jax.tree.leaves_with_path(params))
-        kinds = dict.fromkeys(re.sub(r"/\d+/", "/0/", path) for path in paths)
-        which = "all" if jax.tree.leaves(mask)[0] else "none"
-        raise UserError(
-            f"freeze={config.freeze!r}: matches {which} of the parameters' paths, which are "
-            f"{', '.join(kinds)}"
-        )
-    return mask
+    return jax.tree.map_with_path(is_frozen, params)
 
 
 def muon_dimension_numbers(config: Config, letters: dict, is_frozen: dict) -> dict:
-    """Return for every kernel that Muon updates its input and output axes; for others a blank.
+    """Return the input and output axes of every kernel that Muon updates; a blank for others.
 
-    D is one side; heads or hidden units are the other. Layers (L) and the parts of a fused map
-    (C: query, key, value) are matrices of their own, so fusing does not change what Muon does.
+    D is one side of the matrix; heads or hidden units are the other side. Each layer (L) and each
+    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused.
     """
 
     def numbers(path: tuple, letters: str, frozen: bool) -> MuonDimensionNumbers | optax.MaskedNode:
@@ -158,7 +142,7 @@ def muon_dimension_numbers(config: Config, letters: dict, is_frozen: dict) -> di
 
 
 def consistent_rms(axes: dict) -> optax.GradientTransformation:
-    """Scale orthogonal updates to elements like AdamW's, so that one learning rate serves both."""
+    """Scale orthogonal updates to the RMS of AdamW's, so that both share a learning rate."""
 
     def scale(update: jax.Array, sides: tuple[tuple[int, ...], ...]) -> jax.Array:
         longer = max(math.prod(update.shape[i] for i in side) for side in sides)

@@ -1,6 +1,7 @@
-"""From a config to a run that is ready for its first step: keys filled in, mistakes found."""
+"""Resolve a config to a run that is ready for its first step: fill in keys, find mistakes."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import device, distributed, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
@@ -31,15 +33,15 @@ FAST_STEPS = 10  # per call
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run that holds its directory and is ready for its first step."""
+    """A run that has locked its directory and is ready for its first step."""
 
-    config: Config  # what runs, and what config.json says: nothing in it is left to choose
+    config: Config  # fully resolved; config.json says the same
     mesh: Mesh
     dataset: Dataset
     checkpoints: Checkpoints
-    weights: huggingface.Weights | run_dir.RunWeights | None  # to begin with
-    resume_step: int  # 0 is a fresh run
-    notes: list[str]  # for the log: what was taken from elsewhere, and what fell back
+    weights: huggingface.Weights | run_dir.RunWeights | None  # initial weights, if not random
+    resume_step: int  # 0 for a fresh run
+    notes: list[str]  # for the log: keys taken from weights or checkpoint, and fallbacks
 
 
 @contextmanager
@@ -58,10 +60,9 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         config = _fill_in_from_dataset(config, dataset)
         if isinstance(weights, run_dir.RunWeights):
             weights.check_tokenizer(dataset)
-        if config.freeze:  # a bad pattern is an error
-            frozen_mask(config, model.abstract_model(config)[1])
+        check_freeze(config)
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
@@ -71,7 +72,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
 
 
 def data_fits_on_device(config: Config, dataset: Dataset) -> bool:
-    """Tell whether both splits are kept in device memory."""
+    """Return whether both splits are kept in device memory."""
     tokens = len(dataset.train) + len(dataset.val)
     return device.fits_on_device(config, tokens, tokens * dataset.train.dtype.itemsize)
 
@@ -81,9 +82,9 @@ def tokens_per_step(config: Config) -> int:
 
 
 def steps_per_call(config: Config, dataset: Dataset) -> int:
-    """Choose how many steps the device takes per call, unless the config says.
+    """Return the steps per call of the compiled program: the config's, or a default by speed.
 
-    A signal waits for the end of a call, so steps that are slow on a CPU are taken one by one.
+    A signal waits for the end of a call, so slow steps on a CPU are called one by one.
     """
     if config.steps_per_call:
         return config.steps_per_call
@@ -93,25 +94,50 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
     return FAST_STEPS if is_fast else 1
 
 
+def check_freeze(config: Config) -> None:
+    """Raise `UserError` unless `freeze` matches some parameters and leaves some to train."""
+    if not config.freeze:
+        return
+    try:
+        re.compile(config.freeze)
+    except re.error as error:
+        raise UserError(
+            f"freeze={config.freeze!r}: {error}; expected a regular expression"
+        ) from error
+    _, params, _ = model.abstract_model(config)
+    matches = jax.tree.leaves(frozen_mask(config, params))
+    if len(set(matches)) > 1:
+        return
+    keys = [key for key, _ in jax.tree.leaves_with_path(params)]
+    paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
+    kinds = dict.fromkeys(re.sub(r"/\d+/", "/0/", path) for path in paths)
+    raise UserError(
+        f"freeze={config.freeze!r}: matches {'all' if matches[0] else 'none'} of the parameters; "
+        f"expected a pattern that matches some of {', '.join(kinds)}"
+    )
+
+
 def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
-    """Fill in `vocab_size`, and `eot_id` where the model is to know it."""
+    """Fill in `vocab_size`, and `eot_id` if `document_mask` needs it."""
     vocab_size = config.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
-        least = f"must be at least the dataset's {dataset.vocab_size}"
-        raise UserError(f"vocab_size={vocab_size}: {least}")
+        raise UserError(
+            f"vocab_size={vocab_size}: smaller than the dataset's vocabulary; expected at least "
+            f"{dataset.vocab_size}, or 0 for the dataset's own"
+        )
     eot_id = config.eot_id
     if config.document_mask and eot_id < 0:
         eot_id = dataset.tokenizer.eot if dataset.tokenizer else None
     if eot_id is None:
         raise UserError(
-            f"document_mask=True: the tokenizer of {config.dataset!r} has no end-of-text, or "
-            "is not known; --eot_id says which id begins a document"
+            f"document_mask=True: the tokenizer of dataset={config.dataset!r} has no end-of-text "
+            "token, or is unknown; try --eot_id=ID, the token id that starts a document"
         )
     return config.replace(vocab_size=vocab_size, eot_id=eot_id)
 
 
 def summary(run: ResolvedRun) -> list[str]:
-    """Say in lines for the log what runs on which data and devices."""
+    """Return lines for the log: device, data, model, frozen parameters, notes, resumed step."""
     config, data = run.config, run.dataset
     train_tokens = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
     place = ", held on the device" if data_fits_on_device(config, data) else ""
@@ -130,7 +156,7 @@ def summary(run: ResolvedRun) -> list[str]:
         shapes = model.abstract_model(config)[1]
         sizes = jax.tree.map(lambda p, still: p.size * still, shapes, frozen_mask(config, shapes))
         lines.append(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
-    resumed = [f"going on from step {run.resume_step}"] if run.resume_step else []
+    resumed = [f"resuming from step {run.resume_step}"] if run.resume_step else []
     return [*lines, *run.notes, *resumed]
 
 
@@ -138,7 +164,7 @@ def summary(run: ResolvedRun) -> list[str]:
 
 
 def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batches]:
-    """Make the batches of each stream: of training, and of evaluations on either split."""
+    """Return the batches of each stream: training, and evaluation on either split."""
     num_micro_batches = sharding.num_microbatches(config, mesh)
     micro_batch_size = sharding.global_batch_size(config) // num_micro_batches
     train_shape = steps_per_call(config, dataset), num_micro_batches, micro_batch_size
@@ -157,26 +183,26 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
 
 @dataclass
 class Best:
-    """The lowest validation loss so far, and the step it belongs to."""
+    """The lowest validation loss so far, and its step."""
 
-    patience: int  # steps without a lower loss that end the run; 0 is no end
+    patience: int  # steps without a lower loss after which the run stops; 0 means never
     val_loss: float = math.inf
     step: int = 0
 
     def update(self, step: int, val_loss: float) -> bool:
-        """Take note of a loss, and tell whether it is the lowest so far."""
-        if not val_loss < self.val_loss:  # it may be nan
+        """Record a loss, and return whether it is the lowest so far."""
+        if not val_loss < self.val_loss:  # also if it is nan
             return False
         self.step, self.val_loss = step, val_loss
         return True
 
     def is_too_old(self, step: int) -> bool:
-        """Tell whether the run should stop early."""
+        """Return whether the run should stop early."""
         return 0 < self.patience <= step - self.step
 
 
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
-    """Make the first state: fresh, with the weights if there are any, or a checkpoint's."""
+    """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
     best = Best(patience=config.early_stopping_patience * config.eval_interval, step=step)
     if step == 0:
@@ -186,10 +212,13 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
         return state, best
     meta = checkpoints.meta(step)
     if meta["dataset"] == config.dataset and meta["data"] != run.dataset.fingerprint:
-        raise UserError(f"dataset={config.dataset!r}: has changed since the checkpoint")
-    best_step = checkpoints.best()  # None also where the best one is corrupt
+        raise UserError(
+            f"dataset={config.dataset!r}: its token files have changed since the checkpoint; "
+            "expected the same files; try to restore them, or --init_from=scratch in a new out_dir"
+        )
+    best_step = checkpoints.best()  # None also if the best checkpoint is corrupt
     if best_step is None and meta.get("best_step") == 0:
-        best_step = 0  # nothing was better than the initial weights
+        best_step = 0  # no step was better than the initial weights
     best_val_loss = (checkpoints.meta(best_step) if best_step else meta)["best_val_loss"]
     if best_step is not None and best_val_loss is not None:
         best.update(best_step, best_val_loss)
@@ -199,6 +228,6 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
 
 
 def replicated(mesh: Mesh, value: int) -> jax.Array:
-    """Put a number on every device."""
+    """Return an int32 that is replicated on every device of the mesh."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_callback((), everywhere, lambda _: np.array(value, np.int32))

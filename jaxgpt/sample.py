@@ -1,7 +1,7 @@
 """Sampling: prefill a KV cache, decode tokens in jitted chunks, stream them to the host.
 
-B sequences, T tokens, S positions of a state's text, V vocabulary (padded), D embedding,
-k likeliest tokens, n tokens of a chunk.
+B sequences, T tokens, S = block_size + CHUNK positions of the text that a state holds,
+V vocabulary (padded), k likeliest tokens, n tokens per chunk.
 """
 
 import math
@@ -18,32 +18,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import kernels, model
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.text_stream import TextStream, stream_texts
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.kernels import decode
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, flush_chunk
-from jaxgpt.sharding import local_mesh
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.train_step import cast_params
 
-CHUNK = 16  # tokens per host round trip; a power of two, as most block sizes are
-NO_TOKEN = -1  # stands in a chunk where a sequence drew nothing
+CHUNK = 16  # tokens per host round trip; a power of two, to divide most block sizes
+NO_TOKEN = -1  # in a chunk, where a sequence drew no token
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn from the logits; the defaults change nothing."""
+    """How to draw a token from logits. The defaults draw from the model's own distribution."""
 
-    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token
-    top_k: int = 0  # keep so many of the likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens up to this probability; Holtzman et al. 2020
-    min_p: float = 0.0  # keep this share of the likeliest one's probability; Nguyen et al. 2024
-    repetition_penalty: float = 1.0  # divides the odds of tokens seen before; Keskar et al. 2019
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: int = 0  # keep this many most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens up to this probability; Holtzman et al. 2020
+    min_p: float = 0.0  # minimum ratio to the highest probability; Nguyen et al. 2024
+    repetition_penalty: float = 1.0  # makes tokens seen before less likely; Keskar et al. 2019
 
 
 def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> jax.Array:
-    """Draws one token id per sequence, int32 [B], by inverse CDF from uniform draws in (0, 1].
+    """Draw one token id per sequence, int32 [B], by inverse CDF from uniform draws in (0, 1].
 
-    Padded ids have logits of -inf and are never drawn.
+    Padded ids are never drawn, because their logits are -inf. `seen_BV` marks the tokens that the
+    repetition penalty applies to.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if seen_BV is not None:
@@ -58,7 +57,7 @@ def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> 
         logits_BV = jnp.where(logits_BV >= math.log(params.min_p), logits_BV, -jnp.inf)
     V = logits_BV.shape[-1]
     k = min(params.top_k or V, V)
-    if k == V and params.top_p == 1:  # needs no sort
+    if k == V and params.top_p == 1:  # no sort needed
         return decode.inverse_cdf(jnp.exp(logits_BV), uniform_B)
     values_Bk, ids_Bk = jax.lax.top_k(logits_BV, k)
     probs_Bk = jax.nn.softmax(values_Bk)
@@ -71,17 +70,17 @@ def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What the device holds of each sequence between two chunks, beside the KV cache.
+    """The state of each sequence on the device between two chunks, besides the KV cache.
 
-    A text of block_size + 1 tokens is full: `prefill` must truncate it before its next token, or
-    `decode_uncached` slide it.
+    A text of block_size + 1 tokens is full: before its next token, `prefill` truncates it, or
+    `decode_uncached` slides it.
     """
 
-    keys_B: jax.Array  # key data, uint32 [B, 2], from the seed and the sequence's index
-    num_drawn_B: jax.Array  # int32; the n-th draw folds n into the key
-    seen_BV: jax.Array | None  # bool: in the prompt, or drawn; None without a penalty
-    tokens_BS: jax.Array  # int32, the end of each text; S = block_size + CHUNK
-    lengths_B: jax.Array  # int32, of each text
+    keys_B: jax.Array  # random key data, uint32 [B, 2], from the seed and the sequence's index
+    num_drawn_B: jax.Array  # int32; draw n uses the key with n folded in
+    seen_BV: jax.Array | None  # bool: tokens in the prompt or drawn; None without a penalty
+    tokens_BS: jax.Array  # int32, the last tokens of each text
+    lengths_B: jax.Array  # int32, tokens of each text in tokens_BS
 
     @property
     def block_size(self) -> int:
@@ -89,7 +88,10 @@ class DecodeState:
 
 
 def initial_state(prompts, params: SamplingParams, seed: int, config: Config, longest: int):
-    """The state before the first draw; a prompt past the block keeps its last `longest` tokens."""
+    """Return the state before the first draw.
+
+    A prompt of more than `block_size` tokens keeps its last `longest` tokens.
+    """
     B = len(prompts)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     lengths_B[lengths_B > config.block_size] = longest
@@ -99,21 +101,21 @@ def initial_state(prompts, params: SamplingParams, seed: int, config: Config, lo
         tokens_BS[row, : lengths_B[row]] = prompt[-lengths_B[row] :]
         seen_BV[row, prompt] = True
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
-    keys_B = jax.random.key_data(keys_B)  # a typed key array would compile everything twice
+    keys_B = jax.random.key_data(keys_B)  # with typed keys, JAX would compile everything twice
     seen = seen_BV if params.repetition_penalty != 1 else None
     arrays: Any = keys_B, np.zeros(B, np.int32), seen, tokens_BS, lengths_B
     return DecodeState(*arrays)
 
 
 def truncated_len(block_size: int) -> int:
-    """Tokens that a full text keeps: whole chunks then fill the rest of the block."""
+    """Return the tokens that a full text keeps; whole chunks then fill the rest of the block."""
     return min(block_size, block_size // 2 + 1)
 
 
 def prefill(network: Any, state: DecodeState, length: int) -> tuple[DecodeState, Any]:
-    """Truncates full texts and caches the first `length` tokens of each -> state, cached past.
+    """Truncate full texts and cache the first `length` tokens of each; return state and past.
 
-    No query sees the padding of a shorter text; decoding overwrites it before one could.
+    Padding after a shorter text is cached too, but decoding overwrites it before a query sees it.
     """
     size, kept = state.block_size, truncated_len(state.block_size)
     is_full_B = state.lengths_B > size
@@ -127,9 +129,10 @@ def prefill(network: Any, state: DecodeState, length: int) -> tuple[DecodeState,
 
 
 def decode_chunk(network: Any, state: DecodeState, past, active_B, params: SamplingParams, kv_len):
-    """Draws CHUNK tokens, or fewer where a text gets full -> state, cached past, tokens [B, n].
+    """Draw n = CHUNK tokens per sequence; return state, past and tokens [B, n].
 
-    Queries see `kv_len` positions of the past, and the chunk's own, which join it at the end.
+    A sequence draws fewer if its text gets full. Queries attend to `kv_len` positions of the past
+    and to the chunk, which is written into the past at the end.
     """
     start_B = state.lengths_B - 1
     visible = jax.tree.map(lambda x: x[:, :kv_len], past)
@@ -156,7 +159,7 @@ def decode_chunk(network: Any, state: DecodeState, past, active_B, params: Sampl
 
 
 def decode_uncached(network: Any, state: DecodeState, active_B, params: SamplingParams):
-    """Draws CHUNK tokens, each by a forward of the last whole block -> state, tokens [B, n]."""
+    """Draw n = CHUNK tokens, each by a forward pass of the last block; return state, tokens."""
 
     def decode_one_token(state: DecodeState, uniform_B: jax.Array):
         size = state.block_size
@@ -176,14 +179,14 @@ def decode_uncached(network: Any, state: DecodeState, active_B, params: Sampling
 
 
 def logits_at(network: Any, tokens_BT: jax.Array, position_B: jax.Array) -> jax.Array:
-    """Logits [B, V] of one position per sequence; GPT skips the output map of all others."""
+    """Return logits [B, V] of one position per sequence; a GPT computes no others."""
     if hasattr(network, "init_cache"):
         return network(tokens_BT, at_B=position_B)[:, 0]
     return jnp.take_along_axis(network(tokens_BT), position_B[:, None, None], axis=1)[:, 0]
 
 
 def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, params: SamplingParams):
-    """Draws where a sequence is drawing, elsewhere NO_TOKEN -> state, token ids int32 [B]."""
+    """Draw a token where `is_drawing_B`, NO_TOKEN elsewhere; return state and ids, int32 [B]."""
     token_B = sample_token(logits_BV, uniform_B, params, state.seen_BV)
     token_B = jnp.where(is_drawing_B, token_B, NO_TOKEN).astype(jnp.int32)
     num_drawn_B = state.num_drawn_B + is_drawing_B
@@ -196,16 +199,16 @@ def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, params: Samplin
 
 
 class Sampler:
-    """A model ready to sample: `Sampler(config).load(params).generate(prompts, ...)`.
+    """A model that generates tokens: `Sampler(config).load(params).generate(prompts, ...)`.
 
-    It compiles per number of prompts, `SamplingParams` and bucket of lengths. A model without
-    `init_cache`, called as `model(tokens_BT) -> logits_BTV`, is sampled uncached and slides.
+    It compiles once per number of prompts, `SamplingParams` and bucket of lengths. A model without
+    `init_cache` is called as `model(tokens_BT) -> logits_BTV`, uncached, over a sliding window.
     Raises `UserError` for an encoder.
     """
 
     def __init__(self, config: Config):
         if not config.causal:
-            raise UserError("causal=False: an encoder cannot be sampled")
+            raise UserError("causal=False: an encoder cannot be sampled; expected causal=True")
         dtype = kernels.compute_dtype(config.dtype)
         self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
         graphdef, shapes, _ = model.abstract_model(self.config)
@@ -220,10 +223,10 @@ class Sampler:
         self.decode_uncached = jit(decode_uncached)
 
     def load(self, params: dict[str, Any]) -> "Sampler":
-        """Samples with these parameters from now on; `row_params` decode a single sequence."""
+        """Use these parameters from now on, and return the sampler itself."""
         params = jax.device_put(params, jax.local_devices()[0])
         params = model.unstack_layers(params) if self._is_stacked else params
-        self.params, self.row_params = self._weights_for(params)
+        self.params, self.row_params = self._weights_for(params)  # row: for a single sequence
         self._replicas: dict[Mesh, Any] = {}  # the parameters on several devices
         return self
 
@@ -232,12 +235,12 @@ class Sampler:
         params: SamplingParams = SamplingParams(), seed: int = 1337, overflow: str = "truncate",
         active: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Yields chunks of new token ids, int32 [B, n], NO_TOKEN where a sequence drew none.
+        """Yield chunks of new token ids, int32 [B, n], NO_TOKEN where a sequence drew none.
 
-        A sequence's tokens depend only on its prompt, the seed and its index. Past `block_size`,
-        "truncate" goes on from the last half block, which bounds the cost of a token; "slide" runs
-        the whole last block per token, as nanoGPT does. `active`, bool [B], is the caller's:
-        clearing an entry after any chunk ends that sequence.
+        A sequence's tokens depend only on its prompt, the seed and its index. When a text exceeds
+        `block_size`, "truncate" continues from its last half block, so that a token's cost is
+        bounded; "slide" runs the model on the last block for each token, as nanoGPT does. The
+        caller may clear an entry of `active`, bool [B], to end that sequence after a chunk.
         """
         active = np.ones(len(prompts), bool) if active is None else active
         missing_B = np.full(len(prompts), max_new_tokens)
@@ -245,7 +248,7 @@ class Sampler:
         chunks = self._launch(prompts, max_new_tokens, params, seed, overflow, active)
         pending = next(chunks, None)
         while pending is not None:
-            following = next(chunks, None)  # the device works on it while the host waits below
+            following = next(chunks, None)  # the device computes it while the host reads below
             tokens_Bn = np.array(pending)
             tokens_Bn[~active] = NO_TOKEN
             tokens_Bn[np.arange(CHUNK) >= missing_B[:, None]] = NO_TOKEN
@@ -255,7 +258,7 @@ class Sampler:
             pending = following if (active & (missing_B > 0)).any() else None
 
     def _launch(self, prompts, max_new_tokens, params, seed, overflow, active):
-        """Launches chunks without a host sync: lengths alone say how many tokens each draws."""
+        """Launch chunks without reading tokens: the host knows each text's length in advance."""
         size = self.config.block_size
         uses_cache = self._has_cache
         truncates = uses_cache and overflow == "truncate"
@@ -281,7 +284,7 @@ class Sampler:
                 )
                 grown_B = np.minimum(lengths_B + CHUNK, size + 1)
             else:
-                past = None  # frees its memory
+                past = None  # free its memory
                 state, tokens_Bn = self.decode_uncached(
                     mesh, (params,), weights, (state,), active_B
                 )
@@ -291,28 +294,10 @@ class Sampler:
             yield tokens_Bn
 
     def _replicate(self, batch: int) -> tuple[Mesh, Any]:
-        """The devices that share so many sequences, and the parameters on each of them."""
+        """Return a mesh that divides `batch` sequences, and the parameters on its devices."""
         most = kernels.max_replicas(self.params)
         mesh = local_mesh(next(n for n in range(most, 0, -1) if batch % n == 0))
         if mesh not in self._replicas:
             whole = NamedSharding(mesh, PartitionSpec())
             self._replicas[mesh] = jax.device_put(self.params, whole)
         return mesh, self._replicas[mesh]
-
-
-def generate_text(
-    sampler: Sampler, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
-    stop: tuple[str, ...] = (), **options: Any,
-) -> Iterator[list[str]]:  # fmt: skip
-    """Yields the text that continues each prompt, in pieces; `options` are those of `generate`.
-
-    Raises `UserError`, before the first piece is asked for, for a prompt without tokens, a
-    character without a token, or an empty stop string.
-    """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    if any(len(i) == 0 for i in ids):
-        raise UserError("start='': a prompt needs at least one character; a line break will do")
-    streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
-    active = np.ones(len(prompts), bool)
-    chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, active=active, **options)
-    return stream_texts(chunks, streams, active, max_new_tokens)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
+from jaxgpt.data.text_stream import generate_text
 from jaxgpt.evaluate import Evaluator
 from jaxgpt.resolve import (
     EVAL_TRAIN,
@@ -31,7 +32,7 @@ from jaxgpt.runtime import device, distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
-from jaxgpt.sample import Sampler, generate_text
+from jaxgpt.sample import Sampler
 from jaxgpt.train_step import TrainState, make_train_step
 
 SAMPLE_TOKENS = 200
@@ -40,9 +41,9 @@ SAMPLE_TOKENS = 200
 def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequence[str] = ()) -> int:
     """Train `config` to its end; return 0, or 128 + n if signal n ended the run early.
 
-    JAX has been started. `cli_keys` are the keys set on the command line, `notes` are lines for
-    the log. The host reads the metrics of one call of the step while the device works on the next
-    call, so it never waits for the call that it has just launched. Raises `UserError`.
+    JAX must have been started (`device.start`). `cli_keys` are the keys set on the command line,
+    `notes` are lines for the log. Raises `UserError`. The host logs the metrics of the previous
+    call while the device computes the current call, so the device never waits for the host.
     """
     with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, StopSignal() as stop:
         config, step = run.config, run.resume_step
@@ -65,7 +66,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         next_event = step + steps_to_next_event(config, step)
         while step < config.max_iters and not stop.signal and not best.is_too_old(step):
             count = min(config.steps_per_call, next_event - step)
-            windows_UMBT = batches[TRAIN].get(step)  # of U steps; the device takes `count` of them
+            windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
             state, metrics = train_step(state, windows_UMBT, replicated(run.mesh, count))
             step_log.launched(step, count, metrics)
             step += count
@@ -83,7 +84,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
 
 
 def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
-    """Open the run's log, and log what runs on which data and devices."""
+    """Open the run's log and write the first lines: device, data, model, and what was resumed."""
     log = Log(run.config, run.resume_step, enabled=distributed.is_process_0())
     for line in (*notes, *summary(run)):
         log.info(line)
@@ -91,7 +92,7 @@ def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
 
 
 def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:
-    """Return how many tokens per second the devices' peak FLOP/s allow, if that is known."""
+    """Return the tokens per second at the devices' peak FLOP/s, or None if the peak is unknown."""
     peak = device.peak_flops() if config.dtype == "bfloat16" else None
     return peak and peak * mesh.size / model.flops_per_token(config)
 
@@ -104,13 +105,13 @@ def is_due(step: int, interval: int) -> bool:
 
 
 def steps_to_next_event(config: Config, step: int) -> int:
-    """Count the steps until the loop has something else to do."""
+    """Return the number of steps until the next evaluation, save or the end."""
     intervals = [n for n in (config.eval_interval, config.save_interval) if n]
     return min(config.max_iters - step, *(n - step % n for n in intervals))
 
 
 class Events:
-    """What happens between two steps: evaluations, samples in the log, and saves."""
+    """Evaluates, logs samples, and saves between two steps."""
 
     def __init__(self, run: ResolvedRun, batches: dict[int, Batches], best: Best, log: Log):
         self.run, self.config, self.best, self.log = run, run.config, best, log
@@ -121,7 +122,7 @@ class Events:
         self.all_finite = jax.jit(all_finite, out_shardings=everywhere)
 
     def evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """Do what is due at this step."""
+        """Evaluate, log a sample and save, each if it is due at this step."""
         config, improved = self.config, False
         is_last, is_eval = step == config.max_iters, is_due(step, config.eval_interval)
         if is_eval or is_last:
@@ -133,9 +134,9 @@ class Events:
             self.save(state, step, is_best=improved)
 
     def evaluate(self, state: TrainState, step: int, *, is_last: bool) -> bool:
-        """Log the losses at this step, and tell whether the validation loss is the lowest yet.
+        """Log both losses, and return whether the validation loss is the lowest so far.
 
-        The last row also has the exact loss of the whole validation split.
+        The last evaluation adds the exact loss over the whole validation split.
         """
         row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
@@ -145,26 +146,24 @@ class Events:
         return improved
 
     def log_sample(self, state: TrainState) -> None:
-        """Log a short sample from the model; every process takes part in gathering it."""
+        """Log a short sample from the model. Every process must call it, to gather the weights."""
         dataset = self.run.dataset
         if dataset.tokenizer is None:
             return
         whole = self.replicate(state.params)
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(jax.tree.map(lambda p: p.addressable_data(0), whole))
-        start = dataset.example or dataset.tokenizer.decode(
-            [0]
-        )  # a line break, if tokens are characters
+        start = dataset.example or dataset.tokenizer.decode([0])  # a line break for characters
         seed = self.config.seed
         text = generate_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
         self.log.info("".join(new for (new,) in text))
 
     def save(self, state: TrainState, step: int, *, is_best: bool) -> None:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
-        if not self.all_finite(state):  # an update can overflow though its gradient does not
+        if not self.all_finite(state):  # an update can overflow although its gradient is finite
             raise UserError(
-                f"step {step}: a weight or moment is not finite, so it is not saved; try a "
-                "lower learning_rate"
+                f"step {step}: a weight or moment is not finite, so the state is not saved; try a "
+                "lower learning_rate, then --init_from=resume"
             )
         best_val_loss = self.best.val_loss if math.isfinite(self.best.val_loss) else None
         meta = {
@@ -179,7 +178,7 @@ class Events:
         self.run.checkpoints.save(items, meta, best=is_best)
 
     def finish(self, state: TrainState, step: int) -> None:
-        """Save the last state if that is not done, wait until it is, and log how the run ended."""
+        """Save the last state unless it is saved, wait for the save, and log how the run ended."""
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)
         self.run.checkpoints.wait()
@@ -192,5 +191,5 @@ class Events:
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Tell whether every number in a tree is finite."""
+    """Return whether every number in a tree of arrays is finite."""
     return jnp.array([jnp.isfinite(array).all() for array in jax.tree.leaves(tree)]).all()

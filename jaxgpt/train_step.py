@@ -1,6 +1,6 @@
 """The training step and the evaluation step: pure functions, jitted once.
 
-U steps of a call, M micro-batches of a step, B sequences of a micro-batch, T length.
+U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model, init_params, ties_embedding
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
-from jaxgpt.sharding import param_sharding, use_mesh, with_mesh
+from jaxgpt.sharding import param_sharding, use_mesh
 
 
 @partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
 @dataclass
 class TrainState:
-    """All that a step changes."""
+    """Everything that a training step changes."""
 
     params: dict[str, Any]
     opt_state: Any
@@ -37,7 +37,7 @@ class TrainState:
 
 
 def create_state(config: Config) -> TrainState:
-    """Return the state before the first step, from `config.seed`; run it under jit."""
+    """Return the state before the first step, drawn from `config.seed`."""
     params = init_params(config, jax.random.fold_in(jax.random.key(config.seed), 0))
     return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
@@ -56,7 +56,7 @@ def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
-    An optimizer's array has the sharding of the parameter whose path its own path ends with.
+    An array of the optimizer is sharded as the parameter whose path its own path ends with.
     """
     keystr = jax.tree_util.keystr
     params = jax.tree.leaves_with_path(abstract_params(config, mesh))
@@ -76,18 +76,18 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """Return the state before the first step, made where it belongs on the mesh."""
-    create = with_mesh(mesh, partial(create_state, config))
+    """Return the state before the first step, initialised shard by shard on the mesh."""
+    create = use_mesh(mesh)(partial(create_state, config))
     return jax.jit(create, out_shardings=state_shardings(config, mesh))()
 
 
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """Return the jitted `(state, windows_UMBT, count) -> (state, metrics)`; it donates the state.
 
-    `windows_UMBT` are token ids [U, M, B, T + 1], of which the first `count` of U steps are taken.
+    `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps.
     Metrics are arrays [U]: `loss` (the mean over the step's targets, in nats), `grad_norm` (before
-    clipping) and `lr`. A step whose loss or norm is not finite leaves weights and moments as they
-    are, but it counts as a step.
+    clipping) and `lr`. If loss or norm is not finite, weights and moments do not change, but the
+    step counts.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     graphdef, shapes, _ = abstract_model(config)
@@ -102,12 +102,12 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         with use_mesh(mesh):
             windows_MBT = windows_UMBT[0]
             keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-            # a tied embedding becomes two weights here; their gradients are added below
+            # a tied embedding becomes two weights here; the step adds their gradients below
             weights = weights_by_use(state.params, config.dtype, is_tied)
             # sums of losses, target counts and gradients over the M micro-batches
             accumulate = kernels.accumulation(mesh)
             (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
-            num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of a step are prompts
+            num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
             if is_tied:
                 grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
             grads = jax.tree.map(lambda g: g / num_targets, grads)
@@ -129,7 +129,7 @@ def apply_update(
     grads: dict,
     is_finite: jax.Array,
 ) -> TrainState:
-    """Update what is not frozen, if loss and gradient are finite; count the step in any case."""
+    """Update all parameters that are not frozen if `is_finite`; count the step in any case."""
     old = state.params
     updates, opt_state = optimizer.update(grads, state.opt_state, old, is_finite=is_finite)
 
@@ -141,7 +141,7 @@ def apply_update(
 
 
 def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
-    """Take `count` steps in a loop on the device; return the state and all metrics, [U]."""
+    """Take `count` steps in a loop on the device; return the state and metrics [U]."""
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         state, metrics_U = carry
@@ -160,7 +160,7 @@ def make_loss_fn(
 ) -> Callable:
     """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`.
 
-    The weights are those of `weights_by_use`, so the model is one whose embedding is not tied.
+    The weights are those of `weights_by_use`, which are never tied.
     """
     if is_tied:
         is_frozen = is_frozen | {"lm_head": is_frozen["embed"]}
@@ -195,11 +195,11 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         zeros = jax.tree.map(jnp.zeros_like, shapes)
         return jax.lax.fori_loop(0, count, body, zeros)
 
-    return jax.jit(with_mesh(mesh, eval_step))
+    return jax.jit(use_mesh(mesh)(eval_step))
 
 
 def cast_params(params: dict, dtype: str) -> dict:
-    """Cast kernels to the compute dtype, once per step; norms and biases stay as they are."""
+    """Cast kernels to the compute dtype, once per step; norms and biases keep their dtype."""
 
     def cast(path: tuple, param: jax.Array) -> jax.Array:
         return param.astype(dtype) if path[-1].key == "kernel" else param
@@ -208,11 +208,11 @@ def cast_params(params: dict, dtype: str) -> dict:
 
 
 def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
-    """Return the weights to compute with; a tied embedding becomes one weight for each use.
+    """Return the weights to compute with; a tied embedding becomes one weight per use.
 
-    Its two gradients are added after the last micro-batch. Adding them in every micro-batch would
-    make XLA sum them over all devices in every micro-batch. The lookup stays in float32, because
-    its gradient sums many small contributions to a frequent token's row.
+    The step adds its two gradients after the last micro-batch, because XLA would otherwise sum
+    them over all devices in every micro-batch. The lookup stays in float32, because its gradient
+    sums many small contributions to the row of a frequent token.
     """
     weights = cast_params(params, dtype)
     if is_tied:
@@ -223,7 +223,7 @@ def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return tokens, and the token after each; in a window `~id` is a token but no target."""
+    """Return tokens, and the token after each. In a window, `~id` is a token but no target."""
     windows_BT = windows_BT.astype(jnp.int32)
     # ~id is negative: the model reads the id, and cross_entropy skips negative targets
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
@@ -231,7 +231,7 @@ def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dropout_keys(config: Config, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return a key for every sequence of a step, by its number in the step, [M, B]."""
+    """Return a key per sequence of a step, [M, B], from the sequence's index in the step."""
     # without dropout, all seeds share a compiled program
     seed = config.seed if config.dropout else 0
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)

@@ -19,7 +19,6 @@ from flax import nnx
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 
-from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import Evaluator
@@ -27,6 +26,7 @@ from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.train_step import abstract_state, init_state, make_train_step
 
@@ -134,7 +134,7 @@ def call_step(step, state, windows_UMBT):
 
 def take_steps(config: Config, batches: Iterable) -> tuple:
     """Train on these windows_UMBT from a fresh state; return the state and a row per step."""
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     state, step, rows = init_state(config, mesh), make_train_step(config, mesh), []
     for windows_UMBT in batches:
         state, metrics = call_step(step, state, windows_UMBT)
@@ -217,7 +217,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
     """Every array of a checkpoint, parameters and moments, as bytes by path."""
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config.from_dict(checkpoints.meta(step)["config"])
-    abstract = abstract_state(config, sharding.make_mesh(config))
+    abstract = abstract_state(config, make_mesh(config))
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
     leaves = jax.tree.leaves_with_path(checkpoints.restore(items, step))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
@@ -226,7 +226,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
 def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarray]:
     """The parameters of a run's checkpoint, by path."""
     saved = run_dir.load_config(config.out_dir)
-    params, _ = run_dir.load_params(saved, checkpoint, sharding.local_mesh())
+    params, _ = run_dir.load_params(saved, checkpoint, local_mesh())
     return ref.flatten(jax.device_get(params))
 
 

@@ -12,7 +12,7 @@ def test_a_run_without_an_end_of_text_is_refused(tmp_path):
     data_dir = make_data(tmp_path, "to be or not to be\n" * 30, name="verse", tokenizer="char")
     sizes = {"n_layer": 0, "max_iters": 2, "eval_iters": 1, "mesh": "data:1", "dataset": "verse"}
     config = tiny_run(tmp_path / "out", data_dir, **sizes, document_mask=True)
-    with pytest.raises(UserError, match="document_mask=True: the tokenizer of 'verse' has no end"):
+    with pytest.raises(UserError, match=r"document_mask=True: the tokenizer .* no end"):
         train(config)
     assert not (tmp_path / "out" / "config.json").exists()
     assert train(config.replace(eot_id=3)) == 0

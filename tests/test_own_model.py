@@ -11,7 +11,7 @@ from reference import numpy_gpt as ref
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
-from jaxgpt.sharding import make_mesh
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import abstract_params, init_state, make_eval_step
 
 

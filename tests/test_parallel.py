@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import COLLECTIVES, Program, replica_groups
 from jaxgpt.train_step import (
@@ -45,7 +46,7 @@ SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp
 
 def batch(config: Config, step: int) -> jax.Array:
     """The windows of a step: the same on every mesh, whose devices hold a part each."""
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     rng, micro = np.random.default_rng(step), sharding.num_microbatches(config, mesh)
     windows = rng.integers(0, config.vocab_size, (SEQUENCES, T + 1), np.int32)
     windows = windows.reshape(1, micro, SEQUENCES // micro, T + 1)
@@ -54,7 +55,7 @@ def batch(config: Config, step: int) -> jax.Array:
 
 
 def take_steps(config: Config, state: TrainState, steps: range) -> tuple[TrainState, list[dict]]:
-    train_step, rows = make_train_step(config, sharding.make_mesh(config)), []
+    train_step, rows = make_train_step(config, make_mesh(config)), []
     for step in steps:
         state, metrics = call_step(train_step, state, batch(config, step))
         rows.append({name: float(value[0]) for name, value in metrics.items()})
@@ -65,7 +66,7 @@ def take_steps(config: Config, state: TrainState, steps: range) -> tuple[TrainSt
 def run(config: Config) -> tuple[dict, list[dict]]:
     """Return the parameters after some training steps, on the host, and the metrics of each."""
     with jax.enable_x64(config.dtype == "float64"):
-        state = init_state(config, sharding.make_mesh(config))
+        state = init_state(config, make_mesh(config))
         state, rows = take_steps(config, state, range(STEPS))
         return jax.device_get(state.params), rows
 
@@ -113,7 +114,7 @@ def test_other_masks_would_be_seen():
 def test_an_evaluation_is_the_same_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
         with jax.enable_x64(True):
-            mesh = sharding.make_mesh(config)
+            mesh = make_mesh(config)
             windows_UMBT = batch(config, 0)[0][:, None]
             eval_step = make_eval_step(config, mesh)
             loss, targets = call_step(eval_step, init_state(config, mesh).params, windows_UMBT)
@@ -128,7 +129,7 @@ def test_an_evaluation_is_the_same_on_every_mesh(mesh):
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
     before = TINY.replace(mesh="fsdp:8")
     with jax.enable_x64(True):
-        state = init_state(before, sharding.make_mesh(before))
+        state = init_state(before, make_mesh(before))
         state, _ = take_steps(before, state, range(STEPS - 1))
         checkpoints = Checkpoints(tmp_path)
         items = {"params": state.params, "opt_state": state.opt_state}
@@ -136,7 +137,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
         checkpoints.wait()
         for mesh in ("data:1", "data:2,fsdp:2,tensor:2"):
             after = TINY.replace(mesh=mesh)
-            abstract = abstract_state(after, sharding.make_mesh(after))
+            abstract = abstract_state(after, make_mesh(after))
             wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
             restored = checkpoints.restore(wanted, STEPS - 1)
             state = TrainState(**restored, step=jnp.int32(STEPS - 1))
@@ -156,7 +157,7 @@ class Compiled:
 
     def __init__(self, sizes: str):
         config = TINY.replace(mesh=sizes, dtype="float32")
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         self.over_batch = mesh.shape["data"] * mesh.shape["fsdp"]
         keys = {"batch_size": B, "gradient_accumulation_steps": MICRO * self.over_batch}
         config = config.replace(**keys)

@@ -24,10 +24,11 @@ from reference.options import MODEL_CASES, MODERN
 from jaxgpt import kernels, sample
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
+from jaxgpt.data.text_stream import generate_text
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxgpt.kernels import decode, linear
-from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams, generate_text, sample_token
-from jaxgpt.sharding import local_mesh, make_mesh
+from jaxgpt.runtime.mesh import local_mesh, make_mesh
+from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams, sample_token
 from jaxgpt.train_step import abstract_params
 
 GREEDY = SamplingParams(temperature=0)

@@ -17,7 +17,7 @@ from helpers import (
 from jax.sharding import PartitionSpec
 from reference.gpt2 import Golden
 
-from jaxgpt import sharding
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
 # ---- against PyTorch -------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def test_twenty_steps_from_the_same_weights_are_pytorchs():
         np.pad(arrays["targets"], [(0, 0), (0, 0), (1, 0)]) < 0, -1 - np.abs(text), text
     )
     with jax.enable_x64(True):
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         state, step = init_state(config, mesh), make_train_step(config, mesh)
         params = jax.tree.map(jnp.asarray, golden.params("param"))
         state = replace(state, params=params)
@@ -98,7 +98,7 @@ def test_several_steps_per_call_are_single_steps():
 def test_a_call_may_end_early():
     config = make_config()
     batch = make_windows(config, steps=5)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     step = make_train_step(config, mesh)
     state, _ = step(init_state(config, mesh), batch, jnp.int32(2))
     want, _ = take_steps(config, [batch[i : i + 1] for i in range(2)])
@@ -109,7 +109,7 @@ def test_a_call_may_end_early():
 def test_evaluation_is_the_training_loss_without_dropout():
     config = make_config(dropout=0.0)
     batch = make_windows(config, micro=1)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     params = init_state(config, mesh).params
     total, count = make_eval_step(config, mesh)(params, batch, jnp.int32(1))
     _, rows = take_steps(config, [batch])
@@ -123,7 +123,7 @@ def test_evaluation_is_the_training_loss_without_dropout():
 
 def test_the_state_is_donated_and_nothing_compiles_again_or_leaves_the_device():
     config = make_config(dropout=0.1)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     batches = [make_windows(config, seed=i) for i in range(4)]
     one = jax.device_put(np.int32(1))
@@ -138,7 +138,7 @@ def test_the_state_is_donated_and_nothing_compiles_again_or_leaves_the_device():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_state_is_born_as_it_is_promised(optimizer):
     config = make_config(mesh="fsdp:2,tensor:2", optimizer=optimizer)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     promised, born = abstract_state(config, mesh), init_state(config, mesh)
     assert jax.tree.structure(promised) == jax.tree.structure(born)
     for want, got in zip(jax.tree.leaves(promised), jax.tree.leaves(born), strict=True):

@@ -1,4 +1,4 @@
-"""The first stage: the vector of a token, 32 numbers, is mapped to the odds of the next token."""
+"""Train stage 1: a vector of 32 numbers per token, mapped to the logits of the next token."""
 
 from examples.lecture.stages import BIGRAM
 

@@ -1,4 +1,4 @@
-"""The bigram, which now also knows the position: a learned vector for each."""
+"""Train stage 2: the bigram model, with a learned vector per position."""
 
 from examples.lecture.stages import POSITIONS
 

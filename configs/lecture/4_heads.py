@@ -1,4 +1,4 @@
-"""Four heads of width 8, concatenated."""
+"""Train stage 4: four heads of width 8, concatenated."""
 
 from examples.lecture.stages import FOUR_HEADS
 

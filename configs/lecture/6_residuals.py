@@ -1,4 +1,4 @@
-"""Three blocks on a residual stream; each branch ends in a linear map."""
+"""Train stage 6: three blocks with residual connections; each branch ends in a linear map."""
 
 from examples.lecture.stages import RESIDUALS
 

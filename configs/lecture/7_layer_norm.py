@@ -1,4 +1,4 @@
-"""LayerNorm before each branch and before the output layer."""
+"""Train stage 7: layer norm before each branch and before the output layer."""
 
 from examples.lecture.stages import LAYER_NORM
 

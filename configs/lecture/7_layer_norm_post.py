@@ -1,4 +1,4 @@
-"""LayerNorm where the paper of 2017 has it: after each addition, and none at the end."""
+"""Train stage 7 as in the 2017 paper: layer norm after each addition, and none at the end."""
 
 from examples.lecture.stages import LAYER_NORM_POST
 

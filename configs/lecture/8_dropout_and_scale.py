@@ -1,4 +1,4 @@
-"""The last stage: dropout, and sizes as in nanoGPT. `config` is for an accelerator."""
+"""Train stage 8: dropout, and the sizes of nanoGPT. `config` is for an accelerator."""
 
 from examples.lecture.stages import DROPOUT_AND_SCALE, DROPOUT_AND_SCALE_ON_CPU
 

@@ -1,6 +1,7 @@
-"""A GPT as a PyTorch script from the time of the lecture writes it, with its slip, key by key.
+"""Train the GPT of a PyTorch script from the time of the lecture, including its mistake.
 
-`tests/golden/make_full_script.py` is such a script; a test compares 20 steps with it.
+`tests/golden/make_full_script.py` is such a script, and a test compares 20 steps with it. The
+mistake is `attention_scale`; docs/lecture.md measures what it costs.
 """
 
 from examples.lecture.config import LectureConfig
@@ -24,13 +25,13 @@ config = LectureConfig(
     lm_head_bias=True,
     tie_embeddings=False,
     mlp="relu",
-    attention_output_proj=False,  # heads are only concatenated
-    attention_scale="embedding",  # C**-0.5 with C = 384, but a head is 96 wide
+    attention_output_proj=False,  # the heads are only concatenated
+    attention_scale="embedding",  # the script divides by 384**0.5, but a head is 96 wide
     init="torch",
     learning_rate=3e-4,
     decay_lr=False,
     max_iters=5000,
-    weight_decay=0.01,  # from here on: the defaults of torch.optim.AdamW
+    weight_decay=0.01,  # from here on, the defaults of torch.optim.AdamW
     decay_bias_and_norm=True,
     beta1=0.9,
     beta2=0.999,
@@ -43,7 +44,7 @@ cpu_config = config.replace(
     batch_size=16,
     block_size=64,
     n_embd=64,
-    dropout=0.0,  # this small network, trained so briefly, does not overfit
+    dropout=0.0,  # such a small network does not overfit in so few steps
     learning_rate=1e-3,
     max_iters=1000,
 )

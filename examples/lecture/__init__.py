@@ -1,1 +1,1 @@
-"""The models of Karpathy's lecture, from a bigram to a GPT; docs/lecture.md walks through them."""
+"""Define the models of Karpathy's lecture, from a bigram to a GPT. See docs/lecture.md."""

@@ -1,4 +1,4 @@
-"""The config of the lecture's models: the core's keys, and those that only the lecture needs."""
+"""Define the config of the lecture's models: the core's keys and those that only they need."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxgpt.config import Config, UserError
 
-# Keys of the core that the lecture's model does not read.
+# Keys of `Config` that the lecture's model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
     "n_kv_head",
     "qk_norm",
@@ -22,7 +22,7 @@ ABSENT_KEYS = (
     "scan_layers",
 )
 
-# Names that the lecture's keys had in checkpoints of format 1.
+# Old names of the lecture's keys, for checkpoints of format 1.
 OLD_KEYS = {
     "out_projection": "attention_output_proj",
     "score_scale": "attention_scale",
@@ -33,9 +33,9 @@ OLD_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LectureConfig(Config):
-    """A run of one of the lecture's models. With the defaults of its keys, the model is GPT-2."""
+    """A run of one of the lecture's models. With all defaults, the model is GPT-2 124M."""
 
-    # Redefined, because some values are only here and some only in the core.
+    # Redefined, because the lecture's model has other values than the core.
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"  # pyright: ignore
     """Type of normalisation; `none` leaves out all norms."""
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "none"] = "gelu_tanh"  # pyright: ignore
@@ -44,15 +44,15 @@ class LectureConfig(Config):
     """Position encoding."""
 
     residual: bool = True
-    """Add the output of each branch to its input; False replaces the input by the output."""
+    """Add the output of each branch to its input; False replaces the input with the output."""
     attention_output_proj: bool = True
-    """Mix the heads of attention by a linear map; False only concatenates them."""
+    """Mix the heads of attention by a linear map; False only concatenates the heads."""
     attention_scale: Literal["head", "embedding"] = "head"
-    """Divide attention scores by the square root of this width: a head's, or n_embd."""
+    """Divide attention scores by the square root of this width: a head's, or n_embd (embedding)."""
     qkv_bias: bool = True
-    """With `bias`, also biases of query, key and value."""
+    """Biases of query, key and value; only with `bias`."""
     lm_head_bias: bool = False
-    """A bias of the output layer, one number per token id."""
+    """Bias of the output layer, one number per token id."""
     embed_dropout: bool = True
     """Also apply dropout to embeddings, as GPT-2 does."""
     init: Literal["gpt2", "torch"] = "gpt2"
@@ -62,10 +62,11 @@ class LectureConfig(Config):
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any]) -> Self:
-        """Build a config from these keys, which may have their old names."""
+        """Build a config from these keys, which may have old names."""
         return super().from_dict({OLD_KEYS.get(key, key): keys[key] for key in keys})
 
     def validate(self) -> None:
+        """Raise `UserError` for keys that do not fit together or that this model does not have."""
         super().validate()
         for key in ABSENT_KEYS:
             value, default = getattr(self, key), getattr(Config, key)
@@ -73,11 +74,13 @@ class LectureConfig(Config):
                 raise UserError(f"{key}={value!r}: the lecture's models only have {default!r}")
 
     def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Build the lecture's model, with initial weights drawn from `rngs`."""
         from examples.lecture.model import LectureGPT
 
         return LectureGPT(self, rngs=rngs)
 
     def weight_decay_mask(self, params: Any) -> Any:
+        """Return a tree of bools like `params`: which parameters decay."""
         if self.decay_bias_and_norm:
             return jax.tree.map(lambda _: True, params)
         return super().weight_decay_mask(params)

@@ -1,4 +1,4 @@
-"""Cross-attention, to build an encoder-decoder from: queries of one sequence, keys of another.
+"""Define cross-attention for an encoder-decoder: queries of one sequence, keys of another.
 
 B batch, T query length, S key length, D embedding, N heads, K key-value heads, H head dim,
 C parts of a fused map (key, value).
@@ -17,15 +17,15 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.model import Linear, Norm, residual_std
 
-# Dropout sites of its own, so that its masks are not those of self-attention in the same layer.
+# Separate dropout sites, so that the masks differ from those of self-attention in the same layer.
 WEIGHTS_SITE, OUTPUT_SITE = 4, 5
 
 
 class CrossAttention(nnx.Module):
     """Attention whose keys and values come from a source, such as the output of an encoder.
 
-    Every query sees the whole source. Its positions are not the source's, so there is no rotary
-    encoding, no causal mask and no window (Vaswani et al. 2017).
+    Every query attends to the whole source (Vaswani et al. 2017). Queries and source have separate
+    positions, so there is no rotary encoding, no causal mask and no window.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
@@ -46,6 +46,7 @@ class CrossAttention(nnx.Module):
         layer: int | jax.Array = 0,
         dropout: Dropout = Dropout(),
     ) -> jax.Array:
+        """Return the output [B, T, D] for queries from x [B, T, D] and a source [B, S, D]."""
         c, weights_dropout = self.config, None
         q_BTNH = self.q(x_BTD)
         k_BSCKH, v_BSCKH = jnp.split(self.kv(source_BSD), 2, axis=2)

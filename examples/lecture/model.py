@@ -1,4 +1,4 @@
-"""The lecture's model. Its config says which parts it has, from a bigram to the whole GPT.
+"""Define the lecture's model. Its config selects the parts, from a bigram to the whole GPT.
 
 B batch, T length, D embedding, N heads, H head dim, F feed-forward hidden, V vocabulary (padded),
 C parts of a fused map (query, key, value).
@@ -20,17 +20,17 @@ from jaxgpt.kernels.position import sinusoids
 from jaxgpt.model import ACTIVATIONS, INIT_STD, Embedding, Linear, Norm, residual_std
 from jaxgpt.sharding import constrain_batch
 
-# ---- parts, with the initial weights that the config names -----------------------------------
+# ---- parts, with the initial weights that the config selects ---------------------------------
 
 
 def torch_uniform(rngs: nnx.Rngs, fan_in: int, shape: Sequence[int]) -> jax.Array:
-    """Draw what PyTorch's Linear starts with, weight and bias: uniform up to 1/sqrt(fan_in)."""
+    """Draw the initial weight or bias of PyTorch's Linear: uniform within ±1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
 
 class TorchLinear(Linear):
-    """The core's linear map, which starts as PyTorch's."""
+    """The core's linear map with the initial weights of PyTorch's Linear."""
 
     def __init__(self, equation: str, *shape: int, bias: bool, rngs: nnx.Rngs):
         self.equation = equation
@@ -45,7 +45,7 @@ class TorchLinear(Linear):
 
 
 class TorchEmbedding(Embedding):
-    """The core's embedding, which starts as PyTorch's: normal, with a deviation of one."""
+    """The core's embedding with the initial weights of PyTorch's Embedding, a standard normal."""
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape), axes=axes)
@@ -59,17 +59,19 @@ def make_linear(
     rngs: nnx.Rngs,
     std: float = INIT_STD,
 ) -> Linear:
-    """Return a linear map with PyTorch's initial weights, or normal ones of deviation `std`."""
+    """Return a linear map with PyTorch's initial weights, or normal ones with deviation `std`."""
     if c.init == "torch":
         return TorchLinear(equation, *shape, bias=bias, rngs=rngs)
     return Linear(equation, *shape, bias=bias, rngs=rngs, std=std)
 
 
 def make_norm(c: LectureConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the norm that the config selects; for `none` it changes nothing."""
     return identity if c.norm == "none" else Norm(c.norm, c.n_embd, bias=c.bias)
 
 
 def identity(x: jax.Array) -> jax.Array:
+    """Return the input unchanged."""
     return x
 
 
@@ -77,7 +79,7 @@ def identity(x: jax.Array) -> jax.Array:
 
 
 class MultiHeadAttention(nnx.Module):
-    """The heads of self-attention, all at once: the head is one more axis, beside the batch."""
+    """The heads of self-attention, computed at once: the head is one more axis, like the batch."""
 
     def __init__(self, c: LectureConfig, *, rngs: nnx.Rngs):
         D, N, H = c.n_embd, c.n_head, c.head_dim
@@ -90,6 +92,7 @@ class MultiHeadAttention(nnx.Module):
         self.config: Any = c
 
     def __call__(self, x_BTD: jax.Array, layer: int, dropout: Dropout) -> jax.Array:
+        """Return the attention output, [B, T, D]."""
         c, weights_dropout = self.config, None
         if c.attention_dropout and dropout.rate:
             site = DropoutSite.ATTENTION_WEIGHTS
@@ -103,18 +106,18 @@ class MultiHeadAttention(nnx.Module):
         )
         if c.attention_output_proj:
             return dropout(self.out(heads_BTNH), layer, DropoutSite.ATTENTION_OUTPUT)
-        # Heads that are split over devices meet before they are concatenated: XLA (jax 0.10.2)
-        # computes a wrong gradient of a reshape that splits them, on a mesh of three axes.
+        # Heads that are split over devices are gathered before the concatenation, because XLA (jax
+        # 0.10.2) computes a wrong gradient of the reshape of split heads on a mesh of three axes.
         return constrain_batch(heads_BTNH).reshape(x_BTD.shape)
 
     def project(self, x_BTD: jax.Array) -> list[jax.Array]:
-        """Return query, key and value of every head, each [B, T, N, H]."""
+        """Return the queries, keys and values of all heads, each [B, T, N, H]."""
         parts = jnp.split(self.qkv(x_BTD), 3, axis=2)
         return [part_BTCNH.squeeze(2) for part_BTCNH in parts]
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with a non-linearity between them, at each position by itself."""
+    """Two linear maps with a non-linearity between them, at each position separately."""
 
     def __init__(self, c: LectureConfig, *, rngs: nnx.Rngs):
         D, F = c.n_embd, c.mlp_hidden_dim
@@ -123,12 +126,13 @@ class FeedForward(nnx.Module):
         self.activation = ACTIVATIONS[c.mlp]
 
     def __call__(self, x_BTD: jax.Array, layer: int, dropout: Dropout) -> jax.Array:
+        """Return the output of the network, [B, T, D]."""
         h_BTF = self.activation(self.up(x_BTD))
         return dropout(self.down(h_BTF), layer, DropoutSite.MLP_OUTPUT)
 
 
 class Block(nnx.Module):
-    """Attention, in which positions exchange information, and then the feed-forward network."""
+    """Attention, in which positions exchange information, followed by the feed-forward network."""
 
     def __init__(self, c: LectureConfig, *, rngs: nnx.Rngs):
         self.ln_1 = make_norm(c)
@@ -139,6 +143,7 @@ class Block(nnx.Module):
         self.config: Any = c
 
     def __call__(self, x_BTD: jax.Array, layer: int, dropout: Dropout = Dropout()) -> jax.Array:
+        """Return the residual stream [B, T, D] after both branches."""
         x_BTD = self.apply_branch(self.attn, self.ln_1, x_BTD, layer, dropout)
         if self.config.mlp != "none":
             x_BTD = self.apply_branch(self.mlp, self.ln_2, x_BTD, layer, dropout)
@@ -147,7 +152,7 @@ class Block(nnx.Module):
     def apply_branch(
         self, branch: Callable, norm: Callable, x_BTD: jax.Array, layer: int, dropout: Dropout
     ) -> jax.Array:
-        """Return the residual stream after a branch, with the norm before or after it."""
+        """Return the residual stream [B, T, D] after a branch, with the norm before or after it."""
         c = self.config
         branch_input_BTD = norm(x_BTD) if c.norm_position == "pre" else x_BTD
         h_BTD = branch(branch_input_BTD, layer, dropout)
@@ -156,7 +161,7 @@ class Block(nnx.Module):
 
 
 class LectureGPT(nnx.Module):
-    """Token ids [B, T] -> logits [B, T, V]. Without blocks it is the bigram model."""
+    """The lecture's GPT, from token ids to logits. Without blocks it is the bigram model."""
 
     def __init__(self, config: LectureConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -176,6 +181,7 @@ class LectureGPT(nnx.Module):
             self.head_bias = nnx.Param(bias_V, axes="V")
 
     def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
+        """Return the logits [B, T, V] for token ids [B, T]."""
         c = self.config
         x_BTD = self.embed_tokens(tokens_BT)
         if c.embed_dropout:
@@ -187,7 +193,7 @@ class LectureGPT(nnx.Module):
         return self.logits(x_BTD)
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        """Return the sum of each token's and each position's vector, [B, T, D]."""
+        """Return the sum of the token and position vectors, [B, T, D]."""
         c, T = self.config, tokens_BT.shape[1]
         x_BTD = constrain_batch(self.embed(tokens_BT, c.dtype))
         if c.position == "learned":
@@ -198,7 +204,7 @@ class LectureGPT(nnx.Module):
         return x_BTD
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Return logits [B, T, V]; those of padded ids are -inf."""
+        """Return the logits [B, T, V]; those of padded ids are -inf."""
         c = self.config
         head = self.embed if c.tie_embeddings else self.lm_head
         logits_BTV: Any = kernels.linear_map("BTD,VD->BTV", x_BTD, head.kernel[...])

@@ -1,4 +1,4 @@
-"""The lecture's stages. Each one is the stage before it, with a few keys changed."""
+"""Define the lecture's stages. Each one is the stage before it with a few keys changed."""
 
 from examples.lecture.config import LectureConfig
 
@@ -19,7 +19,7 @@ BIGRAM = LectureConfig(
     position="none",
     tie_embeddings=False,
     lm_head_bias=True,
-    init="torch",  # from here on: what PyTorch does by default
+    init="torch",  # from here on, PyTorch's defaults and the lecture's values
     learning_rate=1e-3,
     decay_lr=False,
     max_iters=5000,
@@ -27,7 +27,7 @@ BIGRAM = LectureConfig(
     decay_bias_and_norm=True,
     beta2=0.999,
     grad_clip=0.0,
-    steps_per_call=100,  # because steps are short
+    steps_per_call=100,  # because each step is short
 )
 
 POSITIONS = BIGRAM.replace(
@@ -42,7 +42,7 @@ ONE_HEAD = POSITIONS.replace(
     residual=False,
     attention_output_proj=False,
     qkv_bias=False,
-    attention_scale="embedding",  # a slip of the lecture; with one head, it is the right width
+    attention_scale="embedding",  # a mistake of the lecture; with one head, the width is right
 )
 
 FOUR_HEADS = ONE_HEAD.replace(
@@ -53,7 +53,7 @@ FOUR_HEADS = ONE_HEAD.replace(
 FEED_FORWARD = FOUR_HEADS.replace(
     out_dir="out/lecture/5_feed_forward",
     mlp="relu",
-    mlp_dim=32,  # the lecture makes it four times n_embd only in the next stage
+    mlp_dim=32,  # in the lecture, it becomes four times n_embd in the next stage
 )
 
 RESIDUALS = FEED_FORWARD.replace(

@@ -68,7 +68,7 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
     return CommandLine(config, configs.get("cpu_config"), overrides, config_file)
 
 
-def parse_arguments(args_type: type, argv: Sequence[str], prog: str) -> Any:
+def parse(args_type: type, argv: Sequence[str], prog: str) -> Any:
     """Parse a command's flags into its dataclass; a field without a default needs no name.
 
     Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.

@@ -22,7 +22,7 @@ from jaxgpt import config as keys
 from jaxgpt.cli.command_line import (
     asks_for_help,
     choose_config,
-    parse_arguments,
+    parse,
     parse_command_line,
     print_help,
     take_flags,
@@ -138,12 +138,12 @@ class SampleArgs(ModelArgs):
 
 def sample(argv: list[str]) -> None:
     """Stream samples from a run or from GPT-2 weights."""
-    args = parse_arguments(SampleArgs, argv, "sample.py")
+    args = parse(SampleArgs, argv, "sample.py")
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.interop import huggingface
     from jaxgpt.runtime import device
+    from jaxgpt.runtime.mesh import local_mesh
     from jaxgpt.sample import Sampler
-    from jaxgpt.sharding import local_mesh
 
     config, load, tokenizer = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
@@ -195,8 +195,9 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
 
     `sampler` is a `Sampler` with parameters. Raises `UserError` for a prompt that has no tokens.
     """
+    from jaxgpt.data.text_stream import generate_text
     from jaxgpt.runtime.metrics import escape_controls
-    from jaxgpt.sample import SamplingParams, generate_text
+    from jaxgpt.sample import SamplingParams
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     names = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -250,7 +251,7 @@ class PrepareArgs:
 
 def prepare(argv: list[str]) -> None:
     """Turn text into token files."""
-    args = parse_arguments(PrepareArgs, argv, "jaxgpt prepare")
+    args = parse(PrepareArgs, argv, "jaxgpt prepare")
     from jaxgpt.data.prepare import prepare
 
     folder = prepare(**vars(args))
@@ -275,7 +276,7 @@ class EvalArgs(ModelArgs):
 
 def evaluate(argv: list[str]) -> None:
     """Print a model's validation loss, or its accuracy on HellaSwag."""
-    args = parse_arguments(EvalArgs, argv, "jaxgpt eval")
+    args = parse(EvalArgs, argv, "jaxgpt eval")
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
     from jaxgpt.tools.hellaswag import hellaswag
@@ -301,7 +302,7 @@ class ExportArgs(RunArgs):
 
 def export(argv: list[str]) -> None:
     """Write a run as a folder that transformers loads."""
-    args = parse_arguments(ExportArgs, argv, "jaxgpt export")
+    args = parse(ExportArgs, argv, "jaxgpt export")
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
@@ -312,7 +313,7 @@ def export(argv: list[str]) -> None:
 
 def bench(argv: list[str]) -> None:
     """Time training or sampling, alone or against PyTorch nanoGPT."""
-    args = parse_arguments(BenchArgs, argv, "jaxgpt bench")
+    args = parse(BenchArgs, argv, "jaxgpt bench")
     from jaxgpt.tools.bench.command import bench
 
     bench(args)
@@ -331,7 +332,7 @@ class AblateArgs:
 
 def ablate(argv: list[str]) -> int:
     """Train a baseline and each feature of the menu, and compare them."""
-    args = parse_arguments(AblateArgs, argv, "jaxgpt ablate")
+    args = parse(AblateArgs, argv, "jaxgpt ablate")
     configs = load_config_file(args.config)
     from jaxgpt.runtime import device
     from jaxgpt.tools.ablate import ablate

@@ -1,6 +1,7 @@
 """Turns the token ids of sequences into text while they arrive."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -54,3 +55,21 @@ def stream_texts(
             texts[row] = streams[row].push(ids[row], last=len(ids[row]) == max_new_tokens)
             active[row] = not streams[row].stopped
         yield texts
+
+
+def generate_text(
+    sampler: Any, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
+    stop: tuple[str, ...] = (), **options: Any,
+) -> Iterator[list[str]]:  # fmt: skip
+    """Yield the text that continues each prompt, in pieces; `options` are `Sampler.generate`'s.
+
+    Raises `UserError`, before the first piece is asked for, for a prompt without tokens, a
+    character without a token, or an empty stop string.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    if any(len(i) == 0 for i in ids):
+        raise UserError("start='': the prompt is empty; expected at least one character")
+    streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
+    active = np.ones(len(prompts), bool)
+    chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, active=active, **options)
+    return stream_texts(chunks, streams, active, max_new_tokens)

@@ -19,7 +19,7 @@ from jaxgpt.interop import huggingface as hf
 from jaxgpt.model import unstack_layers
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.files import atomic_write
-from jaxgpt.sharding import local_mesh
+from jaxgpt.runtime.mesh import local_mesh
 
 
 def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int:

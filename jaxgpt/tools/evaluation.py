@@ -17,6 +17,7 @@ from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.evaluate import full_split, mean_loss
 from jaxgpt.interop import huggingface
 from jaxgpt.runtime import device
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.train_step import make_eval_step
 
@@ -39,7 +40,7 @@ def open_model(
     dtype = "float64" if trained.config.dtype == "float64" else "auto"
     keys = {"dtype": dtype, "attention": "auto", "dropout": 0.0, "mesh": mesh} | keys
     config, _ = device.resolve_auto(trained.config.replace(**keys))
-    return trained._replace(config=config), sharding.make_mesh(config)
+    return trained._replace(config=config), make_mesh(config)
 
 
 def name_source(step: int | None, init_from: str = "resume", **_: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def sequence_losses(
         inputs_BT, targets_BT = inputs_and_targets(windows_BT)
         return jax.vmap(cross_entropy)(network(inputs_BT), targets_BT)
 
-    step = jax.jit(sharding.with_mesh(mesh, losses))
+    step = jax.jit(sharding.use_mesh(mesh)(losses))
     by_batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     num_shards = sharding.batch_shards(mesh)
     order = sorted(range(len(windows)), key=lambda n: len(windows[n]))

@@ -24,6 +24,7 @@ from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.runtime import device
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.hlo import Collective, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
@@ -213,7 +214,7 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
 
 def make_plan(config: Config, topology: Topology) -> Plan:
     """Compile a resolved config's step and collect what it needs. Raises `DoesNotFitError`."""
-    mesh = sharding.make_mesh(config, topology.devices)
+    mesh = make_mesh(config, topology.devices)
     compiled = compile_step(config, mesh)
     memory: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
@@ -277,7 +278,7 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
     The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
     total = sharding.global_batch_size(config)
-    share = total // sharding.batch_shards(sharding.make_mesh(config, topology.devices))
+    share = total // sharding.batch_shards(make_mesh(config, topology.devices))
     sizes = [n for n in range(1, share + 1) if share % n == 0]
 
     def attempt(remat: str, size: int) -> Plan | None:
@@ -363,7 +364,7 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
             usable = usable_memory(topology.chip)
             raise DoesNotFitError(f"needs {plan.peak_memory / GIB:.2f} of {usable / GIB:.2f} GiB")
     except DoesNotFitError as error:
-        params, opt_state = state_bytes(config, sharding.make_mesh(config, topology.devices))
+        params, opt_state = state_bytes(config, make_mesh(config, topology.devices))
         say(
             f"does not fit: {error}; per device, parameters take {params / GIB:.2f} GiB and "
             f"optimizer state {opt_state / GIB:.2f} GiB; try --search"

@@ -19,7 +19,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.order import permute, window_starts
 from jaxgpt.data.tokens import TokenSplit
-from jaxgpt.sharding import make_mesh
+from jaxgpt.runtime.mesh import make_mesh
 
 KEYS = st.integers(0, 2**64 - 1)
 SEEDS = st.integers(0, 2**63)

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 
-from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data import examples
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer
 from jaxgpt.data.tokens import TokenSplit, open_dataset
 from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
 
@@ -119,7 +119,7 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
     assert train(config) == 0
     found = evaluate(config.out_dir, "latest")
     config = run_dir.load_config(config.out_dir)
-    params = jax.device_get(run_dir.load_params(config, "latest", sharding.local_mesh())[0])
+    params = jax.device_get(run_dir.load_params(config, "latest", local_mesh())[0])
     data = open_dataset(sums / "sums", sums, 8)
     ids = data.val.read(0, len(data.val))
     total = targets = 0

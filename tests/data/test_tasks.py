@@ -20,8 +20,8 @@ from jaxgpt.data.prepare import find_dataset, prepare
 from jaxgpt.data.tasks import TASKS, Arithmetic, Problems, TrainProblems, ValProblems
 from jaxgpt.data.tokenizer import ArithmeticTokenizer
 from jaxgpt.evaluate import full_split
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import TextStream
-from jaxgpt.sharding import make_mesh
 from jaxgpt.tools import evaluation
 from jaxgpt.train import train
 

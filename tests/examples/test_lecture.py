@@ -13,10 +13,11 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, LECTURE_CASES
 
 from examples.lecture.config import LectureConfig
-from jaxgpt import model, sharding
+from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import TrainState, init_state, make_train_step
 
 FILES = sorted(Path(ROOT, "configs", "lecture").glob("*.py"))
@@ -161,7 +162,7 @@ def test_twenty_steps_of_the_full_script_are_pytorchs():
     """Losses, gradient norms, and in the end every weight; biases and norms decay too."""
     config = small_full_script()
     with jax.enable_x64(True):
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         step, fresh = make_train_step(config, mesh), init_state(config, mesh)
         params = jax.tree.map(jnp.asarray, full_script_params("param", config))
         state = TrainState(params, fresh.opt_state, fresh.step)

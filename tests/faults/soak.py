@@ -76,8 +76,8 @@ class Soak:
         newest, before = (self.checkpoints.folder / str(step) for step in steps[:-3:-1])
         shutil.rmtree(newest.with_suffix(".corrupt"), ignore_errors=True)
         what, process = damage(newest, before, self.rng), fork(self.config, self.folder / "output")
-        self.wait(process, "going on from")
-        if f"going on from step {before.name}\n" not in self.said():
+        self.wait(process, "resuming from")
+        if f"resuming from step {before.name}\n" not in self.said():
             self.note(f"{what} of step {newest.name} was not found", process)
         process.kill()
         process.join()

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from jaxgpt import evaluate, sample
 from jaxgpt import train as loop
 from jaxgpt.cli import commands as cli
+from jaxgpt.data import text_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.model import GPT
 from jaxgpt.runtime import device
@@ -78,7 +79,7 @@ BAD = {
     "no ids": (partial(cut_ids, 0), NEW, "holds no tokens"),
     "another dtype": (partial(edit_json, META, dtype="uint32"), NEW, "meta.json says"),
     "an unknown dtype": (partial(edit_json, META, dtype="object"), NEW, "dtype='object'"),
-    "other data than before": (prepare_other_text, f"{TRAIN} --max_iters=30", "changed since"),
+    "other data than before": (prepare_other_text, f"{TRAIN} --max_iters=30", "files have changed"),
     "no data": (nothing, f"{NEW} --dataset=../../etc", "dataset="),
     "a text that is not UTF-8": (nothing, "prepare latin-1.txt", "is not UTF-8"),
     "a text that is not there": (nothing, "prepare no.txt", "neither a text file, a folder nor"),
@@ -146,7 +147,7 @@ def test_a_run_writes_nothing_of_the_environment(data, tmp_path, capsys, monkeyp
 
 def test_text_of_a_model_cannot_steer_a_terminal(monkeypatch, capsys):
     pieces = [["\x1b]0;x\x07", "\x9b2J"]]
-    monkeypatch.setattr(sample, "generate_text", lambda *args, **keys: iter(pieces))
+    monkeypatch.setattr(text_stream, "generate_text", lambda *args, **keys: iter(pieces))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     sampler = SimpleNamespace(num_generated=1)
     cli.print_samples(cli.SampleArgs(num_samples=2), sampler, None, ["a"])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import refusal, rows_of
 
-from jaxgpt import sharding
 from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.train import train
 
 from .harness import damage_at_random, outcome, sign_again
@@ -55,7 +55,7 @@ def test_a_run_resumes_from_the_step_before_with_the_same_digits(quiet, run, cap
         flip(data_file(newest) if target == "data" else newest / target)
     assert train(run) == 0
     said = capsys.readouterr()
-    assert "going on from step 21" in said.out
+    assert "resuming from step 21" in said.out
     assert f"warning: {newest}" in said.err
     assert outcome(run) == outcome(quiet)
     assert newest.with_name("24.corrupt").exists() == (target != "no digest")
@@ -102,12 +102,12 @@ def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, ch
     config = run_dir.load_config(run.out_dir)
     before = sorted(Path(run.out_dir).rglob("*"))
     assert run_dir.open_checkpoints(run).best() == 16
-    _, step = run_dir.load_params(config, checkpoint, sharding.local_mesh())
+    _, step = run_dir.load_params(config, checkpoint, local_mesh())
     assert step == instead
     assert f"taking step {instead} instead" in capsys.readouterr().err
     assert sorted(Path(run.out_dir).rglob("*")) == before
     with pytest.raises(CorruptCheckpoint):
-        run_dir.load_params(config, str(bad), sharding.local_mesh())
+        run_dir.load_params(config, str(bad), local_mesh())
 
 
 def test_a_best_whose_link_was_never_made_is_found(run):

@@ -13,8 +13,8 @@ from golden.make_checkpoint_v1 import HERE, sums
 from helpers import refusal
 
 import jaxgpt
-from jaxgpt import sharding
 from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.mesh import local_mesh
 
 from .harness import sign_again
 
@@ -23,7 +23,7 @@ PACKAGE = Path(jaxgpt.__file__).parent
 
 def test_a_checkpoint_of_format_1_loads_for_ever():
     config = run_dir.load_config(str(HERE))
-    params, step = run_dir.load_params(config, "best", sharding.local_mesh())
+    params, step = run_dir.load_params(config, "best", local_mesh())
     assert step == 2
     assert run_dir.open_checkpoints(config).meta(2)["format_version"] == 1
     assert sums(params) == pytest.approx(json.loads((HERE / "sums.json").read_text()), rel=1e-9)
@@ -47,7 +47,7 @@ def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
         ts.open(spec, create=True, delete_existing=True).result()
         sign_again(step)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert "the shape of params" in refusal(run_dir.load_params, config, "2", sharding.local_mesh())
+    assert "the shape of params" in refusal(run_dir.load_params, config, "2", local_mesh())
     unit = 1 if sys.platform == "darwin" else 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     assert grown < 500e6

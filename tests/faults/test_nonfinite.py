@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from helpers import TEXT, call_step, log_of, make_data, refusal, set_val_losses, state_of
 
-from jaxgpt import sharding, train_step
+from jaxgpt import train_step
 from jaxgpt.data.tokenizer import load
 from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
@@ -64,7 +65,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
     kinds = {"nan": 1, "inf": 2, "gradient": 3}
     monkeypatch.setattr(train_step, "cross_entropy", poisoned(kinds))
     config = tiny(tmp_path, tmp_path, vocab_size=20, mesh=mesh, **keys)
-    devices = sharding.make_mesh(config)
+    devices = make_mesh(config)
     step = make_train_step(config, devices)
     good = np.random.default_rng(0).integers(4, 20, (U, 2, 4, 9), np.int32)
     state, _ = call_step(step, init_state(config, devices), good)

@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.prepare import prepare
 from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.train import train
 
 HERE = Path(__file__).absolute().parent / "checkpoint_v1"
@@ -55,7 +55,7 @@ def main() -> None:
         (HERE / name).unlink()
     saved = json.loads((HERE / "config.json").read_text()) | {"out_dir": "out", "data_dir": "data"}
     (HERE / "config.json").write_text(json.dumps(saved, indent=1))
-    params, _ = run_dir.load_params(run_dir.load_config(str(HERE)), "latest", sharding.local_mesh())
+    params, _ = run_dir.load_params(run_dir.load_config(str(HERE)), "latest", local_mesh())
     (HERE / "sums.json").write_text(json.dumps(sums(params), indent=1))
 
 

@@ -18,7 +18,7 @@ from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import model, sharding
+from jaxgpt import model
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.data import tokenizer as tokenizers
@@ -26,6 +26,7 @@ from jaxgpt.interop.export import export, to_fields, to_tensors
 from jaxgpt.interop.huggingface import REQUIRED_KEYS, open_weights, param_rows
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train import train
@@ -61,7 +62,7 @@ def write_case(tmp_path):
 
 def load(folder: Path, **keys) -> tuple[Config, dict]:
     config = Config(**open_weights(str(folder)).keys | EXACT | keys)
-    mesh = sharding.make_mesh(config) if config.mesh else sharding.local_mesh()
+    mesh = make_mesh(config) if config.mesh else local_mesh()
     return config, open_weights(str(folder)).load(config, mesh)
 
 
@@ -177,7 +178,7 @@ EXPORTED = [
 def test_a_run_that_is_exported_says_the_same(tmp_path, options):
     config = noisy_run(tmp_path / "run", **options)
     assert export(config.out_dir, "best", str(tmp_path / "out")) == 7
-    params, _ = run_dir.load_params(config, "best", sharding.local_mesh())
+    params, _ = run_dir.load_params(config, "best", local_mesh())
     again_config, again = load(tmp_path / "out")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 6))
     before = logits_of(config.replace(dropout=0.0), params, ids)

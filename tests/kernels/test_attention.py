@@ -14,7 +14,8 @@ from reference import numpy_gpt as ref
 from jaxgpt.kernels import ANY, TABLE, attention, dot_product_attention
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
-from jaxgpt.sharding import BATCH, make_mesh, with_mesh
+from jaxgpt.runtime.mesh import make_mesh
+from jaxgpt.sharding import BATCH, use_mesh
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 OWN = [  # those whose gradients are written by hand or by JAX's rules, not by a library
@@ -106,7 +107,7 @@ def test_the_tpu_kernel_maps_over_a_mesh(documents):
     options = AttentionOptions(causal=True, window=0, scale=0.125)
     run = lambda q, k, v, segments=None: interpreted(q, k, v, segments, None, options)
     placed = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(BATCH)))
-    got = jax.jit(with_mesh(mesh, run))(*placed)
+    got = jax.jit(use_mesh(mesh)(run))(*placed)
     np.testing.assert_allclose(got, run(*map(jnp.asarray, arrays)), atol=1e-6)
 
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxgpt import kernels
 from jaxgpt.kernels import TABLE
 from jaxgpt.kernels.platform import current_platform, is_partitioned, target_platform
-from jaxgpt.sharding import BATCH, constrain, constrain_batch, make_mesh, with_mesh
+from jaxgpt.runtime.mesh import make_mesh
+from jaxgpt.sharding import BATCH, constrain, constrain_batch, use_mesh
 
 
 def test_the_platform_is_the_one_named_last_and_jaxs_default_outside():
@@ -47,7 +48,7 @@ def test_a_function_is_traced_for_its_mesh_and_constrained_where_arrays_are_spli
         return constrain(constrain_batch(x), None, "tensor")
 
     with target_platform("tpu"):
-        text = str(jax.make_jaxpr(with_mesh(mesh, function))(jnp.ones((4, 8))))
+        text = str(jax.make_jaxpr(use_mesh(mesh)(function))(jnp.ones((4, 8))))
     assert seen == [("cpu", is_split)]
     assert text.count("sharding_constraint") == 2 * is_split
     assert not is_partitioned()
@@ -64,5 +65,5 @@ def test_inside_shard_map_an_array_is_a_devices_own():
     spec = PartitionSpec(BATCH)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = np.arange(4.0, dtype=np.float32)
-    np.testing.assert_array_equal(jax.jit(with_mesh(mesh, mapped))(x), x)
+    np.testing.assert_array_equal(jax.jit(use_mesh(mesh)(mapped))(x), x)
     assert seen == [False]

@@ -14,7 +14,7 @@ from jaxgpt.kernels import ADAM_EPSILON, TABLE
 from jaxgpt.kernels.logsumexp import logsumexp_reference
 from jaxgpt.kernels.position import apply_rope
 from jaxgpt.model import ACTIVATIONS
-from jaxgpt.sharding import make_mesh
+from jaxgpt.runtime.mesh import make_mesh
 
 RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from helpers import call_step, make_config, refusal
 
-from jaxgpt import sharding
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load
 from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.train_step import TrainState, abstract_state, init_state, make_train_step
 
 ITEMS = ("params", "opt_state")
@@ -27,7 +27,7 @@ ITEMS = ("params", "opt_state")
 
 def train_some(config: Config, state: TrainState, steps: int) -> TrainState:
     """Takes that many training steps on random tokens; `state` itself is used up."""
-    step = make_train_step(config, sharding.make_mesh(config))
+    step = make_train_step(config, make_mesh(config))
     shape = (1, 1, config.batch_size, config.block_size + 1)
     windows = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
     for _ in range(steps):
@@ -41,7 +41,7 @@ def items_of(state: TrainState) -> dict:
 
 def wanted(config: Config) -> dict:
     """What to restore for a config: shapes, types, and shardings on its mesh."""
-    return items_of(abstract_state(config, sharding.make_mesh(config)))
+    return items_of(abstract_state(config, make_mesh(config)))
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def trained(config) -> TrainState:
     """A training state, on the host, with no array left at zero by chance."""
-    return jax.device_get(train_some(config, init_state(config, sharding.make_mesh(config)), 2))
+    return jax.device_get(train_some(config, init_state(config, make_mesh(config)), 2))
 
 
 @pytest.fixture
 def state(config, trained) -> TrainState:
     """The same state on the mesh."""
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     return jax.device_put(trained, jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh)))
 
 
@@ -256,7 +256,7 @@ def test_a_newer_format_is_refused(config, run):
     sums = json.loads(digest.read_text()) | {"meta.json": checkpoint.checksum(file)}
     digest.write_text(json.dumps(sums))
     messages = [refusal(saved.meta, 3), refusal(saved.restore, wanted(config), 3)]
-    messages += [refusal(run_dir.load_params, run, "best", sharding.local_mesh())]
+    messages += [refusal(run_dir.load_params, run, "best", local_mesh())]
     assert messages == 3 * [f"{file}: format 2; this jaxgpt reads up to 1"]
 
 
@@ -469,7 +469,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 
 def test_parameters_are_loaded_by_name_or_step(run, trained):
-    mesh = sharding.local_mesh()
+    mesh = local_mesh()
     for name in "best", "latest", "3":
         params, step = run_dir.load_params(run, name, mesh)
         assert step == 3
@@ -484,7 +484,7 @@ def test_parameters_are_loaded_by_name_or_step(run, trained):
 
 
 def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
-    mesh = sharding.local_mesh()
+    mesh = local_mesh()
     message = refusal(run_dir.load_params, run, "5", mesh)
     assert message == f"checkpoint='5': {run.out_dir} has best, latest, 3"
     empty = config.replace(out_dir=str(tmp_path))

@@ -60,7 +60,7 @@ def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_pa
     assert not Path(out_dir, "menu.md").exists()
     assert ablate.ablate(config, ["rope"], 2, out_dir) == 0
     assert trained[4:] == ["rope/1", *(name[:-1] + "2" for name in first)]
-    assert "going on from step" in Path(out_dir, "rope/1/log.txt").read_text()
+    assert "resuming from step" in Path(out_dir, "rope/1/log.txt").read_text()
     assert ablate.ablate(config, ["rope"], 2, out_dir) == 0
     assert len(trained) == 9
     found = json.loads(Path(out_dir, "menu.json").read_text())

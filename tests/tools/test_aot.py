@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgpt import model, sample, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Op, Program
 from jaxgpt.train_step import abstract_state, cast_params
@@ -41,7 +42,7 @@ class Step:
 
 
 def compile_for(devices: list, config: Config) -> Step:
-    mesh = sharding.make_mesh(config, devices)
+    mesh = make_mesh(config, devices)
     compiled = plan.compile_step(config, mesh)
     state = jax.tree.leaves(abstract_state(config, mesh))
     size = sum(plan.state_bytes(config, mesh))
@@ -263,7 +264,7 @@ def decoding(topology: str, layers: int) -> Program:
     """Compile a chunk of one sequence, in GPT-2's shape."""
     there, params = find(topology), sample.SamplingParams(temperature=0.8, top_k=200)
     config, _ = plan.resolve(gpt2(n_layer=layers, vocab_size=50257), there.chip)
-    mesh = sharding.make_mesh(config, there.devices)
+    mesh = make_mesh(config, there.devices)
     graphdef, _, _ = model.abstract_model(config)
 
     def arguments() -> tuple:
@@ -278,7 +279,7 @@ def decoding(topology: str, layers: int) -> Program:
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-    traced = sharding.with_mesh(mesh, arguments), sharding.with_mesh(mesh, decode)
+    traced = sharding.use_mesh(mesh)(arguments), sharding.use_mesh(mesh)(decode)
     with optimized():
         shapes = jax.tree.map(place, jax.eval_shape(traced[0]))
         lowered = jax.jit(traced[1], donate_argnums=(1, 2)).lower(*shapes)

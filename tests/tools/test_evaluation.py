@@ -11,11 +11,11 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 from safetensors.numpy import save_file
 
-from jaxgpt import sharding
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import ByteTokenizer
 from jaxgpt.interop.export import to_fields, to_tensors
+from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.tools import hellaswag
 from jaxgpt.tools.evaluation import evaluate
 from jaxgpt.train_step import abstract_params
@@ -108,7 +108,7 @@ def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_
 def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, mesh, batch_tokens):
     config, params = case
     config = config.replace(mesh=mesh, attention="xla", gradient_accumulation_steps=1)
-    devices = sharding.make_mesh(config) if mesh else sharding.local_mesh()
+    devices = make_mesh(config) if mesh else local_mesh()
     monkeypatch.setattr(hellaswag, "BATCH_TOKENS", batch_tokens)
     texts = [
         (question["ctx"].encode(), b" " + ending.encode())

@@ -10,6 +10,7 @@ from jaxgpt import sharding
 from jaxgpt.cli import commands
 from jaxgpt.config import Config, UserError
 from jaxgpt.runtime import device
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
 from jaxgpt.tools.hlo import Collective
 from jaxgpt.tools.plan import CHIPS, EFFICIENCY, DoesNotFitError, Topology
@@ -70,7 +71,7 @@ def found() -> plan.Plan:
 
 def test_a_plan_adds_up(found):
     """On eight CPU devices: state, the sum of all gradients once, and the larger time."""
-    mesh = sharding.make_mesh(TINY, HERE.devices)
+    mesh = make_mesh(TINY, HERE.devices)
     one = sum(p.size * 4 for p in jax.tree.leaves(abstract_params(TINY, mesh)))
     assert found.params == one
     assert 2 * one <= found.opt_state <= 2 * one + 16
@@ -100,8 +101,8 @@ def test_rings_use_all_ports_of_a_machine_and_pairs_one():
 
 
 def test_fsdp_splits_the_state():
-    whole = plan.state_bytes(TINY, sharding.make_mesh(TINY, HERE.devices))
-    split = plan.state_bytes(TINY, sharding.make_mesh(TINY.replace(mesh="fsdp:8"), HERE.devices))
+    whole = plan.state_bytes(TINY, make_mesh(TINY, HERE.devices))
+    split = plan.state_bytes(TINY, make_mesh(TINY.replace(mesh="fsdp:8"), HERE.devices))
     assert whole[0] / 8 < split[0] < whole[0] / 6  # norms and biases stay whole
 
 

@@ -20,6 +20,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime import device
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
 from jaxgpt.tools.bench.report import Bench, Report, call_ms, format_ratios, interleaved, quartiles
 from jaxgpt.train import TRAIN
@@ -146,7 +147,7 @@ def read_bandwidth() -> float:
 
 def bench_data(b: Bench) -> Report:
     """Time making batches, from tokens on the device and from tokens on disk."""
-    c, mesh, data = b.config, sharding.make_mesh(b.config), b.dataset.train
+    c, mesh, data = b.config, make_mesh(b.config), b.dataset.train
     M = sharding.num_microbatches(c, mesh)
     shape_UMB = 1, M, sharding.global_batch_size(c) // M
     rows, results = [], {}

@@ -15,6 +15,7 @@ from jaxgpt import sharding
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
+from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError
 from jaxgpt.tools.bench.report import Bench, Report, format_ratios, interleaved, quartiles
 from jaxgpt.tools.hlo import Program
@@ -30,7 +31,7 @@ class JaxGPT:
 
     def __init__(self, config: Config, dataset: Dataset):
         """Initialise the parameters and compile the step of a resolved config."""
-        mesh = sharding.make_mesh(config)
+        mesh = make_mesh(config)
         self.config, self.steps_taken = config, 0
         self.batches = make_batches(config, mesh, dataset)[TRAIN]
         self.state = init_state(config, mesh)
