@@ -1,11 +1,20 @@
-"""Parse a training command line: `[--config] FILE [--key=value ...]`."""
+"""Parse command lines: `[--config] FILE [--key=value ...]` for training, flags for other commands.
+
+One parser serves all commands, so that mistakes are one-line errors; tyro prints `--help`.
+"""
 
 import ast
+import difflib
 import inspect
+import os
+import shutil
 import textwrap
+import typing
 from ast import AnnAssign, Constant, Expr, Name
-from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -14,12 +23,23 @@ import tyro
 from jaxgpt.config import Config, UserError, check_value, key_types
 from jaxgpt.runtime.config_file import load_config_file
 
-UNSUPPORTED = {"--compile": "jaxgpt always compiles", "--backend": "JAX brings its own collectives"}
+COMMON_KEYS = (  # the first group of --help
+    *("out_dir", "dataset", "max_iters", "batch_size", "block_size"),
+    *("n_layer", "n_head", "n_embd", "dropout", "learning_rate"),
+)
+# nanoGPT's flags without a meaning here, and why.
+UNSUPPORTED = {"compile": "jaxgpt always compiles", "backend": "JAX has collectives of its own"}
+# Old names of flags, and old names of their values.
+OLD_FLAGS = {
+    "what": "benchmark", "pairs": "repeats", "vs": "compare_to", "fit": "search",
+    "context": "overflow",
+}  # fmt: skip
+OLD_VALUES = {"context": {"halve": "truncate", "exact": "slide"}}
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A config file with its two variants, and the keys that the command line sets."""
+    """A config file's `config` and `cpu_config`, and the keys that the flags set."""
 
     config: Config
     cpu_config: Config | None
@@ -27,93 +47,181 @@ class CommandLine:
     config_file: str
 
 
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Parse a command line without importing JAX. Raises `UserError` for mistakes.
+def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> CommandLine:
+    """Parse a training command line without importing JAX; suggest `other_flags` too for a typo.
 
-    Ends the process for `--help` (code 0) and for flags that do not parse (code 2).
+    Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
     """
-    config_file, flags = split_config_file(list(argv))
-    for flag in flags:
-        name = flag.split("=")[0]
-        if name in UNSUPPORTED:
-            raise UserError(f"{name}: {UNSUPPORTED[name]}; leave this flag out")
+    given, flags = take_flags(argv, {"config": str})
+    if not given and flags and not flags[0].startswith("-"):
+        given = {"config": flags.pop(0)}
+    config_file = given.get("config", "")
     configs = load_config_file(config_file) if config_file else {"config": Config()}
-    overrides = _parse_flags(flags, configs["config"])
-    if not config_file:
-        raise UserError(
-            "no config: name one, as in python train.py --config configs/shakespeare.py"
-        )
-    return CommandLine(configs["config"], configs.get("cpu_config"), overrides, config_file)
-
-
-def split_config_file(argv: list[str]) -> tuple[str, list[str]]:
-    """Split the config file, which comes first or after `--config`, from the other flags."""
-    for i, arg in enumerate(argv):
-        if arg.startswith("--config="):
-            return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
-        if arg == "--config":
-            if i + 1 == len(argv):
-                raise UserError("--config: name a file, as in --config configs/shakespeare.py")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-    if argv and not argv[0].startswith("-"):
-        return argv[0], argv[1:]
-    return "", argv
-
-
-def _parse_flags(flags: list[str], config: Config) -> dict[str, Any]:
-    """Return the keys that the flags set; tyro checks types, prints help and suggests names."""
-    values = config.to_dict()
+    config = configs["config"]
+    if asks_for_help(flags):
+        print_key_help(config)
     types = key_types(type(config))
-    switches = {f"--{key}" for key, value in values.items() if isinstance(value, bool)}
-    args = []
-    for flag, following in pairwise([*flags, "--"]):
-        is_alone = flag in switches and following.startswith("--")
-        args.append(f"{flag}=True" if is_alone else flag)
-    classes = dict.fromkeys((*Config.__bases__, *reversed(type(config).__mro__)))
-    groups = [_key_group(keys_class, types, values) for keys_class in classes]
-    parsed = tyro.cli(
-        make_dataclass("Keys", [(g.__name__, g) for g in groups if g]),
-        args=args,
-        prog="train.py --config FILE",
-        description="Trains the model that FILE describes. Every key can be set: --key=value.",
+    overrides, others = take_flags(flags, types)
+    reject_unknown(others, [*types, *other_flags])
+    if not config_file:
+        raise UserError("--config: missing; expected a file; try --config configs/shakespeare.py")
+    return CommandLine(config, configs.get("cpu_config"), overrides, config_file)
+
+
+def parse(args_type: type, argv: Sequence[str], prog: str) -> Any:
+    """Parse a command's flags into its dataclass; a field without a default needs no name.
+
+    Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
+    """
+    if asks_for_help(argv):
+        print_help(args_type, prog)
+    types = key_types(args_type)
+    values, others = take_flags(argv, types)
+    required = [field.name for field in fields(args_type) if field.default is MISSING]
+    for key in required:
+        if key not in values and others and not others[0].startswith("-"):
+            values[key] = check_value(key, others.pop(0), types[key])
+    reject_unknown(others, types)
+    for key in required:
+        if key not in values:
+            raise UserError(f"--{key}: missing; expected --{key}=VALUE; try {prog} --help")
+    return args_type(**values)
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+def take_flags(argv: Sequence[str], types: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Split a command line into the values of the flags in `types`, and the other arguments.
+
+    A flag is --key=value, --key value, or --key alone for a bool. A tuple takes all arguments up
+    to the next flag, and its flag may be repeated. Raises `UserError` for a missing or bad value.
+    """
+    values: dict[str, Any] = {}
+    others, args = [], deque(argv)
+    while args:
+        arg = args.popleft()
+        name, equals, text = arg.partition("=")
+        given_key = name.removeprefix("--").replace("-", "_")
+        key = given_key if given_key in types else OLD_FLAGS.get(given_key, "")
+        if not arg.startswith("--") or key not in types:
+            others.append(arg)
+            continue
+        kind = value_type(types[key])
+        texts = [text] if equals else take_texts(args, kind)
+        if not texts:
+            raise UserError(f"--{key}: has no value; expected --{key}=VALUE")
+        if typing.get_origin(kind) is tuple:
+            values[key] = (*values.get(key, ()), *texts)
+        else:
+            text = OLD_VALUES.get(given_key, {}).get(texts[0], texts[0])
+            values[key] = check_value(key, convert(text, kind), types[key])
+    return values, others
+
+
+def take_texts(args: deque[str], kind: Any) -> list[str]:
+    """Remove a flag's values from the front of the arguments, and return them."""
+    if kind is bool:
+        return [args.popleft()] if args and args[0] in ("True", "False") else ["True"]
+    most = len(args) if typing.get_origin(kind) is tuple else 1
+    texts = []
+    while args and len(texts) < most and not args[0].startswith("--"):
+        texts.append(args.popleft())
+    return texts
+
+
+def value_type(hint: Any) -> Any:
+    """Return a key's type without its annotations: int, float, bool, str, a Literal or a tuple."""
+    return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
+def convert(text: str, kind: Any) -> Any:
+    """Convert text to a type; return the text itself where it does not fit, for `check_value`."""
+    if kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    choices = (True, False) if kind is bool else typing.get_args(kind)
+    return {str(choice): choice for choice in choices}.get(text, text)
+
+
+def reject_unknown(args: list[str], known: Iterable[str]) -> None:
+    """Raise `UserError` if there are arguments, which are those that no flag took."""
+    if not args:
+        return
+    flags = [arg for arg in args if arg.startswith("-")]
+    if not flags:
+        raise UserError(f"{args[0]}: unexpected argument; expected --key=value; try --help")
+    name = flags[0].split("=")[0]
+    key = name.lstrip("-").replace("-", "_")
+    if key in UNSUPPORTED:
+        raise UserError(f"{name}: {UNSUPPORTED[key]}; expected no such flag; try without {name}")
+    nearest = difflib.get_close_matches(key, known, n=1) or ["help"]
+    raise UserError(f"{name}: unknown key; try --{nearest[0]}")
+
+
+# ---- help ------------------------------------------------------------------------------------
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def print_help(args_type: type, prog: str, description: str | None = None) -> None:
+    """Print the help of a dataclass of flags, at most 80 columns wide, and exit."""
+    os.environ["COLUMNS"] = str(min(80, shutil.get_terminal_size().columns))  # tyro reads it
+    tyro.cli(
+        args_type,
+        args=["--help"],
+        prog=prog,
+        description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
-    names = {arg.split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
-    parsed_keys = {k: value for group in vars(parsed).values() for k, value in vars(group).items()}
-    given = [key for key in parsed_keys if f"__{key}" in names]
-    return {key: check_value(key, parsed_keys[key], types[key]) for key in given}
 
 
-def _key_group(group: type, types: dict[str, Any], values: dict[str, Any]) -> type | None:
-    """Make a dataclass of a class's own keys, with their help and these defaults, if it has any."""
-    inherited = {key for base in group.__mro__[1:] for key in inspect.get_annotations(base)}
-    own = [key for key in inspect.get_annotations(group) if key in types and key not in inherited]
-    if not own:
-        return None
-    help_texts, fields = _key_help(group), []
-    for key in own:
-        hint = Annotated[types[key], tyro.conf.arg(help=help_texts.get(key, ""))]
-        fields.append((key, hint, values[key]))
-    made = make_dataclass(group.__name__.removesuffix("Config").lower(), fields)
-    made.__doc__ = group.__doc__
-    return made
+def print_key_help(config: Config) -> None:
+    """Print every key with this config's value: common keys first, then a group per class."""
+    types, values = key_types(type(config)), config.to_dict()
+    classes = dict.fromkeys((*Config.__bases__, *reversed(type(config).__mro__)))
+    with_keys = [keys_class for keys_class in classes if inspect.get_annotations(keys_class)]
+    texts = {}
+    for keys_class in with_keys:
+        texts |= key_help(keys_class)
+
+    def field(key: str) -> tuple[str, Any, Any]:
+        return key, Annotated[types[key], tyro.conf.arg(help=texts.get(key, ""))], values[key]
+
+    shown = set(COMMON_KEYS)
+    groups: list[Any] = [field(key) for key in COMMON_KEYS]
+    for keys_class in with_keys:
+        keys = [key for key in inspect.get_annotations(keys_class) if key in types.keys() - shown]
+        if keys:
+            name = keys_class.__name__.removesuffix("Config").lower()
+            group = make_dataclass(name, map(field, keys))
+            group.__doc__ = keys_class.__doc__
+            groups.append((name, group))
+            shown.update(keys)
+    description = "Train the model that FILE describes. Set any key with --key=value."
+    print_help(make_dataclass("Keys", groups, kw_only=True), "train.py --config FILE", description)
 
 
-def _key_help(group: type) -> dict[str, str]:
+def key_help(keys_class: type) -> dict[str, str]:
     """Read the docstring under each key from the source of a config class."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(group)))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(keys_class)))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef))
     found = {}
-    for field, text in pairwise(classes[0].body):
+    for field, text in pairwise(body):
         match field, text:
             case AnnAssign(target=Name(id=key)), Expr(value=Constant(value=str(doc))):
                 found[key] = " ".join(doc.split())
     return found
 
 
+# ---- the device ------------------------------------------------------------------------------
+
+
 def choose_config(command_line: CommandLine) -> tuple[Config, list[str]]:
-    """Start the processes and the device; return the config for that device, and log lines."""
+    """Start the processes and the device; return the config for the device, and log lines."""
     from jaxgpt.runtime import device, distributed
 
     overrides, cpu_config = command_line.overrides, command_line.cpu_config

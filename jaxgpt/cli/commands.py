@@ -1,7 +1,7 @@
 """The commands: `jaxgpt <command>`, train.py and sample.py.
 
-JAX is imported after the command line is parsed, so help and mistakes are answered at once. A
-comment at a field of a command's arguments is its --help.
+JAX is imported after the command line is parsed, so that help and errors are printed at once. The
+comment at each field of a dataclass of arguments is the field's --help.
 """
 
 import dataclasses
@@ -19,41 +19,52 @@ import tyro
 
 from jaxgpt import __version__
 from jaxgpt import config as keys
-from jaxgpt.cli.command_line import choose_config, parse_command_line
-from jaxgpt.config import UserError, check
+from jaxgpt.cli.command_line import (
+    asks_for_help,
+    choose_config,
+    parse,
+    parse_command_line,
+    print_help,
+    take_flags,
+)
+from jaxgpt.config import UserError, key_types
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.tools.bench.options import BenchArgs
 
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
 Checkpoint = Annotated[str, keys.Pattern(r"best|latest|\d+", "best, latest, or a step")]
 
-OLD_FLAGS = {
-    "--what": "--benchmark", "--pairs": "--repeats", "--vs": "--compare_to", "--fit": "--search",
-    "--context": "--overflow",
-}  # fmt: skip
-OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
-
 
 def main() -> None:
-    """Run the console script."""
+    """Run the console script: `jaxgpt COMMAND ...`."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name == "--version":
         print(f"jaxgpt {__version__}")
-        sys.exit(0)
-    if name not in COMMANDS:
-        print("usage: jaxgpt {" + ",".join(COMMANDS) + "} ...", file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    run(COMMANDS[name], argv)
+    elif name in ("-h", "--help"):
+        print("usage: jaxgpt COMMAND ...\n")
+        for known, command in COMMANDS.items():
+            print(f"  {known:<8} {command.__doc__}")
+        print("\nTry jaxgpt COMMAND --help, and jaxgpt train --config FILE --help.")
+    else:
+        with exit_on_error():
+            if name not in COMMANDS:
+                expected = f"expected one of {', '.join(COMMANDS)}"
+                raise UserError(f"{name}: unknown command; {expected}; try jaxgpt --help")
+            sys.exit(COMMANDS[name](argv))
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Run a command and exit with its code."""
+    """Run a command with these arguments, by default the process's, and exit with its code."""
     with exit_on_error():
         sys.exit(command(sys.argv[1:] if argv is None else argv))
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a user's mistake into one line and code 2; exit quietly on Ctrl-C or a closed pipe."""
+    """Print a `UserError` as one line and exit with 2; exit quietly on Ctrl-C or a closed pipe.
+
+    The codes are 130 for Ctrl-C and 141 for a pipe whose reader has exited, as `head` does.
+    """
     try:
         yield
     except UserError as error:
@@ -61,33 +72,14 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+    except BrokenPipeError:
+        # Python flushes stdout at exit, which would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
-def _parse(args_type: type, argv: list[str], prog: str) -> Any:
-    args = tyro.cli(args_type, args=translate_old_flags(argv), prog=prog, use_underscores=True)
-    check(args)
-    return args
-
-
-def translate_old_flags(argv: list[str]) -> list[str]:
-    """Replace old names of flags, and of their values, by the names now."""
-    translated, new_values = [], {}
-    for arg in argv:
-        name, equals, value = arg.partition("=")
-        if name in OLD_FLAGS:
-            new_values = OLD_VALUES.get(name, {})
-            translated.append(OLD_FLAGS[name] + equals + new_values.get(value, value))
-        else:
-            translated.append(new_values.get(arg, arg))
-            new_values = {}
-    return translated
-
-
 def train(argv: list[str]) -> int:
-    """Train: [--config] FILE [--key=value ...]."""
+    """Train the model of a config file."""
     command_line = parse_command_line(argv)
     config, notes = choose_config(command_line)
     from jaxgpt.train import train
@@ -97,48 +89,56 @@ def train(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArgs:
-    out_dir: keys.NonEmptyStr = "out"  # The run directory.
-    config: str = ""  # The run's config file; needed only if it defines a config class.
-    checkpoint: Checkpoint = "best"  # Which checkpoint of the run.
+    """Which run a command reads."""
+
+    out_dir: keys.NonEmptyStr = "out"  # Run directory.
+    config: str = ""  # Config file of the run; needed only if the file defines a config class.
+    checkpoint: Checkpoint = "best"  # Checkpoint of the run: best, latest, or a step.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(RunArgs):
-    # `resume` is the run; else weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder.
+    """Which model a command loads, and on which device."""
+
+    # `resume` loads the run. Otherwise the weights to load: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # or a folder.
     init_from: keys.InitFrom = "resume"
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"  # Device to run on.
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArgs(ModelArgs):
-    """Stream samples from a run directory, or from GPT-2 weights."""
+    """Stream samples from a run directory or from GPT-2 weights."""
 
-    # The prompt; FILE:prompt.txt reads a file. Several make a batch. Default: \n.
+    # Prompt, or FILE:prompt.txt to read it from a file. Several prompts make a batch. Without a
+    # prompt, samples start from a line break.
     start: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    num_samples: keys.PositiveInt = 10  # Samples of each prompt.
-    max_new_tokens: keys.PositiveInt = 500  # Tokens per sample.
-    # Below 1 is less random than the model; 0 takes the most likely token.
+    num_samples: keys.PositiveInt = 10  # Number of samples per prompt.
+    max_new_tokens: keys.PositiveInt = 500  # Number of tokens per sample.
+    # Values below 1 make samples less random; 0 always takes the most likely token.
     temperature: keys.NonNegativeFloat = 0.8
-    top_k: keys.NonNegativeInt = 200  # Draw from this many of the most likely tokens; 0 means all.
-    # Draw from the most likely tokens that together have this probability.
+    top_k: keys.NonNegativeInt = 200  # Sample from the top_k most likely tokens; 0 means all.
+    # Sample from the most likely tokens that together have this probability.
     top_p: Annotated[float, keys.Range(0, 1)] = 1.0
-    # Draw from tokens with at least this fraction of the top token's probability.
+    # Sample from tokens with at least this fraction of the top token's probability.
     min_p: keys.Fraction = 0.0
-    # Above 1, makes tokens that already occurred less likely.
+    # Values above 1 make tokens that already occurred less likely.
     repetition_penalty: Annotated[float, keys.Range(1)] = 1.0
-    # End a sample before this text; may be given several times.
+    # End a sample before this text. The flag may be repeated.
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     seed: keys.Seed = 1337  # Seed of the samples.
-    # Past block_size: continue from the last half, or slide token by token as nanoGPT does.
+    # Past block_size, continue from the last half (truncate), or slide by one token per step as
+    # nanoGPT does, which is slower (slide).
     overflow: Literal["truncate", "slide"] = "truncate"
-    # Compute dtype; `auto` is the device's. On a CPU bfloat16 is for weights only, and faster.
+    # Compute dtype; auto takes the device's. On a CPU, bfloat16 stores only the weights in
+    # bfloat16, which is faster.
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    interactive: bool = False  # Ask for prompts, one per line, until an empty one.
+    interactive: bool = False  # Read prompts, one per line, until an empty line.
 
 
 def sample(argv: list[str]) -> None:
-    """Stream samples: --out_dir=DIR | --init_from=WEIGHTS [--start=TEXT ...]."""
-    args = _parse(SampleArgs, argv, "sample.py")
+    """Stream samples from a run or from GPT-2 weights."""
+    args = parse(SampleArgs, argv, "sample.py")
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.interop import huggingface
     from jaxgpt.runtime import device
@@ -148,21 +148,27 @@ def sample(argv: list[str]) -> None:
     config, load, tokenizer = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
     )
-    own_dtype = "float64" if config.dtype == "float64" else "auto"  # else this device's
-    dtype = own_dtype if args.dtype == "auto" else args.dtype
+    dtype = args.dtype
+    if dtype == "auto" and config.dtype == "float64":
+        dtype = "float64"
     device.start(args.device, float64="float64" in (config.dtype, dtype))
     params, step = load(local_mesh())
     resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
     sampler, encoder = Sampler(resolved).load(params), tokenizer()
     source = args.init_from if step is None else f"{args.out_dir}, step {step}"
     print(f"{source}, {resolved.dtype}", file=sys.stderr)
-    if not args.interactive:
+    if args.interactive:
+        answer_prompts(args, sampler, encoder)
+    else:
         print_samples(args, sampler, encoder, prompts)
-        return
+
+
+def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
+    """Print samples of each prompt that the user types, until an empty line."""
     try:
         while prompt := input("> "):
             try:
-                print_samples(args, sampler, encoder, [prompt])
+                print_samples(args, sampler, tokenizer, [prompt])
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
     except EOFError:
@@ -170,30 +176,45 @@ def sample(argv: list[str]) -> None:
 
 
 def read_start(start: str) -> str:
-    """Return a prompt: `start`, or the text of the file in FILE:name, as in nanoGPT."""
+    """Return the prompt: `start` itself, or the text of the file that FILE:name names.
+
+    Raises `UserError` for a file that cannot be read or is not UTF-8.
+    """
     if not start.startswith("FILE:"):
         return start
     file = Path(start.removeprefix("FILE:"))
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"start={start!r}: {error}") from error
+        problem = f"cannot be read ({error})"
+        raise UserError(f"start={start!r}: {problem}; expected a UTF-8 text file") from error
 
 
 def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[str]) -> None:
-    """Print every sample of every prompt: stream the first, print the others when all are done."""
+    """Stream the first sample to stdout, then print the other samples of every prompt.
+
+    `sampler` is a `Sampler` with parameters. Raises `UserError` for a prompt that has no tokens.
+    """
     from jaxgpt.data.text_stream import generate_text
     from jaxgpt.runtime.metrics import escape_controls
     from jaxgpt.sample import SamplingParams
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("stop", "seed", "overflow")}
-    options["params"] = SamplingParams(**{name: getattr(args, name) for name in names})
+    params = SamplingParams(**{name: getattr(args, name) for name in names})
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     texts, began = list(prompts), time.perf_counter()
-    stream = generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options)
-    print(show(texts[0]), end="", flush=True)  # only now: a prompt may be refused
+    stream = generate_text(
+        sampler,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        stop=args.stop,
+        seed=args.seed,
+        overflow=args.overflow,
+        params=params,
+    )
+    print(show(texts[0]), end="", flush=True)  # after generate_text has accepted the prompts
     for pieces in stream:
         print(show(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
@@ -201,32 +222,36 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
     for text in texts[1:]:
         print(f"{show(text)}\n{SEPARATOR}")
     seconds = time.perf_counter() - began
-    print(f"{sampler.num_generated / seconds:,.0f} tokens/s, compiling included", file=sys.stderr)
+    rate = sampler.num_generated / seconds
+    print(f"{rate:,.0f} tokens/s, compilation included", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Turn a text into token files: DATA_DIR/<name>/{train.bin,val.bin,meta.json,...}."""
+    """Turn text into token files: DATA_DIR/NAME/train.bin, val.bin and meta.json."""
 
-    # A corpus that jaxgpt knows (shakespeare_char, shakespeare, shakespeare_plays,
-    # shakespeare_sonnets, openwebtext, fineweb_edu), a UTF-8 text file, a .jsonl of prompts and
-    # completions, or documents: a parquet file, or a folder of .parquet or .txt files.
+    # Known corpus (shakespeare_char, shakespeare, shakespeare_plays, shakespeare_sonnets,
+    # openwebtext or fineweb_edu), a UTF-8 text file, a .jsonl file of prompts and completions, a
+    # parquet file, or a folder of .parquet or .txt files. The last two are sets of documents, as
+    # are openwebtext and fineweb_edu.
     dataset: tyro.conf.Positional[keys.NonEmptyStr]
-    # char, byte, gpt2, a tokenizer.json, or a corpus whose tokenizer to use. Default: the corpus's
-    # own; char for a file, gpt2 for documents.
+    # char, byte, gpt2, the path of a tokenizer.json, or a corpus whose tokenizer to use. Empty
+    # means the corpus's own tokenizer, char for a file, and gpt2 for documents.
     tokenizer: str = ""
     data_dir: keys.NonEmptyStr = "data"  # Folder of all datasets.
-    # Documents only: fraction for validation. 0 means 0.0005 of a corpus, 0.01 of your own.
+    # Documents only: fraction of documents for validation. 0 means 0.0005 for a corpus and 0.01 for
+    # your own documents.
     val_share: keys.Fraction = 0.0
-    # Documents only: i/n makes every n-th piece from the i-th, to divide work among machines.
+    # Documents only: i/n prepares every n-th piece from the i-th on, to divide the work among
+    # machines.
     shard: str = ""
-    # Documents only: number of tokenizing processes; 0 means one per core.
+    # Documents only: number of processes that tokenize; 0 means one per core.
     processes: keys.NonNegativeInt = 0
 
 
 def prepare(argv: list[str]) -> None:
-    """Write token files: DATASET-or-TEXT-FILE [--tokenizer=NAME]."""
-    args = _parse(PrepareArgs, argv, "jaxgpt prepare")
+    """Turn text into token files."""
+    args = parse(PrepareArgs, argv, "jaxgpt prepare")
     from jaxgpt.data.prepare import prepare
 
     folder = prepare(**vars(args))
@@ -238,20 +263,20 @@ def prepare(argv: list[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs(ModelArgs):
-    """Evaluate a run or GPT-2 weights: the loss on a whole validation split, or HellaSwag."""
+    """Evaluate a run or GPT-2 weights on a validation split or on HellaSwag."""
 
-    # The loss on the validation split, or the accuracy on HellaSwag.
+    # Compute the loss on the whole validation split, or the accuracy on HellaSwag.
     task: Literal["loss", "hellaswag"] = "loss"
     dataset: str = ""  # Dataset of the validation split; empty means the run's.
-    # HellaSwag's questions; empty means DATA_DIR/hellaswag/hellaswag_val.jsonl.
+    # File of HellaSwag questions; empty means DATA_DIR/hellaswag/hellaswag_val.jsonl.
     hellaswag_file: str = ""
     data_dir: str = ""  # Folder of all datasets; empty means the run's, or data for weights.
-    mesh: str = ""  # Devices per axis, as in training; empty puts all on data.
+    mesh: str = ""  # Devices per axis, as in training; empty puts all devices on data.
 
 
 def evaluate(argv: list[str]) -> None:
-    """Print how good a model is: --out_dir=DIR | --init_from=WEIGHTS [--task=NAME]."""
-    args = _parse(EvalArgs, argv, "jaxgpt eval")
+    """Print a model's validation loss, or its accuracy on HellaSwag."""
+    args = parse(EvalArgs, argv, "jaxgpt eval")
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
     from jaxgpt.tools.hellaswag import hellaswag
@@ -271,63 +296,43 @@ def evaluate(argv: list[str]) -> None:
 class ExportArgs(RunArgs):
     """Write a run as a folder that transformers loads as a GPT2LMHeadModel."""
 
-    # The folder to make: config.json, model.safetensors and the tokenizer's files.
+    # Folder to write: config.json, model.safetensors and the tokenizer's files.
     to: keys.NonEmptyStr
 
 
 def export(argv: list[str]) -> None:
-    """Write a folder that transformers loads: --out_dir=DIR --to=FOLDER."""
-    args = _parse(ExportArgs, argv, "jaxgpt export")
+    """Write a run as a folder that transformers loads."""
+    args = parse(ExportArgs, argv, "jaxgpt export")
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
-    device.start("cpu")  # it only copies
+    device.start("cpu")  # export only copies arrays
     step = export(args.out_dir, args.checkpoint, args.to, args.config)
-    print(f"{args.to} holds step {step} of {args.out_dir}")
-
-
-@dataclass(frozen=True)
-class BenchArgs:
-    """Time jaxgpt, alone or alternating with PyTorch nanoGPT."""
-
-    # Whole training steps, sampling, batches alone, or the attention back ends alone.
-    benchmark: Literal["train", "sample", "data", "attention"] = "train"
-    config: str = ""  # A config file to time, instead of a preset.
-    # nanoGPT's laptop recipe, its baby GPT, or GPT-2. Default: cpu on a CPU, else gpt2.
-    preset: Literal["", "cpu", "baby", "gpt2", "gpt2-xl"] = ""
-    # A checkout of PyTorch nanoGPT to alternate with (benchmark=train and sample).
-    compare_to: str = ""
-    torch_python: str = ""  # A Python that has torch; empty means this one.
-    # How nanoGPT runs: eager, under torch.compile, or both.
-    compile: Literal["both", "eager", "compiled"] = "both"
-    # Repeats of each side; also the number of samples of other measurements.
-    repeats: keys.PositiveInt = 5
-    json: str = ""  # Write all measurements, with every sample, to this file.
-    plot: str = ""  # Plot of both sides' losses. Default: beside the JSON file, or bench.png.
+    print(f"wrote step {step} of {args.out_dir} to {args.to}")
 
 
 def bench(argv: list[str]) -> None:
-    """Time training or sampling: [--preset=NAME | --config FILE] [--compare_to NANOGPT]."""
-    args = _parse(BenchArgs, argv, "jaxgpt bench")
-    from jaxgpt.tools.bench.command import BenchOptions, bench
+    """Time training or sampling, alone or against PyTorch nanoGPT."""
+    args = parse(BenchArgs, argv, "jaxgpt bench")
+    from jaxgpt.tools.bench.command import bench
 
-    bench(BenchOptions(**vars(args)))
+    bench(args)
 
 
 @dataclass(frozen=True)
 class AblateArgs:
-    """Train a baseline and each feature of the menu with several seeds, and compare them."""
+    """Train a baseline and each feature with several seeds, and compare the losses."""
 
-    config: keys.NonEmptyStr = "configs/ablate.py"  # The baseline.
-    features: tuple[str, ...] = ()  # Which features of the menu; all if none is named.
-    seeds: keys.PositiveInt = 5  # Runs of each feature, with seeds 1, 2, ...
-    # Folder of the runs, and of menu.md, menu.png and menu.json.
+    config: keys.NonEmptyStr = "configs/ablate.py"  # Config file of the baseline.
+    features: tuple[str, ...] = ()  # Features to compare; none means all of them.
+    seeds: keys.PositiveInt = 5  # Number of runs per feature; their seeds are 1, 2, ...
+    # Folder of the runs and of the results menu.md, menu.png and menu.json.
     out_dir: keys.NonEmptyStr = "out/ablate"
 
 
 def ablate(argv: list[str]) -> int:
-    """Compare features with a baseline: [--config FILE] [--features NAME ...] [--seeds=N]."""
-    args = _parse(AblateArgs, argv, "jaxgpt ablate")
+    """Train a baseline and each feature of the menu, and compare them."""
+    args = parse(AblateArgs, argv, "jaxgpt ablate")
     configs = load_config_file(args.config)
     from jaxgpt.runtime import device
     from jaxgpt.tools.ablate import ablate
@@ -341,26 +346,25 @@ def ablate(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile a run's training step for hardware that is not here, and print what it would need.
+    """Compile a training step for absent hardware, and print what it needs.
 
-    The config file and its keys follow, as for training: --config FILE [--key=value ...].
+    FILE and its keys follow, as for training: --config FILE [--key=value ...].
     """
 
-    # h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4; also a100, b200, v6e.
+    # Chip and shape: h100:8, h200:8x8 (machines x GPUs), v5e:4x4 or v5p:4x4x4. Other chips are
+    # a100, b200 and v6e.
     topology: str = ""
-    search: bool = False  # Find the least recomputation, then the largest batch_size, that fit.
+    # Find the least recomputation that fits, and then the largest batch_size.
+    search: bool = False
 
 
 def plan(argv: list[str]) -> int:
-    """Print what a run would need: --config FILE --topology=CHIP:SHAPE [--search] [--key=value]."""
-    args, flags = tyro.cli(
-        PlanArgs,
-        args=translate_old_flags(argv),
-        prog="jaxgpt plan --config FILE",
-        use_underscores=True,
-        return_unknown_args=True,
-    )
-    command_line = parse_command_line(flags)
+    """Print what a training step would need on absent hardware."""
+    if asks_for_help(argv):
+        print_help(PlanArgs, "jaxgpt plan --config FILE")
+    own, flags = take_flags(argv, key_types(PlanArgs))
+    args = PlanArgs(**own)
+    command_line = parse_command_line(flags, key_types(PlanArgs))
     config = command_line.config.replace(**command_line.overrides)
     import jax
 

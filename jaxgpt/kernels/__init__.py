@@ -1,8 +1,8 @@
-"""Operations that the core calls, and the one table of their implementations per platform.
+"""The operations that the core calls, and the one table of their implementations per platform.
 
-Each file of this folder begins with the plain reference, which is the documentation and the
-oracle of the tests; faster variants follow, each with its row in docs/performance.md. An
-operation is chosen while a function is traced, for `platform.target_platform`.
+Each file of this folder begins with a plain reference, which documents the operation and is the
+oracle of the tests. Faster variants follow; each has a row in docs/performance.md. The variant is
+chosen while a function is traced, for `platform.current_platform`.
 """
 
 from collections.abc import Callable
@@ -59,9 +59,9 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def __getattr__(operation: str) -> Callable[..., Any]:
-    """Return an operation of the table, as implemented for the platform that is traced for.
+    """Return an operation of the table for the current platform, as in `kernels.normalize`.
 
-    So the core writes `kernels.normalize(x, scale)`, and no wrapper stands between.
+    Raises `AttributeError` for a name that is not in the table.
     """
     if (operation, ANY) not in TABLE:
         raise AttributeError(f"module {__name__!r} has no attribute {operation!r}")
@@ -80,12 +80,12 @@ def dot_product_attention(
     backend: str = "reference",
     scale: float | None = None,
 ) -> jax.Array:
-    """Softmax attention by the implementation that `backend` names -> [B, T, N, H] in q's dtype.
+    """Compute softmax attention with the implementation `backend` -> [B, T, N, H] in q's dtype.
 
-    `causal` hides keys after the query, `window` keys further back than that many (the query's own
-    included; 0 is no bound), `segment_ids_BT` keys of other segments (not for cudnn). `dropout`
-    acts on the attention weights: a pytree, as `jax.tree_util.Partial` makes one, and linear.
-    Scores are multiplied by `scale`, by default 1 / sqrt(H).
+    `causal` masks keys after the query. `window` is the number of keys that a query attends to, its
+    own included; 0 means all. `segment_ids_BT` masks keys of other segments (not for cudnn).
+    `dropout` acts on the attention weights; it must be linear, and a pytree such as
+    `jax.tree_util.Partial`. Scores are multiplied by `scale`, by default 1 / sqrt(H).
     """
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
     options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
@@ -94,9 +94,9 @@ def dot_product_attention(
 
 
 def select_attention(backend: str, T: int, S: int, dropout: Callable | None) -> Callable:
-    """Return the implementation that `backend` names.
+    """Return the implementation `backend`, or the reference if the backend cannot be used.
 
-    Where it lacks the shape, or dropout of the weights, the reference takes its place.
+    Flash kernels have no dropout of the weights, and some implementations need certain lengths.
     """
     is_flash = backend in ("xla", "cudnn", "splash")
     fits_shape = {"cpu": T == S, "splash": T == S and T % 128 == 0}.get(backend, True)

@@ -12,18 +12,19 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 BATCH = ("data", "fsdp")
-MAX_CPU_TOKENS = 2048  # per core and micro-batch (performance.md, "No more than 2,048 tokens")
+MAX_CPU_TOKENS = 2048  # per core (docs/performance.md, "At most 2,048 tokens per core")
 
 
 def accumulation_reference(mesh: Mesh) -> Callable:
-    """Return the function that accumulates on this mesh."""
+    """Return `accumulate`, which accumulates on every mesh."""
     return accumulate
 
 
 def accumulate(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
-    """Sum loss, targets and gradients of the micro-batches, in float32 at least.
+    """Sum the loss, the number of targets and the gradients over micro-batches.
 
-    `grad_fn(params, windows_BT, keys_B)` returns ((loss, targets), gradients).
+    `windows_MBT` are int32 tokens and `keys_MB` dropout keys. `grad_fn(params, windows_BT, keys_B)`
+    returns ((loss, targets), gradients). Sums are float32 at least.
     """
     if len(windows_MBT) == 1:
         return to_float32(grad_fn(params, windows_MBT[0], keys_MB[0]))
@@ -37,7 +38,7 @@ def accumulate(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
 
 
 def to_float32(tree: Any) -> Any:
-    """Widen floating-point arrays to float32 at least; leave integers as they are."""
+    """Convert floating-point arrays to float32 at least; do not change integers."""
 
     def widen(x: jax.Array) -> jax.Array:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
@@ -47,10 +48,10 @@ def to_float32(tree: Any) -> Any:
 
 
 def accumulation_cpu(mesh: Mesh) -> Callable:
-    """Accumulate on each virtual device, and then sum over the devices once, as one array.
+    """Return a function that accumulates on each virtual device, then sums over devices once.
 
-    XLA:CPU's all-reduce lets the devices meet once for every array that it is given
-    (performance.md, "One all-reduce").
+    All sums are one array, because XLA:CPU synchronises the devices once per array
+    (docs/performance.md, "One all-reduce per step").
     """
     if not is_virtual_cpu_mesh(mesh):
         return accumulate
@@ -69,16 +70,15 @@ def accumulation_cpu(mesh: Mesh) -> Callable:
 
 
 def is_virtual_cpu_mesh(mesh: Mesh) -> bool:
-    """Whether these are a CPU's virtual devices, with all of the parameters on each."""
+    """Return whether the mesh has several CPU devices that each hold all parameters."""
     over_data = 1 < mesh.size == mesh.shape["data"]
     return over_data and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def max_sequences_per_device(mesh: Mesh, batch_size: int, block_size: int) -> int:
-    """Return how many sequences a device should process at a time; at most `batch_size`.
+    """Return how many sequences a device processes at a time, at most `batch_size`.
 
-    XLA:CPU frees its buffers after each call, and allocating gigabytes again is slower than
-    computing on them.
+    XLA:CPU frees its buffers after each call, and reallocating them is slower than the compute.
     """
     if not is_virtual_cpu_mesh(mesh):
         return batch_size

@@ -1,4 +1,4 @@
-"""Non-linearities of the MLP."""
+"""Non-linearities of the MLP; all are elementwise and keep x's dtype."""
 
 import math
 from functools import partial
@@ -8,23 +8,26 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x times the normal distribution function (Hendrycks & Gimpel 2016).
+    """Compute exact GELU, x times the normal distribution function (Hendrycks & Gimpel 2016).
 
-    By erf and not by erfc, which XLA:CPU does not vectorise (performance.md, "Exact GELU").
+    XLA:CPU does not vectorise erfc, which `jax.nn.gelu` uses (docs/performance.md, "GELU by erf").
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def gelu_tanh_reference(x: jax.Array) -> jax.Array:
-    """GELU by tanh, as in GPT-2."""
+    """Compute GELU by tanh, as in GPT-2."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def gelu_tanh_gpu(x: jax.Array) -> jax.Array:
-    """Recompute GELU in its gradient's kernel, instead of keeping intermediate arrays."""
+    """Compute GELU by tanh, and again in the gradient to avoid keeping intermediate arrays.
+
+    (docs/performance.md, "Recomputed tanh GELU")
+    """
     return jax.checkpoint(partial(jax.nn.gelu, approximate=True))(x)
 
 
 def relu2(x: jax.Array) -> jax.Array:
-    """Squared ReLU (So et al. 2021, "Primer")."""
+    """Compute squared ReLU (So et al. 2021, "Primer")."""
     return jnp.square(jax.nn.relu(x))

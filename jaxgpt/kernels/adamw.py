@@ -1,4 +1,7 @@
-"""Adam's update direction (Kingma & Ba 2015), after optax has updated the moments."""
+"""Adam's update direction (Kingma & Ba 2015), after optax has updated the moments.
+
+The reference is the update that `optax.scale_by_adam` returns.
+"""
 
 from typing import Any
 
@@ -8,13 +11,13 @@ import jax.numpy as jnp
 ADAM_EPSILON = 1e-8
 
 
-def adam_direction_reference(updates: Any, state: Any, b1: float, b2: float) -> tuple[Any, Any]:
-    """Return optax's update and its new state, as they are."""
-    return updates, state
-
-
 def adam_direction_folded(updates: Any, state: Any, b1: float, b2: float) -> tuple[Any, Any]:
-    """Fold both bias corrections into one factor, as the last lines of section 2 do."""
+    """Return the direction and the state; both bias corrections are one factor.
+
+    The formula is at the end of the paper's section 2. `updates` and `state` are what
+    `optax.scale_by_adam` returned; only the state is read
+    (docs/performance.md, "Folded bias corrections").
+    """
     root = jnp.sqrt(1 - b2**state.count)
     rate = root / (1 - b1**state.count)
 
@@ -25,9 +28,9 @@ def adam_direction_folded(updates: Any, state: Any, b1: float, b2: float) -> tup
 
 
 def adam_direction_cpu(updates: Any, state: Any, b1: float, b2: float) -> tuple[Any, Any]:
-    """Write the new moments to memory before the update reads them.
+    """Compute `adam_direction_folded` after the new moments are written to memory.
 
-    Else XLA:CPU recomputes the moments in the parameter update, and keeps copies of the old ones
-    for it (performance.md, "AdamW's moments").
+    Otherwise XLA:CPU computes the moments twice, the second time in the parameter update, and
+    keeps copies of the old moments for it (docs/performance.md, "AdamW moments in memory").
     """
     return adam_direction_folded(updates, jax.lax.optimization_barrier(state), b1, b2)

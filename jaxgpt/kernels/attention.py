@@ -1,8 +1,8 @@
-"""Softmax attention: the equations, and what runs them fast on each platform.
+"""Softmax attention: the equations, and a fast implementation for each platform.
 
 B batch, T query length, S key length, N heads, K key-value heads, H head dim.
 Each implementation maps q [B, T, N, H], k and v [B, S, K, H] to [B, T, N, H] in q's dtype.
-Query head n uses key-value head n // (N // K) (grouped heads: Ainslie et al. 2023).
+Query head n uses key-value head n // (N // K) (grouped queries: Ainslie et al. 2023).
 """
 
 from collections.abc import Callable
@@ -17,22 +17,21 @@ from jax.sharding import PartitionSpec
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a query may see, and by what scores are multiplied."""
+    """Which keys a query attends to, and the factor of the scores."""
 
     causal: bool
-    window: int
-    """Keys that a query sees at most, its own included; 0 is no bound."""
+    window: int  # number of keys that a query attends to, its own included; 0 means all
     scale: float
 
 
 def attention_mask(query: jax.Array, key: jax.Array, causal: bool, window: int) -> jax.Array:
-    """Return True where a query may see a key, by their positions, which broadcast."""
+    """Return True where a query attends to a key; `query` and `key` are positions and broadcast."""
     allowed = (key <= query) | (not causal)
     return allowed & (key > query - window) if window else allowed
 
 
 def full_mask(q_BTNH, k_BSKH, segment_ids_BT: jax.Array | None, o: AttentionOptions) -> jax.Array:
-    """Return the mask [1 or B, T, S]; `segment_ids_BT` also hides other segments."""
+    """Return the mask [1 or B, T, S]; `segment_ids_BT` masks keys of other segments."""
     query_T1 = jnp.arange(q_BTNH.shape[1])[:, None]
     mask_BTS = attention_mask(query_T1, jnp.arange(k_BSKH.shape[1]), o.causal, o.window)[None]
     if segment_ids_BT is not None:
@@ -41,7 +40,7 @@ def full_mask(q_BTNH, k_BSKH, segment_ids_BT: jax.Array | None, o: AttentionOpti
 
 
 def accum_dtype(x: jax.Array) -> jax.typing.DTypeLike:
-    """Return the dtype to accumulate in: float32 at least."""
+    """Return the dtype of sums over x: float32 at least."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -60,31 +59,39 @@ def attention_reference(
     dropout: Callable | None,
     options: AttentionOptions,
 ) -> jax.Array:
-    """Compute softmax(mask(scale q k)) v as written (Vaswani et al. 2017); every option.
+    """Compute softmax(mask(scale q k)) v (Vaswani et al. 2017); supports every option.
 
     `dropout` acts on the weights [B, N, T, S]. Scores and softmax are float32 at least.
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
+    return _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, options.scale)[0]
+
+
+def _attend(
+    q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Return the output, and the attention weights before dropout, [B, N, T, S] in v's dtype."""
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
-    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * options.scale, k_BSNH)
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
     dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    return product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    return o_BTNH, weights_BNTS
 
 
-# ---- GPU and TPU without a flash kernel: the gradient from half-width weights ----------------
+# ---- GPU without flash attention: a gradient from weights in v's dtype -----------------------
 
 
 def attention_saved_weights(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: Callable | None, options: AttentionOptions
 ) -> jax.Array:
-    """Compute `attention_reference` with a gradient that starts from weights in v's dtype.
+    """Compute `attention_reference` with a gradient from saved weights in v's dtype.
 
-    For a GPU XLA then makes one kernel of softmax and dropout, and one of their gradient, and
-    keeps nothing else of that size (performance.md, "attention's gradient by hand"). `dropout`
-    must be linear, and a pytree, such as `jax.tree_util.Partial`.
+    XLA then makes one GPU kernel of softmax and dropout, and one of their gradient, and keeps no
+    other array of that size. `dropout` must be linear, and a pytree such as `jax.tree_util.Partial`
+    (docs/performance.md, "Attention gradient from saved weights").
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
@@ -93,16 +100,11 @@ def attention_saved_weights(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _saved_weights(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    return _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+    return _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
 
 
 def _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
-    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
-    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
-    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
-    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    o_BTNH, weights_BNTS = _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)
     return o_BTNH, (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout)
 
 
@@ -129,12 +131,12 @@ _saved_weights.defvjp(_saved_weights_fwd, _saved_weights_bwd)
 def attention_cpu(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: Callable | None, options: AttentionOptions
 ) -> jax.Array:
-    """Compute `attention_reference` with every operand laid out once, in both directions.
+    """Compute `attention_reference` with every operand laid out once, forward and backward.
 
-    XLA:CPU's library takes products of [.., T, S] by [.., S, H] or by [.., H, S] only, and sums
-    over the last axis slowly. Weights are divided by their sum after they met the values: T x H
-    divisions, not T x S. The gradient is FlashAttention's (Dao et al. 2022, appendix B.4).
-    See performance.md, "Attention weights divided" and "Attention's gradient".
+    XLA:CPU's library supports only products of [.., T, S] by [.., S, H] or by [.., H, S]. The
+    softmax divides after the product with the values: T x H divisions instead of T x S. The
+    gradient is that of FlashAttention (Dao et al. 2022, appendix B.4)
+    (docs/performance.md, "Late softmax division" and "Hand-written attention gradient").
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
@@ -166,7 +168,7 @@ def _cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
     do_BNTH = jnp.swapaxes(do_BNHT, 2, 3)
     q_BNHT = jnp.swapaxes(q_BNTH, 2, 3)
-    # else XLA folds the transposes into products that its library does not take
+    # Without the barrier, XLA folds the transposes into products that its library does not support.
     do_BNTH, do_BNHT, q_BNHT = jax.lax.optimization_barrier((do_BNTH, do_BNHT, q_BNHT))
     d_weights_BNTS = jnp.einsum("BNTH,BNHS->BNTS", do_BNTH, v_BNHS)
     d_weights_BNTS = dropout(d_weights_BNTS) if dropout else d_weights_BNTS
@@ -182,14 +184,17 @@ def _cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
 _cpu.defvjp(_cpu_fwd, _cpu_bwd)
 
 
-# ---- XLA's own, and cuDNN's flash attention --------------------------------------------------
+# ---- XLA's attention, and cuDNN's flash attention --------------------------------------------
 
 
 def attention_xla(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: None, options: AttentionOptions, *,
     implementation: Any = "xla",
 ) -> jax.Array:  # fmt: skip
-    """Call `jax.nn.dot_product_attention`, which has no dropout."""
+    """Call `jax.nn.dot_product_attention`, which has no dropout.
+
+    (docs/performance.md, "XLA attention" and "Flash attention on GPUs")
+    """
     same_BTS = None
     if segment_ids_BT is not None:
         same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -214,9 +219,10 @@ attention_cudnn = partial(attention_xla, implementation="cudnn")
 def attention_splash(
     q, k, v, segment_ids, dropout: None, options: AttentionOptions, *, interpret: bool = False
 ) -> jax.Array:
-    """Call JAX's Pallas flash kernel, on each device's own sequences and heads.
+    """Call JAX's Pallas flash kernel on each device's own sequences and heads.
 
-    The length must be a multiple of 128; there is no dropout.
+    T must equal S and be a multiple of 128. There is no dropout
+    (docs/performance.md, "Flash attention on TPUs").
     """
     local = partial(_splash_local, options, interpret)
     mesh = jax.sharding.get_abstract_mesh()

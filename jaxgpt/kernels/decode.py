@@ -1,7 +1,7 @@
-"""What makes decoding fast and changes no token: weights, devices, lengths, random draws.
+"""Fast decoding with unchanged tokens: weights, devices, lengths and random draws.
 
-Each docstring names the plain reference first. Most variants are for a CPU, where a decoding step
-spends its time on reading weights and on starting small operations.
+Each docstring names its plain reference. Most variants are for a CPU, where a decoding step spends
+its time on reading weights and on starting small operations.
 B sequences, n draws of one chunk, k candidates.
 """
 
@@ -16,30 +16,34 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.kernels.linear import pack_bf16
 
-SHARED_READ_BYTES = 1 << 27  # a CPU's cores read larger weights together, not each its own copy
+# A CPU's cores share the reading of larger weights (docs/performance.md, "Batch split over cores").
+SHARED_READ_BYTES = 1 << 27
 
 
 # ---- weights ---------------------------------------------------------------------------------
 
 
 def compute_dtype_reference(dtype: str) -> str:
-    """Compute in the config's dtype."""
+    """Return the dtype to compute in: the config's dtype."""
     return dtype
 
 
 def compute_dtype_cpu(dtype: str) -> str:
-    """Compute bfloat16 in float32: XLA:CPU emulates bfloat16 arithmetic."""
+    """Return float32 for bfloat16, because XLA:CPU emulates bfloat16 arithmetic.
+
+    (docs/performance.md, "Float32 compute for bfloat16")
+    """
     return "float32" if dtype == "bfloat16" else dtype
 
 
 def weights_for(
     dtype: str, compute_dtype: str, params: Any, *, cast: Callable, pack: Callable
 ) -> tuple[Any, Any]:
-    """Return weights to decode a batch with, and to decode a single sequence with.
+    """Return the weights for a batch, and the weights for a single sequence.
 
-    Reference: `cast(params, dtype)` for both. Where bfloat16 computes in float32, a batch gets
-    float32. A single sequence gets two bfloat16 numbers per word by `pack(params)`, because
-    reading the weights takes most of its time.
+    Reference: `cast(params, dtype)` for both. If `compute_dtype` differs, a batch gets weights in
+    that dtype. A single sequence gets two bfloat16 numbers per word from `pack(params)`, because
+    reading weights takes most of its time (docs/performance.md, "Packed bfloat16 weights").
     """
     params = cast(params, dtype)
     if compute_dtype == dtype:
@@ -49,7 +53,10 @@ def weights_for(
 
 
 def pack_weights(model: nnx.Module) -> Any:
-    """Pack the weight of every module that has an `equation`, by `linear.pack_bf16`."""
+    """Return the model's parameters, with those of linear maps packed by `linear.pack_bf16`.
+
+    Linear maps are the modules that have an `equation`.
+    """
     modules: Any = nnx.iter_modules(model)
     for _, module in modules:
         if getattr(module, "equation", ""):
@@ -62,24 +69,25 @@ def pack_weights(model: nnx.Module) -> Any:
 
 
 def max_replicas_reference(params: Any) -> int:
-    """Let every local device decode sequences of its own."""
+    """Return the number of devices that decode different sequences: all local devices."""
     return jax.local_device_count()
 
 
 def max_replicas_cpu(params: Any) -> int:
-    """Keep large weights on one device, whose operations use all cores.
+    """Return 1 for large weights, because operations of one CPU device use all cores.
 
-    A CPU's devices are its cores, on one memory bus.
+    A CPU's devices are its cores, which share one memory bus
+    (docs/performance.md, "Batch split over cores").
     """
     size = sum(p.nbytes for p in jax.tree.leaves(params))
     return 1 if size > SHARED_READ_BYTES else jax.local_device_count()
 
 
 def data_parallel_jit(merge: Callable, function: Callable) -> Callable:
-    """Jits `run(mesh, options, params, donated, *rows)`.
+    """Return the jitted function `run(mesh, options, params, donated, *rows)`.
 
     Reference: `function(merge(params), *donated, *rows, *options)`. Each device of the mesh runs
-    its own sequences, which are the first axis of every array but `params`.
+    its own sequences, which are the first axis of every array except `params`.
     """
 
     def run(mesh: Mesh, options: tuple, params: Any, donated: tuple, *rows: Any):
@@ -95,19 +103,21 @@ def data_parallel_jit(merge: Callable, function: Callable) -> Callable:
 
 
 def prefill_len(lengths: np.ndarray, block_size: int) -> int:
-    """How many tokens to prefill for texts of these lengths. Reference: `block_size`.
+    """Return how many tokens to prefill for texts of these lengths. Reference: `block_size`.
 
-    A power of two, because each length is compiled; 0 if every text is one token.
+    The number is a power of two, because each length is compiled; it is 0 if every text has one
+    token (docs/performance.md, "Last token outside the cache").
     """
     cached = int(lengths.max()) - 1
     return min(block_size, 1 << (cached - 1).bit_length()) if cached else 0
 
 
 def kv_len(lengths: np.ndarray, block_size: int) -> int:
-    """How many cached positions a chunk attends to. Reference: `block_size`.
+    """Return how many cached positions a chunk attends to. Reference: `block_size`.
 
-    One of at most four lengths, because each is compiled. Five eighths of the block, not a half:
-    XLA:CPU reads 512 of 1,024 positions with one core, slower than 640.
+    There are at most four lengths, because each is compiled. One is five eighths of the block and
+    not a half, because XLA:CPU reads 512 of 1,024 positions with one core and 640 with two
+    (docs/performance.md, "Bounded past").
     """
     least = max(128, int(lengths.max()) - 1)
     buckets = block_size // 8, block_size // 4, block_size * 5 // 8
@@ -115,25 +125,26 @@ def kv_len(lengths: np.ndarray, block_size: int) -> int:
 
 
 def uniform_draw(key_data: jax.Array, number: jax.Array) -> jax.Array:
-    """The reference: the `number`-th uniform draw in (0, 1] of a sequence with this key."""
+    """Return the reference: draw `number`, uniform in (0, 1], of the sequence with this key."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), number)
     return 1 - jax.random.uniform(key)
 
 
 def uniform_draws(keys_B: jax.Array, first_B: jax.Array, count: int) -> jax.Array:
-    """`uniform_draw` for each sequence's next `count` draws, float32 [n, B].
+    """Return `uniform_draw` for each sequence's next `count` draws, float32 [n, B].
 
-    All at once: XLA:CPU makes keys in a loop, which took a third of a decoding step.
+    They are made together, because XLA:CPU makes keys in a loop, which takes a third of a step
+    (docs/performance.md, "Random numbers per chunk").
     """
     numbers_nB = first_B + jnp.arange(count)[:, None]
     return jax.vmap(jax.vmap(uniform_draw), in_axes=(None, 0))(keys_B, numbers_nB)
 
 
 def inverse_cdf(weights_Bk: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """The first index where the normalised cumulative sum reaches a uniform draw, int32 [B].
+    """Return the first index where the normalised cumulative sum reaches a draw, int32 [B].
 
-    Reference: `searchsorted`. Indices of weight 0 never count, because a cumulative sum that is
-    taken in parallel may change at them.
+    Reference: `searchsorted`. Indices of weight 0 are skipped, because a cumulative sum that is
+    computed in parallel may increase there.
     """
     sums_Bk = jnp.where(weights_Bk > 0, weights_Bk.cumsum(-1), 0)
     return (sums_Bk >= uniform_B[:, None] * sums_Bk.max(-1, keepdims=True)).argmax(-1)

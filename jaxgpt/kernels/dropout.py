@@ -11,7 +11,7 @@ from jax.tree_util import register_dataclass
 
 
 class DropoutSite:
-    """Where dropout acts in a layer; each site has masks of its own."""
+    """Numbers of the places in a layer where dropout acts; each place has masks of its own."""
 
     EMBEDDING = 0
     ATTENTION_WEIGHTS = 1
@@ -22,16 +22,17 @@ class DropoutSite:
 @partial(register_dataclass, data_fields=["keys_B"], meta_fields=["rate"])
 @dataclass(frozen=True)
 class Dropout:
-    """Zero a fraction `rate` of an array and scale up the rest (Srivastava et al. 2014).
+    """A dropout rate with a PRNG key per sequence (Srivastava et al. 2014).
 
-    Every sequence has a key of its own, so that its masks do not depend on how a step's sequences
-    are split into micro-batches or over devices.
+    A sequence's masks depend on its own key only, not on how a step's sequences are split into
+    micro-batches or over devices. Without keys the rate must be 0.
     """
 
     rate: float = 0.0
     keys_B: Any = None
 
     def __call__(self, x: jax.Array, layer: int | jax.Array, site: int) -> jax.Array:
+        """Zero a fraction `rate` of x [B, ...] and divide the rest by 1 - rate."""
         if not self.rate:
             return x
         fold_in = jax.vmap(jax.random.fold_in, (0, None))
@@ -40,15 +41,11 @@ class Dropout:
         return jnp.where(bits >= jnp.uint32(self.rate * 2**32), x / (1 - self.rate), 0)
 
 
-def random_bits_reference(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return uint32 bits by JAX's own generator, Threefry (Salmon et al. 2011)."""
-    return jax.random.bits(key, shape, jnp.uint32)
-
-
 def random_bits_hashed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return uint32 bits by hashing the element's index and the key: a tenth of Threefry's work.
+    """Return uint32 random bits: a hash of the key and of each element's index.
 
-    Masks need not be cryptographic (performance.md, "Dropout masks").
+    Masks need no cryptographic quality, and this hash takes a tenth of the work of JAX's generator
+    Threefry (docs/performance.md, "Hashed dropout masks").
     """
     first, second = jax.random.key_data(key)
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
@@ -56,7 +53,7 @@ def random_bits_hashed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _lowbias32(x: jax.Array) -> jax.Array:
-    """Hash 32 bits (C. Wellons, "Prospecting for hash functions", 2018)."""
+    """Hash each uint32 (C. Wellons, "Prospecting for hash functions", 2018)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

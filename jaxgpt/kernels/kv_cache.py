@@ -1,12 +1,12 @@
 """The cache of keys and values for decoding, and attention that reads it.
 
-B batch, N heads, K key-value heads, H head dim; R = B K cache rows, Q = N / K query heads a row,
+B batch, N heads, K key-value heads, H head dim; R = B K cache rows, Q = N / K query heads per row,
 S cached positions, W tokens of a chunk.
 
-A row is a sequence and one of its key-value heads, because products take that shape as it lies:
-XLA:CPU writes arrays of another shape twice. Tokens are decoded a chunk at a time. Meanwhile the
-past is only read, and the chunk's keys and values are kept apart: nothing large is written or
-copied for a token, and a token's place in the chunk is the same in every sequence.
+A row holds one key-value head of one sequence. Products read this layout directly; XLA:CPU writes
+other layouts twice. While a chunk of tokens is decoded, the past is only read, and the chunk's keys
+and values are kept apart. So no token writes or copies a large array, and a token's place in the
+chunk is the same in every sequence (docs/performance.md, "Chunked KV cache").
 """
 
 from functools import partial
@@ -19,28 +19,28 @@ from jaxgpt.kernels.attention import accum_dtype, attention_mask
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer."""
+    """Keys and values of one layer, in the compute dtype."""
 
     k_RSH: jax.Array
     v_RSH: jax.Array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer: of the past, and of the chunk that follows it."""
+    """Keys and values of one layer: those of the past, and those of the current chunk."""
 
     past: KV
     chunk: KV
 
 
 class DecodePosition(NamedTuple):
-    """Where the decoded tokens are: number `step` of a chunk that begins at `start` [B]."""
+    """Positions of the decoded tokens: token `step` of a chunk that begins at `start_B`."""
 
     start_B: jax.Array
     step: jax.Array
 
 
 def empty_cache(rows: int, past: int, chunk: int, head_dim: int, dtype) -> KVCache:
-    """Return zeros for `past` positions and a chunk."""
+    """Return a cache of zeros for `past` positions and `chunk` tokens."""
 
     def empty(length: int) -> KV:
         zeros_RSH = jnp.zeros((rows, length, head_dim), dtype)
@@ -52,7 +52,10 @@ def empty_cache(rows: int, past: int, chunk: int, head_dim: int, dtype) -> KVCac
 def append(
     cache: KVCache | None, k_BTKH: jax.Array, v_BTKH: jax.Array, position: DecodePosition | None
 ) -> KVCache | None:
-    """Write the tokens' keys and values into the chunk at `position`, else into the past."""
+    """Return the cache with the tokens' keys and values in the chunk at `position`.
+
+    Without a position they are written to the beginning of the past.
+    """
     if cache is None:
         return None
     if position is None:
@@ -70,7 +73,7 @@ def _write(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, start: int | jax.Array)
 
 
 def flush_chunk(cache: KVCache, start_B: jax.Array) -> KV:
-    """Return the past with the chunk written into it, from position `start` on."""
+    """Return the past with the chunk written into it, from each sequence's `start` on."""
 
     def write(past_RSH: jax.Array, chunk_RWH: jax.Array) -> jax.Array:
         past_BKSH = past_RSH.reshape(len(start_B), -1, *past_RSH.shape[1:])
@@ -84,13 +87,16 @@ def flush_chunk(cache: KVCache, start_B: jax.Array) -> KV:
 def decode_attention(
     q_B1NH: jax.Array, cache: KVCache, position: DecodePosition, window: int
 ) -> jax.Array:
-    """Attend from one query per sequence to its past and to the chunk up to itself."""
+    """Attend from one query per sequence to its past, and to the chunk up to `position`.
+
+    `window` is as in `AttentionOptions`. Return [B, 1, N, H] in the cache's dtype.
+    """
     B, _, N, H = q_B1NH.shape
     R, S, _ = cache.past.k_RSH.shape
     W = cache.chunk.k_RSH.shape[1]
     start_R1 = jnp.repeat(position.start_B, R // B)[:, None]
     past_RS = jnp.broadcast_to(jnp.arange(S), (R, S))
-    # positions from the chunk's first on are not of the past
+    # Cached positions after the chunk's start are unused or stale, so no query may attend to them.
     past_RS = jnp.where(past_RS < start_R1, past_RS, jnp.iinfo(past_RS.dtype).max)
     key_RS = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
     mask_RS = attention_mask(start_R1 + position.step, key_RS, True, window)

@@ -1,7 +1,7 @@
-"""Linear maps written as einsums, with the weight as second operand.
+"""Linear maps, written as einsums whose second operand is the weight: "BTD,DNH->BTNH".
 
-The output's axes are what is left of x's axes and then of the weight's: "BTD,DNH->BTNH".
-R rows, S summed size.
+The output has the remaining axes of x and then those of the weight.
+R rows, S summed size, P parts.
 """
 
 import math
@@ -13,22 +13,23 @@ import jax.numpy as jnp
 
 from jaxgpt.kernels.platform import is_partitioned
 
-GEMV_MIN_BYTES = 1 << 20  # a smaller weight may still be in a core's cache at its next use
-PACKED_MIN_BYTES = 1 << 17  # a smaller weight is read before a loop over it runs on both cores
+GEMV_MIN_BYTES = 1 << 20  # a smaller weight may stay in a core's cache between its uses
+PACKED_MIN_BYTES = 1 << 17  # reading a smaller weight takes less time than starting both cores
 
 
 def linear_reference(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Compute the einsum in x's dtype."""
+    """Compute the einsum of `equation` in x's dtype."""
     return jnp.einsum(equation, x, weight.astype(x.dtype))
 
 
-# ---- every platform: sum over axes in the order they lie in memory ---------------------------
+# ---- every platform: sum over axes in memory order -------------------------------------------
 
 
 def linear_in_order(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Compute `linear_reference` without einsum's sorting of the summed axes, in the gradient too.
+    """Compute `linear_reference` and its gradient without einsum's sorting of the summed axes.
 
-    Raises `ValueError` if the summed axes neither lead nor end an operand.
+    Raises `ValueError` if the summed axes are neither the first nor the last ones of an operand
+    (docs/performance.md, "Sums in memory order").
     """
     return _contract(_product, equation, x, weight.astype(x.dtype))
 
@@ -63,7 +64,7 @@ _contract.defvjp(_contract_fwd, _contract_bwd)
 
 
 def _axes(equation: str) -> tuple[str, str, str]:
-    """Split an equation into the axes of both operands and the axes summed over."""
+    """Return the axes of both operands and the axes that are summed over."""
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
     summed = "".join(axis for axis in x_axes if axis not in out)
     for axes in (x_axes, y_axes):
@@ -72,14 +73,14 @@ def _axes(equation: str) -> tuple[str, str, str]:
     return x_axes, y_axes, summed
 
 
-# ---- CPU: products of two matrices (performance.md, "Linear maps") ---------------------------
+# ---- CPU: products of two matrices -----------------------------------------------------------
 
 
 def linear_cpu(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Compute `linear_in_order` by products of two matrices; `weight` may be packed.
 
-    For higher ranks XLA:CPU copies both operands element by element, with all that is fused
-    into them.
+    For arrays of higher rank, XLA:CPU copies both operands element by element
+    (docs/performance.md, "Two-matrix linear maps").
     """
     if weight.dtype == jnp.uint32:
         summed = _axes(equation)[2]
@@ -89,6 +90,7 @@ def linear_cpu(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _matmul_2d(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) -> jax.Array:
+    """Compute `_product` with x and y reshaped to matrices."""
     shape = jax.eval_shape(partial(_product, sums=sums), x, y).shape
     S = math.prod(x.shape[i] for i in sums[0])
     x_RS = x.reshape(-1, S) if sums[0][-1] == x.ndim - 1 else x.reshape(S, -1).T
@@ -100,9 +102,10 @@ def _matmul_2d(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) ->
 
 
 def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
-    """Multiply one row by a large matrix, [R, S] or [S, R], in eight parts.
+    """Multiply one row by a large matrix, [R, S] if S `is_last` and else [S, R], in eight parts.
 
-    XLA:CPU reads the parts with both cores: 25 GB/s in place of 20.
+    XLA:CPU reads the parts with both cores
+    (docs/performance.md, "Row product in eight parts").
     """
     S = x_1S.size
     if is_last:
@@ -116,14 +119,15 @@ def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
     return sum(summands_PR[1:], summands_PR[0])
 
 
-# ---- CPU: one row by a weight packed as bfloat16 (performance.md, "Packed weights") ----------
+# ---- CPU: one row by a packed bfloat16 weight ------------------------------------------------
 
 
 def pack_bf16(equation: str, weight: jax.Array) -> jax.Array:
-    """Pack a float32 weight of bfloat16 values two to a uint32 word, [S / 2, ...].
+    """Pack a float32 weight whose values are bfloat16, two per uint32 word: [S / 2, ...].
 
-    The summed axes come first; their second half is in the upper bits. A small weight, or one
-    whose summed size is no multiple of 16, is returned as it is.
+    The summed axes come first, and their second half is in the upper bits. A small weight, or one
+    with S not a multiple of 16, is returned unchanged
+    (docs/performance.md, "Packed bfloat16 weights").
     """
     _, axes, summed = _axes(equation)
     kept = "".join(axis for axis in axes if axis not in summed)
@@ -136,17 +140,17 @@ def pack_bf16(equation: str, weight: jax.Array) -> jax.Array:
 
 
 def unpack_bf16(words: jax.Array) -> list[jax.Array]:
-    """Return the values in the lower and in the upper bits, as float32."""
+    """Return the values in the lower and in the upper bits of uint32 words, as float32."""
     bits = words << 16, words & jnp.uint32(0xFFFF0000)
     return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in bits]
 
 
 def _packed_gemv(x: jax.Array, words: jax.Array) -> jax.Array:
-    """Multiply one row by a packed weight, widening the words as they are read.
+    """Multiply one row by a packed weight, and convert words to float32 as they are read.
 
-    XLA:CPU makes one loop on all cores of a sum that is written out term by term. In a matrix
-    product, or in a sum over an axis, it would widen the whole weight in memory first. Without
-    the barriers it would fuse this loop into the ones around it.
+    XLA:CPU compiles a sum that is written term by term to one loop on all cores. For a matrix
+    product, or a sum over an axis, it would first convert the whole weight in memory. The barriers
+    keep XLA from fusing this loop with the loops around it.
     """
     S = len(words)
     terms = math.gcd(S, min(16, S // 8))

@@ -1,20 +1,20 @@
-"""The logarithm of the sum of exp(x) over the last axis, for the cross-entropy."""
+"""Log-sum-exp, log(sum(exp(x))), over the last axis, for the cross-entropy."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-NEG_INF = -1e30  # finite, because -inf minus itself is not a number
+NEG_INF = -1e30  # finite, because -inf - -inf is NaN
 
 
 def logsumexp_reference(x: jax.Array) -> jax.Array:
-    """Compute it in two passes over x: the maximum, then the sum."""
+    """Compute the log-sum-exp of x [..., V] in two passes: the maximum, then the sum."""
     return jax.nn.logsumexp(x, axis=-1)
 
 
 def _one_pass(x: jax.Array) -> jax.Array:
-    """Read x once, with the running maximum and sum of an online softmax.
+    """Compute the log-sum-exp in one pass with a running maximum and sum.
 
     Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
     """
@@ -31,7 +31,10 @@ def _one_pass(x: jax.Array) -> jax.Array:
 
 
 def _with_gradient_from_result(forward: Callable) -> Callable:
-    """Give `forward` the gradient exp(x - result), which needs no saved array of exponentials."""
+    """Return `forward` with the gradient exp(x - result), which saves no array of exponentials.
+
+    (docs/performance.md, "Log-sum-exp gradient from its result")
+    """
 
     @jax.custom_vjp
     def logsumexp(x: jax.Array) -> jax.Array:
@@ -50,5 +53,5 @@ def _with_gradient_from_result(forward: Callable) -> Callable:
 
 
 logsumexp_default = _with_gradient_from_result(logsumexp_reference)
-# performance.md, "logarithm of the sum of exponentials"
+# (docs/performance.md, "One-pass log-sum-exp")
 logsumexp_gpu = _with_gradient_from_result(_one_pass)

@@ -1,4 +1,7 @@
-"""LayerNorm and RMSNorm of the last axis, without the bias; float32 statistics."""
+"""LayerNorm and RMSNorm over the last axis, without bias, with float32 statistics.
+
+D is the width of the last axis.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +14,9 @@ NORM_EPSILON = 1e-5
 
 
 def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
-    """LayerNorm (Ba et al. 2016), or without centering RMSNorm (Zhang & Sennrich 2019).
+    """Compute LayerNorm (Ba et al. 2016), or RMSNorm (Zhang & Sennrich 2019) if not `centered`.
 
-    Computes and returns float32 at least.
+    The statistics and the result are float32 at least.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if centered:
@@ -22,7 +25,7 @@ def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.A
     return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D
 
 
-# ---- the gradient by hand, with a choice of how rows are summed ------------------------------
+# ---- a gradient written by hand, with a choice of how rows are summed ------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -53,10 +56,9 @@ _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 def _mean_by_matmul(x: jax.Array, scale_D: jax.Array | float = 1.0) -> jax.Array:
-    """Return the mean of x * scale over the last axis, as a product with a vector.
+    """Return the mean of x * scale over the last axis, computed as a product with a vector.
 
-    XLA:CPU sums a row element by element, but multiplies matrices fast. The barrier keeps XLA
-    from turning the product into such a sum.
+    The barrier keeps XLA from turning the product into a sum, which is slower on a CPU.
     """
     share_D = jnp.broadcast_to(scale_D / x.shape[-1], x.shape[-1:]).astype(x.dtype)
     return (x @ jax.lax.optimization_barrier(share_D))[..., None]
@@ -76,22 +78,26 @@ def _unchanged(x: Any) -> Any:
 
 
 def norm_cpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
-    """Compute `norm_reference` with row sums as matrix products (performance.md, "Norms")."""
+    """Compute `norm_reference` with row sums as matrix products.
+
+    XLA:CPU sums a row element by element (docs/performance.md, "Norm sums as matrix products").
+    """
     return _normalize(_mean_by_matmul, _unchanged, centered, x, scale_D)
 
 
 def norm_gpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
-    """Compute `norm_reference`, keeping the statistics in memory for the gradient.
+    """Compute `norm_reference` and keep the statistics in memory for the gradient.
 
-    Else XLA computes the statistics again in each kernel of the gradient, from float32 arrays
-    held in between (performance.md, "norms' statistics").
+    Otherwise each kernel of the gradient computes the statistics again, from float32 arrays
+    (docs/performance.md, "Norm statistics in memory").
     """
     return _normalize(_mean_by_sum, jax.lax.optimization_barrier, centered, x, scale_D)
 
 
 def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
-    """Compute `norm_reference`, dividing a row's mean after the sum.
+    """Compute `norm_reference` with means that are divided after the sum.
 
-    Where XLA splits rows over TPUs, that takes less memory (performance.md, "Rows' means").
+    This takes less memory if XLA splits rows over TPUs
+    (docs/performance.md, "Row means divided last").
     """
     return _normalize(_mean_divided_last, _unchanged, centered, x, scale_D)

@@ -1,4 +1,4 @@
-"""Name the platform that a function is traced for, and ask how its mesh splits arrays."""
+"""The platform that a function is traced for, and whether its mesh splits arrays."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ _TARGET: ContextVar[str] = ContextVar("target_platform", default="")
 
 @contextmanager
 def target_platform(name: str) -> Iterator[None]:
-    """Trace for this platform ("cpu", "gpu" or "tpu"), which need not be attached."""
+    """Trace functions for a platform ("cpu", "gpu" or "tpu"), which may be absent."""
     token = _TARGET.set(name)
     try:
         yield
@@ -21,11 +21,11 @@ def target_platform(name: str) -> Iterator[None]:
 
 
 def current_platform() -> str:
-    """Return the platform that is traced for: the one named last, else JAX's default."""
+    """Return the innermost `target_platform`, or else JAX's default back end."""
     return _TARGET.get() or jax.default_backend()
 
 
 def is_partitioned() -> bool:
-    """Whether XLA splits arrays over the mesh that is traced for; inside shard_map it does not."""
+    """Return whether XLA splits arrays over the current mesh; inside shard_map it does not."""
     mesh = jax.sharding.get_abstract_mesh()
     return not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types)

@@ -1,4 +1,4 @@
-"""Position encodings that are computed: rotary and sinusoidal.
+"""Computed position encodings: rotary and sinusoidal.
 
 B batch, T length, D embedding, N heads, H head dim.
 """
@@ -10,9 +10,10 @@ BASE = 10_000.0
 
 
 def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Rotate each pair (x[i], x[i + H/2]) by an angle that grows with the position.
+    """Rotate each pair (x[i], x[i + H/2]) by an angle that grows with its position.
 
-    Su et al. 2021, in the half-split form. Angles are float32 at least.
+    Source: Su et al. 2021, in the half-split form. Angles are float32 at least; the result has x's
+    dtype.
     """
     half = x_BTNH.shape[-1] // 2
     dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
@@ -24,7 +25,10 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Return sines on even and cosines on odd columns, [B, T, D]; Vaswani et al. 2017, 3.5."""
+    """Return sines in even and cosines in odd columns, float32 [B, T, width].
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
     frequency = BASE ** (-(jnp.arange(width) // 2 * 2) / width)
     angle_BTD = positions_BT[..., None] * frequency
     return jnp.where(jnp.arange(width) % 2 == 0, jnp.sin(angle_BTD), jnp.cos(angle_BTD))

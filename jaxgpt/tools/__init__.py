@@ -1,1 +1,1 @@
-"""What measures and plans a run."""
+"""The commands that measure, compare and plan runs."""

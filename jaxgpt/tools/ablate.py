@@ -1,10 +1,11 @@
-"""`jaxgpt ablate`: train a baseline and each feature alike, and compare what each feature gains.
+"""`jaxgpt ablate`: train a baseline and each feature, and compare their validation losses.
 
-A run trains one feature with one seed, in `out_dir/<feature>/<seed>/`. A finished run is not
-repeated, a stopped one resumes. All runs of a seed see the same batches, so losses are compared
+A run trains one feature with one seed, in `out_dir/<feature>/<seed>/`. Finished runs are not
+repeated, and stopped runs resume. All runs of a seed see the same batches, so losses are compared
 seed by seed.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from jaxgpt.train import train
 
 BASELINE, COMBINED = "baseline", "together"
 
-# Feature -> the keys that switch it on, and where it comes from.
+# Feature -> the keys that switch it on, and its source.
 FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "rope": ({"position": "rope"}, "Su et al. 2021, RoFormer"),
     "rmsnorm": ({"norm": "rmsnorm"}, "Zhang & Sennrich 2019"),
@@ -47,32 +48,36 @@ WINNERS = ("rope", "muon", "wsd", "zero_init")
 _KEYS = {key: value for name in WINNERS for key, value in FEATURES[name][0].items()}
 FEATURES[COMBINED] = (_KEYS, ", ".join(WINNERS))
 
-# Lengths of runs, as shares of the config's steps; each has a schedule of its own. They show what
-# the baseline reaches in another time, and how soon the winners reach the baseline's end.
+# Lengths of runs as fractions of the config's steps, each with a learning rate schedule of its own.
+# The baseline's lengths give its loss after other training times. The combination's lengths tell
+# when it reaches the baseline's final loss.
 LENGTHS = dict.fromkeys(FEATURES, (1.0,))
 LENGTHS |= {BASELINE: (0.75, 1.0, 1.5), COMBINED: (0.2, 0.4, 1.0)}
-REPEATS, ROUND_STEPS = 7, 40  # turns that time a step, and the steps of a turn
+REPEATS, ROUND_STEPS = 7, 40  # rounds that time a step, and steps per round
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a feature's runs came to: arrays with one element per seed, losses in nats."""
+    """The results of a feature's runs; arrays have one element per seed, losses are in nats."""
 
     losses: np.ndarray
-    difference: np.ndarray  # to the baseline's loss after as many steps
-    cost: float  # the time of a step over that of a baseline's step
-    same_time: np.ndarray  # difference to the loss of a baseline that trains as long
+    difference: np.ndarray  # loss minus the baseline's loss after as many steps
+    cost: float  # time per step relative to the baseline's
+    same_time: np.ndarray  # loss minus the loss of a baseline that trains for the same time
 
 
 def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int:
-    """Train what is not trained yet, time steps, and write menu.md, menu.png and menu.json.
+    """Train missing runs, time steps, and write menu.md, menu.png and menu.json to `out_dir`.
 
-    -> 0, or 128 + n if signal n stopped a run; the same command then resumes it. Raises
+    Return 0, or 128 + n if signal n stopped a run; the same command then resumes the run. Raises
     `UserError` for an unknown feature, and for runs of another config in `out_dir`.
     """
     for name in features:
         if name not in FEATURES:
-            raise UserError(f"features={name!r}: must be among {', '.join(FEATURES)}")
+            (nearest,) = difflib.get_close_matches(name, FEATURES, n=1, cutoff=0)
+            expected = "expected a feature of docs/menu.md"
+            problem = f"unknown feature; {expected}; try --features {nearest}"
+            raise UserError(f"features={name!r}: {problem}")
     names = [BASELINE, *(features or FEATURES)]
     for seed in range(1, seeds + 1):
         for name in names:
@@ -91,27 +96,28 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
 
 
 def run_config(config: Config, name: str, seed: int, share: float, out_dir: str) -> Config:
-    """Return the config of a feature's run with a seed, over a share of the config's steps."""
+    """Return the config of a feature's run with a seed, for a fraction `share` of the steps."""
     folder = name if share == 1 else f"{name}-x{share:g}"
     keys = {"out_dir": str(Path(out_dir, folder, str(seed))), "init_from": "auto", "seed": seed}
     return with_feature(config, name).replace(max_iters=round(share * config.max_iters), **keys)
 
 
 def with_feature(config: Config, name: str) -> Config:
+    """Switch a feature on; the baseline has none."""
     return config.replace(**FEATURES[name][0]) if name in FEATURES else config
 
 
 def train_run(config: Config) -> int:
-    """Train a run unless it is finished -> 0, or 128 + n if signal n stopped it."""
+    """Train a run unless it is finished; return 0, or 128 + n if signal n stopped the run."""
     if final_loss(config) is not None:
         return 0
     code = train(config)
-    jax.clear_caches()  # dozens of compiled programs would pile up
+    jax.clear_caches()  # else the programs of all runs stay in memory
     return code
 
 
 def final_loss(config: Config) -> float | None:
-    """Read a run's loss on the whole validation split; None if the run is not finished.
+    """Return a run's loss on the whole validation split, or None if the run is not finished.
 
     Raises `UserError` if the run in its folder has another config.
     """
@@ -119,22 +125,28 @@ def final_loss(config: Config) -> float | None:
         return None
     saved, default = run_dir.load_config(config.out_dir), Config()
     for key, value in config.to_dict().items():
-        found, is_auto = getattr(saved, key), key in AUTO_KEYS and value == getattr(default, key)
+        found = getattr(saved, key)
+        is_auto = key in AUTO_KEYS and value == getattr(default, key)
         if found != value and not is_auto:
-            said = f"{config.out_dir} was trained with {found!r}; name another --out_dir"
-            raise UserError(f"{key}={value!r}: {said}")
+            problem = f"{config.out_dir} was trained with {found!r}"
+            expected = f"expected {key}={found!r} or an empty folder"
+            raise UserError(f"{key}={value!r}: {problem}; {expected}; try another --out_dir")
     rows = read_metrics(Path(config.out_dir, "metrics.jsonl"))
-    done = rows and rows[-1]["step"] == config.max_iters and "val_loss" in rows[-1]
-    return rows[-1].get("full_val_loss", rows[-1]["val_loss"]) if done else None
+    if not rows or rows[-1]["step"] != config.max_iters or "val_loss" not in rows[-1]:
+        return None
+    return rows[-1].get("full_val_loss", rows[-1]["val_loss"])
 
 
 def step_cost(config: Config, name: str, out_dir: str) -> float:
-    """Time a step in turn with the baseline's -> the median ratio, kept in cost.json."""
+    """Return the median time of a feature's step relative to the baseline's; keep it in cost.json.
+
+    Steps of both are timed in turn.
+    """
     file = Path(out_dir, name, "cost.json")
     if not file.exists():
         baseline, feature = (round_of_steps(config, one) for one in (BASELINE, name))
-        for turn in (baseline, feature):
-            turn()  # the first steps are slower
+        for warm_up in (baseline, feature):
+            warm_up()
         (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
@@ -142,7 +154,7 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
 
 
 def round_of_steps(config: Config, name: str) -> Callable[[], float]:
-    """Compile a feature's step -> a function that takes some steps and returns their seconds."""
+    """Compile a feature's step; return a function that takes `ROUND_STEPS` and times them."""
     dataset = find_dataset(config, config.block_size)
     config = with_feature(config, name).replace(vocab_size=dataset.vocab_size)
     jaxgpt = JaxGPT(resolve_auto(config)[0], dataset)
@@ -150,17 +162,19 @@ def round_of_steps(config: Config, name: str) -> Callable[[], float]:
 
 
 def read_losses(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:
-    """Read the final losses of all of a feature's runs, [seeds, lengths]."""
-    loss = lambda seed, share: final_loss(run_config(config, name, seed, share, out_dir))
-    losses = [[loss(seed, share) for share in LENGTHS[name]] for seed in range(1, seeds + 1)]
-    return np.array(losses, float)
+    """Return the final losses of a feature's runs, float64 [seeds, lengths]."""
+    losses = np.zeros((seeds, len(LENGTHS[name])))
+    for row, column in np.ndindex(losses.shape):
+        one = run_config(config, name, row + 1, LENGTHS[name][column], out_dir)
+        losses[row, column] = final_loss(one)
+    return losses
 
 
 def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -> dict[str, Result]:
     """Compare each feature with the baseline, seed by seed.
 
-    The baseline's loss after another time is interpolated between its lengths, along the
-    logarithm of the steps; beyond them it is not known (NaN).
+    The baseline's loss after the feature's time is interpolated in the logarithm of the steps
+    between the baseline's lengths; outside of them it is NaN.
     """
     lengths = np.log(LENGTHS[BASELINE])
     baseline = read_losses(config, BASELINE, seeds, out_dir)
@@ -173,7 +187,7 @@ def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -
 
 
 def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_dir: str) -> str:
-    """Tell how soon the winners combined reach the baseline's final loss, if they were trained."""
+    """Say when the winners together reach the baseline's final loss, if they were trained."""
     if COMBINED not in results:
         return ""
     steps = np.log(LENGTHS[COMBINED])[::-1]
@@ -181,15 +195,15 @@ def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_d
     pairs = zip(results[BASELINE].losses, losses, strict=True)
     shares = np.exp([np.interp(goal, row, steps, math.nan, math.nan) for goal, row in pairs])
     if np.isnan(shares).any():
-        return f"\n`{COMBINED}` meets the baseline's final loss at none of the lengths tried.\n"
+        return f"\n`{COMBINED}` does not reach the baseline's final loss at the lengths tried.\n"
     return (
-        f"\n`{COMBINED}` has the baseline's final loss after {_spread(shares, '.0%')} of its "
-        f"steps, which take {np.mean(shares) * results[COMBINED].cost:.0%} of its time.\n"
+        f"\n`{COMBINED}` reaches the baseline's final loss after {_spread(shares, '.0%')} of the "
+        f"steps, which take {np.mean(shares) * results[COMBINED].cost:.0%} of the time.\n"
     )
 
 
 def format_table(results: dict[str, Result]) -> str:
-    """Write a Markdown table, a row per feature; a mean beyond 3 standard errors is bold."""
+    """Return a Markdown table with a row per feature; means beyond 3 standard errors are bold."""
     columns = ["feature", "keys", "validation loss", "to the baseline", "better", "step time"]
     columns += ["at equal time", "source"]
     rows = [columns]
@@ -205,7 +219,7 @@ def format_table(results: dict[str, Result]) -> str:
 
 
 def _spread(values: np.ndarray, form: str) -> str:
-    """Write mean and standard deviation."""
+    """Return mean and standard deviation as text."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
     return f"{np.mean(values):{form}} ± {deviation:{form}}"
 
@@ -219,7 +233,7 @@ def _difference(values: np.ndarray) -> str:
 
 
 def draw(results: dict[str, Result], file: Path) -> None:
-    """Plot differences to the baseline: a small dot per seed, a large one for their mean."""
+    """Plot differences to the baseline: a small dot per seed and a large dot for the mean."""
     from matplotlib.figure import Figure
 
     shown = {name: r for name, r in results.items() if name != BASELINE}

@@ -1,4 +1,4 @@
-"""`jaxgpt eval`: the loss on a whole validation split, and the share of exact answers."""
+"""`jaxgpt eval`: the loss on a whole validation split, and the fraction of exact answers."""
 
 import math
 from itertools import product
@@ -21,17 +21,18 @@ from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.train_step import make_eval_step
 
-DECODE_TOKENS = 1 << 20  # decoded at a time
+DECODE_TOKENS = 1 << 20  # tokens decoded at a time
 PROBLEMS_PER_BATCH, ERRORS_SHOWN = 2000, 10
-WEIGHTS_BATCH = 8  # sequences per device, for weights that have no run's config
+WEIGHTS_BATCH = 8  # sequences per device for weights, which have no run's batch_size
 
 
 def open_model(
     *where: str, init_from: str = "resume", mesh: str = "", **keys: Any
 ) -> tuple[huggingface.Trained, Mesh]:
-    """Find the model of a run, or for another `init_from` those weights, and fit it to this device.
+    """Open the model of a run, or the weights `init_from`, with a config for this device.
 
-    `where` is out_dir, checkpoint, data_dir, config file; `keys` replace some. Raises `UserError`.
+    `where` is out_dir, checkpoint, data_dir and config file; `keys` override the config's. Raises
+    `UserError`.
     """
     trained = huggingface.load_trained(init_from, *where)
     if init_from != "resume":
@@ -43,25 +44,28 @@ def open_model(
 
 
 def name_source(step: int | None, init_from: str = "resume", **_: Any) -> dict[str, Any]:
-    """Begin a result with the step that the parameters are from, or the weights."""
+    """Return the first line of a result: the checkpoint's step, or the name of the weights."""
     return {"weights": init_from} if step is None else {"step": step}
 
 
 def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
-    """Compute the loss on the validation split, also as perplexity and bits per byte.
+    """Compute the loss in nats per token on a validation split, perplexity and bits per byte.
 
-    The split is the run's own, or that of `dataset`; a task's is its held-out problems, with the
-    share of exact answers. For `where` and `options` see `open_model`. Raises `UserError`.
+    The split is that of `dataset`, by default the run's. A task's split is its held-out problems,
+    for which the fraction of exact answers is computed too. For `where` and `options` see
+    `open_model`. Raises `UserError`.
     """
     if options.get("init_from", "resume") != "resume" and not dataset:
-        raise UserError("dataset='': name the one to evaluate on, as in --dataset=shakespeare")
+        problem = "weights have no dataset of their own; expected the name of a dataset"
+        raise UserError(f"dataset='': {problem}; try --dataset=shakespeare")
     keys = {"dataset": dataset} if dataset else {}
     trained, mesh = open_model(*where, **options, **keys)
     config = trained.config
     data = find_dataset(config, config.block_size)
     if config.vocab_size < data.vocab_size:
-        has = f"has {data.vocab_size} ids, but the model has vocab_size={config.vocab_size}"
-        raise UserError(f"dataset={config.dataset!r}: {has}")
+        problem = f"has {data.vocab_size} ids, but the model has vocab_size={config.vocab_size}"
+        expected = "expected a dataset prepared with the model's tokenizer"
+        raise UserError(f"dataset={config.dataset!r}: {problem}; {expected}")
     params, step = trained.load(mesh)
     sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, mesh)
     batches = full_split(data.val, mesh, sequences, config.block_size)
@@ -77,7 +81,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
 
 
 def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Count the targets (all tokens but the first and masked ones), and their bytes of UTF-8."""
+    """Return the number of targets (not the first and masked tokens) and of their UTF-8 bytes."""
     targets = size = 0
     for start in range(1, len(tokens), DECODE_TOKENS):
         ids = tokens.read(start, min(DECODE_TOKENS, len(tokens) - start))
@@ -88,9 +92,10 @@ def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
-    """Compute the share of held-out problems whose greedy answer is right to the last digit.
+    """Compute the fraction of held-out problems whose greedy answer is right in every digit.
 
-    Also by operation and length of the longer number; some wrong answers are listed.
+    The result also has the fraction per operation and length of the longer number, and the first
+    `ERRORS_SHOWN` wrong answers.
     """
     kinds, a, b = problems = task.held_out
     answers = greedy_answers(sampler, task, problems)
@@ -106,12 +111,12 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     for n in np.flatnonzero(~is_right)[:ERRORS_SHOWN]:
         problem = f"{a[n]}{task.operations[kinds[n]]}{b[n]}"
         answer = task.tokenizer.decode(answers[n]).partition("\n")[0]
-        result[problem] = f"{answer}, but it is {right_answers[n]}"
+        result[problem] = f"{answer}, but expected {right_answers[n]}"
     return result
 
 
 def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
-    """Generate the likeliest tokens after each problem, [n, `longest_answer`]."""
+    """Return the most likely tokens after each problem, [n, `longest_answer`], int32."""
     prompts = [~row[: (row >= 0).argmax()] for row in task.windows(problems, task.longest)]
     greedy = SamplingParams(temperature=0)
     answers = []

@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019): how often a model finds the right ending the likeliest.
+"""HellaSwag (Zellers et al. 2019): how often a model prefers the right ending of a text.
 
 B sequences in a batch, T length.
 """
@@ -20,7 +20,9 @@ from jaxgpt.model import abstract_model
 from jaxgpt.tools.evaluation import name_source, open_model
 from jaxgpt.train_step import cast_params, inputs_and_targets
 
-ROW_WIDTH, BATCH_TOKENS = 32, 4096  # rows are padded to a multiple of one; rows x width
+ROW_WIDTH = 32  # rows are padded to a multiple of this length, so that few widths are compiled
+BATCH_TOKENS = 4096  # rows x width of a batch
+FORMAT = 'expected {"ctx": TEXT, "label": NUMBER, "endings": [TEXT, ...]}'
 QUESTIONS = Download(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
@@ -28,7 +30,7 @@ QUESTIONS = Download(
 
 
 class Question(NamedTuple):
-    """A text and its possible endings, of which number `label` is the right one."""
+    """A text and its possible endings; `endings[label]` is the right one."""
 
     ctx: str
     label: int
@@ -36,12 +38,12 @@ class Question(NamedTuple):
 
 
 def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
-    """Compute the share of questions whose right ending the model finds the likeliest.
+    """Compute the fraction of questions whose right ending has the lowest loss.
 
-    Scored as completions, as build-nanogpt does: the likeliest has the lowest summed loss in `acc`,
-    the lowest mean loss in `acc_norm`. For `where` and `options` see `open_model`.
+    As in build-nanogpt, `acc` compares summed losses of the endings and `acc_norm` mean losses. For
+    `where` and `options` see `open_model`. Raises `UserError`.
     """
-    trained, mesh = open_model(*where, **options, attention="xla")  # which takes any length
+    trained, mesh = open_model(*where, **options, attention="xla")  # xla supports every length
     config, encode = trained.config, trained.tokenizer().encode
     default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
     questions = read_questions(Path(file or default))
@@ -54,40 +56,46 @@ def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
     params, step = trained.load(mesh)
     sums, counts = sequence_losses(config, mesh, params, windows)
     ends = np.cumsum([len(question.endings) for question in questions])
-    shares = {}
+    labels = [question.label for question in questions]
+    result = name_source(step, **options) | {"questions": len(questions)}
     for name, losses in ("acc", sums), ("acc_norm", sums / np.maximum(counts, 1)):
         picks = [part.argmin() for part in np.split(losses, ends[:-1])]
-        shares[name] = float(np.mean([p == q.label for p, q in zip(picks, questions, strict=True)]))
-    return name_source(step, **options) | {"questions": len(questions)} | shares
+        result[name] = float(np.equal(picks, labels).mean())
+    return result
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Read the questions of a file that has one object per line: ctx, label, endings."""
+    """Read a file with one JSON object per line: ctx, label and endings. Raises `UserError`."""
     if not file.is_file():
-        raise UserError(f"{file}: no such file; get {QUESTIONS.url} (sha256 {QUESTIONS.sha256})")
+        download = f"curl --create-dirs -o {file} {QUESTIONS.url}"
+        expected = f"expected a file with sha256 {QUESTIONS.sha256}"
+        raise UserError(f"{file}: no such file; {expected}; try {download}")
     questions = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        where = f"{file}, line {number}"
         try:
             fields = json.loads(line)
             question = Question(fields["ctx"], int(fields["label"]), list(fields["endings"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}, line {number}: not a question ({error!r})") from error
+            raise UserError(f"{where}: is not a question ({error!r}); {FORMAT}") from error
         if not all(isinstance(text, str) for text in (question.ctx, *question.endings)):
-            raise UserError(f"{file}, line {number}: ctx and endings must be text")
+            raise UserError(f"{where}: ctx or an ending is not text; {FORMAT}")
         if not 0 <= question.label < len(question.endings):
-            raise UserError(f"{file}, line {number}: label={question.label}: names no ending")
+            expected = f"expected a label from 0 to {len(question.endings) - 1}"
+            raise UserError(f"{where}: label={question.label} names no ending; {expected}")
         questions.append(question)
     if not questions:
-        raise UserError(f"{file}: holds no questions")
+        raise UserError(f"{file}: holds no questions; {FORMAT} per line")
     return questions
 
 
 def sequence_losses(
     config: Config, mesh: Mesh, params: dict[str, Any], windows: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the losses of each window's targets, in nats, and count the targets (not `~id`).
+    """Return the summed loss in nats of each window's targets, and the number of its targets.
 
-    Windows of similar length share a batch: little is padded, and few widths are compiled.
+    A window is int32 ids; a masked token is `~id`, which is negative, and is no target. Windows of
+    similar length share a batch, so that little is padded.
     """
     graphdef, _, _ = abstract_model(config)
 

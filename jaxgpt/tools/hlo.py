@@ -1,7 +1,7 @@
-"""Read an optimised XLA program: what runs, how often, and what crosses the links.
+"""Read an optimised XLA program: its kernels, memory traffic and collectives.
 
-A program is the text of `compiled.as_text()`: computations, each a list of instructions. An
-instruction outside a fusion is a kernel, a library call, a copy or a collective.
+A program is the text of `compiled.as_text()`. It has computations, and a computation has
+instructions. An instruction outside a fusion is a kernel, a library call, a copy or a collective.
 """
 
 import math
@@ -13,17 +13,16 @@ from functools import cached_property
 
 import numpy as np
 
-COLLECTIVES = (
-    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
-)
-CONTROL = ("while", "call", "conditional", "async-start")  # these run other computations
-FREE = {  # these do no work of their own
-    *CONTROL,
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "async-update"),
-}
-FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # notes on a TPU
+COLLECTIVES = {
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all",
+    "collective-permute", "collective-broadcast", "ragged-all-to-all",
+}  # fmt: skip
+CONTROL = {"while", "call", "conditional", "async-start"}  # these run other computations
+FREE = CONTROL | {  # these do no work of their own
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "async-update",
+}  # fmt: skip
+FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # TPU annotations
 SLICES = {"dynamic-slice", "gather", "slice"}
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -47,39 +46,43 @@ class Op:
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        """The arrays that this instruction returns; several for a tuple."""
+        """Return the shapes of the result: one array, or those of a tuple."""
         return _parse_shapes(self.type)
 
     @cached_property
     def bytes(self) -> int:
+        """Return the size of the result."""
         return sum(map(array_bytes, self.shapes))
 
     @cached_property
     def main_bytes(self) -> int:
-        """The result's bytes in main memory, so not in a TPU's memory beside its cores."""
+        """Return the size of the result in main memory, without arrays in a TPU's on-chip memory.
+
+        The layout of such arrays has a memory space, as in S(1).
+        """
         return sum(map(array_bytes, _parse_shapes(_FAST.sub("", self.type))))
 
     @cached_property
     def called(self) -> list[str]:
-        """The computations that this instruction runs."""
+        """Return the names of the computations that this instruction runs."""
         branches = _search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
         return _CALLED.findall(self.attributes) + re.findall(r"[\w.-]+", branches)
 
     @cached_property
     def target(self) -> str:
-        """What a custom call calls."""
+        """Return the target of a custom call, or an empty string."""
         return _search(r'custom_call_target="([^"]*)"', self.attributes)
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the device launches it; an asynchronous operation counts at its start."""
+        """Return whether the device launches it; asynchronous operations count at their start."""
         is_end = self.opcode.endswith("-done")
         return not (is_end or self.opcode in FREE or self.target in FREE_CALLS)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`times` collectives of one `kind`; in each a device sends `bytes` to its group."""
+    """A collective that runs `times` per call; each time a device sends `bytes` to its group."""
 
     kind: str
     times: int
@@ -88,9 +91,10 @@ class Collective:
 
 
 class Program:
-    """The computations of a program by name, and which one is its entry."""
+    """A parsed program: its computations by name, and the name of its entry."""
 
     def __init__(self, text: str):
+        """Parse the text of a compiled program. Raises `ValueError` for unknown syntax."""
         self.header = text.split("\n", 1)[0]
         self.devices = int(_search(r"num_partitions=(\d+)", self.header) or 1)
         self.computations: dict[str, dict[str, Op]] = {}
@@ -106,7 +110,7 @@ class Program:
     def execution_counts(self) -> Counter[str]:
         """Count how often one call runs each computation that is not a fusion.
 
-        A loop whose trip count is not in the program counts once, a conditional's branches all.
+        A loop with an unknown trip count counts once. All branches of a conditional count.
         """
         counts: Counter[str] = Counter()
 
@@ -121,7 +125,7 @@ class Program:
         return counts
 
     def _trip_count(self, op: Op) -> int:
-        """Read a loop's trip count from XLA's note, or from the bound in its condition."""
+        """Return a loop's trip count, from XLA's annotation or the bound in its condition."""
         known = _search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes)
         condition = _search(r"\bcondition=%?([\w.-]+)", op.attributes)
         if known or not condition:
@@ -134,13 +138,13 @@ class Program:
         return 1
 
     def executed(self) -> Iterator[tuple[Op, int]]:
-        """Yield every instruction outside fusions, and how often one call runs it."""
+        """Yield every instruction outside fusions with how often one call runs it."""
         for name, times in self.execution_counts.items():
             for op in self.computations[name].values():
                 yield op, times
 
     def kernels(self) -> Counter[str]:
-        """Count the launches of one call by opcode: kernels, library calls, copies, collectives."""
+        """Count the kernels that one call launches, by opcode."""
         counts: Counter[str] = Counter()
         for op, times in self.executed():
             if op.is_kernel:
@@ -148,11 +152,11 @@ class Program:
         return counts
 
     def arrays(self) -> set[Shape]:
-        """Collect every array held in memory, so none that lives inside a fusion."""
+        """Return the shapes of all arrays in memory, without those inside fusions."""
         return {shape for op, _ in self.executed() for shape in op.shapes}
 
     def traffic(self) -> int:
-        """Count the bytes that one call's kernels read and write."""
+        """Return the bytes that the kernels of one call read and write."""
         total = 0
         for name, times in self.execution_counts.items():
             ops = self.computations[name]
@@ -160,7 +164,10 @@ class Program:
         return total
 
     def _traffic(self, ops: dict[str, Op], op: Op) -> int:
-        """Count the bytes that one kernel of a computation reads and writes."""
+        """Return the bytes that one kernel of a computation reads and writes.
+
+        Of an array that a kernel only slices or updates in place, only that part counts.
+        """
         if op.opcode == "fusion":
             inside = self.computations[op.called[0]]
             body = list(inside.values())
@@ -177,20 +184,20 @@ class Program:
                 users = [o for o in body if name in o.operands]
             opcodes = [o.opcode for o in users] if all(o.operands[0] == name for o in users) else []
             if size and opcodes == ["dynamic-update-slice"]:
-                part = inside[users[0].operands[1]].bytes  # the rest stays where it is
+                part = inside[users[0].operands[1]].bytes
                 written += part - size
             elif opcodes and SLICES.issuperset(opcodes):
-                read += min(size, sum(o.bytes for o in users))  # only the slices
+                read += min(size, sum(o.bytes for o in users))
             else:
                 read += size
         return read + max(0, written)
 
     def collectives(self) -> list[Collective]:
-        """List what crosses the links, by ring algorithms: they send the least a device can.
+        """Return the collectives of one call, with the bytes that a device sends in each.
 
-        In a group of n, an all-reduce of S bytes sends 2 S (n - 1) / n. An all-gather, a
-        reduce-scatter and an all-to-all of a whole array of S bytes send S (n - 1) / n, and a
-        permutation S.
+        Ring algorithms are assumed, which send the fewest bytes possible. In a group of n, an
+        all-reduce of S bytes sends 2 S (n - 1) / n. An all-gather, a reduce-scatter and an
+        all-to-all of a whole array of S bytes send S (n - 1) / n, and a permutation sends S.
         """
         fused: Counter[str] = Counter()
         for op, times in self.executed():
@@ -208,32 +215,37 @@ class Program:
                     kind = kind.replace("all-reduce", "reduce-scatter")
                 group = tuple(replica_groups(op.attributes, self.devices)[0])
                 channel = _search(r"\b(channel_id=\d+)", op.attributes)
-                is_shared = channel and name in fused  # several fusions on a TPU carry on one
+                # On a TPU, several fusions continue one collective, which has one channel.
+                is_shared = channel and name in fused
                 key = channel if is_shared else f"{name} {op.name}"
                 found[key] = Collective(kind, times, bytes_sent(kind, op, len(group)), group)
         return [c for c in found.values() if len(c.group) > 1]
 
 
 def bytes_sent(kind: str, op: Op, n: int) -> int:
-    """Count the bytes that a device in a group of n sends; see `Program.collectives`."""
-    if kind == "collective-permute":  # started: (operand, result, notes)
+    """Return the bytes that a device in a group of n sends; see `Program.collectives`."""
+    if kind == "collective-permute":  # its start returns (operand, result, ...)
         return array_bytes(op.shapes[0])
     size = op.bytes
     if kind in ("all-gather", "reduce-scatter") and op.opcode.endswith("-start"):
-        size = size * n // (n + 1)  # (parts, wholes) or (wholes, parts)
-    elif op.opcode == "reduce-scatter":  # it returns a part
+        size = size * n // (n + 1)  # the start returns the whole array and a device's part
+    elif op.opcode == "reduce-scatter":  # it returns a device's part
         size *= n
     return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
 
 
 def array_bytes(shape: Shape) -> int:
+    """Return the size of an array, rounded up to whole bytes."""
     kind, dims = shape
     bits = int(_search(r"(\d+)", kind) or (8 if kind == "pred" else 0))
     return -(-math.prod(dims) * bits // 8)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Read which devices talk to one another, [groups, members]; XLA writes this in four ways."""
+    """Return which devices communicate, [groups, members]; XLA has four notations for it.
+
+    Raises `ValueError` for another notation.
+    """
     if pair := _search(r"source_target_pairs=\{\{([\d,]*)\}", attributes):
         return np.array([_ints(pair)])
     text = attributes.partition("replica_groups=")[2]
@@ -254,7 +266,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Read `[8,4]T(1,0)`, the numbers from 0 in this shape and order of axes; or a plain list."""
+    """Return the numbers from 0 in a shape and order of axes, as in `[8,4]T(1,0)`; or a list."""
     if not text.startswith("["):
         return np.array(_ints(text))
     dims, _, order = text.partition("]")
@@ -267,7 +279,7 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _search(pattern: str, text: str) -> str:
-    """Return the first group of a pattern's first match, or an empty text."""
+    """Return the first group of a pattern's first match, or an empty string."""
     found = re.search(pattern, text)
     return found[1] if found else ""
 
@@ -277,7 +289,8 @@ def _parse_shapes(text: str) -> list[Shape]:
 
 
 def _parse(name: str, text: str) -> Op:
-    """Read `type opcode(operands), attributes`; a type has no word between a space and a `(`."""
+    """Parse `type opcode(operands), attributes`."""
+    # The opcode is the first word between a space and `(`; a type has no such word.
     opcode = re.search(r" ([a-z][\w-]*)\(", text)
     if not opcode:
         raise ValueError(f"unknown form of instruction: {text[:80]}")

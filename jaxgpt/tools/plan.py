@@ -1,7 +1,8 @@
-"""Plan a run for hardware that is not here: compile its training step ahead of time.
+"""`jaxgpt plan`: compile a training step for absent hardware, and print what the step needs.
 
-XLA compiles for a GPU or TPU without one, given the extra that brings its compiler. Memory,
-kernels and collectives are read from the program; times are a roofline over data sheets.
+XLA compiles for a GPU or a TPU on any machine that has its compiler (the extra cuda or tpu).
+Memory, kernels and collectives are read from the compiled program. Times are a roofline estimate
+from the figures of data sheets.
 """
 
 import importlib.util
@@ -28,28 +29,29 @@ from jaxgpt.tools.hlo import Collective, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
-EFFICIENCY = {"matmuls": 0.7, "memory": 0.8, "links": 0.8}  # of a data sheet's figure: assumed
+# Assumed fractions of the data sheets' figures that a step reaches.
+EFFICIENCY = {"matmuls": 0.7, "memory": 0.8, "links": 0.8}
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device; rates are those of its data sheet, in bytes/s and in one direction."""
+    """The data sheet of a device; rates are bytes/s in one direction."""
 
-    kind: str  # as JAX names it
+    kind: str  # JAX's name for it
     memory: float  # bytes
     memory_rate: float
-    link_rate: float  # of all its links within a machine, or within a TPU slice
+    link_rate: float  # of all its links within a machine or a TPU slice
     network_rate: float = 0.0  # its share of the network between machines
-    cores: str = ""  # of a GPU, see _gpu_description
+    cores: str = ""  # GPUs only: figures for `_gpu_description`
 
     @property
     def platform(self) -> str:
         return "gpu" if self.cores else "tpu"
 
 
-# Links are bidirectional in data sheets: half of that here. GPUs: NVIDIA's data sheets of the SXM
-# modules, and of DGX systems for the network (a port of 400 Gb/s a GPU; A100 200). TPUs: Google
-# Cloud's pages on v5e, v5p and v6e.
+# Data sheets give the sum of both directions of a link; these are half of it. Sources for GPUs:
+# NVIDIA's data sheets of the SXM modules, and of DGX systems for the network (400 Gb/s per GPU;
+# A100 200). Sources for TPUs: Google Cloud's pages on v5e, v5p and v6e.
 CHIPS = {
     "a100": Chip("NVIDIA A100", 80 * GB, 2.039e12, 300e9, 25e9, "8.0 108 64 167936 1.41 41943040"),
     "h100": Chip("NVIDIA H100", 80 * GB, 3.35e12, 450e9, 50e9, "9.0 132 128 233472 1.98 52428800"),
@@ -59,23 +61,24 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95 * GIB, 2.765e12, 600e9),
     "v6e": Chip("TPU v6e", 32 * GIB, 1.638e12, 400e9),
 }
-LIBTPU = {  # ask no network what this machine is; let several processes compile at once
+# Settings for libtpu: do not look for a TPU on the network, and let several processes compile.
+LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-TOPOLOGY = "a chip and its shape, as in h100:8, h200:8x8 (machines x GPUs), v5e:4x4, v5p:4x4x4"
+EXAMPLES = "h100:8, h200:8x8 (machines x GPUs), v5e:4x4 or v5p:4x4x4"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that are not here."""
+    """Absent devices of one kind that XLA can compile for."""
 
     name: str
     chip: Chip
     devices: list
-    machine: int  # devices that links join; beyond them is the network
+    machine: int  # number of devices per machine; machines are joined by the network
 
 
 class DoesNotFitError(Exception):
@@ -84,7 +87,7 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of `config` needs of each device, in bytes, FLOPs and seconds."""
+    """What one step of `config` needs per device: bytes, FLOPs and seconds."""
 
     config: Config
     topology: Topology
@@ -112,35 +115,44 @@ class Plan:
 
 
 def find_topology(name: str) -> Topology:
-    """Look up devices. Raises `UserError` if there are none such, or no compiler for them."""
+    """Describe the devices of a name such as h100:8 to XLA.
+
+    Raises `UserError` for an unknown chip or shape, and if XLA's compiler for it is missing.
+    """
     chip_name, _, sizes = name.partition(":")
     chip = CHIPS.get(chip_name)
     shape = [int(size) for size in sizes.split("x")] if re.fullmatch(r"\d+(x\d+)*", sizes) else []
-    is_gpu = bool(chip and chip.cores)
-    if not chip or len(shape) not in ((1, 2) if is_gpu else (2, 3)) or not all(shape):
-        raise UserError(f"topology={name!r}: must be {TOPOLOGY}; chips: {', '.join(CHIPS)}")
-    platform, module = ("cuda", "jax_plugins") if is_gpu else ("tpu", "libtpu")
+    dimensions = (1, 2) if chip and chip.platform == "gpu" else (2, 3)
+    if not chip or len(shape) not in dimensions or not all(shape):
+        expected = f"expected CHIP:SHAPE with a chip of {', '.join(CHIPS)}"
+        problem = f"unknown chip or shape; {expected}; try --topology={EXAMPLES}"
+        raise UserError(f"topology={name!r}: {problem}")
+    extra, module = ("cuda", "jax_plugins") if chip.platform == "gpu" else ("tpu", "libtpu")
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"topology={name!r}: needs its compiler; pip install 'jaxgpt[{platform}]'")
-    keys: dict[str, Any] = {}
-    if is_gpu:
+        problem = f"its compiler is missing; expected the extra {extra}"
+        raise UserError(f"topology={name!r}: {problem}; try pip install 'jaxgpt[{extra}]'")
+    keys: dict[str, Any]
+    if chip.platform == "gpu":
         machines, cards = [1, *shape][-2:]
-        keys |= {"topology": f"1x{machines}x{cards}", "target_config": _gpu_description(chip)}
+        description = _gpu_description(chip)
+        keys = {"topology": f"1x{machines}x{cards}", "target_config": description}
     else:
         cards = math.prod(shape)
-        keys |= {"topology_name": name}
-        keys |= {"chips_per_host_bounds": [1, 1, 1]} if cards == 1 else {}
+        keys = {"topology_name": name}
+        if cards == 1:
+            keys["chips_per_host_bounds"] = [1, 1, 1]
         for variable, value in LIBTPU.items():
             os.environ.setdefault(variable, value)
     try:
-        devices = topologies.get_topology_desc(platform=platform, **keys).devices
+        devices = topologies.get_topology_desc(platform=extra, **keys).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"topology={name!r}: {str(error).splitlines()[0]}") from error
+        problem = f"{str(error).splitlines()[0]}; expected a shape that XLA knows"
+        raise UserError(f"topology={name!r}: {problem}; try --topology={EXAMPLES}") from error
     return Topology(name, chip, devices, cards)
 
 
 def _gpu_description(chip: Chip) -> str:
-    """Write XLA's GpuTargetConfigProto of a GPU, with the figures of XLA's own specs."""
+    """Return XLA's GpuTargetConfigProto of a GPU as text, with the figures of XLA's own specs."""
     capability, count, fpus, shared, clock, l2 = chip.cores.split()
     major, minor = capability.split(".")
     return f"""gpu_device_info {{
@@ -157,19 +169,21 @@ def _gpu_description(chip: Chip) -> str:
 
 
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
-    """Resolve `config` for this chip -> the config, and notes on what was assumed."""
+    """Return the config with every `auto` resolved for this chip, and notes on assumptions."""
     config, notes = device.resolve_auto(config, chip.platform)
-    meta, known = Path(config.data_dir, config.dataset, "meta.json"), config.vocab_size
-    if not known and meta.is_file():
-        known = json.loads(meta.read_text())["vocab_size"]
-    elif not known:
-        known = GPT2_VOCAB
-        notes.append(f"vocab_size: {known} assumed, as {meta} is not there")
-    return config.replace(vocab_size=known), notes
+    if config.vocab_size:
+        return config, notes
+    meta = Path(config.data_dir, config.dataset, "meta.json")
+    if meta.is_file():
+        vocab_size = json.loads(meta.read_text())["vocab_size"]
+    else:
+        vocab_size = GPT2_VOCAB
+        notes.append(f"vocab_size={vocab_size} is assumed, because {meta} does not exist")
+    return config.replace(vocab_size=vocab_size), notes
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile a resolved config's step, for batches read from disk. Raises `DoesNotFitError`."""
+    """Compile a resolved config's step for batches from disk. Raises `DoesNotFitError`."""
     micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
@@ -181,11 +195,11 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile for devices that are not here. Raises `DoesNotFitError` where XLA says so."""
+    """Compile for absent devices. Raises `DoesNotFitError` if XLA runs out of their memory."""
     is_gpu = mesh.devices.flat[0].platform == "gpu"
     option = "jax_persistent_cache_min_compile_time_secs"
     seconds = jax.config.values[option]
-    try:  # tuning would need the card; a kept program could not be read back without one
+    try:  # without the device, autotuning fails, and a cached program cannot be loaded
         jax.config.update(option, math.inf)
         return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
     except jax.errors.JaxRuntimeError as error:
@@ -199,7 +213,7 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compile a resolved config's step and read off what it needs."""
+    """Compile a resolved config's step and collect what it needs. Raises `DoesNotFitError`."""
     mesh = make_mesh(config, topology.devices)
     compiled = compile_step(config, mesh)
     memory: Any = compiled.memory_analysis()
@@ -221,10 +235,10 @@ def make_plan(config: Config, topology: Topology) -> Plan:
 
 
 def seconds_to_send(c: Collective, topology: Topology) -> float:
-    """Estimate one collective's time over the slower of links and network.
+    """Estimate the time of one collective over the slower of links and network.
 
-    Each device has its own port to the network. A ring that spans machines uses the ports of all
-    its members in a machine, another collective only one.
+    Each device has its own network port. A ring across machines uses the ports of all its members
+    in a machine; other collectives use one port.
     """
     rate = topology.chip.link_rate
     machines = len({member // topology.machine for member in c.group})
@@ -236,7 +250,7 @@ def seconds_to_send(c: Collective, topology: Topology) -> float:
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Count what one device holds of the parameters, and of the optimizer's state."""
+    """Return the bytes of parameters and of optimizer state that one device holds."""
     state = abstract_state(config, mesh)
     shard_bytes = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     total = lambda tree: sum(map(shard_bytes, jax.tree.leaves(tree)))
@@ -244,22 +258,22 @@ def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 
 def flops_per_step(config: Config) -> float:
-    """Count a step's FLOPs on all devices: MFU's formula, and what `remat` computes twice."""
+    """Return a step's FLOPs on all devices: MFU's formula, and what `remat` computes twice."""
     tokens = sharding.global_batch_size(config) * config.block_size
-    attention = 4 * config.n_layer * config.n_embd * config.block_size  # its forward pass
+    attention = 4 * config.n_layer * config.n_embd * config.block_size  # forward pass, per token
     once = model.flops_per_token(config)
     again = {"none": 0, "dots": attention, "full": once / 3}[config.remat]
     return tokens * (once + again)
 
 
 def usable_memory(chip: Chip) -> float:
-    """Count the bytes of a device that JAX gives to arrays: by default 3/4 of a GPU's."""
+    """Return the bytes of a device that JAX uses for arrays: by default 3/4 of a GPU's memory."""
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
 
 
 def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
-    """Find the plan with the least recomputation that fits, then with the largest micro-batch.
+    """Return the plan with the least recomputation that fits, and then the largest micro-batch.
 
     The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
@@ -289,14 +303,14 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
                 high = middle
         if best:
             return best
-    raise UserError(
-        f"topology={topology.name!r}: one sequence per device does not fit even with full remat; "
-        "split the state over more devices with --mesh=fsdp:N"
-    )
+    problem = "one sequence per device does not fit, even with remat=full"
+    expected = "expected more devices, or a state that is split over them"
+    count = len(topology.devices)
+    raise UserError(f"topology={topology.name!r}: {problem}; {expected}; try --mesh=fsdp:{count}")
 
 
 def format_plan(plan: Plan) -> str:
-    """Write the plan as lines for people."""
+    """Return the plan as lines of text."""
     c, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     gib = lambda count: f"{count / GIB:10.3f} GiB"
     tokens = sharding.global_batch_size(c) * c.block_size
@@ -316,29 +330,29 @@ def format_plan(plan: Plan) -> str:
         f"  temporaries       {gib(plan.temporaries)}  activations, gradients, casts",
         f"  peak memory       {gib(plan.peak_memory)}  of {gib(usable_memory(chip))} that JAX "
         f"may use of {gib(chip.memory)}: {verdict}",
-        f"  FLOPs a step      {plan.flops / 1e12:10.1f} T    by formula, recomputation included",
-        f"  memory traffic    {gib(plan.traffic)}  a step, what kernels read and write",
-        f"  kernels a step    {plan.kernels:10,}",
+        f"  FLOPs per step    {plan.flops / 1e12:10.1f} T    by formula, recomputation included",
+        f"  memory traffic    {gib(plan.traffic)}  per step, read and written by kernels",
+        f"  kernels per step  {plan.kernels:10,}",
     ]
     for kind in sorted({c.kind for c in plan.collectives}):
         of_kind = [c for c in plan.collectives if c.kind == kind]
         sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
-        lines.append(f"  {kind:<17} {gib(sent)}  sent a step, in {count:,}")
+        lines.append(f"  {kind:<17} {gib(sent)}  sent per step, in {count:,} calls")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
-        f"estimate: {1000 * fast:,.0f} ms a step if all overlaps, {1000 * slow:,.0f} ms if nothing "
-        f"does; MFU {100 * fast_mfu:.0f}% to {100 * slow_mfu:.0f}%",
-        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links {links:,.0f} ms; assumed, of "
-        f"the data sheet's rates: {shares}",
+        f"estimate: {1000 * fast:,.0f} ms per step if all work overlaps, {1000 * slow:,.0f} ms if "
+        f"none does; MFU {100 * fast_mfu:.0f}% to {100 * slow_mfu:.0f}%",
+        f"  matmuls {compute:,.0f} ms, memory {memory:,.0f} ms, links {links:,.0f} ms; assumed "
+        f"fractions of the data sheet's rates: {shares}",
     ]
     return "\n".join(lines)
 
 
 def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
-    """Print a config's plan -> whether it fits.
+    """Print a config's plan, and return whether it fits. Raises `UserError`.
 
-    If whole copies of the state do not, and the config names no mesh, the plan is what `fit` finds
-    with the state split over all devices.
+    If copies of the whole state do not fit and the config names no mesh, the printed plan is what
+    `fit` finds with the state split over all devices.
     """
     topology = find_topology(topology_name)
     config, notes = resolve(config, topology.chip)
@@ -346,19 +360,19 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         say(note)
     try:
         plan = fit(config, topology, say) if search else make_plan(config, topology)
-        if not plan.fits and not config.mesh:  # XLA for GPUs compiles it all the same
+        if not plan.fits and not config.mesh:  # XLA compiles such programs for GPUs
             usable = usable_memory(topology.chip)
             raise DoesNotFitError(f"needs {plan.peak_memory / GIB:.2f} of {usable / GIB:.2f} GiB")
     except DoesNotFitError as error:
         params, opt_state = state_bytes(config, make_mesh(config, topology.devices))
         say(
-            f"does not fit: {error}; parameters {params / GIB:.2f} GiB and optimizer state "
-            f"{opt_state / GIB:.2f} GiB a device. --search looks for what would"
+            f"does not fit: {error}; per device, parameters take {params / GIB:.2f} GiB and "
+            f"optimizer state {opt_state / GIB:.2f} GiB; try --search"
         )
         if config.mesh:
             return False
         config, search = config.replace(mesh=f"fsdp:{len(topology.devices)}"), True
-        say(f"so with --mesh={config.mesh} --search:")
+        say(f"searching with --mesh={config.mesh}:")
         plan = fit(config, topology, say)
     say(format_plan(plan))
     if search:

@@ -1,10 +1,9 @@
-"""`jaxgpt bench`: choose what to time, time it, and write what was found."""
+"""`jaxgpt bench`: choose what to time, time it, and report the results."""
 
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,11 +18,12 @@ from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
+from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import Bench, Report, describe_machine, show
 from jaxgpt.tools.bench.sampling import bench_attention, bench_data, bench_sampling
 from jaxgpt.tools.bench.training import bench_training
 
-MAX_TOKENS = 1 << 24  # of a dataset that a benchmark reads
+MAX_TOKENS = 1 << 24  # that a benchmark reads of a dataset's split
 
 BABY = Config(
     dataset="shakespeare_char", gradient_accumulation_steps=1, batch_size=64, block_size=256,
@@ -33,7 +33,7 @@ BABY = Config(
 LAPTOP = {"batch_size": 12, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}
 GPT2 = Config(vocab_size=50_304, gradient_accumulation_steps=1, bias=False, mlp="gelu")
 PRESETS = {
-    "cpu": BABY.replace(**LAPTOP, dropout=0.0, max_iters=2000),  # nanoGPT's README
+    "cpu": BABY.replace(**LAPTOP, dropout=0.0, max_iters=2000),  # the laptop recipe of its README
     "baby": BABY,
     "gpt2": GPT2,
     "gpt2-xl": GPT2.replace(batch_size=4, n_layer=48, n_head=25, n_embd=1600),
@@ -46,119 +46,118 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 }
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """The flags of `jaxgpt bench`, which its --help documents."""
-
-    benchmark: str
-    config: str
-    preset: str
-    compare_to: str
-    torch_python: str
-    compile: str
-    repeats: int
-    json: str
-    plot: str
-
-
-def bench(options: BenchOptions) -> None:
-    """Run what the command line asks for, and print what was found. Raises `UserError`."""
-    for file in filter(None, (options.json, options.plot)):
-        if not Path(file).parent.is_dir():
-            raise UserError(f"{file}: there is no folder {Path(file).parent}")
+def bench(args: BenchArgs) -> None:
+    """Run the benchmark that the flags ask for, and print a report. Raises `UserError`."""
+    for file in filter(None, (args.json, args.plot)):
+        folder = Path(file).parent
+        if not folder.is_dir():
+            raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
     load_before = os.getloadavg()[0]
-    name, config = choose(options)
+    name, config = choose(args)
     with TemporaryDirectory() as folder:
-        report, facts = run(options, name, config, Path(folder))
+        report, facts = run(args, name, config, Path(folder))
     facts["load_before"] = load_before
     if load_before > 0.3 * (os.cpu_count() or 1):
-        note = f"load average before the start: {load_before:.1f}; others used this machine"
+        note = f"the load average before the start was {load_before:.1f}: this machine was in use"
         report.notes.append(note)
-    if options.json:
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     show(report, facts)
 
 
-def choose(options: BenchOptions) -> tuple[str, Config]:
-    """Start JAX -> the name of what is benchmarked, and its config for this device.
+def choose(args: BenchArgs) -> tuple[str, Config]:
+    """Start JAX; return the name of the benchmarked config, and the config for this device.
 
-    The compilation cache is off: compile times are those of a first run. Beside nanoGPT, JAX takes
-    device memory only as needed, and one accelerator, as nanoGPT does without torchrun.
+    The compilation cache is off, so that compile times are those of a first run. With nanoGPT on
+    the same accelerator, JAX allocates memory only as needed and uses one device, as nanoGPT does
+    without torchrun. Raises `UserError`.
     """
-    preset, is_comparison = options.preset, bool(options.compare_to)
-    if options.config and preset:
-        raise UserError(f"--preset={preset}: name a preset or a config file, not both")
-    if is_comparison:
+    if args.config and args.preset:
+        raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
+    if args.compare_to:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    variants = load_config_file(options.config) if options.config else {}
-    c = variants.get("config", Config())
-    device.start(c.device, float64=c.dtype == "float64")
+    variants = load_config_file(args.config) if args.config else {"config": Config()}
+    config = variants["config"]
+    device.start(config.device, float64=config.dtype == "float64")
     jax.config.update("jax_enable_compilation_cache", False)
     is_cpu = device.is_cpu()
-    if options.config:
-        c = variants.get("cpu_config", c) if is_cpu and c.use_cpu_variant else c
-    else:
-        if is_cpu and options.benchmark == "train" and preset.startswith("gpt2"):
-            needs = "needs an accelerator; for a CPU there is --preset=cpu"
-            raise UserError(f"--preset={preset}: {needs}")
-        if is_cpu and preset not in ("", "cpu"):
-            print(
-                f"preset {preset} at a CPU: this takes long; --preset=cpu does not", file=sys.stderr
-            )
-        preset = preset or ("cpu" if is_cpu else "gpt2")
-        c = PRESETS[preset]
-    if is_comparison and not is_cpu:
-        c = c.replace(mesh="data:1")
-    c, _ = device.resolve_auto(c)
-    if is_comparison:
-        check_comparable(c)
-    return options.config or preset, c
+    name = args.config or args.preset or ("cpu" if is_cpu else "gpt2")
+    if not args.config:
+        config = PRESETS[name]
+        check_preset(name, args.benchmark, is_cpu)
+    elif is_cpu and config.use_cpu_variant:
+        config = variants.get("cpu_config", config)
+    if args.compare_to and not is_cpu:
+        config = config.replace(mesh="data:1")
+    config, _ = device.resolve_auto(config)
+    if args.compare_to:
+        check_comparable(config)
+    return name, config
 
 
-def run(options: BenchOptions, name: str, c: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
-    """Run a benchmark, with its files in `folder` -> its report, and all of it for JSON."""
-    c, dataset = make_data(c, folder)
+def check_preset(preset: str, benchmark: str, is_cpu: bool) -> None:
+    """Reject training GPT-2 on a CPU, and warn of other presets that are slow there."""
+    if not is_cpu or preset == "cpu":
+        return
+    if benchmark == "train" and preset.startswith("gpt2"):
+        needs = "training needs an accelerator; expected cpu or baby on a CPU"
+        raise UserError(f"preset={preset!r}: {needs}; try --preset=cpu")
+    print(f"preset {preset} takes long on a CPU; --preset=cpu is faster", file=sys.stderr)
+
+
+def run(args: BenchArgs, name: str, config: Config, folder: Path) -> tuple[Report, dict[str, Any]]:
+    """Run a benchmark with its files in `folder`; return its report, and all facts for JSON."""
+    config, dataset = make_data(config, folder)
     nanogpt = None
-    if options.compare_to:
-        nanogpt = NanoGPT(options.compare_to, options.torch_python or sys.executable, folder)
-    modes = ("eager", "compiled") if options.compile == "both" else (options.compile,)
-    plot = Path(options.plot or Path(options.json or "bench").with_suffix(".png"))
+    if args.compare_to:
+        nanogpt = NanoGPT(args.compare_to, args.torch_python or sys.executable, folder)
+    modes = ("eager", "compiled") if args.compile == "both" else (args.compile,)
+    plot = Path(args.plot or Path(args.json or "bench").with_suffix(".png"))
     try:
         with Console(stderr=True).status("starting") as status:
-            b = Bench(name, c, dataset, nanogpt, modes, options.repeats, plot, status.update)
-            report = BENCHMARKS[options.benchmark](b)
+            b = Bench(name, config, dataset, nanogpt, modes, args.repeats, plot, status.update)
+            report = BENCHMARKS[args.benchmark](b)
     except NanoGPTError as error:
-        raise UserError(f"--compare_to {options.compare_to}: {error}") from error
+        problem = f"nanoGPT failed ({error}); expected a checkout that runs with --torch_python"
+        raise UserError(f"compare_to={args.compare_to!r}: {problem}") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"batch_size={c.batch_size}: does not fit on this device") from error
+        problem = "does not fit in this device's memory; expected a smaller batch; try --config"
+        raise UserError(f"batch_size={config.batch_size}: {problem}") from error
     finally:
         if nanogpt:
             nanogpt.close()
-    facts = {"what": options.benchmark, "preset": name, "config": c.to_dict()}
-    facts |= {"data": dataset.source, "nanogpt": nanogpt and nanogpt.versions}
+    facts = {
+        "what": args.benchmark,
+        "preset": name,
+        "config": config.to_dict(),
+        "data": dataset.source,
+        "nanogpt": nanogpt and nanogpt.versions,
+    }
     return report, facts | describe_machine() | {"results": report.results}
 
 
-def make_data(c: Config, folder: Path) -> tuple[Config, Dataset]:
-    """Write tokens for both sides to `folder` -> the config with their vocabulary, the tokens.
+def make_data(config: Config, folder: Path) -> tuple[Config, Dataset]:
+    """Write tokens for both sides to `folder`; return the config with their vocab_size, and them.
 
-    They are the first ones of the dataset if it is prepared. Else they are made up from 500
-    phrases that follow each other at random, so that there is something to learn.
+    The tokens are the first ones of the config's dataset if it is prepared. Otherwise they are 500
+    random phrases in random order, so that there is something to learn.
     """
-    if is_prepared(Path(c.data_dir, c.dataset)):
-        found = find_dataset(c, c.block_size)
+    if is_prepared(Path(config.data_dir, config.dataset)):
+        found = find_dataset(config, config.block_size)
         ids = [t.read(0, min(len(t), MAX_TOKENS)) for t in (found.train, found.val)]
         vocab, source = found.vocab_size, found.source
     else:
-        vocab, source, rng = c.vocab_size or 65, "synthetic", np.random.default_rng(0)
+        vocab, source, rng = config.vocab_size or 65, "synthetic", np.random.default_rng(0)
         phrases = rng.integers(0, vocab, (500, 16), np.uint32)
         ids = [phrases[rng.integers(0, 500, 1 << 17)].ravel() for _ in SPLITS]
-    vocab = max(vocab, c.vocab_size)
+    vocab = max(vocab, config.vocab_size)
     dtype = "uint16" if vocab <= 2**16 else "uint32"
-    files = [folder / f"{split}.bin" for split in SPLITS]
-    for file, tokens in zip(files, ids, strict=True):
+    splits = []
+    for split, tokens in zip(SPLITS, ids, strict=True):
+        file = folder / f"{split}.bin"
         tokens.astype(dtype).tofile(file)
-    train, val = (TokenSplit([file], dtype, vocab) for file in files)
-    return c.replace(vocab_size=vocab), Dataset(train, val, vocab, None, source, {})
+        splits.append(TokenSplit([file], dtype, vocab))
+    train, val = splits
+    return config.replace(vocab_size=vocab), Dataset(train, val, vocab, None, source, {})

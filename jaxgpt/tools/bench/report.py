@@ -1,4 +1,4 @@
-"""What all benchmarks share: what to time, how to time it, and what is reported."""
+"""The settings, timers and reports that all benchmarks share."""
 
 import os
 import platform
@@ -22,12 +22,12 @@ from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import device
 from jaxgpt.tools.bench.nanogpt import NanoGPT
 
-REST_S = 0.3  # before a turn, for the other side's threads to fall asleep
+REST_S = 0.3  # before a turn, so that the other side's threads fall asleep
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What to time: a resolved config, its data, and nanoGPT's process if there is one."""
+    """A resolved config to time with its data, and nanoGPT's process if there is one."""
 
     name: str
     config: Config
@@ -36,12 +36,12 @@ class Bench:
     modes: tuple[str, ...] = ()  # how nanoGPT runs: eager, compiled
     repeats: int = 5
     plot: Path = Path("bench.png")
-    say: Callable[[str], None] = field(default=lambda text: None)
+    say: Callable[[str], None] = field(default=lambda text: None)  # shows progress
 
 
 @dataclass
 class Report:
-    """What a benchmark found: a line, a table, lines below it, and all of it for JSON."""
+    """Results of a benchmark: a headline, a table, notes below it, and all values for JSON."""
 
     headline: str
     columns: list[str]
@@ -56,7 +56,7 @@ def quartiles(samples: list[float]) -> dict[str, float]:
 
 
 def call_ms(call: Callable[[], Any]) -> list[float]:
-    """Time a call: milliseconds per call in seven rounds of about 0.1 s, after some to warm up."""
+    """Return milliseconds per call in each of seven rounds of about 0.1 s, after a warm-up."""
 
     def time_calls(calls: int) -> float:
         began = time.perf_counter()
@@ -74,10 +74,10 @@ def interleaved(
     repeats: int,
     keys: tuple[str, str] = ("jaxgpt_s", "nanogpt_s"),
 ) -> list[dict[str, Any]]:
-    """Time every one of `runs` and then `other`, in turn, all idle while one works.
+    """Time `runs` and `other` in turn, `repeats` times, with one running at a time.
 
-    -> For each run its pairs with `other`, in seconds under these keys, and the median and range
-    of the ratios other / run.
+    Return for each run its pairs with `other` in seconds (under `keys`), and the median and the
+    range of the ratios other / run.
     """
     seconds = []
     for _ in range(repeats):
@@ -104,7 +104,7 @@ def format_ratios(name: str, result: dict[str, Any]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Collect the hardware, the versions, and this commit."""
+    """Return the hardware, the versions of the libraries, jaxgpt's commit and the time."""
     info, root, git = Path("/proc/cpuinfo"), Path(__file__).parents[3], shutil.which("git")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""

@@ -1,6 +1,6 @@
-"""Time sampling, jaxgpt alone or in turn with nanoGPT; and batches and attention, alone.
+"""Time sampling, alone or in alternation with nanoGPT; time batches and attention, alone.
 
-B batch, T length, S key length, N heads, K KV heads, H head width; M micro-batches of a step.
+B batch, T length, S key length, N heads, K key-value heads, H head width, M micro-batches per step.
 """
 
 import time
@@ -26,14 +26,14 @@ from jaxgpt.tools.bench.report import Bench, Report, call_ms, format_ratios, int
 from jaxgpt.train import TRAIN
 
 NEW_TOKENS = 500
-LONG_S = 5.0  # for one sequence; then larger batches are left out
+LONG_S = 5.0  # if a batch takes longer, larger batches are skipped
 OPTIONS = {"temperature": 0.8, "top_k": 200}
 
 
 def bench_sampling(b: Bench) -> Report:
-    """Time sampling from fresh weights, with prompts of one token each.
+    """Time sampling from untrained weights, with prompts of one token.
 
-    A CPU samples one sequence again with weights in bfloat16, where that differs.
+    On a CPU, one sequence is also sampled with weights in bfloat16 if they can be packed.
     """
     config, _ = device.resolve_auto(b.config.replace(attention="auto", dropout=0.0))
     samplers, bandwidth = make_samplers(config), read_bandwidth()
@@ -43,20 +43,23 @@ def bench_sampling(b: Bench) -> Report:
             b.say(f"{batch} sequences {kind}")
             generate(sampler, batch)  # compiles
             times = [generate(sampler, batch) for _ in range(b.repeats)]
-            first, whole = (quartiles(list(x))["median"] for x in zip(*times, strict=True))
+            first, whole = np.median(times, axis=0).tolist()
             rate = batch * NEW_TOKENS / whole
             share = decode_bytes(sampler, batch) * NEW_TOKENS / whole / bandwidth
-            found = {"samples_s": times, "tokens_per_s": rate}
-            found |= {"first_s": first, "bandwidth_share": share}
             name = f"{batch} {kind}".strip()
-            results["batch_" + name.replace(" ", "_")] = found
+            results["batch_" + name.replace(" ", "_")] = {
+                "samples_s": times,
+                "tokens_per_s": rate,
+                "first_s": first,
+                "bandwidth_share": share,
+            }
             rows.append([name, f"{1000 * first:.1f}", f"{rate:,.0f}", f"{share:.1%}"])
             if whole > LONG_S:
                 break
     notes = [
-        f"{NEW_TOKENS} new tokens a sequence; the first ones come as a chunk of {CHUNK}",
-        "of the bandwidth: weights and KV cache read for a token, against the "
-        f"{bandwidth / 1e9:.1f} GB/s of a large array in memory; a cache may give more",
+        f"{NEW_TOKENS} new tokens per sequence; the first {CHUNK} tokens arrive together",
+        "of the bandwidth: bytes of weights and KV cache read per token, relative to the "
+        f"{bandwidth / 1e9:.1f} GB/s of a large array in memory; caches can exceed 100%",
     ]
     headline = f"{results['batch_1']['tokens_per_s']:,.0f} tokens/s at batch 1"
     for name, found in (compare(b, samplers) if b.nanogpt else {}).items():
@@ -64,15 +67,15 @@ def bench_sampling(b: Bench) -> Report:
         notes.append(format_ratios(f"batch 1, {name}: nanoGPT", found))
         headline += f"; {found['ratio']:.1f}x nanoGPT ({name})"
     if b.nanogpt and config.block_size <= NEW_TOKENS:
-        notes.append("past block_size, nanoGPT slides by a token as overflow=slide does")
+        notes.append("past block_size, nanoGPT slides by one token, as overflow=slide does")
     if len(samplers) > 1:
-        notes.append("bfloat16: jaxgpt's weights; all else is float32, as nanoGPT is on a CPU")
+        notes.append("bfloat16: only jaxgpt's weights; the rest, and nanoGPT, is float32")
     columns = ["batch", "ms to the first tokens", "tokens/s", "of the bandwidth"]
     return Report(headline, columns, rows, notes, results)
 
 
 def make_samplers(config: Config) -> dict[str, Sampler]:
-    """Make the config's sampler, named "", and on a CPU one with weights in bfloat16."""
+    """Return the config's sampler, named "", and on a CPU one with weights in bfloat16."""
     params = jax.jit(partial(model.init_params, config))(jax.random.key(config.seed))
     samplers = {"": Sampler(config).load(params)}
     if device.is_cpu():
@@ -83,7 +86,7 @@ def make_samplers(config: Config) -> dict[str, Sampler]:
 
 
 def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[float, float]:
-    """Time a sampler -> the seconds until its first tokens, and until its last."""
+    """Generate `NEW_TOKENS`; return the seconds until the first tokens, and until the last."""
     prompts, params = [np.zeros(1, np.int32)] * batch, SamplingParams(**OPTIONS)
     began = time.perf_counter()
     chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, params=params, overflow=overflow)
@@ -94,20 +97,28 @@ def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[
 
 
 def decode_bytes(sampler: Sampler, batch: int) -> float:
-    """Count what decoding one token per sequence reads: weights, and the keys and values so far."""
-    c, params = sampler.config, sampler.row_params if batch == 1 else sampler.params
+    """Return the bytes read to decode one token per sequence: weights, and cached keys and values.
+
+    The mean over `NEW_TOKENS` tokens. Past block_size, a sequence restarts from its last half.
+    """
+    config = sampler.config
+    params = sampler.row_params if batch == 1 else sampler.params
     weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
-    T = c.block_size
-    lengths = [n if n <= T else T // 2 + (n - T) % -(-T // 2) for n in range(1, NEW_TOKENS + 1)]
-    graphdef, shapes, _ = model.abstract_model(c)
+    graphdef, shapes, _ = model.abstract_model(config)
     if not hasattr(nnx.merge(graphdef, shapes), "init_cache"):
         return weights
-    width = 2 * c.n_layer * c.kv_heads * c.head_dim
-    return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(c.dtype).itemsize
+    T = config.block_size
+    half = -(-T // 2)
+    lengths = [n if n <= T else T // 2 + (n - T) % half for n in range(1, NEW_TOKENS + 1)]
+    width = 2 * config.n_layer * config.kv_heads * config.head_dim
+    return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(config.dtype).itemsize
 
 
 def compare(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str, Any]]:
-    """Time every sampler and nanoGPT in turn, the first in both ways past `block_size`."""
+    """Time every sampler and nanoGPT in turn; return the ratios by name of the sampler.
+
+    If the text outgrows block_size, the first sampler is timed with both kinds of `overflow`.
+    """
     nanogpt: Any = b.nanogpt
     sampler = samplers[""]
     runs = {kind or "truncate": partial(generate, s, 1) for kind, s in samplers.items()}
@@ -123,7 +134,7 @@ def compare(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str, Any]]
 
 
 def read_bandwidth() -> float:
-    """Time reading a large array -> bytes per second of the device, or of all cores together."""
+    """Return the bytes per second at which the device, or all cores together, read an array."""
     if device.is_cpu():
         x = np.ones((device.cores(), 1 << 25), np.float32)
         with ThreadPoolExecutor(len(x)) as pool:
@@ -135,7 +146,7 @@ def read_bandwidth() -> float:
 
 
 def bench_data(b: Bench) -> Report:
-    """Time batches: drawn, placed on the device, gathered."""
+    """Time making batches, from tokens on the device and from tokens on disk."""
     c, mesh, data = b.config, make_mesh(b.config), b.dataset.train
     M = sharding.num_microbatches(c, mesh)
     shape_UMB = 1, M, sharding.global_batch_size(c) // M
@@ -153,8 +164,12 @@ def bench_data(b: Bench) -> Report:
 
 
 def bench_attention(b: Bench) -> Report:
-    """Time every back end this device can run, forward and backward, at the same tokens a batch."""
-    tokens, rows, notes, results = b.config.batch_size * b.config.block_size, [], [], {}
+    """Time every attention back end of this device, forward and backward.
+
+    Lengths are block_size, twice and four times that, at the same number of tokens per batch.
+    """
+    tokens = b.config.batch_size * b.config.block_size
+    rows, notes, results = [], [], {}
     for backend in ("reference", "cpu", "xla", "cudnn", "splash"):
         for T in (n * b.config.block_size for n in (1, 2, 4)):
             c = b.config.replace(attention=backend, block_size=T, dropout=0.0, batch_tokens=0)
@@ -173,13 +188,13 @@ def bench_attention(b: Bench) -> Report:
             rows.append([backend, str(T), str(B), f"{quartiles(ms)['median']:.3g}"])
     at_shape = [row for row in rows if row[1] == str(b.config.block_size)]
     best = min(at_shape, key=lambda row: float(row[3]))
-    headline = f"{best[0]} is fastest at the config's shape: {best[3]} ms"
+    headline = f"{best[0]} is the fastest at the config's shape: {best[3]} ms"
     columns = ["back end", "length", "batch", "ms, forward and backward"]
     return Report(headline, columns, rows, notes, results)
 
 
 def attention_call(c: Config, B: int) -> Callable[[], Any]:
-    """Make a call of attention, forward and backward, on random arrays."""
+    """Return a call that computes attention and its gradients for B random sequences."""
     shapes = [(B, c.block_size, n, c.head_dim) for n in (c.n_head, c.kv_heads, c.kv_heads)]
     *keys, weight_key = jax.random.split(jax.random.key(0), 4)
     q_BTNH, k_BSKH, v_BSKH = map(partial(jax.random.normal, dtype=c.dtype), keys, shapes)

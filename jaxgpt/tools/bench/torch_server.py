@@ -1,9 +1,9 @@
-"""Run nanoGPT for `jaxgpt bench --compare_to`, under a Python with torch and without jaxgpt.
+"""Run nanoGPT for `jaxgpt bench --compare_to`, under a Python that has torch but not jaxgpt.
 
     python torch_server.py PATH_TO_NANOGPT cpu|cuda
 
-Each line of stdin is a command in JSON, each line of stdout its answer. nanoGPT's own model.py is
-imported unchanged; what its train.py and sample.py do around the model is repeated here.
+Each line of stdin is a command in JSON, and each line of stdout is its answer. nanoGPT's model.py
+is imported unchanged. The code around the model repeats nanoGPT's train.py and sample.py.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from typing import Any
 
 
 class NanoGPT:
-    """The model, its optimizer and its data; every public method is a command."""
+    """nanoGPT's model, optimizer and data; every public method is a command."""
 
     def start(self, path: str, device: str) -> dict[str, Any]:
-        """Import torch and nanoGPT -> what runs here."""
+        """Import torch and nanoGPT; return torch's version, the device and the threads."""
         self.np, self.torch = (importlib.import_module(name) for name in ("numpy", "torch"))
         spec: Any = importlib.util.spec_from_file_location("model", os.path.join(path, "model.py"))
         self.gpt = sys.modules["model"] = importlib.util.module_from_spec(spec)
@@ -35,7 +35,7 @@ class NanoGPT:
         return {"torch": t.__version__, "device": name, "threads": t.get_num_threads()}
 
     def load(self, weights: str, sizes: dict, optimizer: dict, data: dict, dtype: str, mode: str):
-        """Load weights (.npz) into a new model and optimizer; `mode` is eager or compiled."""
+        """Load weights (.npz) into a new model with an optimizer; `mode` is eager or compiled."""
         self.free()
         t = self.torch
         self.ctx = contextlib.nullcontext()
@@ -47,12 +47,15 @@ class NanoGPT:
         with self.np.load(weights) as arrays:
             model.load_state_dict({name: t.from_numpy(arrays[name]) for name in arrays.files})
         self.model = model.to(self.device).train()
-        decay, rate, *betas, self.grad_clip = optimizer.values()
-        self.optimizer = self.model.configure_optimizers(decay, rate, tuple(betas), self.device)
+        self.grad_clip = optimizer["grad_clip"]
+        betas = optimizer["beta1"], optimizer["beta2"]
+        self.optimizer = self.model.configure_optimizers(
+            optimizer["weight_decay"], optimizer["learning_rate"], betas, self.device
+        )
         self.forward = t.compile(self.model) if mode == "compiled" else self.model
 
     def free(self) -> None:
-        """Drop the model, and return its device memory."""
+        """Delete the model and free its device memory."""
         self.model: Any = None
         self.forward: Any = None
         self.optimizer: Any = None
@@ -64,11 +67,15 @@ class NanoGPT:
             self.torch.cuda.reset_peak_memory_stats()
 
     def train(self, starts: list, lrs: list[float]) -> dict[str, Any]:
-        """Take one step per rate in `lrs`, on micro-batches of windows that begin at `starts`."""
+        """Take one step per learning rate in `lrs`; return seconds, losses and peak memory.
+
+        `starts` [steps, M, B] has the first token of each window. Like nanoGPT's train.py, the loop
+        makes the next batch before each backward pass.
+        """
         t, losses = self.torch, []
-        ahead = (self._batch(micro) for step in starts for micro in step)  # made when asked for
+        batches = (self._batch(micro) for step in starts for micro in step)
         began = self._clock()
-        x, y = next(ahead)
+        x, y = next(batches)
         for step, lr in zip(starts, lrs, strict=True):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -77,7 +84,7 @@ class NanoGPT:
                 with self.ctx:
                     _, loss = self.forward(x, y)
                     loss = loss / len(step)
-                x, y = next(ahead, (x, y))
+                x, y = next(batches, (x, y))
                 loss.backward()
                 total = total + loss.detach()
             if self.grad_clip:
@@ -90,7 +97,7 @@ class NanoGPT:
         return {"seconds": seconds, "losses": [loss.item() for loss in losses], "peak_bytes": peak}
 
     def sample(self, prompt: list[int], tokens: int, temperature: float, top_k: int):
-        """Time `generate` for so many new tokens."""
+        """Time nanoGPT's `generate` for this number of new tokens."""
         t = self.torch
         self.model.eval()
         ids = t.tensor([prompt], dtype=t.long, device=self.device)
@@ -105,7 +112,7 @@ class NanoGPT:
         return time.perf_counter()
 
     def _batch(self, starts: list[int]) -> tuple:
-        """Do what train.py's get_batch does, for given windows instead of random ones."""
+        """Make a batch as train.py's get_batch does, but from given windows."""
         t, size = self.torch, self.block_size
         rows = [self.tokens[i : i + size + 1].astype(self.np.int64) for i in starts]
         x = t.stack([t.from_numpy(row[:-1]) for row in rows])
@@ -116,17 +123,19 @@ class NanoGPT:
 
 
 def main() -> None:
+    """Answer commands from stdin until it closes; an error of a command is its answer."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nanoGPT prints
+    os.dup2(2, 1)  # nanoGPT prints to stdout, which is for answers
+    # Without this folder on the path, torch cannot import our modules instead of its own.
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # jaxgpt's names stay apart
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]
 
     server = NanoGPT()
     start = {"do": "start", "path": sys.argv[1], "device": sys.argv[2]}
     for command in chain([start], map(json.loads, sys.stdin)):
         try:
             reply = getattr(server, command.pop("do"))(**command) or {}
-        except Exception as error:  # whatever torch, a compiler or a driver can raise
+        except Exception as error:  # torch, a compiler and a driver raise many types
             reply = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()

@@ -1,4 +1,7 @@
-"""Time whole training steps, jaxgpt alone or in turn with nanoGPT. U steps per call, B batch."""
+"""Time training steps, alone or in alternation with nanoGPT.
+
+U steps per call, M micro-batches per step, B sequences per micro-batch.
+"""
 
 import time
 from pathlib import Path
@@ -19,14 +22,15 @@ from jaxgpt.tools.hlo import Program
 from jaxgpt.train import TRAIN, make_batches, peak_tokens_per_s
 from jaxgpt.train_step import init_state, make_train_step
 
-ROUND_S = 1.5  # about what a round of steps takes
+ROUND_S = 1.5  # approximate duration of a timed round of steps
 PARITY_STEPS = 50
 
 
 class JaxGPT:
-    """jaxgpt's side: the trainer's batches and its jitted step, called by hand."""
+    """jaxgpt's side of a benchmark: the trainer's batches and its compiled step."""
 
     def __init__(self, config: Config, dataset: Dataset):
+        """Initialise the parameters and compile the step of a resolved config."""
         mesh = make_mesh(config)
         self.config, self.steps_taken = config, 0
         self.batches = make_batches(config, mesh, dataset)[TRAIN]
@@ -37,11 +41,14 @@ class JaxGPT:
         step = make_train_step(config, mesh)
         self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
-        self.sequences = sharding.global_batch_size(config)
+        self.tokens_per_step = sharding.global_batch_size(config) * config.block_size
         self.peak_tokens_per_s = peak_tokens_per_s(config, mesh)
 
     def train(self, steps: int) -> tuple[float, list[float]]:
-        """Take steps -> seconds, losses. As in training, one call is always under way."""
+        """Take `steps`, a multiple of U, and return the seconds and the losses.
+
+        As in training, the next call starts before the losses of the last call are read.
+        """
         losses, pending = [], None
         began = time.perf_counter()
         for _ in range(0, steps, self.U):
@@ -55,32 +62,36 @@ class JaxGPT:
         return time.perf_counter() - began, losses
 
     def next_steps(self, steps: int) -> dict[str, list]:
-        """List where the next steps' windows start, [steps, M, B], and their learning rates."""
+        """Return the first tokens of the next steps' windows, [steps, M, B], and learning rates."""
         upcoming, rate = range(self.steps_taken, self.steps_taken + steps), schedule(self.config)
         starts = np.concatenate([self.batches.starts(step) for step in upcoming[:: self.U]])
         lrs = np.array([rate(step) for step in upcoming])
         shape = steps, -1, self.config.batch_size
         return {"starts": starts.reshape(shape).tolist(), "lrs": lrs.tolist()}
 
+    def whole_calls(self, steps: int) -> int:
+        """Round a number of steps up to whole calls."""
+        return -(-steps // self.U) * self.U
+
     def round_steps(self) -> int:
-        """Warm up -> how many steps make a round."""
+        """Warm up, and return how many steps take about `ROUND_S`, at most 100."""
         self.train(2 * self.U)
         call_s = self.train(2 * self.U)[0] / 2
         return self.U * max(1, min(100 // self.U, round(ROUND_S / call_s)))
 
     def step_ms(self, steps: int, rounds: int) -> list[float]:
-        """Time rounds of steps -> each one's milliseconds per step."""
+        """Return the milliseconds per step of each round of `steps`."""
         return [1000 * self.train(steps)[0] / steps for _ in range(rounds)]
 
     def rates(self, ms: list[float]) -> dict[str, Any]:
-        """Work out rates from either side's milliseconds per step."""
+        """Return tokens/s and MFU for either side's milliseconds per step."""
         stats, peak = quartiles(ms), self.peak_tokens_per_s
-        tokens_per_s = self.sequences * self.config.block_size / stats["median"] * 1000
+        tokens_per_s = 1000 * self.tokens_per_step / stats["median"]
         mfu = tokens_per_s / peak if peak else None
         return {"samples_ms": ms, "step_ms": stats, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
     def summary(self, ms: list[float]) -> dict[str, Any]:
-        """Add to `rates` what the compiled step says of itself; memory is that of one device."""
+        """Return `rates`, and the memory (of one device) and the kernels of the compiled step."""
         memory: Any = self.step.memory_analysis()
         inside = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         outside = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -93,9 +104,9 @@ class JaxGPT:
 
 
 def bench_training(b: Bench) -> Report:
-    """Time whole training steps; a sample is the mean over a round of steps."""
+    """Time training steps; a sample is the mean over a round of steps."""
     results: dict[str, Any] = {}
-    rows, notes, ms = [], [], []
+    rows, notes, ratios, ms = [], [], "", []
     b.say("compiling jaxgpt's step")
     jaxgpt = JaxGPT(b.config, b.dataset)
     if b.nanogpt:
@@ -107,59 +118,65 @@ def bench_training(b: Bench) -> Report:
         )
     steps = jaxgpt.round_steps()
     for mode in b.modes if b.nanogpt else ():
-        b.say(f"jaxgpt and nanoGPT ({mode}) in turn, {steps} steps a round")
+        b.say(f"jaxgpt and nanoGPT ({mode}) in turn, {steps} steps per round")
         results[mode] = found = compare(b, jaxgpt, mode, steps)
-        ms += [1000 * pair["jaxgpt_s"] / steps for pair in found.get("pairs", ())]
         rows.append(format_row(f"nanoGPT {mode}", found))
         notes.append(format_ratios(f"nanoGPT {mode}", found))
+        if "pairs" in found:
+            ms += [1000 * pair["jaxgpt_s"] / steps for pair in found["pairs"]]
+            ratios += f"; {found['ratio']:.2f}x nanoGPT {mode}"
     if b.nanogpt:
-        b.nanogpt.close()  # jaxgpt may have its memory now
+        b.nanogpt.close()  # frees the device memory that it holds
     if not ms:
-        b.say(f"timing jaxgpt, {steps} steps a round")
+        b.say(f"timing jaxgpt, {steps} steps per round")
         ms = jaxgpt.step_ms(steps, 2 * b.repeats)
     mine: dict[str, Any] = jaxgpt.summary(ms) | {"steps_a_round": steps}
     results["jaxgpt"] = mine
     rows.insert(0, format_row("jaxgpt", mine))
     kernels = mine["kernels"]
-    top = ", ".join(f"{n} {opcode}" for opcode, n in list(kernels.items())[:5])
+    top = ", ".join(f"{count} {opcode}" for opcode, count in list(kernels.items())[:5])
     notes.append(f"{sum(kernels.values())} kernels in the compiled step: {top}")
-    headline = f"{mine['step_ms']['median']:.4g} ms a step, {mine['tokens_per_s']:,.0f} tokens/s"
-    for mode in b.modes:
-        if "pairs" in results.get(mode, ()):
-            headline += f"; {results[mode]['ratio']:.2f}x nanoGPT {mode}"
-    columns = [f"{jaxgpt.sequences} x {b.config.block_size} tokens a step"]
-    columns += ["ms [quartiles]", "tokens/s", "MFU", "memory", "compile", "time / jaxgpt's"]
+    headline = f"{mine['step_ms']['median']:.4g} ms per step, {mine['tokens_per_s']:,.0f} tokens/s"
+    size = f"{jaxgpt.tokens_per_step // b.config.block_size} x {b.config.block_size}"
+    columns = [f"{size} tokens per step", "ms [quartiles]", "tokens/s", "MFU", "memory", "compile"]
+    columns.append("time / jaxgpt's")
     if b.name.startswith("gpt2"):
-        del jaxgpt
+        del jaxgpt  # frees its device memory
         results["larger_batches"] = larger_batches(b, rows)
-    return Report(headline, columns, rows, notes, results)
+    return Report(headline + ratios, columns, rows, notes, results)
 
 
 def format_row(name: str, found: dict[str, Any]) -> list[str]:
+    """Return the table row of one side's results, or of its error."""
     if "error" in found:
         return [name, *["n/a"] * 6]
-    ms, memory, seconds = found["step_ms"], found["memory_bytes"], found["compile_s"]
-    times = f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]"
-    mfu = f"{found['mfu']:.1%}" if found["mfu"] else "n/a"
-    memory = f"{memory / 2**20:,.0f} MiB" if memory else "n/a"
-    compiling = f"{seconds:.1f} s" if seconds else ""
-    ratio = f"{found['ratio']:.2f}" if "ratio" in found else ""
-    return [name, times, f"{found['tokens_per_s']:,.0f}", mfu, memory, compiling, ratio]
+    ms, memory, compile_s = found["step_ms"], found["memory_bytes"], found["compile_s"]
+    return [
+        name,
+        f"{ms['median']:.4g} [{ms['q1']:.4g}-{ms['q3']:.4g}]",
+        f"{found['tokens_per_s']:,.0f}",
+        f"{found['mfu']:.1%}" if found["mfu"] else "n/a",
+        f"{memory / 2**20:,.0f} MiB" if memory else "n/a",
+        f"{compile_s:.1f} s" if compile_s else "",
+        f"{found['ratio']:.2f}" if "ratio" in found else "",
+    ]
 
 
 def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
-    """Time rounds of both sides in turn -> what was found, or nanoGPT's {"error"}."""
+    """Time rounds of both sides in turn; return ratios and nanoGPT's rates, or its {"error"}."""
     nanogpt: Any = b.nanogpt
     upcoming: dict[str, list] = {}
 
     def jaxgpt_round() -> float:
-        upcoming.update(jaxgpt.next_steps(steps))  # nanoGPT then takes the same steps
+        upcoming.update(jaxgpt.next_steps(steps))
         return jaxgpt.train(steps)[0]
 
-    nanogpt_round = lambda: nanogpt.ask("train", **upcoming)["seconds"]
+    def nanogpt_round() -> float:
+        return nanogpt.ask("train", **upcoming)["seconds"]  # the steps that jaxgpt has just taken
+
     try:
         nanogpt.load(b.config, b.dataset.train, jax.device_get(jaxgpt.state.params), mode)
-        warm_up = jaxgpt.next_steps(-(-3 // jaxgpt.U) * jaxgpt.U)
+        warm_up = jaxgpt.next_steps(jaxgpt.whole_calls(3))
         warm_up_s = sum(nanogpt.ask("train", **warm_up)["seconds"] for _ in range(2))
         (found,) = interleaved([jaxgpt_round], nanogpt_round, b.repeats)
         memory = nanogpt.ask("train", **warm_up)["peak_bytes"]
@@ -171,7 +188,7 @@ def compare(b: Bench, jaxgpt: JaxGPT, mode: str, steps: int) -> dict[str, Any]:
 
 
 def larger_batches(b: Bench, rows: list[list[str]]) -> list[dict[str, Any]]:
-    """Double the batch until it does not fit; add a row to the table for each that does."""
+    """Double the batch until it does not fit; add a row to the table for each size that fits."""
     found, size = [], b.config.batch_size
     while True:
         size *= 2
@@ -189,16 +206,16 @@ def larger_batches(b: Bench, rows: list[list[str]]) -> list[dict[str, Any]]:
 
 
 def loss_parity(b: Bench, jaxgpt: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
-    """Compare both sides' losses from the same weights, on the same batches, without dropout.
+    """Compare both sides' losses with the same weights and batches, without dropout.
 
-    `jaxgpt` has yet to take its first step; if it has dropout, another takes its place.
+    `jaxgpt` must not have taken a step. If its config has dropout, a copy without is used.
     """
     if b.config.dropout:
         jaxgpt = JaxGPT(b.config.replace(dropout=0.0), b.dataset)
     nanogpt.load(jaxgpt.config, b.dataset.train, jax.device_get(jaxgpt.state.params), "eager")
-    upcoming = jaxgpt.next_steps(-(-PARITY_STEPS // jaxgpt.U) * jaxgpt.U)
-    theirs = nanogpt.ask("train", **upcoming)["losses"][:PARITY_STEPS]
-    losses = jaxgpt.train(len(upcoming["lrs"]))[1][:PARITY_STEPS]
+    steps = jaxgpt.whole_calls(PARITY_STEPS)
+    theirs = nanogpt.ask("train", **jaxgpt.next_steps(steps))["losses"][:PARITY_STEPS]
+    losses = jaxgpt.train(steps)[1][:PARITY_STEPS]
     nanogpt.ask("free")
     draw_parity(b.plot, losses, theirs)
     difference = float(np.abs(np.subtract(losses, theirs)).max())
@@ -206,6 +223,7 @@ def loss_parity(b: Bench, jaxgpt: JaxGPT, nanogpt: NanoGPT) -> dict[str, Any]:
 
 
 def draw_parity(file: Path, jaxgpt: list[float], nanogpt: list[float]) -> None:
+    """Plot both sides' losses by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
