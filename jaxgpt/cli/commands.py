@@ -20,12 +20,11 @@ import tyro
 from jaxgpt import __version__
 from jaxgpt import config as keys
 from jaxgpt.cli.command_line import (
-    asks_for_help,
     choose_config,
     parse,
     parse_command_line,
-    print_help,
-    take_flags,
+    parse_flags,
+    translate_old_flags,
 )
 from jaxgpt.config import UserError, key_types
 from jaxgpt.runtime.config_file import load_config_file
@@ -360,10 +359,8 @@ class PlanArgs:
 
 def plan(argv: list[str]) -> int:
     """Print what a training step would need on absent hardware."""
-    if asks_for_help(argv):
-        print_help(PlanArgs, "jaxgpt plan --config FILE")
-    own, flags = take_flags(argv, key_types(PlanArgs))
-    args = PlanArgs(**own)
+    argv = translate_old_flags(argv)
+    args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
     command_line = parse_command_line(flags, key_types(PlanArgs))
     config = command_line.config.replace(**command_line.overrides)
     import jax

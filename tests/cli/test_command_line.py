@@ -210,8 +210,8 @@ UNPARSED = [
     (["--bias=maybe"], "bias='maybe': "),
     (["--mlp=gelou"], "mlp='gelou': "),
     (["another.py"], "another.py: unexpected argument; expected --key=value; try --help"),
-    (["--bias", "maybe"], "maybe: unexpected argument; expected --key=value; try --help"),
-    (["--config"], "--config: has no value; expected --config=VALUE"),
+    (["--bias", "maybe"], "bias='maybe': "),
+    (["--config"], "--config: has no value; expected --config=FILE"),
     (["--learning_rate=__import__('os').system('touch x')"], "learning_rate="),
     (["--max_iters", "__import__('os').system('touch x')"], "max_iters="),
     (["--bias=__import__('os').system('touch x')"], "bias="),
@@ -229,8 +229,8 @@ def test_flags_that_do_not_parse_are_one_line_and_run_nothing(write, argv, begin
 BAD_COMMANDS = {
     "eval --out=x": "--out: unknown key; try --out_dir",
     "sample --num_samples": "--num_samples: has no value; expected --num_samples=VALUE",
-    "export": "--to: missing; expected --to=VALUE; try jaxgpt export --help",
-    "prepare": "--dataset: missing; expected --dataset=VALUE; try jaxgpt prepare --help",
+    "export": "--to: missing; expected a value; try jaxgpt export --help",
+    "prepare": "--dataset: missing; expected a value; try jaxgpt prepare --help",
     "prepare a b": "b: unexpected argument; expected --key=value; try --help",
     "plan --topolgy=x": "--topolgy: unknown key; try --topology",
 }
@@ -500,7 +500,6 @@ def test_old_spellings_of_flags_still_work(args_type, old, keys):
         (cli.SampleArgs, "--interactive --temperature -0", {"interactive": True, "temperature": 0}),
         (cli.AblateArgs, "--features a b --seeds=2", {"features": ("a", "b"), "seeds": 2}),
         (cli.PrepareArgs, "--data-dir=d verse.txt", {"dataset": "verse.txt", "data_dir": "d"}),
-        (cli.PrepareArgs, "--dataset=verse.txt", {"dataset": "verse.txt"}),
     ],
     ids=str,
 )  # fmt: skip
