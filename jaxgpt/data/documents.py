@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
 Piece = Callable[[], Iterable[str]]
+_load_encoder = cache(tokenizers.load)  # once in each worker
 
 
 class HubSet(NamedTuple):
@@ -65,10 +67,10 @@ def prepare(
     """Write shards of ids and a meta.json to `data_dir`/<name>/, and return that folder.
 
     `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file. `tokenizer`
-    is gpt2 or a tokenizer.json with an end-of-text. A hash of its text decides whether a document
-    is in the fraction `val_share` for validation; 0 means HUB_VAL_FRACTION or VAL_FRACTION. `shard`
-    i/n makes every n-th piece; meta.json is written once all pieces exist. 0 `processes` means one
-    per core. Raises `UserError`.
+    is gpt2 or a tokenizer.json with an end-of-text. A hash of each text selects the fraction
+    `val_share` for validation; 0 means HUB_VAL_FRACTION or VAL_FRACTION. `shard` i/n makes every
+    n-th piece; meta.json is written once all pieces exist. `processes` of 0 means one per core.
+    Raises `UserError`.
     """
     wanted = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     if wanted is None or int(wanted[1]) >= int(wanted[2]):
@@ -78,10 +80,7 @@ def prepare(
     encoder = tokenizers.find(tokenizer, data_dir)
     if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
         expected = f"gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
-        raise UserError(
-            f"tokenizer={tokenizer!r}: has no end-of-text, which documents need; "
-            f"expected {expected}; try --tokenizer=gpt2"
-        )
+        raise UserError(f"tokenizer={tokenizer!r}: has no end-of-text; expected {expected}")
     path = Path(dataset).resolve()
     folder = Path(data_dir, path.stem if path.is_file() else path.name)
     manifest = {
@@ -139,7 +138,7 @@ def _cut_rows(dataset: str, loader: str, count: int, keys: dict[str, Any]) -> li
         rows = rows.select_columns([COLUMN]).reshard()
         count = min(count, rows.num_shards)
         return [partial(_read_rows, dataset, rows.shard(count, n)) for n in range(count)]
-    except Exception as error:  # offline, no such column, no parquet file: of many types
+    except Exception as error:  # offline, no such column, no parquet file: many types
         raise UserError(
             f"{dataset}: cannot be opened ({_first_line(error)}); "
             f"expected parquet files with a column {COLUMN}, here or on a hub that is online"
@@ -181,11 +180,10 @@ def _mark_unfinished(folder: Path, manifest: dict[str, Any], encoder: BpeTokeniz
 
 def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], processes: int) -> None:
     """Make the pieces that are not complete yet, in worker processes."""
-    console = Console(stderr=True)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
     num_tokens, start = 0, time.perf_counter()
-    with Progress(console=console) as progress, pool:
+    with Progress(console=Console(stderr=True)) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
         jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:
@@ -199,7 +197,7 @@ def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], process
             raise
     seconds = time.perf_counter() - start
     line = f"{num_tokens:,} tokens in {seconds:,.1f} s with {processes} processes"
-    console.print(line, highlight=False)
+    print(line, file=sys.stderr)
 
 
 def _start_worker() -> None:
@@ -214,11 +212,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-@cache
-def _load_encoder(file: Path) -> Any:
-    return tokenizers.load(file)
-
-
 def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
     """Write a piece unless its files are as its note says; return how many tokens it wrote."""
     files, note = _piece_files(folder, number)
@@ -226,7 +219,7 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
         noted = _read_json(note)
         if all(f.is_file() and sha256_of(f) == noted[s]["sha256"] for s, f in files.items()):
             return 0
-    encoder = _load_encoder(folder / tokenizers.FILE)
+    encoder: Any = _load_encoder(folder / tokenizers.FILE)
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     rename_partial(files)
     noted = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
@@ -265,18 +258,15 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     if missing:
         print(f"{folder}: {missing} of {len(pieces)} pieces are missing; run the other shards")
         return
-    counts = dict.fromkeys(SPLITS, 0)
-    sums: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    counts, sums = {}, {}
     for split in SPLITS:
-        for files, note in finished:
-            if note[split]["tokens"]:
-                counts[split] += note[split]["tokens"]
-                sums[split][files[split].name] = note[split]["sha256"]
+        parts = {files[split].name: note[split] for files, note in finished}
+        counts[split] = sum(part["tokens"] for part in parts.values())
+        sums[split] = {name: part["sha256"] for name, part in parts.items() if part["tokens"]}
         if not counts[split]:
-            raise UserError(
-                f"val_share={manifest['val_share']}: leaves no document for {split}; "
-                f"try another --val_share after deleting {folder}"
-            )
+            problem = f"leaves no document for {split}"
+            advice = f"try another --val_share after deleting {folder}"
+            raise UserError(f"val_share={manifest['val_share']}: {problem}; {advice}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
     (folder / (META + PARTIAL)).unlink(missing_ok=True)

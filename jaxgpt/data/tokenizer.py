@@ -53,7 +53,7 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
             known = f"only the {self.vocab_size} characters {self.chars!r}"
-            raise UserError(f"characters {unknown!r}: have no token; expected {known}")
+            raise UserError(f"text: no token for {unknown!r}; expected {known}")
         return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:

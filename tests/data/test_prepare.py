@@ -269,7 +269,7 @@ def test_characters_that_a_tokenizer_lacks_are_named(tmp_path):
     file = write_text(tmp_path, "a" * 20 + "y" + "b" * 20 + "\0" + "a" * 20 + "x")
     with patch.object(texts, "CHUNK_BYTES", 5):
         message = refusal(prepare, file, str(tmp_path), str(folder / "tokenizer.json"))
-    assert r"characters '\x00xy': have no token" in message
+    assert r"text: no token for '\x00xy';" in message
     assert read_files(folder) == old
 
 
