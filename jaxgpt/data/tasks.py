@@ -65,7 +65,7 @@ class Arithmetic:
         return (kind * top + np.maximum(a, b)) * top + np.minimum(a, b)
 
     def draw(self, keys: np.ndarray) -> Problems:
-        """Draw a problem from each key, uint64 or int64 [n]. Hash the key again if it is held out.
+        """Draw a problem from each key, [n]. A key whose problem is held out is hashed again.
 
         The length is the longer of two uniform draws, because long numbers are harder to learn.
         """

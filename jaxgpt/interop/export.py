@@ -51,13 +51,15 @@ def _check_expressible(c: Config) -> None:
     """Raise `UserError` if GPT-2's format cannot describe the model."""
     if type(c).make_model is not Config.make_model:
         raise UserError(f"{type(c).__name__}: not a GPT-2; expected a config without a make_model")
-    required = hf.REQUIRED_KEYS | {"n_kv_head": c.n_kv_head if c.kv_heads == c.n_head else c.n_head}
+    required = dict(hf.REQUIRED_KEYS)
+    if c.kv_heads != c.n_head:
+        required["n_kv_head"] = c.n_head
     for key, value in required.items():
         if getattr(c, key) != value:
             raise UserError(f"{key}={getattr(c, key)!r}: not in GPT-2's format; expected {value!r}")
     if c.mlp not in hf.ACTIVATIONS.values():
-        expected = "one of " + ", ".join(sorted(set(hf.ACTIVATIONS.values())))
-        raise UserError(f"mlp={c.mlp!r}: not in GPT-2's format; expected {expected}")
+        expected = ", ".join(sorted(set(hf.ACTIVATIONS.values())))
+        raise UserError(f"mlp={c.mlp!r}: not in GPT-2's format; expected one of {expected}")
 
 
 def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:

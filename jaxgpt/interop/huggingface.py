@@ -176,7 +176,8 @@ def resolve_init(
         theirs = run_dir.saved_model(config, checkpoints)
         merged = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
-        return None, merged, [f"model of the run: {', '.join(changed)}"] if changed else []
+        notes = [f"model of the run: {', '.join(changed)}"] if changed else []
+        return None, merged, notes
     is_run = run_dir.is_run(Path(config.init_from))
     weights = run_dir.open_weights(config) if is_run else open_weights(config.init_from)
     positions = weights.keys["block_size"]
@@ -309,6 +310,8 @@ def _model_keys(file: Path) -> dict[str, Any]:
     """Translate a config.json of transformers to the model's keys."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         problem = f"not the config of a GPT-2 ({error})"
         raise UserError(f"{file}: {problem}; expected a config.json of transformers") from error

@@ -88,7 +88,7 @@ class Checkpoints:
         newest = next((step for step in reversed(self.steps()) if self._is_verified(step)), -1)
         for folder in self._folders():
             if int(folder.name) > newest:
-                warn(f"{folder}: has no {DIGEST}, because its save did not finish; it is ignored")
+                warn(f"{folder}: ignored, because its save did not finish; expected a {DIGEST}")
         for step in reversed(self.steps()):
             if self._was_best(step) and self._is_verified(step):
                 if step != self.best():  # the run was killed before it made the link

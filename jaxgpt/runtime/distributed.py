@@ -32,7 +32,7 @@ def init_distributed(
     process is given the coordinator's `host:port`, the number of processes, and its own number.
     Raises `UserError`.
     """
-    # JAX lists the TPU platform only if it has seen TPU chips, so other hosts ask no network.
+    # JAX lists the TPU platform only if it has seen TPU chips, so other hosts make no request.
     on_tpu = device in ("auto", "tpu") and "tpu" in (jax.config.values["jax_platforms"] or "")
     env = os.environ
     counts = [env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]

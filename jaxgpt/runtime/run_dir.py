@@ -180,7 +180,7 @@ def is_run(folder: Path) -> bool:
     """Tell whether a folder holds the config of a run."""
     try:
         return "max_iters" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 

@@ -286,6 +286,8 @@ def test_files_that_are_missing_or_cut_short_are_refused(write_case):
         refusal(open_weights, str(folder))
         == f"{folder}: no weights in it; expected model.safetensors"
     )
+    (folder / "config.json").write_text("3")
+    assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
     (folder / "config.json").unlink()
     assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
 

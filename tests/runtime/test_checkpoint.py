@@ -428,7 +428,7 @@ def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
     assert run_dir.open_checkpoints(run).latest() is None
 
 
-@pytest.mark.parametrize("config_json", [None, "{}", '{"compilerOptions": {}}', "not JSON"])
+@pytest.mark.parametrize("config_json", [None, "{}", "3", '{"compilerOptions": {}}', "not JSON"])
 def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_json):
     """Somebody may name their project's folder as out_dir."""
     folder = Path(run.out_dir)
