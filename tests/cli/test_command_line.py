@@ -115,15 +115,17 @@ def test_a_file_imports_from_its_own_folder_and_an_edit_is_seen(write, tmp_path)
     ],
 )
 def test_a_file_must_build_a_config(write, text, name):
-    assert refusal(parse, write(text)) == f"--config mine.py: must build `{name} = Config(...)`"
+    said = refusal(parse, write(text))
+    assert said.startswith("config='mine.py': ")
+    assert said.endswith(f"; expected `{name} = Config(...)` in it")
 
 
 def test_a_missing_file_is_refused_with_those_that_there_are(write):
-    missing = "--config nope.py: no such file"
-    assert refusal(parse, "--config", "nope.py") == missing
+    missing = "config='nope.py': no such file; expected "
+    assert refusal(parse, "--config", "nope.py") == missing + "a Python file"
     for name in "configs/one.py", "configs/more/two.py":
         write("config = Config()\n", name)
-    found = "; there are configs/more/two.py, configs/one.py"
+    found = "one of configs/more/two.py, configs/one.py, or a file of your own"
     assert refusal(parse, "--config", "nope.py") == missing + found
 
 
@@ -554,7 +556,7 @@ def test_help_lists_every_key_with_the_files_value_and_does_not_wait_for_jax(wri
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["train", "nope.py"], r"error: --config nope.py: no such file\n"),
+        (["train", "nope.py"], r"error: config='nope.py': no such file; expected .*\n"),
         (["train", "mine.py", "--dropout=2"], r"error: dropout=2.0: invalid value; .*\n"),
         (["train", "mine.py", "--n_layers=2"], r"error: --n_layers: unknown key; try --n_layer\n"),
         (["sample", "--temperature=-1"], r"error: temperature=-1.0: invalid value; .*\n"),
