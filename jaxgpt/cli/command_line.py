@@ -44,7 +44,6 @@ class CommandLine:
     config: Config
     cpu_config: Config | None
     overrides: dict[str, Any]
-    config_file: str
 
 
 def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> CommandLine:
@@ -65,27 +64,36 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
     reject_unknown(others, [*types, *other_flags])
     if not config_file:
         raise UserError("--config: missing; expected a file; try --config configs/shakespeare.py")
-    return CommandLine(config, configs.get("cpu_config"), overrides, config_file)
+    return CommandLine(config, configs.get("cpu_config"), overrides)
 
 
 def parse(args_type: type, argv: Sequence[str], prog: str) -> Any:
-    """Parse a command's flags into its dataclass; a field without a default needs no name.
+    """Parse a command's flags into its dataclass; see `parse_known`."""
+    args, others = parse_known(args_type, argv, prog)
+    reject_unknown(others, key_types(args_type))
+    return args
 
-    Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
+
+def parse_known(args_type: type, argv: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+    """Parse the flags of a dataclass, and return an instance and the other arguments.
+
+    A field without a default may be given without its name. Raises `UserError` for mistakes. Exits
+    with code 0 after printing `--help`.
     """
     if asks_for_help(argv):
         print_help(args_type, prog)
     types = key_types(args_type)
     values, others = take_flags(argv, types)
-    required = [field.name for field in fields(args_type) if field.default is MISSING]
-    for key in required:
-        if key not in values and others and not others[0].startswith("-"):
-            values[key] = check_value(key, others.pop(0), types[key])
-    reject_unknown(others, types)
-    for key in required:
-        if key not in values:
+    for field in fields(args_type):
+        key = field.name
+        if key in values or field.default is not MISSING:
+            continue
+        if others and others[0].startswith("-"):
+            reject_unknown(others, types)
+        if not others:
             raise UserError(f"--{key}: missing; expected --{key}=VALUE; try {prog} --help")
-    return args_type(**values)
+        values[key] = check_value(key, others.pop(0), types[key])
+    return args_type(**values), others
 
 
 # ---- flags -----------------------------------------------------------------------------------
