@@ -85,7 +85,7 @@ def parse(args_type: type, argv: Sequence[str], prog: str) -> Any:
 
     Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
     """
-    args, others = parse_flags(args_type, translate_old_flags(argv), prog)
+    args, others = parse_flags(args_type, argv, prog)
     reject_unknown(others, key_types(args_type))
     check(args)
     return args
@@ -103,7 +103,7 @@ def parse_flags(
     several lines.
     """
     types, args = flag_types(args_type), []
-    for arg, following in pairwise([*argv, "--"]):
+    for arg, following in pairwise([*translate_old_flags(argv), "--"]):
         is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
         is_alone = is_bool and following not in ("True", "False")
         args.append(f"{arg}=True" if is_alone else arg)

@@ -19,14 +19,8 @@ import tyro
 
 from jaxgpt import __version__
 from jaxgpt import config as keys
-from jaxgpt.cli.command_line import (
-    choose_config,
-    parse,
-    parse_command_line,
-    parse_flags,
-    translate_old_flags,
-)
-from jaxgpt.config import UserError, key_types
+from jaxgpt.cli.command_line import choose_config, parse, parse_command_line, parse_flags
+from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.options import BenchArgs
 
@@ -203,16 +197,8 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
     params = SamplingParams(**{name: getattr(args, name) for name in names})
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     texts, began = list(prompts), time.perf_counter()
-    stream = generate_text(
-        sampler,
-        tokenizer,
-        prompts,
-        args.max_new_tokens,
-        stop=args.stop,
-        seed=args.seed,
-        overflow=args.overflow,
-        params=params,
-    )
+    options = {"params": params, "stop": args.stop, "seed": args.seed, "overflow": args.overflow}
+    stream = generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options)
     print(show(texts[0]), end="", flush=True)  # after generate_text has accepted the prompts
     for pieces in stream:
         print(show(pieces[0]), end="", flush=True)
@@ -359,9 +345,8 @@ class PlanArgs:
 
 def plan(argv: list[str]) -> int:
     """Print what a training step would need on absent hardware."""
-    argv = translate_old_flags(argv)
     args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
-    command_line = parse_command_line(flags, key_types(PlanArgs))
+    command_line = parse_command_line(flags, other_flags=vars(args))
     config = command_line.config.replace(**command_line.overrides)
     import jax
 

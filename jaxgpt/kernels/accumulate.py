@@ -1,6 +1,6 @@
 """Gradient accumulation over the micro-batches of a step.
 
-M micro-batches, B sequences of a micro-batch, T length.
+M micro-batches, B sequences per micro-batch, T length.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 BATCH = ("data", "fsdp")
 MAX_CPU_TOKENS = 2048  # per core (docs/performance.md, "At most 2,048 tokens per core")
-
-
-def accumulation_reference(mesh: Mesh) -> Callable:
-    """Return `accumulate`, which accumulates on every mesh."""
-    return accumulate
 
 
 def accumulate(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:

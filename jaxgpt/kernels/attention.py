@@ -191,18 +191,16 @@ def attention_xla(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: None, options: AttentionOptions, *,
     implementation: Any = "xla",
 ) -> jax.Array:  # fmt: skip
-    """Call `jax.nn.dot_product_attention`, which has no dropout.
-
-    (docs/performance.md, "XLA attention" and "Flash attention on GPUs")
-    """
-    same_BTS = None
+    """Call `jax.nn.dot_product_attention`, which has no dropout."""
+    # (docs/performance.md, "XLA attention" and "Flash attention on GPUs")
+    mask_B1TS = None
     if segment_ids_BT is not None:
-        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        mask_B1TS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
-        mask=None if same_BTS is None else same_BTS[:, None],
+        mask=mask_B1TS,
         is_causal=options.causal,
         local_window_size=(options.window - 1, 0) if options.window else None,
         implementation=implementation,

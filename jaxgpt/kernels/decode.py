@@ -16,8 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.kernels.linear import pack_bf16
 
-# A CPU's cores share the reading of larger weights (docs/performance.md, "Batch split over cores").
-SHARED_READ_BYTES = 1 << 27
+SHARED_READ_BYTES = 1 << 27  # a CPU's cores read larger weights together
 
 
 # ---- weights ---------------------------------------------------------------------------------
@@ -29,10 +28,8 @@ def compute_dtype_reference(dtype: str) -> str:
 
 
 def compute_dtype_cpu(dtype: str) -> str:
-    """Return float32 for bfloat16, because XLA:CPU emulates bfloat16 arithmetic.
-
-    (docs/performance.md, "Float32 compute for bfloat16")
-    """
+    """Return float32 for bfloat16, because XLA:CPU emulates bfloat16 arithmetic."""
+    # (docs/performance.md, "Float32 compute for bfloat16")
     return "float32" if dtype == "bfloat16" else dtype
 
 
@@ -53,15 +50,11 @@ def weights_for(
 
 
 def pack_weights(model: nnx.Module) -> Any:
-    """Return the model's parameters, with those of linear maps packed by `linear.pack_bf16`.
-
-    Linear maps are the modules that have an `equation`.
-    """
+    """Return the model's parameters, with packed weights of the modules that have an `equation`."""
     modules: Any = nnx.iter_modules(model)
     for _, module in modules:
         if getattr(module, "equation", ""):
-            packed = pack_bf16(module.equation, module.kernel[...])
-            module.kernel.set_value(packed)
+            module.kernel.set_value(pack_bf16(module.equation, module.kernel[...]))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
 

@@ -20,10 +20,8 @@ def embed_reference(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def embed_cpu(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Compute `embed_reference`, also from a tied table [D / 2, V] that `linear.pack_bf16` packed.
-
-    (docs/performance.md, "Packed bfloat16 weights")
-    """
+    """Compute `embed_reference`, also from a tied table [D / 2, V] of `linear.pack_bf16`."""
+    # (docs/performance.md, "Packed bfloat16 weights")
     if table_VD.dtype == jnp.uint32:
         return jnp.moveaxis(jnp.concatenate(unpack_bf16(table_VD[:, tokens_BT])), 0, -1)
     return embed_reference(table_VD, tokens_BT)

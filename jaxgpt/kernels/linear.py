@@ -104,8 +104,7 @@ def _matmul_2d(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) ->
 def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
     """Multiply one row by a large matrix, [R, S] if S `is_last` and else [S, R], in eight parts.
 
-    XLA:CPU reads the parts with both cores
-    (docs/performance.md, "Row product in eight parts").
+    XLA:CPU reads the parts with both cores (docs/performance.md, "Row product in eight parts").
     """
     S = x_1S.size
     if is_last:
@@ -113,9 +112,8 @@ def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
         x_PS = jnp.broadcast_to(x_1S, (parts, S))
         return jnp.einsum("PS,PRS->PR", x_PS, y.reshape(parts, -1, S))
     parts = math.gcd(S, 8)
-    summands_PR = jnp.einsum(
-        "PS,PSR->PR", x_1S.reshape(parts, -1), y.reshape(parts, S // parts, -1)
-    )
+    x_PS, y_PSR = x_1S.reshape(parts, -1), y.reshape(parts, S // parts, -1)
+    summands_PR = jnp.einsum("PS,PSR->PR", x_PS, y_PSR)
     return sum(summands_PR[1:], summands_PR[0])
 
 

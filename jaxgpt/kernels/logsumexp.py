@@ -14,10 +14,7 @@ def logsumexp_reference(x: jax.Array) -> jax.Array:
 
 
 def _one_pass(x: jax.Array) -> jax.Array:
-    """Compute the log-sum-exp in one pass with a running maximum and sum.
-
-    Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
-    """
+    """Compute the log-sum-exp with a running maximum and sum (Milakov & Gimelshein 2018)."""
 
     def join(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array]:
         maximum = jnp.maximum(a[0], b[0])
@@ -31,10 +28,8 @@ def _one_pass(x: jax.Array) -> jax.Array:
 
 
 def _with_gradient_from_result(forward: Callable) -> Callable:
-    """Return `forward` with the gradient exp(x - result), which saves no array of exponentials.
-
-    (docs/performance.md, "Log-sum-exp gradient from its result")
-    """
+    """Return `forward` with the gradient exp(x - result), which saves no array of exponentials."""
+    # (docs/performance.md, "Log-sum-exp gradient from its result")
 
     @jax.custom_vjp
     def logsumexp(x: jax.Array) -> jax.Array:
@@ -53,5 +48,6 @@ def _with_gradient_from_result(forward: Callable) -> Callable:
 
 
 logsumexp_default = _with_gradient_from_result(logsumexp_reference)
-# (docs/performance.md, "One-pass log-sum-exp")
-logsumexp_gpu = _with_gradient_from_result(_one_pass)
+logsumexp_gpu = _with_gradient_from_result(
+    _one_pass
+)  # (docs/performance.md, "One-pass log-sum-exp")

@@ -5,7 +5,6 @@ D is the width of the last axis.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +28,21 @@ def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.A
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalize(row_mean: Callable, hold: Callable, centered: bool, x, scale_D):
-    return _normalize_fwd(row_mean, hold, centered, x, scale_D)[0]
+def _normalize(row_mean: Callable, keeps_statistics: bool, centered: bool, x, scale_D):
+    return _normalize_fwd(row_mean, keeps_statistics, centered, x, scale_D)[0]
 
 
-def _normalize_fwd(row_mean: Callable, hold: Callable, centered: bool, x, scale_D):
+def _normalize_fwd(row_mean: Callable, keeps_statistics: bool, centered: bool, x, scale_D):
     x_f32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = row_mean(x_f32) if centered else jnp.zeros((), x_f32.dtype)
     inverse_std = jax.lax.rsqrt(row_mean(jnp.square(x_f32 - mean)) + NORM_EPSILON)
     return (x_f32 - mean) * inverse_std * scale_D, (x, mean, inverse_std, scale_D)
 
 
-def _normalize_bwd(row_mean: Callable, hold: Callable, centered: bool, saved: tuple, dy):
+def _normalize_bwd(row_mean: Callable, keeps_statistics: bool, centered: bool, saved: tuple, dy):
     x, mean, inverse_std, scale_D = saved
-    mean, inverse_std = hold((mean, inverse_std))
+    if keeps_statistics:
+        mean, inverse_std = jax.lax.optimization_barrier((mean, inverse_std))
     normalized = (x.astype(dy.dtype) - mean) * inverse_std
     product = dy * normalized
     removed = normalized * row_mean(product, scale_D)
@@ -73,16 +73,12 @@ def _mean_divided_last(x: jax.Array, scale_D: jax.Array | float = 1.0) -> jax.Ar
     return (x * scale_D).mean(-1, keepdims=True)
 
 
-def _unchanged(x: Any) -> Any:
-    return x
-
-
 def norm_cpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
     """Compute `norm_reference` with row sums as matrix products.
 
     XLA:CPU sums a row element by element (docs/performance.md, "Norm sums as matrix products").
     """
-    return _normalize(_mean_by_matmul, _unchanged, centered, x, scale_D)
+    return _normalize(_mean_by_matmul, False, centered, x, scale_D)
 
 
 def norm_gpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
@@ -91,7 +87,7 @@ def norm_gpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
     Otherwise each kernel of the gradient computes the statistics again, from float32 arrays
     (docs/performance.md, "Norm statistics in memory").
     """
-    return _normalize(_mean_by_sum, jax.lax.optimization_barrier, centered, x, scale_D)
+    return _normalize(_mean_by_sum, True, centered, x, scale_D)
 
 
 def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
@@ -100,4 +96,4 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
     This takes less memory if XLA splits rows over TPUs
     (docs/performance.md, "Row means divided last").
     """
-    return _normalize(_mean_divided_last, _unchanged, centered, x, scale_D)
+    return _normalize(_mean_divided_last, False, centered, x, scale_D)

@@ -248,7 +248,7 @@ def test_the_parsed_command_line_has_the_keys_that_were_set_and_no_other(write):
     path = write("config = Config(n_layer=5)\n")
     parsed = parse_command_line([path, "--n_layer=5", "--min-lr", "0", "--overwrite"])
     assert parsed.overrides == {"n_layer": 5, "min_lr": 0.0, "overwrite": True}
-    assert (parsed.config, parsed.cpu_config, parsed.config_file) == (Config(n_layer=5), None, path)
+    assert (parsed.config, parsed.cpu_config) == (Config(n_layer=5), None)
     assert parsed.config.config_file == path
 
 
