@@ -5,6 +5,7 @@ U steps in a call, M micro-batches in a step, B sequences in a micro-batch, T le
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,12 +103,17 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+# The form of every error message: SUBJECT: PROBLEM; expected WHAT; try WHAT.
+ERROR_FORM = re.compile(r"\S.*?: \S.*; (expected|try) \S[^\n]*[^\n.]")
+
+
 def refusal(function, *args, **keys) -> str:
-    """The one line of the `UserError` that a call must raise."""
+    """Return the message of the `UserError` that a call must raise, after checking its form."""
     with pytest.raises(UserError) as raised:
         function(*args, **keys)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    message = str(raised.value)
+    assert ERROR_FORM.fullmatch(message), message
+    return message
 
 
 def exit_code(function, *args) -> int | None:

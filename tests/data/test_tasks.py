@@ -18,10 +18,10 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset, prepare
 from jaxgpt.data.tasks import TASKS, Arithmetic, Problems, TrainProblems, ValProblems
+from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import ArithmeticTokenizer
 from jaxgpt.evaluate import full_split
 from jaxgpt.runtime.mesh import make_mesh
-from jaxgpt.sample import TextStream
 from jaxgpt.tools import evaluation
 from jaxgpt.train import train
 

@@ -128,6 +128,7 @@ def test_bad_input_is_one_line_and_code_2_and_compiles_nothing(world, capsys, mo
     assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert lines == errors.splitlines()[-1:]
+    assert ERROR_FORM.fullmatch(lines[0].removeprefix("error: "))
     after = contents(world / "run") | contents(world / "data")
     changed = {path.name for path in before if before[path] != after.get(path)}
     assert changed <= {"config.json", ".lock", "log.txt", "metrics.jsonl"}

@@ -260,7 +260,7 @@ BAD = [  # tensors, fields of config.json, what is said
     ({}, {"tie_word_embeddings": False}, ": has tie_word_embeddings=False; expected True"),
     ({}, {"activation_function": "silu"}, ": has activation_function='silu'; expected one of "
                                           "gelu_new, gelu, relu, relu2, gelu_pytorch_tanh"),
-    ({}, {"n_layer": "two"}, "config.json: n_layer='two': must be a whole number at least 0"),
+    ({}, {"n_layer": "two"}, "config.json: n_layer='two': invalid value; expected a whole"),
     ({}, {"max_iters": 5}, "belongs to a jaxgpt run; try --out_dir="),
 ]  # fmt: skip
 
