@@ -190,10 +190,10 @@ def print_help(args_type: type, prog: str, description: str | None = None) -> No
 def print_key_help(config: Config) -> None:
     """Print every key with this config's value: common keys first, then a group per class."""
     types, values = key_types(type(config)), config.to_dict()
-    classes = dict.fromkeys((*Config.__bases__, *reversed(type(config).__mro__)))
-    with_keys = [keys_class for keys_class in classes if inspect.get_annotations(keys_class)]
+    mro = type(config).__mro__[:-1]  # without `object`
+    classes = dict.fromkeys((*Config.__bases__, *reversed(mro)))
     texts = {}
-    for keys_class in with_keys:
+    for keys_class in classes:
         texts |= key_help(keys_class)
 
     def field(key: str) -> tuple[str, Any, Any]:
@@ -201,14 +201,14 @@ def print_key_help(config: Config) -> None:
 
     shown = set(COMMON_KEYS)
     groups: list[Any] = [field(key) for key in COMMON_KEYS]
-    for keys_class in with_keys:
-        keys = [key for key in inspect.get_annotations(keys_class) if key in types.keys() - shown]
-        if keys:
+    for keys_class in classes:
+        own = inspect.get_annotations(keys_class).keys() & types.keys() - shown
+        if own:
             name = keys_class.__name__.removesuffix("Config").lower()
-            group = make_dataclass(name, map(field, keys))
+            group = make_dataclass(name, [field(key) for key in types if key in own])
             group.__doc__ = keys_class.__doc__
             groups.append((name, group))
-            shown.update(keys)
+            shown |= own
     description = "Train the model that FILE describes. Set any key with --key=value."
     print_help(make_dataclass("Keys", groups, kw_only=True), "train.py --config FILE", description)
 
