@@ -41,11 +41,7 @@ REMAT_POLICIES = {
 }
 
 
-@partial(
-    register_dataclass,
-    data_fields=["dropout", "layer", "segment_ids_BT", "first_v_BTKH", "cache", "position"],
-    meta_fields=[],
-)
+@register_dataclass
 @dataclass(frozen=True)
 class Context:
     """What a layer needs besides its input: its index, masks and, when sampling, its cache."""

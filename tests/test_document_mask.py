@@ -32,7 +32,7 @@ def test_cudnn_is_refused_by_name_and_auto_says_what_it_takes_instead():
     config = make_config(attention="auto", dtype="bfloat16", block_size=128, n_embd=32)
     chosen, (line,) = device.choose_attention(config, target_platform="gpu")
     assert chosen == "xla"
-    assert "not cudnn: cannot keep documents apart, and document_mask=True" in line
+    assert "because cudnn cannot keep documents apart, but document_mask=True" in line
     with pytest.raises(UserError, match="attention='cudnn': cannot keep documents apart"):
         device.choose_attention(config.replace(attention="cudnn"), target_platform="gpu")
     assert device.choose_attention(config, target_platform="tpu") == ("splash", [])

@@ -698,7 +698,7 @@ def test_prompts_are_asked_for_until_there_are_no_more(command, monkeypatch, end
     code, out, err = command("--out_dir=letters", *SHORT, "--interactive")
     last = "" if end else "\n"
     assert (code, out) == (0, f"> abcdef\n{SEPARATOR}> > fgh\nabcd\n{SEPARATOR}> {last}")
-    assert err.count("error: no token for 'Z'") == 1
+    assert err.count("error: text: no token for 'Z'") == 1
     assert "Traceback" not in err
 
 

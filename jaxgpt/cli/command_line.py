@@ -1,7 +1,4 @@
-"""Parse command lines: `[--config] FILE [--key=value ...]` for training, flags for other commands.
-
-One parser serves all commands, so that mistakes are one-line errors; tyro prints `--help`.
-"""
+"""Parse command lines: `[--config] FILE [--key=value ...]` to train, flags for other commands."""
 
 import ast
 import difflib
@@ -11,16 +8,16 @@ import shutil
 import textwrap
 import typing
 from ast import AnnAssign, Constant, Expr, Name
-from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, make_dataclass
+from contextlib import redirect_stderr, suppress
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
+from io import StringIO
 from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
 
-from jaxgpt.config import Config, UserError, check_value, key_types
+from jaxgpt.config import Config, UserError, check, check_value, key_types
 from jaxgpt.runtime.config_file import load_config_file
 
 COMMON_KEYS = (  # the first group of --help
@@ -31,10 +28,10 @@ COMMON_KEYS = (  # the first group of --help
 UNSUPPORTED = {"compile": "jaxgpt always compiles", "backend": "JAX has collectives of its own"}
 # Old names of flags, and old names of their values.
 OLD_FLAGS = {
-    "what": "benchmark", "pairs": "repeats", "vs": "compare_to", "fit": "search",
-    "context": "overflow",
+    "--what": "--benchmark", "--pairs": "--repeats", "--vs": "--compare_to", "--fit": "--search",
+    "--context": "--overflow",
 }  # fmt: skip
-OLD_VALUES = {"context": {"halve": "truncate", "exact": "slide"}}
+OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class CommandLine:
     config: Config
     cpu_config: Config | None
     overrides: dict[str, Any]
+    config_file: str
 
 
 def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> CommandLine:
@@ -51,105 +49,153 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
 
     Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
     """
-    given, flags = take_flags(argv, {"config": str})
-    if not given and flags and not flags[0].startswith("-"):
-        given = {"config": flags.pop(0)}
-    config_file = given.get("config", "")
+    config_file, flags = split_config_file(list(argv))
     configs = load_config_file(config_file) if config_file else {"config": Config()}
     config = configs["config"]
-    if asks_for_help(flags):
-        print_key_help(config)
     types = key_types(type(config))
-    overrides, others = take_flags(flags, types)
+    description = "Train the model that FILE describes. Set any key with --key=value."
+    groups, others = parse_flags(key_groups(config), flags, "train.py --config FILE", description)
     reject_unknown(others, [*types, *other_flags])
     if not config_file:
         raise UserError("--config: missing; expected a file; try --config configs/shakespeare.py")
-    return CommandLine(config, configs.get("cpu_config"), overrides)
+    values = {}
+    for name, value in vars(groups).items():
+        values |= vars(value) if is_dataclass(value) else {name: value}
+    given = [key for key in map(flag_key, flags) if key in types]
+    overrides = {key: check_value(key, values[key], types[key]) for key in given}
+    return CommandLine(config, configs.get("cpu_config"), overrides, config_file)
+
+
+def split_config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """Split the config file, which comes first or after `--config`, from the other flags."""
+    flags = join_values(argv)
+    for flag in flags:
+        if flag == "--config":
+            raise UserError("--config: has no value; expected --config=FILE")
+        if flag.startswith("--config="):
+            others = [other for other in flags if other is not flag]
+            return flag.removeprefix("--config="), others
+    if flags and not flags[0].startswith("-"):
+        return flags[0], flags[1:]
+    return "", flags
 
 
 def parse(args_type: type, argv: Sequence[str], prog: str) -> Any:
-    """Parse a command's flags into its dataclass; see `parse_known`."""
-    args, others = parse_known(args_type, argv, prog)
-    reject_unknown(others, key_types(args_type))
-    return args
+    """Parse a command's flags into its dataclass, and check them.
 
-
-def parse_known(args_type: type, argv: Sequence[str], prog: str) -> tuple[Any, list[str]]:
-    """Parse the flags of a dataclass, and return an instance and the other arguments.
-
-    A field without a default may be given without its name. Raises `UserError` for mistakes. Exits
-    with code 0 after printing `--help`.
+    Raises `UserError` for mistakes. Exits with code 0 after printing `--help`.
     """
-    if asks_for_help(argv):
-        print_help(args_type, prog)
-    types = key_types(args_type)
-    values, others = take_flags(argv, types)
-    for field in fields(args_type):
-        key = field.name
-        if key in values or field.default is not MISSING:
-            continue
-        if others and others[0].startswith("-"):
-            reject_unknown(others, types)
-        if not others:
-            raise UserError(f"--{key}: missing; expected --{key}=VALUE; try {prog} --help")
-        values[key] = check_value(key, others.pop(0), types[key])
-    return args_type(**values), others
+    args, others = parse_flags(args_type, argv, prog)
+    reject_unknown(others, key_types(args_type))
+    check(args)
+    return args
 
 
 # ---- flags -----------------------------------------------------------------------------------
 
 
-def take_flags(argv: Sequence[str], types: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split a command line into the values of the flags in `types`, and the other arguments.
+def parse_flags(
+    args_type: type, argv: Sequence[str], prog: str, description: str | None = None
+) -> tuple[Any, list[str]]:
+    """Let tyro parse flags or print `--help`; return the dataclass and the arguments left over.
 
-    A flag is --key=value, --key value, or --key alone for a bool. A tuple takes all arguments up
-    to the next flag, and its flag may be repeated. Raises `UserError` for a missing or bad value.
+    A flag of a bool may stand alone for True. Raises `UserError` where tyro would print an error of
+    several lines.
     """
-    values: dict[str, Any] = {}
-    others, args = [], deque(argv)
-    while args:
-        arg = args.popleft()
-        name, equals, text = arg.partition("=")
-        given_key = name.removeprefix("--").replace("-", "_")
-        key = given_key if given_key in types else OLD_FLAGS.get(given_key, "")
-        if not arg.startswith("--") or key not in types:
-            others.append(arg)
+    types, args = flag_types(args_type), []
+    for arg, following in pairwise([*translate_old_flags(argv, types), "--"]):
+        is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
+        is_alone = is_bool and following not in ("True", "False")
+        args.append(f"{arg}=True" if is_alone else arg)
+    os.environ["COLUMNS"] = str(min(80, shutil.get_terminal_size().columns))  # tyro reads it
+    try:
+        with redirect_stderr(StringIO()):
+            return tyro.cli(
+                args_type,
+                args=args,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as end:
+        if end.code == 0:
+            raise
+    missing = [field.name for field in fields(args_type) if field.default is MISSING]
+    raise flag_error(args, types) or UserError(
+        f"--{missing[0]}: missing; expected a value; try {prog} --help"
+    )
+
+
+def flag_types(args_type: type) -> dict[str, Any]:
+    """Return the annotation of each flag of a dataclass, whose fields may be groups of flags."""
+    found = {}
+    for key, hint in key_types(args_type).items():
+        found |= flag_types(hint) if isinstance(hint, type) and is_dataclass(hint) else {key: hint}
+    return found
+
+
+def flag_error(argv: Sequence[str], types: dict[str, Any]) -> UserError | None:
+    """Return the error for the first flag whose value does not parse."""
+    for flag in join_values(argv):
+        name, equals, text = flag.partition("=")
+        key = flag_key(flag)
+        if key not in types:
             continue
-        kind = value_type(types[key])
-        texts = [text] if equals else take_texts(args, kind)
-        if not texts:
-            raise UserError(f"--{key}: has no value; expected --{key}=VALUE")
-        if typing.get_origin(kind) is tuple:
-            values[key] = (*values.get(key, ()), *texts)
+        if not equals:
+            return UserError(f"{name}: has no value; expected {name}=VALUE")
+        try:
+            check_value(key, convert(text, types[key]), types[key])
+        except UserError as error:
+            return error
+    return None
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Join each flag with the value that follows it: `--key value` becomes `--key=value`."""
+    joined: list[str] = []
+    for arg in argv:
+        is_value = joined and joined[-1].startswith("--") and "=" not in joined[-1]
+        if is_value and not arg.startswith("--"):
+            joined[-1] += f"={arg}"
         else:
-            text = OLD_VALUES.get(given_key, {}).get(texts[0], texts[0])
-            values[key] = check_value(key, convert(text, kind), types[key])
-    return values, others
+            joined.append(arg)
+    return joined
 
 
-def take_texts(args: deque[str], kind: Any) -> list[str]:
-    """Remove a flag's values from the front of the arguments, and return them."""
-    if kind is bool:
-        return [args.popleft()] if args and args[0] in ("True", "False") else ["True"]
-    most = len(args) if typing.get_origin(kind) is tuple else 1
-    texts = []
-    while args and len(texts) < most and not args[0].startswith("--"):
-        texts.append(args.popleft())
-    return texts
+def flag_key(flag: str) -> str:
+    """Return the key of a flag: n_layer for --n_layer=4 and --n-layer=4."""
+    return flag.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
-def value_type(hint: Any) -> Any:
-    """Return a key's type without its annotations: int, float, bool, str, a Literal or a tuple."""
+def kind_of(hint: Any) -> Any:
+    """Return the type of a key without its annotations."""
     return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
 
 
-def convert(text: str, kind: Any) -> Any:
-    """Convert text to a type; return the text itself where it does not fit, for `check_value`."""
+def convert(text: str, hint: Any) -> Any:
+    """Convert text to the type of a key; return the text itself if it does not fit."""
+    kind = kind_of(hint)
     if kind in (int, float):
         with suppress(ValueError):
             return kind(text)
     choices = (True, False) if kind is bool else typing.get_args(kind)
     return {str(choice): choice for choice in choices}.get(text, text)
+
+
+def translate_old_flags(argv: Sequence[str], types: dict[str, Any]) -> list[str]:
+    """Replace old names of the flags in `types`, and of their values, by the current names."""
+    translated, new_values = [], {}
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if flag_key(OLD_FLAGS.get(name, "")) in types:
+            new_values = OLD_VALUES.get(name, {})
+            translated.append(OLD_FLAGS[name] + equals + new_values.get(value, value))
+        else:
+            translated.append(new_values.get(arg, arg))
+            new_values = {}
+    return translated
 
 
 def reject_unknown(args: list[str], known: Iterable[str]) -> None:
@@ -160,7 +206,7 @@ def reject_unknown(args: list[str], known: Iterable[str]) -> None:
     if not flags:
         raise UserError(f"{args[0]}: unexpected argument; expected --key=value; try --help")
     name = flags[0].split("=")[0]
-    key = name.lstrip("-").replace("-", "_")
+    key = flag_key(flags[0])
     if key in UNSUPPORTED:
         raise UserError(f"{name}: {UNSUPPORTED[key]}; expected no such flag; try without {name}")
     nearest = difflib.get_close_matches(key, known, n=1) or ["help"]
@@ -170,25 +216,11 @@ def reject_unknown(args: list[str], known: Iterable[str]) -> None:
 # ---- help ------------------------------------------------------------------------------------
 
 
-def asks_for_help(argv: Sequence[str]) -> bool:
-    return "-h" in argv or "--help" in argv
+def key_groups(config: Config) -> type:
+    """Make a dataclass of all keys with this config's values: common keys, then a group per class.
 
-
-def print_help(args_type: type, prog: str, description: str | None = None) -> None:
-    """Print the help of a dataclass of flags, at most 80 columns wide, and exit."""
-    os.environ["COLUMNS"] = str(min(80, shutil.get_terminal_size().columns))  # tyro reads it
-    tyro.cli(
-        args_type,
-        args=["--help"],
-        prog=prog,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        use_underscores=True,
-    )
-
-
-def print_key_help(config: Config) -> None:
-    """Print every key with this config's value: common keys first, then a group per class."""
+    It is what `--help` shows.
+    """
     types, values = key_types(type(config)), config.to_dict()
     mro = type(config).__mro__[:-1]  # without `object`
     classes = dict.fromkeys((*Config.__bases__, *reversed(mro)))
@@ -209,8 +241,7 @@ def print_key_help(config: Config) -> None:
             group.__doc__ = keys_class.__doc__
             groups.append((name, group))
             shown |= own
-    description = "Train the model that FILE describes. Set any key with --key=value."
-    print_help(make_dataclass("Keys", groups, kw_only=True), "train.py --config FILE", description)
+    return make_dataclass("Keys", groups, kw_only=True)
 
 
 def key_help(keys_class: type) -> dict[str, str]:

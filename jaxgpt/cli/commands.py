@@ -19,7 +19,7 @@ import tyro
 
 from jaxgpt import __version__
 from jaxgpt import config as keys
-from jaxgpt.cli.command_line import choose_config, parse, parse_command_line, parse_known
+from jaxgpt.cli.command_line import choose_config, parse, parse_command_line, parse_flags
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.options import BenchArgs
@@ -345,7 +345,7 @@ class PlanArgs:
 
 def plan(argv: list[str]) -> int:
     """Print what a training step would need on absent hardware."""
-    args, flags = parse_known(PlanArgs, argv, "jaxgpt plan --config FILE")
+    args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
     command_line = parse_command_line(flags, other_flags=vars(args))
     config = command_line.config.replace(**command_line.overrides)
     import jax

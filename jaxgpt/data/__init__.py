@@ -1,1 +1,1 @@
-"""text -> ids -> windows -> device batches."""
+"""Turn text into token ids, ids into windows, and windows into batches on the device."""

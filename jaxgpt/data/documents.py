@@ -1,8 +1,9 @@
-"""Documents -> shards of ids: OpenWebText, FineWeb-Edu, your own parquet or text files.
+"""Tokenize sets of documents: OpenWebText, FineWeb-Edu, your own parquet or text files.
 
-The source is cut into pieces that depend on it alone. The documents of a piece, with an end-of-text
-after each, become train_<piece>.bin and val_<piece>.bin; <piece>.json then says that both are
-whole. So processes and machines can share the work and be restarted, and the files are the same.
+The source alone decides how it is cut into pieces. The documents of a piece, each followed by an
+end-of-text, become train_<piece>.bin and val_<piece>.bin. <piece>.json is written last and says
+that both are complete. Processes and machines can therefore share the work, and continue after an
+interruption, and the files are always the same.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,14 +30,14 @@ from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, SplitIds, name_partial, write_partial
-from jaxgpt.runtime.files import atomic_write, cores, sha256_of
+from jaxgpt.data.tokens import META, PARTIAL, SPLITS, SplitIds, rename_partial, write_partial
+from jaxgpt.runtime.files import atomic_write, cores, import_extra, make_folder, sha256_of
 
 COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
 Piece = Callable[[], Iterable[str]]
-LOAD_ONCE = cache(tokenizers.load)  # in each process
+_load_encoder = cache(tokenizers.load)  # once in each worker
 
 
 class HubSet(NamedTuple):
@@ -55,142 +57,151 @@ HUB = {
         "HuggingFaceFW/fineweb-edu", "sample-10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", 100
     ),
 }
-VAL_FRACTION = {True: 0.0005, False: 0.01}  # of documents, by whether HUB has the set; nanoGPT's
+HUB_VAL_FRACTION = 0.0005  # of documents, as in nanoGPT
+VAL_FRACTION = 0.01  # of documents in local files
 
 
 def prepare(
     dataset: str, data_dir: str, tokenizer: str, *, val_share=0.0, shard="", processes=0
 ) -> Path:
-    """Writes shards of ids and a meta.json to `data_dir`/<name>/, and returns that folder.
+    """Write shards of ids and a meta.json to `data_dir`/<name>/, and return that folder.
 
-    `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file; `tokenizer`
-    is gpt2 or a tokenizer.json with an end-of-text. A hash of its text decides whether a document
-    is in the fraction `val_share` for validation (0: VAL_FRACTION). `shard` i/n makes every n-th
-    piece; meta.json follows when all pieces are there. `processes` take a core each; 0 takes all.
+    `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file. `tokenizer`
+    is gpt2 or a tokenizer.json with an end-of-text. A hash of each text selects the fraction
+    `val_share` for validation; 0 means HUB_VAL_FRACTION or VAL_FRACTION. `shard` i/n makes every
+    n-th piece; meta.json is written once all pieces exist. `processes` of 0 means one per core.
+    Raises `UserError`.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    first, count = map(int, found.groups()) if found else (0, 0)
-    if first >= count:
-        raise UserError(f"shard={shard!r}: must be i/n, with i from 0 to n - 1")
+    wanted = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    if wanted is None or int(wanted[1]) >= int(wanted[2]):
+        expected = "i/n with i from 0 to n - 1"
+        raise UserError(f"shard={shard!r}: not a share; expected {expected}; try --shard=0/2")
     pieces, source = _open(dataset)
     encoder = tokenizers.find(tokenizer, data_dir)
     if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
-        need = f"documents need gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
-        raise UserError(f"tokenizer={tokenizer!r}: {need}")
+        expected = f"gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
+        raise UserError(f"tokenizer={tokenizer!r}: has no end-of-text; expected {expected}")
     path = Path(dataset).resolve()
-    name = dataset if dataset in HUB else path.stem if path.is_file() else path.name
-    folder = Path(data_dir, name)
+    folder = Path(data_dir, path.stem if path.is_file() else path.name)
     manifest = {
         "source": source,
         "pieces": len(pieces),
-        "val_share": val_share or VAL_FRACTION[dataset in HUB],
+        "val_share": val_share or (HUB_VAL_FRACTION if dataset in HUB else VAL_FRACTION),
         "tokenizer": encoder.kind,
         "tokenizer_sha256": hashlib.sha256(encoder.to_json().encode()).hexdigest(),
         "vocab_size": encoder.vocab_size,
         "end_of_text": encoder.eot,
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
-    _begin(folder, manifest, encoder)
-    mine = dict(list(enumerate(pieces))[first::count])
-    _make_pieces(folder, manifest, mine, min(processes or cores(), len(mine)))
+    _mark_unfinished(folder, manifest, encoder)
+    numbers = range(int(wanted[1]), len(pieces), int(wanted[2]))
+    own_pieces = {number: pieces[number] for number in numbers}
+    _make_pieces(folder, manifest, own_pieces, min(processes or cores(), len(own_pieces)))
     _finish(folder, manifest)
     return folder
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:
-    """Returns the pieces of a source, and its description, which also identifies it."""
+    """Return the pieces of a source, and the description that identifies the source."""
     if dataset in HUB:
-        of = HUB[dataset]
-        keys = {"name": of.config, "revision": of.revision}
-        return _rows(of.repo, of.pieces, keys), f"{of.repo}, {of.config}, revision {of.revision}"
+        hub = HUB[dataset]
+        keys = {"name": hub.config, "revision": hub.revision}
+        source = f"{hub.repo}, {hub.config}, revision {hub.revision}"
+        return _cut_rows(dataset, hub.repo, hub.pieces, keys), source
     path = Path(dataset)
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = files or sorted(path.rglob("*.txt"))
     if not files:
-        raise UserError(f"{path}: holds no .parquet and no .txt files")
-    size = sum(file.stat().st_size for file in files)
-    source, count = f"{path}, {len(files)} files, {size:,} bytes", -(-size // PIECE_BYTES)
+        problem = "holds no documents" if path.exists() else "no such file"
+        raise UserError(f"{path}: {problem}; expected a folder of .parquet or .txt files")
+    total_bytes = sum(file.stat().st_size for file in files)
+    source = f"{path}, {len(files)} files, {total_bytes:,} bytes"
+    count = -(-total_bytes // PIECE_BYTES)
     if files[0].suffix == ".parquet":
         keys = {"data_files": {"train": [str(file) for file in files]}}
-        return _rows("parquet", count, keys), source
+        return _cut_rows(dataset, "parquet", count, keys), source
     cuts = np.linspace(0, len(files), min(count, len(files)) + 1).astype(int)
-    return [partial(_texts, files[a:b]) for a, b in pairwise(cuts)], source
+    return [partial(_read_texts, files[start:stop]) for start, stop in pairwise(cuts)], source
 
 
-def _texts(files: list[Path]) -> Iterator[str]:
-    """Yields each file as a document."""
+def _read_texts(files: list[Path]) -> Iterator[str]:
+    """Yield the text of each file as a document."""
     for file in files:
         yield "".join(text for text, _ in read_text(file))
 
 
-def _rows(source: str, count: int, keys: dict[str, Any]) -> list[Piece]:
-    """Cuts what the library `datasets` streams into at most `count` pieces of whole row groups."""
+def _cut_rows(dataset: str, loader: str, count: int, keys: dict[str, Any]) -> list[Piece]:
+    """Cut what the library `datasets` streams into at most `count` pieces of whole row groups."""
+    datasets = import_extra("datasets", dataset, "data")
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"{source}: needs datasets; pip install 'jaxgpt[data]'") from error
-    try:
-        rows: Any = datasets.load_dataset(source, split="train", streaming=True, **keys)
+        rows: Any = datasets.load_dataset(loader, split="train", streaming=True, **keys)
         rows = rows.select_columns([COLUMN]).reshard()
         count = min(count, rows.num_shards)
-        return [partial(_column, rows.shard(count, number)) for number in range(count)]
-    except Exception as error:  # offline, no such column, no parquet file: of many kinds
-        raise UserError(f"{source}: {_first_line(error)}") from error
+        return [partial(_read_rows, dataset, rows.shard(count, n)) for n in range(count)]
+    except Exception as error:  # offline, no such column, no parquet file: many types
+        raise UserError(
+            f"{dataset}: cannot be opened ({_first_line(error)}); "
+            f"expected parquet files with a column {COLUMN}, here or on a hub that is online"
+        ) from error
 
 
-def _column(rows: Any) -> Iterator[str]:
+def _read_rows(dataset: str, rows: Any) -> Iterator[str]:
+    """Yield the documents in these rows that are not empty."""
     try:
         for batch in rows.iter(batch_size=BATCH):
             yield from filter(None, batch[COLUMN])
     except Exception as error:
-        raise UserError(f"{_first_line(error)}; run the same command again to continue") from error
+        raise UserError(
+            f"{dataset}: reading failed ({_first_line(error)}); "
+            "try the same command again, which keeps the finished pieces"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-def _begin(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
-    """Marks the folder as unfinished. Raises `UserError` if it holds something else."""
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
+def _mark_unfinished(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
+    """Mark the folder as unfinished. Raises `UserError` if it holds another dataset."""
+    advice = "try another --data_dir, or delete the folder"
     for note in folder.glob("[0-9]*.json"):
-        begun = _read(note)["plan"]
+        begun = _read_json(note)["plan"]
         for key, value in manifest.items():
             if begun.get(key) != value:
-                said = f"was begun with {key}={begun.get(key)!r}, and this is {value!r}"
-                raise UserError(f"{folder}: {said}; delete it to begin anew")
+                was = f"was begun with {key}={begun.get(key)!r}, but now {key}={value!r}"
+                raise UserError(f"{folder}: {was}; {advice}")
     meta = folder / META
-    if meta.exists() and "pieces" not in _read(meta):
-        raise UserError(f"{folder}: holds another dataset; delete it or take another --data_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    if meta.exists() and "pieces" not in _read_json(meta):
+        raise UserError(f"{folder}: holds another dataset; expected a new folder; {advice}")
+    make_folder(folder, str(folder), "--data_dir")
     atomic_write(folder / tokenizers.FILE, encoder.to_json(), shared=True)
     (folder / (META + PARTIAL)).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], processes: int) -> None:
-    """Makes the pieces that are not whole yet, in worker processes."""
-    began, made = time.perf_counter(), 0
-    console, spawn = Console(stderr=True), multiprocessing.get_context("spawn")
+    """Make the pieces that are not complete yet, in worker processes."""
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
-    with Progress(console=console) as progress, pool:
+    num_tokens, start = 0, time.perf_counter()
+    with Progress(console=Console(stderr=True)) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
         jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:
             for job in as_completed(jobs):
-                made += job.result()
-                rate = made / (time.perf_counter() - began)
-                about = f"{folder.name}: {made:,} tokens, {rate:,.0f} tokens/s"
-                progress.update(task, advance=1, description=about)
+                num_tokens += job.result()
+                rate = num_tokens / (time.perf_counter() - start)
+                description = f"{folder.name}: {num_tokens:,} tokens, {rate:,.0f} tokens/s"
+                progress.update(task, advance=1, description=description)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    seconds = time.perf_counter() - began
-    console.print(f"{made:,} tokens in {seconds:,.1f} s by {processes} processes", highlight=False)
+    seconds = time.perf_counter() - start
+    line = f"{num_tokens:,} tokens in {seconds:,.1f} s with {processes} processes"
+    print(line, file=sys.stderr)
 
 
 def _start_worker() -> None:
-    """Keeps a worker to one core, and ends it with the process that started it."""
+    """Limit a worker to one core, and end the worker when its parent ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -202,61 +213,60 @@ def _exit_with_parent() -> None:
 
 
 def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piece) -> int:
-    """Writes a piece, unless its files are as its note says -> how many tokens it wrote."""
-    files, note = _files(folder, number)
+    """Write a piece unless its files are as its note says; return how many tokens it wrote."""
+    files, note = _piece_files(folder, number)
     if note.exists():
-        made = _read(note)
-        if all(f.is_file() and sha256_of(f) == made[s]["sha256"] for s, f in files.items()):
+        noted = _read_json(note)
+        if all(f.is_file() and sha256_of(f) == noted[s]["sha256"] for s, f in files.items()):
             return 0
-    encoder: Any = LOAD_ONCE(folder / tokenizers.FILE)
+    encoder: Any = _load_encoder(folder / tokenizers.FILE)
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
-    name_partial(files)
-    made = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
-    atomic_write(note, json.dumps(made, indent=1))
+    rename_partial(files)
+    noted = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}
+    atomic_write(note, json.dumps(noted, indent=1))
     return sum(counts.values())
 
 
 def _encode(texts: Iterable[str], encoder: BpeTokenizer, val_share: float) -> SplitIds:
-    """Yields the ids of documents by split. Copies of a document are in one split."""
+    """Yield the ids of documents by split. Equal documents are in the same split."""
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
-        parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+        documents: dict[str, list[str]] = {split: [] for split in SPLITS}
         for text in batch:
             digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
             is_val = int.from_bytes(digest[:8], "little") < val_share * 2**64
-            parts["val" if is_val else "train"].append(text)
-        for split, documents in parts.items():
-            yield split, encoder.encode_documents(documents)
+            documents["val" if is_val else "train"].append(text)
+        for split in SPLITS:
+            yield split, encoder.encode_documents(documents[split])
 
 
-def _files(folder: Path, number: int) -> tuple[dict[str, Path], Path]:
-    """Returns the token files of a piece by split, and its note."""
+def _piece_files(folder: Path, number: int) -> tuple[dict[str, Path], Path]:
+    """Return the token files of a piece by split, and its note."""
     files = {split: folder / f"{split}_{number:05d}.bin" for split in SPLITS}
     return files, folder / f"{number:05d}.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes meta.json, if all pieces are there."""
-    pieces = [_files(folder, number) for number in range(manifest["pieces"])]
-    made = [(files, _read(note)) for files, note in pieces if note.exists()]
-    missing = len(pieces) - len(made)
+    """Write meta.json if all pieces exist. Raises `UserError` if a split has no document."""
+    pieces = [_piece_files(folder, number) for number in range(manifest["pieces"])]
+    finished = [(files, _read_json(note)) for files, note in pieces if note.exists()]
+    missing = len(pieces) - len(finished)
     if missing:
-        print(f"{missing} of {len(pieces)} pieces are still to come, from other shards")
+        print(f"{folder}: {missing} of {len(pieces)} pieces are missing; run the other shards")
         return
-    counts, sums = dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS}
+    counts, sums = {}, {}
     for split in SPLITS:
-        for files, note in made:
-            if note[split]["tokens"]:
-                counts[split] += note[split]["tokens"]
-                sums[split][files[split].name] = note[split]["sha256"]
+        parts = {files[split].name: note[split] for files, note in finished}
+        counts[split] = sum(part["tokens"] for part in parts.values())
+        sums[split] = {name: part["sha256"] for name, part in parts.items() if part["tokens"]}
         if not counts[split]:
-            do = f"delete {folder} and begin anew with another one"
-            share = f"val_share={manifest['val_share']}"
-            raise UserError(f"{share}: leaves no document for {split}; {do}")
+            problem = f"leaves no document for {split}"
+            advice = f"try another --val_share after deleting {folder}"
+            raise UserError(f"val_share={manifest['val_share']}: {problem}; {advice}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
     (folder / (META + PARTIAL)).unlink(missing_ok=True)

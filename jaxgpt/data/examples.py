@@ -1,4 +1,4 @@
-"""Prompts and completions, a JSON object per line -> ids; only those of completions are targets."""
+"""Encode prompts and completions, one JSON object per line; only completions are targets."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from jaxgpt.data.tokens import SplitIds
 
 
 def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
-    """Collects the characters, with the line break that ends a completion, and counts examples."""
+    """Collect the characters, with the line break that ends a completion; count the examples."""
     chars, count = {"\n"}, 0
     for prompt, completion in read_examples(pieces):
         chars.update(prompt, completion)
@@ -20,10 +20,10 @@ def scan_examples(pieces: Iterable[str]) -> tuple[set[str], int]:
 
 
 def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: int) -> SplitIds:
-    """Yields each example's split and its ids, int32: `~id` for the prompt, then the completion.
+    """Yield each example's split and its ids, int32: `~id` for the prompt, then the completion.
 
-    A completion ends with GPT-2's <|endoftext|> where the tokenizer is a BPE, else with a line
-    break. The first `train_examples` are train, the rest val.
+    A completion ends with GPT-2's <|endoftext|> if the tokenizer is a BPE, else with a line break.
+    The first `train_examples` are train, the rest val.
     """
     is_bpe = encoder.kind not in ("char", "byte")
     end = encoder.encode(END_OF_TEXT if is_bpe else "\n")
@@ -34,7 +34,7 @@ def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: i
 
 
 def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields the prompt and completion of every line that is not blank. Raises `UserError`."""
+    """Yield the prompt and completion of every line that is not blank. Raises `UserError`."""
     for number, line in enumerate(_lines(pieces), 1):
         if not line.strip():
             continue
@@ -44,8 +44,8 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
         except (ValueError, KeyError, TypeError):
             prompt = completion = None
         if not (isinstance(prompt, str) and isinstance(completion, str)):
-            form = 'an object with two texts, as in {"prompt": "2+2=", "completion": "4"}'
-            raise UserError(f"line {number}: {line.strip()[:60]!r}: must be {form}")
+            form = 'an object with two texts; try {"prompt": "2+2=", "completion": "4"}'
+            raise UserError(f"line {number}: found {line.strip()[:60]!r}; expected {form}")
         yield prompt, completion
 
 

@@ -1,6 +1,6 @@
-"""The order of the data: a hash, and an epoch's permutation made of it.
+"""Compute the order of the data: a hash, and the permutation of an epoch that is made from it.
 
-Both are written out here, so that the order never changes with a library's version.
+Both are implemented here, so that the order never changes with the version of a library.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ ROUNDS = 6  # of the Feistel network
 def window_starts(
     sample_ids: np.ndarray, *, num_tokens: int, block_size: int, seed: int, stream: int
 ) -> np.ndarray:
-    """Returns where the windows of these samples start, int64.
+    """Return where the windows of these samples start, int64.
 
-    An epoch is a permutation of windows that tile the tokens, all shifted by one random offset, so
-    no token is trained on twice before every window has been. Both depend on (seed, stream, epoch)
-    alone: a sample's start is a pure function of its number, so a resumed run needs no other state.
+    An epoch is a permutation of windows that tile the tokens, all shifted by one random offset.
+    Every window is therefore used once before any token repeats. Permutation and offset depend on
+    (seed, stream, epoch) alone, so a resumed run needs no state but the number of the sample.
     """
     tiles = (num_tokens - 1) // block_size
     windows = max(1, tiles - 1)  # one fewer leaves room to shift by any offset
@@ -28,10 +28,10 @@ def window_starts(
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Moves each `index` by the pseudo-random permutation of range(size) that its key selects.
+    """Map each `index` by the pseudo-random permutation of range(size) that its key selects.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; walking its cycle
-    until the value falls below `size` permutes the range itself (Black & Rogaway 2002).
+    A Feistel network (Luby & Rackoff 1988) permutes the next power of four. Following its cycle
+    until the value is below `size` permutes the range itself (Black & Rogaway 2002).
     """
     bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(bits)) - 1)
@@ -52,7 +52,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Hashes each number to 64 bits: the finaliser of splitmix64 (Steele et al. 2014)."""
+    """Hash each number to 64 bits with the finaliser of splitmix64 (Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

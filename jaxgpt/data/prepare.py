@@ -1,4 +1,4 @@
-"""`jaxgpt prepare`: a text becomes train.bin, val.bin, tokenizer.json and meta.json."""
+"""Prepare a dataset: turn a text into train.bin, val.bin, tokenizer.json and meta.json."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,63 +16,63 @@ from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
-from jaxgpt.runtime.files import atomic_write
+from jaxgpt.runtime.files import atomic_write, make_folder
 
-TRAIN_FRACTION = 0.9  # of the characters or examples; the rest is for validation, as in nanoGPT
+TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
 
 def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options: Any) -> Path:
-    """Writes `data_dir`/<name>/ for a known corpus or a file, and returns that folder.
+    """Write `data_dir`/<name>/ for a known corpus or a file, and return that folder.
 
     The file is a text, or lines of prompts and completions if its name ends in .jsonl. It may be
     larger than memory. `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus; empty
-    takes the corpus's own, and char for a file. `options` are for sets of documents, which
-    `documents.prepare` handles. Raises `UserError`.
+    means the corpus's own, and char for a file. `options` are for `documents.prepare`, which
+    handles sets of documents. Raises `UserError`.
     """
-    name = Path(dataset).stem
-    if name in TASKS:
-        task = f"{dataset}: {name} is a task whose problems are made as they are needed"
-        raise UserError(f"{task}, so there is nothing to prepare; a text needs another name")
-    if dataset in documents.HUB or Path(dataset).is_dir() or dataset.endswith(".parquet"):
+    path = Path(dataset)
+    if path.stem in TASKS:
+        problem = "is the name of a task, which needs no preparation"
+        advice = f"try --dataset={path.stem} in training, or another name for a text"
+        raise UserError(f"{dataset}: {problem}; {advice}")
+    if dataset in documents.HUB or path.is_dir() or path.suffix == ".parquet":
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     for key, value in options.items():
         if value:
-            raise UserError(f"{key}={value!r}: is for documents, and {dataset} is a text")
-    if dataset not in CORPORA and not Path(dataset).is_file():
-        known = f"a corpus jaxgpt knows ({', '.join([*CORPORA, *documents.HUB])})"
-        raise UserError(f"{dataset}: neither a text file, a folder nor {known}")
-    folder = Path(data_dir, name)
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file, but its name is that of the folder to be made")
-    file, source = Path(dataset), dataset
+            problem = f"applies to documents, and {dataset} is a text"
+            raise UserError(f"{key}={value!r}: {problem}; try without --{key}")
+    if dataset not in CORPORA and not path.is_file():
+        problem = "neither a text file, a folder nor a known corpus"
+        expected = ", ".join([*CORPORA, *documents.HUB])
+        raise UserError(f"{dataset}: {problem}; expected a path, or one of {expected}")
+    folder, source = Path(data_dir, path.stem), dataset
     if dataset in CORPORA:
-        file, source = get_corpus(dataset, folder)
+        path, source = get_corpus(dataset, folder)
         tokenizer = tokenizer or CORPORA[dataset].tokenizer
-    _write_dataset(file, folder, source, tokenizer or "char", data_dir)
+    _write_dataset(path, folder, source, tokenizer or "char", data_dir)
     return folder
 
 
 def prepare_if_missing(config: DataConfig) -> None:
-    """Prepares the dataset of a run if it is a known corpus and not there yet."""
+    """Prepare the dataset of a run if it is a known corpus and not prepared yet."""
     if config.dataset in CORPORA and not tokens.is_prepared(Path(config.data_dir, config.dataset)):
         prepare(config.dataset, config.data_dir)
 
 
 def find_dataset(config: DataConfig, block_size: int) -> Dataset:
-    """Opens the dataset of a run. A known corpus that is missing is prepared first."""
+    """Open the dataset of a run. A known corpus is prepared first if it is missing."""
     if config.dataset in TASKS:
         return open_task(config, block_size)
     prepare_if_missing(config)
     folder = Path(config.data_dir, config.dataset)
     if not folder.is_dir():
-        known = f"name a corpus that jaxgpt knows ({', '.join(CORPORA)})"
-        do = f"make it with jaxgpt prepare, or {known}"
-        raise UserError(f"dataset={config.dataset!r}: there is no {folder}; {do}")
+        expected = f"a prepared dataset, or one of {', '.join([*CORPORA, *TASKS])}"
+        advice = f"try jaxgpt prepare {folder.name}.txt"
+        raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
     return tokens.open_dataset(folder, Path(config.data_dir), block_size)
 
 
 def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_dir: str) -> None:
-    """Encodes a file in two passes: the first collects its characters, the second writes ids."""
+    """Encode a file in two passes: the first collects its characters, the second writes ids."""
     if tokenizer in CORPORA:
         prepare_if_missing(DataConfig(dataset=tokenizer, data_dir=data_dir))
         tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
@@ -85,15 +85,16 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
         chars, length = scan(_read(file, progress, "reading"))
         train = int(TRAIN_FRACTION * length)
         if train in (0, length):
-            raise UserError(f"{file}: {length} {unit} are too few to split into train and val")
+            problem = f"too few {unit} for train and val ({length})"
+            raise UserError(f"{file}: {problem}; expected at least 2")
         text_chars = "".join(chars)
         is_char = tokenizer == "char"
         encoder = CharTokenizer(text_chars) if is_char else tokenizers.find(tokenizer, data_dir)
         if encoder is None:
-            kinds = "char, byte, gpt2 or a tokenizer.json, or a corpus jaxgpt knows"
-            raise UserError(f"tokenizer={tokenizer!r}: must be {kinds} ({', '.join(CORPORA)})")
-        encoder.encode(text_chars)  # names characters that it lacks, before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
+            kinds = f"char, byte, gpt2, a tokenizer.json, or one of {', '.join(CORPORA)}"
+            raise UserError(f"tokenizer={tokenizer!r}: unknown tokenizer; expected {kinds}")
+        encoder.encode(text_chars)  # fails for missing characters before anything is written
+        make_folder(folder, str(folder), "--data_dir")
         files = {split: folder / f"{split}.bin" for split in tokens.SPLITS}
         pieces = encode(_read(file, progress, "encoding"), encoder, train)
         counts, sums, dtype = tokens.write_partial(files, pieces)
@@ -101,7 +102,7 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
     meta = ids | {"counts": counts, "sha256": sums, "source": source}
     atomic_write(folder / tokenizers.FILE, encoder.to_json())
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
-    tokens.name_partial(files)  # last, because partial files say that the folder is unfinished
+    tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
 
 
 def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:
@@ -112,7 +113,7 @@ def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:
 
 
 def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:
-    """Collects the characters of a text, and counts its length."""
+    """Collect the characters of a text, and count its length."""
     chars, length = set(), 0
     for piece in pieces:
         chars.update(piece)
@@ -121,9 +122,9 @@ def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:
 
 
 def encode_text(pieces: Iterable[str], encoder: Tokenizer, train_chars: int) -> SplitIds:
-    """Yields splits and their ids in order: the first `train_chars` characters are train.
+    """Yield splits and their ids in order: the first `train_chars` characters are train.
 
-    The text is cut at `last_break`, so the ids do not depend on `pieces`.
+    The text is encoded up to its `last_break`, so the ids do not depend on `pieces`.
     """
     left, rest = train_chars, ""
     for piece in pieces:

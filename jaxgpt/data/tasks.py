@@ -1,7 +1,7 @@
-"""Problems of arithmetic, made as they are needed: "123+456=" and its answer, units first.
+"""Generate problems of arithmetic on the fly: "123+456=" and its answer, units first.
 
-The digits of an answer are reversed, because carries start at the units, and the numbers of a
-problem have leading zeros. The tokenizer undoes both in text. n problems, T length.
+The digits of an answer are reversed, because carries start at the units. The numbers of a problem
+have leading zeros. The tokenizer undoes both in text. n is the number of problems.
 """
 
 import sys
@@ -15,19 +15,19 @@ from jaxgpt.data.tokenizer import ArithmeticTokenizer
 from jaxgpt.data.tokens import Dataset, TokenSplit
 
 TASKS = {"adder": "+", "calculator": "+-*/"}
-# Held out of an operation's pairs of one length: one in ONE_IN, and at most MAX_HELD_OUT.
-MAX_HELD_OUT, ONE_IN = 10_000, 20
+ONE_IN = 20  # of the pairs of one operation and length, one in this many is held out
+MAX_HELD_OUT = 10_000  # per operation and length
 
 
 class Problems(NamedTuple):
-    """`a` and `b` are natural numbers, int64 [n]; `kind` is the operation's index in "+-*/"."""
+    """Problems with natural numbers `a` and `b`; `kind` indexes "+-*/". All are int64 [n]."""
 
     kind: np.ndarray
     a: np.ndarray
     b: np.ndarray
 
     def answers(self) -> np.ndarray:
-        """Computes the answers, int64 [n]. A quotient is rounded down."""
+        """Compute the answers, int64 [n]. A quotient is rounded down."""
         kind, a, b = self
         return np.choose(kind, [a + b, a - b, a * b, a // np.maximum(b, 1)])
 
@@ -35,39 +35,39 @@ class Problems(NamedTuple):
 class Arithmetic:
     """The problems of some operations with numbers of 1 to `digits` digits.
 
-    For every length n, some pairs below 10^n are held out by a fixed rule: the first ones in the
-    order that `permute` gives the pairs. Neither such a pair nor its mirror image is ever drawn.
+    For every length n, a fixed rule holds out some pairs below 10^n: the first ones in the order
+    of `permute`. Neither a held-out pair nor its mirror image is ever drawn.
     """
 
     def __init__(self, operations: str, digits: int):
         self.operations, self.digits = operations, digits
         self.tokenizer = ArithmeticTokenizer(operations, digits)
-        self.longest_answer = 1 + (2 * digits if "*" in operations else digits + 1)  # and its end
+        self.longest_answer = (2 * digits if "*" in operations else digits + 1) + 1  # line break
         self.longest = 2 * digits + 2 + self.longest_answer
-        pairs = []
+        parts = []
         for n in range(1, digits + 1):
-            size = 10 ** (2 * n)
-            first = np.arange(min(MAX_HELD_OUT, size // ONE_IN))
+            num_pairs = 10 ** (2 * n)
+            first = np.arange(min(MAX_HELD_OUT, num_pairs // ONE_IN))
             for kind in range(len(operations)):
                 key = np.full(len(first), 100 * n + kind, np.uint64)
-                a, b = np.divmod(permute(first, size, key).astype(np.int64), 10**n)
-                pairs.append((np.full(len(first), kind), a, b))
-        problems = _problems(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+                a, b = np.divmod(permute(first, num_pairs, key).astype(np.int64), 10**n)
+                parts.append(np.stack([np.full(len(first), kind), a, b]))
+        problems = _problems(*np.concatenate(parts, axis=1))
         triples = np.unique(np.stack(problems), axis=1)
         hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
         self.held_out = Problems(*triples[:, np.argsort(hashes, kind="stable")])
         self._held_ids = np.unique(self._ids(self.held_out))
 
     def _ids(self, problems: Problems) -> np.ndarray:
-        """Numbers the problems, below 2^63. A problem and its mirror image share a number."""
+        """Number the problems, below 2^63. A problem and its mirror image share a number."""
         kind, a, b = problems
         top = 10**self.digits
         return (kind * top + np.maximum(a, b)) * top + np.minimum(a, b)
 
     def draw(self, keys: np.ndarray) -> Problems:
-        """Draws a problem from each key. A key whose problem is held out is hashed again.
+        """Draw a problem from each key, [n]. A key whose problem is held out is hashed again.
 
-        The length is the longer of two even draws, because long numbers take more learning.
+        The length is the longer of two uniform draws, because long numbers are harder to learn.
         """
         keys = keys.astype(np.uint64)
         while True:
@@ -80,14 +80,18 @@ class Arithmetic:
             keys = np.where(held_out, splitmix64(~keys), keys)
 
     def _draw(self, keys: np.ndarray) -> Problems:
-        rng = [keys := splitmix64(keys) for _ in range(5)]
+        random = []
+        for _ in range(5):
+            keys = splitmix64(keys)
+            random.append(keys)
         digits, operations = np.uint64(self.digits), np.uint64(len(self.operations))
-        top = np.uint64(10) ** (np.maximum(rng[0] % digits, rng[1] % digits) + np.uint64(1))
-        drawn = rng[2] % operations, rng[3] % top, rng[4] % top
+        length = np.maximum(random[0] % digits, random[1] % digits) + np.uint64(1)
+        top = np.uint64(10) ** length
+        drawn = random[2] % operations, random[3] % top, random[4] % top
         return _problems(*(x.astype(np.int64) for x in drawn))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
-        """Writes a problem a row, int32 [n, `length`]: `~id`, but for the answer and its end."""
+        """Write one problem per row, int32 [n, `length`]; targets are the answer and its end."""
         kind, a, b = problems
         answers, d, start = problems.answers(), self.digits, 2 * self.digits + 2
         powers = 10 ** np.arange(self.longest_answer - 1)
@@ -110,15 +114,16 @@ class Arithmetic:
 
 
 def _problems(kind: np.ndarray, a: np.ndarray, b: np.ndarray) -> Problems:
-    """Replaces a divisor of 0 by 1."""
+    """Make problems with divisors of at least 1."""
     return Problems(kind, a, np.where(kind == 3, np.maximum(b, 1), b))
 
 
 class TrainProblems(TokenSplit):
-    """Endless problems to train on; a window's start is the key that it is drawn from."""
+    """A split of endless training problems; a window's start is the key of its problem."""
 
     def __init__(self, task: Arithmetic):
-        self.task, self.dtype = task, np.dtype(np.int32)
+        self.task = task
+        self.dtype = np.dtype(np.int32)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -129,24 +134,27 @@ class TrainProblems(TokenSplit):
         return splitmix64(keys).view(np.int64)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        raise UserError("eval_iters=0: must be at least 1, because the training problems never end")
+        problem = "needs a split that ends, but training problems are endless"
+        raise UserError(f"eval_iters=0: {problem}; expected at least 1; try --eval_iters=200")
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         return self.task.windows(self.task.draw(starts.view(np.uint64)), length)
 
 
 class ValProblems(TokenSplit):
-    """The held-out problems as a split, one per `block_size` tokens in a fixed order."""
+    """A split of the held-out problems, one per `block_size` tokens in a fixed order."""
 
     def __init__(self, task: Arithmetic, block_size: int):
-        self.task, self.dtype, self.block_size = task, np.dtype(np.int32), block_size
+        self.task = task
+        self.dtype = np.dtype(np.int32)
+        self.block_size = block_size
         self.rows = task.windows(task.held_out, block_size + 1)
 
     def __len__(self) -> int:
         return len(self.rows) * self.block_size + 1
 
     def starts(self, sample_ids: np.ndarray, *, block_size: int, **_: int) -> np.ndarray:
-        """Takes one problem after the other, over and over; they are well mixed."""
+        """Take one problem after the other, repeatedly; the fixed order is already shuffled."""
         return (sample_ids % np.uint64(len(self.rows))).astype(np.int64) * block_size
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -154,14 +162,16 @@ class ValProblems(TokenSplit):
 
 
 def open_task(config: DataConfig, block_size: int) -> Dataset:
-    """Makes the dataset of a task. Raises `UserError` where `block_size` is too small."""
+    """Make the dataset of a task. Raises `UserError` if `block_size` is too small."""
     operations, digits = TASKS[config.dataset], config.digits
     task = Arithmetic(operations, digits)
-    if block_size < task.longest - 1:
-        least = f"at least {task.longest - 1} for the {config.dataset} with digits={digits}"
-        raise UserError(f"block_size={block_size}: must be {least}")
-    val = ValProblems(task, block_size)
-    train, vocab_size = TrainProblems(task), task.tokenizer.vocab_size
+    least = task.longest - 1
+    if block_size < least:
+        problem = f"too short for {config.dataset} with digits={digits}"
+        advice = f"expected at least {least}; try --block_size={least}"
+        raise UserError(f"block_size={block_size}: {problem}; {advice}")
+    train, val = TrainProblems(task), ValProblems(task, block_size)
+    vocab_size = task.tokenizer.vocab_size
     source = f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out"
     fingerprint = {"operations": operations, "digits": digits}
     example = "7" * digits + operations[0] + "5" * digits + "="

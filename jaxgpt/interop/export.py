@@ -1,4 +1,4 @@
-"""`jaxgpt export`: a run becomes a folder that transformers loads as a GPT-2.
+"""Export a run to a folder that transformers loads as a GPT-2.
 
 V vocabulary, D embedding; huggingface.py has the table of names and letters.
 """
@@ -18,20 +18,21 @@ from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.interop import huggingface as hf
 from jaxgpt.model import unstack_layers
 from jaxgpt.runtime import run_dir
-from jaxgpt.runtime.files import atomic_write
+from jaxgpt.runtime.files import atomic_write, folder_error, import_extra
 from jaxgpt.runtime.mesh import local_mesh
 
 
 def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int:
-    """Writes a run as a folder that `transformers.GPT2LMHeadModel` loads -> its step.
+    """Write a run to a folder that `transformers.GPT2LMHeadModel` loads; return its step.
 
     Raises `UserError` for a model that GPT-2's format cannot describe, and for a folder in use.
     """
-    safetensors = hf.import_extra("safetensors.numpy", "export")
-    config, folder = run_dir.load_config(out_dir, config_file), Path(to)
+    safetensors = import_extra("safetensors.numpy", "export", "hf")
+    config = run_dir.load_config(out_dir, config_file)
+    folder = Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"to={to!r}: is there already; name a new or an empty folder")
+        raise UserError(f"to={to!r}: exists already; expected a new or empty folder")
     params, step = run_dir.load_params(config, checkpoint, local_mesh())
     tensors = to_tensors(config, params)
     try:
@@ -39,34 +40,37 @@ def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int
         fields = to_fields(config) | {"jaxgpt_step": step}
         fields |= _write_tokenizer(config, Path(out_dir, tokenizers.FILE), folder)
         safetensors.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
-        # last: it makes the rest load
+        # The config is written last, because transformers loads nothing without it.
         atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))
     except OSError as error:
-        raise UserError(f"to={to!r}: {error.strerror}") from error
+        raise folder_error(f"to={to!r}", "--to", error) from error
     return step
 
 
 def _check_expressible(c: Config) -> None:
+    """Raise `UserError` if GPT-2's format cannot describe the model."""
     if type(c).make_model is not Config.make_model:
-        raise UserError(f"{type(c).__name__}: has a model of its own; GPT-2's format has only GPT")
-    for key, value in hf.REQUIRED_KEYS.items():
-        if getattr(c, key) != value:
-            raise UserError(f"{key}={getattr(c, key)!r}: GPT-2's format has only {value!r}")
+        raise UserError(f"{type(c).__name__}: not a GPT-2; expected a config without a make_model")
+    required = dict(hf.REQUIRED_KEYS)
     if c.kv_heads != c.n_head:
-        raise UserError(f"n_kv_head={c.n_kv_head}: GPT-2's format has only n_head={c.n_head}")
+        required["n_kv_head"] = c.n_head
+    for key, value in required.items():
+        if getattr(c, key) != value:
+            raise UserError(f"{key}={getattr(c, key)!r}: not in GPT-2's format; expected {value!r}")
     if c.mlp not in hf.ACTIVATIONS.values():
-        raise UserError(f"mlp={c.mlp!r}: GPT-2's format has no such MLP")
+        expected = ", ".join(sorted(set(hf.ACTIVATIONS.values())))
+        raise UserError(f"mlp={c.mlp!r}: not in GPT-2's format; expected one of {expected}")
 
 
 def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Converts parameters to GPT-2's names and shapes, float32, without padded rows."""
+    """Convert parameters to GPT-2's names and shapes, float32, without padded rows."""
     params = jax.device_get(unstack_layers(params) if config.scan_layers else params)
     name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
     ours = {name_of(path): array for path, array in jax.tree.leaves_with_path(params)}
     tensors = {}
     for path, (name, letters) in hf.param_rows(config.replace(bias=True)).items():
         shape = hf.hf_shape(config, letters)
-        array = ours.get(path, np.zeros(shape))  # a bias that the model lacks
+        array = ours.get(path, np.zeros(shape))  # zeros for a bias that the model lacks
         if letters == "V D":
             array = array[: config.vocab_size]
         tensors[f"transformer.{name}"] = np.ascontiguousarray(array.reshape(shape), np.float32)
@@ -74,25 +78,29 @@ def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_fields(c: Config) -> dict[str, Any]:
-    """Makes the config.json that transformers reads."""
-    activation = next(theirs for theirs, ours in hf.ACTIVATIONS.items() if ours == c.mlp)
+    """Make the fields of the config.json that transformers reads."""
     fields = hf.REQUIRED_FIELDS | {field: getattr(c, key) for field, (key, _) in hf.SIZES.items()}
     fields |= {"architectures": ["GPT2LMHeadModel"], "n_inner": c.mlp_dim or None}
-    fields["activation_function"] = activation
-    dropout = {"embd_pdrop": c.dropout, "attn_pdrop": c.attention_dropout_rate}
-    return fields | dropout | {"resid_pdrop": c.dropout, "dtype": "float32"}
+    fields |= {"embd_pdrop": c.dropout, "attn_pdrop": c.attention_dropout_rate}
+    fields |= {"resid_pdrop": c.dropout, "dtype": "float32"}
+    names = [name for name, mlp in hf.ACTIVATIONS.items() if mlp == c.mlp]
+    fields["activation_function"] = names[0]
+    return fields
 
 
 def _write_tokenizer(config: Config, file: Path, folder: Path) -> dict[str, Any]:
-    """Writes the run's tokenizer, if any -> fields of config.json. transformers only reads BPE."""
+    """Write the run's tokenizer if there is one, and return fields of config.json.
+
+    transformers reads only byte-pair encodings.
+    """
     ids = {"bos_token_id": None, "eos_token_id": None}
     if not file.is_file():
         return ids | {"jaxgpt_tokenizer": None}
     tokenizer = tokenizers.load(file)
     if not isinstance(tokenizer, BpeTokenizer):
         (folder / hf.OUR_TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        what = f"{hf.OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"
-        return ids | {"jaxgpt_tokenizer": what}
+        note = f"{hf.OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"
+        return ids | {"jaxgpt_tokenizer": note}
     bpe = bpe_library.Tokenizer.from_str(tokenizer.to_json())
     (folder / tokenizers.FILE).write_text(tokenizer.to_json(), encoding="utf-8")
     bpe.model.save(str(folder))  # vocab.json and merges.txt

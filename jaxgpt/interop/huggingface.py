@@ -1,4 +1,4 @@
-"""GPT-2's weights: their names here and there; from folders, the hub, nanoGPT's ckpt.pt.
+"""Read GPT-2's weights from a folder, the Hugging Face hub, or nanoGPT's ckpt.pt.
 
 V vocabulary, T positions, D embedding, N heads, H head dim, F MLP hidden; 3 is query, key, value.
 """
@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +24,11 @@ from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.model import stack_layers
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.files import import_extra
 from jaxgpt.train_step import abstract_params
 
-# Our parameter -> GPT-2's name for it, and its letters. Letters that stand together are one axis
-# there and several here: so the columns of `c_attn` are query, key, value, and each head by head.
+# Our parameter -> its name in GPT-2's files, and its axes there. Several letters in one axis are
+# several axes of our parameter: the columns of `c_attn` are query, key and value, head by head.
 PARAM_MAP = {
     "embed.kernel": ("wte.weight", "V D"),
     "pos_embed.kernel": ("wpe.weight", "T D"),
@@ -47,11 +47,11 @@ PARAM_MAP = {
     "ln_f.scale": ("ln_f.weight", "D"),
     "ln_f.bias": ("ln_f.bias", "D"),
 }
-PREFIXES = "_orig_mod.", "transformer."  # of torch.compile, and of a GPT-2 with its output map
+PREFIXES = "_orig_mod.", "transformer."  # of torch.compile, and of a GPT-2 with an output layer
 NOT_WEIGHTS = ".attn.bias", ".attn.masked_bias"  # masks that some files hold
-TIED = "lm_head.weight"  # the embedding once more
+TIED = "lm_head.weight"  # a copy of the embedding
 
-ACTIVATIONS = {  # GPT-2's name -> ours; the first name of ours is the one to write
+ACTIVATIONS = {  # GPT-2's name -> ours; export writes the first name that fits
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
@@ -65,7 +65,7 @@ SIZES = {  # a field of config.json -> our key, and the field's default
     "vocab_size": ("vocab_size", GPT2_VOCAB),
     "n_positions": ("block_size", 1024),
 }
-# Values that config.json must have, where it has the field.
+# Values that the fields of config.json must have if they exist.
 REQUIRED_FIELDS = {
     "model_type": "gpt2",
     "layer_norm_epsilon": NORM_EPSILON,
@@ -80,11 +80,12 @@ REQUIRED_KEYS |= {"tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0
 REQUIRED_KEYS |= {"sliding_window": 0, "causal": True, "value_residual": False}
 HUB = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 CONFIG, WEIGHTS, CKPT = "config.json", "model.safetensors", "ckpt.pt"
-OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # one that transformers could not read
+OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # a tokenizer that transformers cannot read
+GPT2_EXPECTED = "expected the tensors of a GPT-2 with the sizes of its config"
 
 
 class Tensor(NamedTuple):
-    """An array that is read when it is needed."""
+    """An array in a file, read on demand."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -92,7 +93,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """A GPT-2 as it was found: its model's keys, and its tensors by GPT-2's names."""
+    """The weights of a GPT-2: its model's keys, and its tensors by GPT-2's names."""
 
     source: str
     keys: dict[str, Any]
@@ -100,7 +101,7 @@ class Weights:
     folder: Path
 
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
-        """Reads the parameters of `config`'s model, float32, onto the mesh.
+        """Read the parameters of `config`'s model, float32, onto the mesh.
 
         Positions past `config.block_size` are cut off. Rows that pad the vocabulary are zero.
         """
@@ -116,29 +117,34 @@ class Weights:
             keys = (int(part) if part.isdigit() else part for part in path.split("."))
             arrays[tuple(keys)] = array
         params = unflatten_dict(arrays)
-        params = stack_layers(params) if config.scan_layers else params
-        put = lambda a, p: jax.make_array_from_callback(a.shape, a.sharding, p.__getitem__)
+        if config.scan_layers:
+            params = stack_layers(params)
+        put = lambda like, p: jax.make_array_from_callback(like.shape, like.sharding, p.__getitem__)
         return jax.tree.map(put, abstract_params(config, mesh), params)
 
     def tokenizer(self, data_dir: str) -> Tokenizer:
-        """Loads the tokenizer beside the weights, or GPT-2's where the vocabulary has its size."""
+        """Load the tokenizer beside the weights, or GPT-2's if the vocabulary has GPT-2's size.
+
+        Raises `UserError` if there is no tokenizer or if it has more ids than the weights.
+        """
         vocab_size = self.keys["vocab_size"]
         files = [self.folder / name for name in (OUR_TOKENIZER, tokenizers.FILE)]
         file = next((file for file in files if file.is_file()), None)
         if file:
             tokenizer = tokenizers.load(file)
-        elif GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 127:  # or padded
+        elif GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 127:  # may be padded
             tokenizer = tokenizers.gpt2(data_dir)
         else:
-            raise UserError(f"{self.source}: there is no {tokenizers.FILE} beside the weights")
+            raise UserError(f"{self.source}: no tokenizer; expected {files[1]}")
         if tokenizer.vocab_size > vocab_size:
-            found = f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids"
-            raise UserError(f"{found}, but the weights have vocab_size={vocab_size}")
+            problem = f"its tokenizer has {tokenizer.vocab_size} ids"
+            advice = f"expected at most the {vocab_size} of the weights; try another {file}"
+            raise UserError(f"{self.source}: {problem}; {advice}")
         return tokenizer
 
 
 def param_rows(c: ModelConfig) -> dict[str, tuple[str, str]]:
-    """Writes PARAM_MAP out for every layer, without biases where the model has none."""
+    """Expand PARAM_MAP for every layer, without biases if the model has none."""
     rows = {}
     for path, (name, letters) in PARAM_MAP.items():
         for layer in range(c.n_layer) if "*" in path else [0]:
@@ -148,7 +154,7 @@ def param_rows(c: ModelConfig) -> dict[str, tuple[str, str]]:
 
 
 def hf_shape(c: ModelConfig, letters: str) -> tuple[int, ...]:
-    """Returns the shape that a parameter with these letters has in GPT-2's files."""
+    """Return the shape that a parameter with these letters has in GPT-2's files."""
     sizes = _sizes(c)
     return tuple(math.prod(sizes[letter] for letter in axis) for axis in letters.split())
 
@@ -161,16 +167,17 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
 def resolve_init(
     config: Config, checkpoints: Checkpoints, given: frozenset[str]
 ) -> tuple[Weights | run_dir.RunWeights | None, Config, list[str]]:
-    """Finds what a run begins with -> its weights if `init_from` names any, its config, notes.
+    """Return the weights that `init_from` names, or None, the config of the run, and log notes.
 
-    The model's keys follow the weights, or the run that is resumed, unless the user asked for
-    another model. Positions past a smaller `block_size` are cut off. Raises `UserError`.
+    The config takes the model's keys of the weights or of the run that is resumed. Positions past
+    a smaller `block_size` are cut off. Raises `UserError` if the user asked for another model.
     """
     if config.init_from in ("scratch", "resume", "auto"):
         theirs = run_dir.saved_model(config, checkpoints)
         merged = run_dir.merge_model_keys(config, theirs, f"the run in {config.out_dir}", given)
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
-        return None, merged, [f"the run's model: {', '.join(changed)}"] if changed else []
+        notes = [f"model of the run: {', '.join(changed)}"] if changed else []
+        return None, merged, notes
     is_run = run_dir.is_run(Path(config.init_from))
     weights = run_dir.open_weights(config) if is_run else open_weights(config.init_from)
     positions = weights.keys["block_size"]
@@ -184,17 +191,17 @@ def resolve_init(
 
 
 class Trained(NamedTuple):
-    """A model to sample or to evaluate: a run's, or weights."""
+    """A model to sample or to evaluate, from a run or from weights."""
 
     config: Config
-    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]  # -> parameters; the step of a run
+    load: Callable[[Mesh], tuple[dict[str, Any], int | None]]  # returns parameters; a run's step
     tokenizer: Callable[[], Tokenizer]
 
 
 def load_trained(
     init_from: str, out_dir: str, checkpoint: str, data_dir: str = "", config_file: str = ""
 ) -> Trained:
-    """Opens the model of a run if `init_from` is resume, else weights. Raises `UserError`."""
+    """Open the model of a run if `init_from` is resume, else weights. Raises `UserError`."""
     if init_from == "resume":
         config = run_dir.load_config(out_dir, config_file)
         config = config.replace(data_dir=data_dir or config.data_dir)
@@ -202,12 +209,12 @@ def load_trained(
         return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))
     weights = open_weights(init_from)
     config = Config(**weights.keys, data_dir=data_dir or "data")
-    load_weights = lambda mesh: (weights.load(config, mesh), None)
-    return Trained(config, load_weights, partial(weights.tokenizer, config.data_dir))
+    load = lambda mesh: (weights.load(config, mesh), None)
+    return Trained(config, load, partial(weights.tokenizer, config.data_dir))
 
 
 def open_weights(init_from: str) -> Weights:
-    """Opens a GPT-2 -> its weights, their names and shapes checked, no array read yet.
+    """Open a GPT-2: check the names and shapes of its weights, but read no array yet.
 
     `init_from` is a folder with config.json and model.safetensors, a nanoGPT ckpt.pt or a folder
     with one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
@@ -222,8 +229,8 @@ def open_weights(init_from: str) -> Weights:
         keys, tensors = _read_folder(init_from, file.parent)
     else:
         raise UserError(
-            f"init_from={init_from!r}: must be resume (to train, also scratch or auto), "
-            f"{', '.join(HUB)}, an owner/name of the hub, or a folder or ckpt.pt that is there"
+            f"init_from={init_from!r}: no such weights; expected resume, {', '.join(HUB)}, an "
+            "owner/name of the hub, a folder, a ckpt.pt, or in training scratch or auto"
         )
     try:
         config = Config(**keys)
@@ -237,32 +244,34 @@ def open_weights(init_from: str) -> Weights:
             weights[name] = tensor
     for name, letters in expected.items():
         if name not in weights:
-            raise UserError(f"{init_from}: there is no tensor {name}")
+            raise UserError(f"{init_from}: no tensor {name}; {GPT2_EXPECTED}")
         found, shape = weights[name].shape, hf_shape(config, letters)
         if found != shape:
-            raise UserError(f"{init_from}: tensor {name} has shape {found}, expected {shape}")
+            raise UserError(f"{init_from}: tensor {name} has shape {found}; expected {shape}")
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
-        raise UserError(f"{init_from}: tensor {unknown[0]} is not of a GPT-2 with these sizes")
+        raise UserError(f"{init_from}: unknown tensor {unknown[0]}; {GPT2_EXPECTED}")
     return Weights(init_from, keys, weights, file.parent)
 
 
 def _download(name: str) -> Path:
-    hub = import_extra("huggingface_hub", f"init_from={name!r}")
+    subject = f"init_from={name!r}"
+    hub = import_extra("huggingface_hub", subject, "hf")
     wanted = [CONFIG, "model*.safetensors", tokenizers.FILE]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # offline, no such name, disk full: the hub raises many kinds
-        found = "no such folder, and the Hugging Face hub did not give it"
-        raise UserError(f"init_from={name!r}: {found} ({type(error).__name__})") from error
+    except Exception as error:  # offline, no such name, disk full: the hub raises many types
+        problem = f"no such folder, and the download failed ({type(error).__name__})"
+        expected = "a folder of weights, or a name on the Hugging Face hub"
+        raise UserError(f"{subject}: {problem}; expected {expected}") from error
 
 
 def _read_folder(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    safetensors = import_extra("safetensors", f"init_from={source!r}")
+    safetensors = import_extra("safetensors", f"init_from={source!r}", "hf")
     keys, tensors = _model_keys(folder / CONFIG), {}
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise UserError(f"{folder}: there is no {WEIGHTS}")
+        raise UserError(f"{folder}: no weights in it; expected {WEIGHTS}")
     for file in files:
         try:
             opened = safetensors.safe_open(file, "numpy")  # maps the file, reads its header
@@ -270,18 +279,20 @@ def _read_folder(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, T
                 shape = tuple(opened.get_slice(name).get_shape())
                 tensors[name] = Tensor(shape, partial(opened.get_tensor, name))
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a safetensors file ({error})") from error
+            problem = f"not a safetensors file ({error})"
+            raise UserError(f"{file}: {problem}; try to download it again") from error
     return keys, tensors
 
 
 def _read_nanogpt(source: str, file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads nanoGPT's ckpt.pt. Its linear maps are [out, in]; they become GPT-2's [in, out]."""
+    """Read nanoGPT's ckpt.pt. Its linear maps are [out, in]; they become GPT-2's [in, out]."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"init_from={source!r}: reading {file} needs PyTorch: torch") from error
+        problem = f"reading {file} needs PyTorch"
+        raise UserError(f"init_from={source!r}: {problem}; try pip install torch") from error
     try:
-        # weights_only unpickles tensors and plain containers, and runs no code
+        # weights_only unpickles tensors and plain containers, and runs no code.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         names = "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias"
         keys = {name: checkpoint["model_args"][name] for name in names}
@@ -290,34 +301,30 @@ def _read_nanogpt(source: str, file: Path) -> tuple[dict[str, Any], dict[str, Te
             tensor = tensor.t() if ".h." in name and tensor.ndim == 2 else tensor
             tensors[name] = Tensor(tuple(tensor.shape), lambda t=tensor: t.float().numpy())
         return keys | {"mlp": "gelu", "mlp_dim": 0}, tensors
-    except Exception as error:  # torch raises many kinds, and advises to let a pickle run
-        raise UserError(f"{file}: not a checkpoint of nanoGPT ({type(error).__name__})") from error
+    except Exception as error:  # torch raises many types, and advises to let a pickle run
+        problem = f"not a checkpoint of nanoGPT ({type(error).__name__})"
+        raise UserError(f"{file}: {problem}; expected the ckpt.pt of its train.py") from error
 
 
 def _model_keys(file: Path) -> dict[str, Any]:
-    """Translates a config.json of transformers to the model's keys."""
+    """Translate a config.json of transformers to the model's keys."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not the config of a GPT-2 ({error})") from error
+        problem = f"not the config of a GPT-2 ({error})"
+        raise UserError(f"{file}: {problem}; expected a config.json of transformers") from error
     if "max_iters" in fields:
-        raise UserError(f"{file}: is of a jaxgpt run; name it with --out_dir={file.parent}")
+        raise UserError(f"{file}: belongs to a jaxgpt run; try --out_dir={file.parent}")
+    activation = fields.get("activation_function", "gelu_new")
     for key, value in REQUIRED_FIELDS.items():
         if fields.get(key, value) != value:
-            raise UserError(f"{file}: {key}={fields[key]!r}: must be {value!r}")
-    activation = fields.get("activation_function", "gelu_new")
+            raise UserError(f"{file}: has {key}={fields[key]!r}; expected {value!r}")
     if activation not in ACTIVATIONS:
-        allowed = ", ".join(ACTIVATIONS)
-        raise UserError(f"{file}: activation_function={activation!r}: must be one of {allowed}")
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        raise UserError(f"{file}: has activation_function={activation!r}; expected {expected}")
     keys = {key: fields.get(field, default) for field, (key, default) in SIZES.items()}
     inner = fields.get("n_inner") or 0
     keys["mlp_dim"] = inner if inner != 4 * keys["n_embd"] else 0
     return keys | {"bias": True, "mlp": ACTIVATIONS[activation]}
-
-
-def import_extra(module: str, what: str) -> Any:
-    """Imports a module of the extra `hf` for `what` the user asks for. Raises `UserError`."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f"{what}: needs the extra `hf`: pip install 'jaxgpt[hf]'") from error

@@ -1,1 +1,1 @@
-"""What keeps a run alive: devices, processes, checkpoints, the run directory, metrics."""
+"""Run a training job: devices, processes, checkpoints, the run directory and metrics."""

@@ -1,7 +1,7 @@
-"""Checkpoints: Orbax writes the arrays in the background, a digest makes them count.
+"""Save and restore checkpoints; Orbax writes the arrays in the background.
 
-<folder>/<step>/{state/..., meta.json, digest.json}, and a link `best` to the step with the lowest
-validation loss. The digest is written last: a step without one does not exist.
+A step is <folder>/<step>/{state/..., meta.json, digest.json}, and the link `best` names the step
+with the lowest validation loss. The digest is written last; a step without a digest is ignored.
 """
 
 import json
@@ -24,42 +24,47 @@ from jaxgpt.config import UserError
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.files import atomic_write
 
-FORMAT_VERSION = 1  # later formats, too, must have a meta.json and a digest.json like these
-META, DIGEST, BEST = "meta.json", "digest.json", "best"
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")  # whose versions the meta names
+FORMAT_VERSION = 1  # later formats must have a meta.json and a digest.json like these too
+META = "meta.json"
+DIGEST = "digest.json"
+BEST = "best"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")  # the meta names their versions
 READ_BYTES = 1 << 22
-DISK_MARGIN = 1.1  # free disk space that a save needs, in sizes of its state
+DISK_MARGIN = 1.1  # a save needs this many times the size of its state on the disk
+FREE_SPACE = "try to free space, then --init_from=auto"
+AS_SAVED = "expected the file as it was saved"
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint's files are not what was written."""
+    """The error for checkpoint files that differ from what was written."""
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder).absolute(), keep
+        self.folder = Path(folder).absolute()
+        self.keep = keep
         _quiet_orbax()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
         self._verified: set[int] = set()
-        self.newest = self.latest()  # on disk, or on its way there
+        self.newest = self.latest()  # on disk, or being written
 
     def steps(self) -> list[int]:
-        """Lists the steps that are whole on disk, in order."""
+        """List the steps that are complete on disk, in order."""
         return sorted(int(p.name) for p in self._folders() if (p / DIGEST).exists())
 
     def _folders(self) -> list[Path]:
-        """Lists the folders of steps, whole or not."""
+        """List the folders of steps, complete or not."""
         return [p for p in self.folder.glob("[0-9]*") if p.name.isdecimal()]
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the step with the lowest validation loss, if it is there and readable."""
+        """Return the step with the lowest validation loss, if it exists and is readable."""
         link = self.folder / BEST
         if not (link / DIGEST).exists():
             return None
@@ -71,11 +76,11 @@ class Checkpoints:
             return None
 
     def damaged(self) -> list[Path]:
-        """Lists the folders of quarantined steps."""
+        """List the folders of quarantined steps."""
         return sorted(self.folder.glob("[0-9]*.corrupt"))
 
     def quarantine_corrupt(self) -> None:
-        """Moves corrupt steps to `<step>.corrupt` until the newest and the best are verified."""
+        """Move corrupt steps to `<step>.corrupt` until the newest and the best are verified."""
         distributed.on_process_0(self._quarantine_corrupt)
         self.newest = self.latest()
 
@@ -83,10 +88,10 @@ class Checkpoints:
         newest = next((step for step in reversed(self.steps()) if self._is_verified(step)), -1)
         for folder in self._folders():
             if int(folder.name) > newest:
-                _warn(f"{folder}: has no {DIGEST}, so it is not used: its save did not end")
+                warn(f"{folder}: ignored, because its save did not finish; expected a {DIGEST}")
         for step in reversed(self.steps()):
             if self._was_best(step) and self._is_verified(step):
-                if step != self.best():  # the run was killed before the link was made
+                if step != self.best():  # the run was killed before it made the link
                     _link(self.folder / BEST, str(step))
                 break
 
@@ -94,17 +99,17 @@ class Checkpoints:
         try:
             return step == self.best() or self.meta(step).get("best", False)
         except CorruptCheckpoint:
-            return True  # perhaps: it is to be quarantined
+            return True  # it may have been, so it must be verified
 
     def _is_verified(self, step: int) -> bool:
-        """Whether a step's files are what was written. A corrupt step is quarantined."""
+        """Tell whether a step's files are what was written. Quarantine a corrupt step."""
         try:
             self._verify(step)
         except CorruptCheckpoint as error:
             aside = self.folder / f"{step}.corrupt"
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-            _warn(f"{error}; the checkpoint is damaged and now in {aside.name}")
+            warn(f"{error}; moved the damaged step to {aside.name}")
             return False
         return True
 
@@ -113,19 +118,20 @@ class Checkpoints:
             return
         found = self.meta(step)["step"]
         if found != step:
-            raise CorruptCheckpoint(f"{self.folder / str(step) / META}: is of step {found}")
+            file = self.folder / str(step) / META
+            raise CorruptCheckpoint(f"{file}: belongs to step {found}; expected step {step}")
         _verify(self.folder / str(step))
-        self._verified.add(step)  # `restore` need not read it all again
+        self._verified.add(step)  # so that `restore` does not read the files again
 
     def check_disk_space(self, state: Any) -> None:
-        """Raises `UserError` where the disk has no room for another checkpoint of this state."""
+        """Raise `UserError` if the disk has no room for another checkpoint of this state."""
         size = int(DISK_MARGIN * sum(array.nbytes for array in jax.tree.leaves(state)))
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < size:
             raise UserError(
-                f"{self.folder}: a checkpoint needs {size / 1e9:.3f} GB and the disk has "
-                f"{free / 1e9:.3f} GB free; {self._saved()}"
+                f"{self.folder}: the disk has {free / 1e9:.3f} GB free, and {self._saved()}; "
+                f"expected {size / 1e9:.3f} GB for a checkpoint; {FREE_SPACE}"
             )
 
     def _saved(self) -> str:
@@ -133,9 +139,9 @@ class Checkpoints:
         return "nothing is saved yet" if latest is None else f"step {latest} is saved"
 
     def save(self, items: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
-        """Copies these trees of arrays off the device, then writes them in the background.
+        """Copy these trees of arrays off the device, then write them in the background.
 
-        Raises the error of the save before, if it failed, and `UserError` where the disk is full.
+        Raises the error of the previous save if that failed, and `UserError` if the disk is full.
         """
         self.wait()
         distributed.on_process_0(partial(self.check_disk_space, items))
@@ -151,18 +157,18 @@ class Checkpoints:
         self._writing = self._thread.submit(self._finish, step, meta, best)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk. Raises its error if it failed, once."""
+        """Wait until the last save is on disk. Raises its error once if it failed."""
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()
 
     def _disk_error(self, error: BaseException, step: Path) -> BaseException:
-        """Turns a disk's refusal into one line for the user; other errors stay as they are."""
+        """Return a `UserError` for an error of the disk, and other errors as they are."""
         if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
             return error
-        shutil.rmtree(step, ignore_errors=True)  # makes room for the user to go on
-        why = getattr(error, "strerror", None) or "no space left on the disk"
-        return UserError(f"{step}: could not be saved ({why}); {self._saved()}")
+        shutil.rmtree(step, ignore_errors=True)  # the user needs the space to continue
+        reason = getattr(error, "strerror", None) or "No space left on device"
+        return UserError(f"{step}: not saved ({reason.lower()}), {self._saved()}; {FREE_SPACE}")
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         try:
@@ -184,17 +190,18 @@ class Checkpoints:
             raise self._disk_error(error, step) from error
 
     def meta(self, step: int | str) -> dict[str, Any]:
-        """Reads the meta of a step. Raises `CorruptCheckpoint`; `UserError` for a later format."""
+        """Read the meta of a step. Raises `CorruptCheckpoint`; `UserError` for a later format."""
         file = self.folder / str(step) / META
         with _reading(file) as meta:
             version = int(meta["format_version"])
         _verify(file.parent, META)
         if version > FORMAT_VERSION:
-            raise UserError(f"{file}: format {version}; this jaxgpt reads up to {FORMAT_VERSION}")
+            advice = f"expected at most {FORMAT_VERSION}; try a newer version of jaxgpt"
+            raise UserError(f"{file}: has format {version}; {advice}")
         return meta
 
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
-        """Restores the items of `abstract` (trees of shapes, types and shardings) from a step.
+        """Restore the items of `abstract` (trees of shapes, dtypes and shardings) from a step.
 
         Raises `CorruptCheckpoint`, and `UserError` if the arrays have other shapes.
         """
@@ -206,10 +213,10 @@ class Checkpoints:
             written = _shapes(reader.metadata(folder / "state" / item).tree)
             wanted = _shapes(tree)
             for name in written | wanted:
-                there, here = written.get(name), wanted.get(name)
-                if there != here:
-                    what = f"the shape of {item}.{name} is {there} there, {here} here"
-                    raise UserError(f"{folder}: {what}")
+                found, expected = written.get(name, "missing"), wanted.get(name, "no such array")
+                if found != expected:
+                    problem = f"the shape of {item}.{name} is {found}"
+                    raise UserError(f"{folder}: {problem}; expected {expected} for this model")
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         return dict(self._orbax.restore(folder / "state", args=ocp.args.Composite(**items)))
 
@@ -220,13 +227,13 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def make_digest(step: Path) -> dict[str, dict[str, int]]:
-    """Computes the checksums of all files of a step."""
+    """Compute the checksums of all files of a step."""
     files = sorted(p for p in step.rglob("*") if p.is_file())
     return {str(file.relative_to(step)): checksum(file) for file in files}
 
 
 def checksum(file: Path) -> dict[str, int]:
-    """Computes size and CRC-32, which reveal bit rot that Orbax does not see."""
+    """Compute size and CRC-32, which reveal bit rot that Orbax does not detect."""
     crc32 = 0
     with open(file, "rb") as stream:
         while piece := stream.read(READ_BYTES):
@@ -239,53 +246,55 @@ def _size(file: Path) -> dict[str, int]:
 
 
 def _verify(step: Path, *names: str, by: Callable = checksum) -> None:
-    """Raises `CorruptCheckpoint` unless these files (by default all) are what was written."""
+    """Raise `CorruptCheckpoint` unless these files (by default all) are what was written."""
     with _reading(step / DIGEST) as digest:
         if META not in digest:
-            raise ValueError(f"nothing of {META}")
+            raise ValueError(f"{META} is missing")
         digest = {name: dict(sums) for name, sums in digest.items()}
     for name in names or digest:
         try:
             found = by(step / name)
-        except OSError as error:  # it is missing, or in a bad sector
-            raise CorruptCheckpoint(f"{step / name}: {error.strerror}") from error
+        except OSError as error:  # the file is missing, or in a bad sector
+            reason = str(error.strerror).lower()
+            raise CorruptCheckpoint(f"{step / name}: {reason}; {AS_SAVED}") from error
         if not found.items() <= digest.get(name, {}).items():
-            raise CorruptCheckpoint(f"{step / name}: not what was written there")
+            raise CorruptCheckpoint(f"{step / name}: has another checksum; {AS_SAVED}")
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """Yields a file's JSON. An error in the block, too, means that it is not what was written."""
+    """Yield a file's JSON. Raises `CorruptCheckpoint`, also for an error in the `with` block."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"not the {file.stem} of a checkpoint"
-        raise CorruptCheckpoint(f"{file}: {what} ({error})") from error
+        problem = f"not the {file.stem} of a checkpoint ({error})"
+        raise CorruptCheckpoint(f"{file}: {problem}; {AS_SAVED}") from error
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Print a warning to stderr."""
     print(f"warning: {line}", file=sys.stderr)
 
 
 def _link(link: Path, target: str) -> None:
-    """Points `link` at `target` atomically."""
+    """Point `link` at `target` atomically."""
     partial = link.with_name(link.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
-    if link.is_dir() and not link.is_symlink():  # some ways to copy a run make a folder of it
+    if link.is_dir() and not link.is_symlink():  # some ways to copy a run make it a folder
         shutil.rmtree(link)
     partial.replace(link)
 
 
 @cache
 def _quiet_orbax() -> None:
-    """Hides, once per process, what Orbax prints of errors that it also raises."""
+    """Hide what Orbax prints about errors that it also raises."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
-        # Orbax closes its event loop at the first failed write; TensorStore reports the others
+        # Orbax closes its event loop at the first failed write; TensorStore reports later ones.
         if str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 

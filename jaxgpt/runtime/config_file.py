@@ -1,4 +1,4 @@
-"""Run a config file, which is the user's own Python, and return the configs that it builds."""
+"""Run a config file, which is Python of the user's own, and return the configs that it builds."""
 
 import importlib
 import re
@@ -13,17 +13,18 @@ from types import ModuleType
 from jaxgpt.config import Config, UserError
 
 NAMES = ("config", "cpu_config")
+EXPECTED = "expected a config file that runs without errors"
 
 
 def load_config_file(path: str) -> dict[str, Config]:
     """Run a config file; return its `config` and, if the file has one, its `cpu_config`.
 
-    Raises `UserError`, with the line of the file that is to blame.
+    Raises `UserError`, which names the wrong line of the file.
     """
     if not Path(path).is_file():
         files = ", ".join(str(file) for file in sorted(Path("configs").rglob("*.py")))
-        there_are = f"; there are {files}" if files else ""
-        raise UserError(f"--config {path}: no such file{there_are}")
+        expected = f"one of {files}, or a file of your own" if files else "a Python file"
+        raise UserError(f"config={path!r}: no such file; expected {expected}")
     file = Path(path).resolve()
     # Dataclasses, type hints and --help look a class up in the module that defines it.
     name = "jaxgpt_config_" + re.sub(r"\W", "_", str(file))
@@ -38,7 +39,8 @@ def load_config_file(path: str) -> dict[str, Config]:
     configs = {key: vars(module)[key] for key in NAMES if key in vars(module)}
     for key, value in ({"config": None} | configs).items():
         if not isinstance(value, Config):
-            raise UserError(f"--config {path}: must build `{key} = Config(...)`")
+            problem = f"builds no Config with the name {key}"
+            raise UserError(f"config={path!r}: {problem}; expected `{key} = Config(...)` in it")
     return {key: config.replace(config_file=path) for key, config in configs.items()}
 
 
@@ -47,9 +49,9 @@ _imported: set[str] = set()  # modules that config files imported from their own
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Put `folder` first on the import path, and read anew what earlier config files imported.
+    """Put `folder` first on the import path, and forget the modules of earlier config files.
 
-    The imported modules stay until the next config file runs: --help reads their source.
+    Imported modules stay until the next config file runs, because --help reads their source.
     """
     for name in _imported:
         sys.modules.pop(name, None)
@@ -69,14 +71,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def format_config_error(path: str, error: Exception) -> str:
-    """Format an error in a config file as one line: where, the user's own line, what is wrong."""
+    """Format an error in a config file as one line: its place, the line there, the problem."""
     if isinstance(error, SyntaxError) and error.lineno:
-        line = (error.text or "").strip()
-        return f"{error.filename or path}, line {error.lineno}: {line!r}: {error.msg}"
-    parts = [str(error)] if isinstance(error, UserError) else traceback.format_exception_only(error)
-    message = " ".join("".join(parts).split())
-    if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
-        message = str(Config.unknown_key(unknown[1]))
+        place = f"{error.filename or path}, line {error.lineno}: {(error.text or '').strip()!r}"
+        return f"{place}: {error.msg}; expected valid Python"
+    if isinstance(error, UserError):
+        message = str(error)
+    else:
+        message = " ".join("".join(traceback.format_exception_only(error)).split())
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+        message = str(Config.unknown_key(unknown[1])) if unknown else f"{message}; {EXPECTED}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if not frames:
         return f"{path}: {message}"
@@ -84,5 +88,5 @@ def format_config_error(path: str, error: Exception) -> str:
     first, last = frames[-1].lineno or 1, frames[-1].end_lineno or 1
     key = re.match(r"\w+", message)
     named = [n for n in range(first, last + 1) if key and re.search(rf"\b{key[0]}\b", lines[n - 1])]
-    line = named[0] if named else first
-    return f"{path}, line {line}: {lines[line - 1].strip()!r}: {message}"
+    number = named[0] if named else first
+    return f"{path}, line {number}: {lines[number - 1].strip()!r}: {message}"

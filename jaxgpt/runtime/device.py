@@ -1,4 +1,4 @@
-"""The hardware: how JAX is started on it, and what each `auto` of a config becomes."""
+"""Start JAX on the hardware, and replace each `auto` of a config by what suits the hardware."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime.files import cores
 
 MAX_RESIDENT = 2**31  # tokens: their positions on the device are int32
-UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not say
+UNKNOWN_MEMORY = 2 << 30  # bytes, for a device that does not report its memory
 CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
 
 # Dense bfloat16 FLOP/s of one device from the makers' data sheets, without sparsity, by the longest
@@ -35,10 +35,10 @@ PEAK_FLOPS = {
 
 
 def start(device: str = "auto", *, float64: bool = False) -> None:
-    """Sets JAX up; call it before JAX computes anything. `device` is the config's.
+    """Configure JAX for the `device` of a config; call this before JAX computes anything.
 
-    A CPU becomes one virtual device per core: XLA:CPU runs most elementwise work on one thread per
-    device. The user's own JAX_* and XLA_FLAGS settings stand. Raises `UserError`.
+    A CPU becomes one virtual device per core, because XLA:CPU runs most elementwise work on one
+    thread per device. The user's own JAX_* and XLA_FLAGS settings are kept. Raises `UserError`.
     """
     if device != "auto":
         jax.config.update("jax_platforms", device)
@@ -52,37 +52,44 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        raise UserError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+        problem = f"JAX cannot use it ({str(error).splitlines()[0]})"
+        raise UserError(f"device={device!r}: {problem}; try --device=auto") from error
 
 
 def is_cpu() -> bool:
+    """Tell whether JAX computes on a CPU."""
     return jax.default_backend() == "cpu"
 
 
 def peak_flops() -> float | None:
-    """Returns the dense bfloat16 FLOP/s of one device, or None if they are unknown."""
+    """Return the dense bfloat16 FLOP/s of one device, or None if they are unknown."""
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def memory_bytes() -> int | None:
-    """Returns the memory of one device that JAX may use, or None if it does not say."""
+    """Return the memory of one device that JAX may use, or None if it is unknown."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fits_on_device(config: DataConfig, tokens: int, bytes: int) -> bool:
-    """Whether to keep a dataset in device memory: `auto` allows it an eighth."""
-    fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
+    """Tell whether to keep a dataset in device memory: `auto` allows an eighth of the memory.
+
+    Raises `UserError` for `always` if int32 cannot count the tokens.
+    """
     if config.data_on_device == "always" and tokens >= MAX_RESIDENT:
-        raise UserError(f"data_on_device='always': {tokens:,} tokens are more than int32 counts")
+        problem = f"the dataset has {tokens:,} tokens"
+        advice = f"expected fewer than {MAX_RESIDENT:,}; try --data_on_device=auto"
+        raise UserError(f"data_on_device='always': {problem}; {advice}")
+    fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
     return {"always": True, "never": False, "auto": fits}[config.data_on_device]
 
 
 def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, list[str]]:
-    """Replaces every `auto` of a config for this hardware -> the config, and notes that say why.
+    """Replace every `auto` of a config for this hardware; return the config, and notes for the log.
 
-    A `target_platform`, "gpu" or "tpu", need not be attached, so no kernel is tried on it.
+    A `target_platform` ("gpu" or "tpu") need not be attached, so no kernel is tried on it.
     """
     platform = target_platform or jax.default_backend()
     if config.dtype == "auto":
@@ -92,39 +99,41 @@ def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, lis
 
 
 def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:
-    """Chooses the back end for `attention=auto`, and tries it unless a target platform is named.
+    """Choose the back end for `attention=auto`; return it, and a note if the best one is not used.
 
-    Raises `UserError` where a back end that the user named cannot do what the model needs.
+    Without a target platform the back end is also tried. Raises `UserError` if a back end that the
+    user chose cannot do what the model needs.
     """
     c, platform = config, target_platform or jax.default_backend()
     best = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
     reason = _unsupported_reason(c, best if c.attention == "auto" else c.attention, platform)
     if c.attention != "auto":
         if reason:
-            raise UserError(f"attention={c.attention!r}: {reason}")
+            also = " or" if "; try " in reason else "; try"
+            raise UserError(f"attention={c.attention!r}: {reason}{also} --attention=auto")
         return c.attention, []
     if not reason and not target_platform and platform != "cpu":
         failure = self_test(c.replace(attention=best))
-        reason = f"its trial failed: {failure}" if failure else ""
+        reason = f"failed its test: {failure}" if failure else ""
     if not reason:
         return best, []
     fallback = "reference" if c.attention_dropout_rate else "xla"
-    return fallback, [f"attention: {fallback}, not {best}: {reason}"]
+    return fallback, [f"attention='auto': uses {fallback}, because {best} {reason}"]
 
 
 def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
-    """Tells what this back end cannot do of what the model needs; "" if it can do all."""
-    no_dropout = f"has no dropout of attention weights, and dropout={c.dropout}; "
-    no_dropout += "--attention_dropout=False goes without"
+    """Return what the model needs and this back end cannot do, or ""."""
+    no_dropout = f"has no dropout of attention weights, but dropout={c.dropout}; "
+    no_dropout += "try --attention_dropout=False"
     widths = f"needs a head width that is a multiple of 8 up to 128, not {c.head_dim}"
     lengths = f"needs a block_size that is a multiple of 128, not {c.block_size}"
     limits = {
-        "cpu": [(platform != "cpu", "is laid out for CPUs")],
+        "cpu": [(platform != "cpu", "runs only on CPUs")],
         "cudnn": [
             (platform != "gpu", "needs an NVIDIA GPU"),
             (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
             (c.attention_dropout_rate, no_dropout),
-            (c.document_mask, "cannot keep documents apart, and document_mask=True"),
+            (c.document_mask, "cannot keep documents apart, but document_mask=True"),
             (c.head_dim % 8 or c.head_dim > 128, widths),
         ],
         "splash": [
@@ -137,7 +146,7 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
 
 
 def self_test(c: Config) -> str:
-    """Compares this back end with the reference on a small problem -> what goes wrong, or ""."""
+    """Compare this back end with the reference on a small problem; return the failure, or ""."""
     shape = (1, min(c.block_size, 256), c.n_head, c.head_dim)
     q = jax.random.normal(jax.random.key(0), shape, c.dtype)
     k = q[:, :, : c.kv_heads]
@@ -152,10 +161,10 @@ def self_test(c: Config) -> str:
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     try:
         got, want = gradient(q, k, c.attention), gradient(q, k, "reference")
-    except Exception as error:  # whatever a driver, a library or a compiler can raise
+    except Exception as error:  # drivers, libraries and compilers raise many types
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        if not np.abs(a - b).max() <= 0.05 * np.abs(b).max():
-            return "it disagrees with the reference"
+        if not np.abs(a - b).max() <= 0.05 * np.abs(b).max():  # `not`, because it may be nan
+            return "its result differs from the reference"
     return ""

@@ -1,6 +1,6 @@
-"""Several processes, one run: finding each other, what only the first does, stopping together.
+"""Run several processes as one run: connect them, let the first one write, stop them together.
 
-Every process runs the same program on its own devices; XLA's collectives do the rest.
+Every process runs the same program on its own devices, and XLA's collectives connect the devices.
 """
 
 import os
@@ -19,19 +19,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
 
-HEARTBEAT_S = 30  # a process that is silent for longer is given up, and the others exit
+HEARTBEAT_S = 30  # the others exit if a process is silent for longer
 _max = jax.jit(jnp.max)
 
 
 def init_distributed(
     coordinator: str = "", num_processes: int = 0, process_id: int = -1, device: str = "auto"
 ) -> None:
-    """Connect this process to the others of its run, if any; call it before JAX computes.
+    """Connect this process to the other processes of its run; call this before JAX computes.
 
-    Slurm, Open MPI 4, Kubernetes and TPU pods say who takes part. Elsewhere every process names
-    the coordinator's `host:port`, the number of processes, and its own. Raises `UserError`.
+    Slurm, Open MPI 4, Kubernetes and TPU pods tell JAX which processes there are. Elsewhere every
+    process is given the coordinator's `host:port`, the number of processes, and its own number.
+    Raises `UserError`.
     """
-    # JAX lists the TPU platform only where it has seen TPU chips: elsewhere no network is asked.
+    # JAX lists the TPU platform only if it has seen TPU chips, so other hosts make no request.
     on_tpu = device in ("auto", "tpu") and "tpu" in (jax.config.values["jax_platforms"] or "")
     env = os.environ
     counts = [env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
@@ -40,54 +41,57 @@ def init_distributed(
     if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
         return
     if coordinator and not 0 <= process_id < num_processes:
-        raise UserError(
-            f"process_id={process_id}: with a coordinator, it must be from 0 to num_processes - 1 "
-            f"= {num_processes - 1}"
-        )
+        expected = f"expected 0 to num_processes - 1 = {num_processes - 1}"
+        advice = "try --num_processes and --process_id"
+        raise UserError(f"process_id={process_id}: no such process; {expected}; {advice}")
     named: tuple[Any, ...] = (coordinator, num_processes, process_id) if coordinator else ()
     try:
         jax.distributed.initialize(*named, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError, OSError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         if coordinator:
-            raise UserError(f"coordinator={coordinator!r}: {said}") from error
+            raise UserError(
+                f"coordinator={coordinator!r}: cannot be reached ({reason}); "
+                "expected the host:port of process 0, the same in every process"
+            ) from error
         if launched or not isinstance(error, ValueError):
             raise UserError(
-                f"coordinator='': JAX cannot find this run's other processes ({said}); "
-                "give --coordinator, --num_processes and --process_id"
+                f"coordinator='': JAX cannot find the other processes of this run ({reason}); "
+                "try --coordinator, --num_processes and --process_id"
             ) from error
-        # a TPU that no pod's environment describes: this host is all there is
+        # A TPU that no pod's environment describes: this host is alone.
 
 
 @contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """End this process at once when the run fails in it: a normal exit would wait for the others.
+    """End this process at once if the run fails in it, because a normal exit waits for the others.
 
-    Those see their next collective fail, or miss this heartbeat, which fails the run in them too.
+    The other processes then fail too: their next collective fails, or they miss the heartbeat.
     """
     try:
         yield
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        expected = isinstance(error, UserError)
-        if not expected:
+        is_mistake = isinstance(error, UserError)
+        if not is_mistake:
             traceback.print_exc()
-        advice = "" if expected else "; go on from the last checkpoint with --init_from=auto"
-        text = f"process {jax.process_index()}: {str(error).splitlines()[0]}{advice}"
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        os._exit(2 if expected else 1)
+        advice = "" if is_mistake else "; try --init_from=auto to continue from the last checkpoint"
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        text = f"error: process {jax.process_index()}: {first_line}{advice}"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(2 if is_mistake else 1)
 
 
 def is_process_0() -> bool:
-    """Tell whether this process writes what only one should write."""
+    """Tell whether this process writes the files that only one process writes."""
     return jax.process_index() == 0
 
 
 def on_process_0(function: Callable[[], int | None]) -> int:
     """Run `function` in the first process only; return its number (None is 0) in every process.
 
-    A `UserError` in the first process is raised in every process, so that none waits in vain.
+    A `UserError` in the first process is raised in every process, so that no process hangs.
     """
     if jax.process_count() == 1:
         return function() or 0
@@ -100,14 +104,14 @@ def on_process_0(function: Callable[[], int | None]) -> int:
     outcome = np.array([error is not None, value], np.int32)
     failed, value = multihost_utils.broadcast_one_to_all(outcome)
     if failed:
-        raise error or UserError("process 0 failed; see its log")
+        raise error or UserError("process 0: failed; try its log, which names the error")
     return int(value)
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT for the loop to see; a second one ends the process at once."""
+    """A record of SIGTERM or SIGINT for the training loop; a second signal ends the process."""
 
-    received = 0  # the signal that this process was sent
+    received = 0  # the signal that was sent to this process
     agreed = 0  # the signal that all processes have read, so that they stop at the same step
 
     @property
@@ -117,14 +121,15 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + n if signal n ends the run."""
+        """The exit code of the run: 128 + n if signal n ends the run, else 0."""
         return 128 + self.signal if self.signal else 0
 
     def highest(self) -> jax.Array:
-        """Start to find the highest signal that any process was sent; all can read the result."""
-        mesh, mine = Mesh(np.array(jax.devices()), ("all",)), np.full(1, self.received, np.int32)
+        """Start computing the highest signal that any process received, readable by all."""
+        mesh = Mesh(np.array(jax.devices()), ("all",))
+        own_signal = np.full(1, self.received, np.int32)
         one_each = NamedSharding(mesh, PartitionSpec("all"))
-        return _max(jax.make_array_from_callback((mesh.size,), one_each, lambda _: mine))
+        return _max(jax.make_array_from_callback((mesh.size,), one_each, lambda _: own_signal))
 
     def __enter__(self) -> "StopSignal":
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -138,4 +143,4 @@ class StopSignal:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        os.write(2, b"stopping: saves first; the same signal again leaves at once\n")
+        os.write(2, b"stopping: saves a checkpoint first; send the signal again to exit at once\n")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their checksums, and the cores of this machine.
+"""Write files atomically, and tell what this machine has: folders, CPU cores, optional packages.
 
 The workers that tokenize documents import this module, so it must not import JAX.
 """
@@ -8,15 +8,19 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import UserError
 
 
 @contextmanager
 def atomic_path(file: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a path to write to, with the suffix of `file`, which replaces it at the end.
+    """Yield a temporary path with the suffix of `file`, and rename it to `file` at the end.
 
-    After an error or a crash `file` is the old one or the new one, whole. With `shared`, other
-    processes may write the same file at the same time.
+    After an error or a crash, `file` has its old content or the new one, never a part. With
+    `shared`, other processes may write the same file at the same time.
     """
     unique = f".{secrets.token_hex(4)}" if shared else ""
     partial = file.with_name(f".{file.stem}{unique}.partial{file.suffix}")
@@ -30,17 +34,41 @@ def atomic_path(file: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None:
-    """Replaces `file` by one with this content (text as UTF-8), or leaves the old one whole."""
+    """Write `data` (text as UTF-8) to `file` through `atomic_path`."""
     with atomic_path(file, shared=shared) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def sha256_of(file: Path) -> str:
-    """Computes the SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cores() -> int:
-    """Counts the CPU cores that this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_folder(folder: str | Path, subject: str, key: str) -> None:
+    """Make a folder and its parents. Raises the `folder_error` of `subject` and `key`."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise folder_error(subject, key, error) from error
+
+
+def folder_error(subject: str, key: str, error: OSError) -> UserError:
+    """Return the error for a folder that cannot be written; `key` chooses another folder."""
+    is_file = isinstance(error, FileExistsError)
+    problem = "is a file" if is_file else (error.strerror or type(error).__name__).lower()
+    return UserError(f"{subject}: {problem}; expected a writable folder; try another {key}")
+
+
+def import_extra(module: str, subject: str, extra: str) -> Any:
+    """Import a module of one of jaxgpt's extras. Raises `UserError` if it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(f"{subject}: needs {package}; try pip install 'jaxgpt[{extra}]'") from error

@@ -1,6 +1,5 @@
-"""What a run reports: a live line or plain lines, metrics.jsonl, loss.png, and trackers."""
+"""Report a run: a live line or plain lines, metrics.jsonl, loss.png, and trackers."""
 
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -12,37 +11,39 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxgpt.config import Config, UserError
-from jaxgpt.runtime.files import atomic_path, atomic_write
+from jaxgpt.config import Config
+from jaxgpt.runtime.files import atomic_path, atomic_write, import_extra
 
 Row = dict[str, Any]
 
 
 def escape_controls(text: str, on_terminal: bool) -> str:
-    """Spell out control characters in a text for a terminal, which they could steer."""
+    """Replace control characters in a text for a terminal, because they could control it."""
     if not on_terminal:
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class Log:
-    """Everything a run reports, for people and for programs.
+    """The log of a run, for people and for programs.
 
     On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line.
-    `metrics.jsonl` loses its rows after `first_step`: their steps are taken again.
-    A log that is not `enabled` drops everything.
+    Rows of `metrics.jsonl` after `first_step` are deleted, because their steps are taken again.
+    A log that is not `enabled` writes nothing.
     """
 
     def __init__(self, config: Config, first_step: int, *, enabled: bool = True):
-        self.folder, self.enabled = Path(config.out_dir), enabled
-        self._stack, self._live = ExitStack(), None
+        self.folder = Path(config.out_dir)
+        self.enabled = enabled
+        self._stack = ExitStack()
+        self._live = None
         if not enabled:
             return
         with ExitStack() as stack:
             file = self.folder / "metrics.jsonl"
             rows = [row for row in read_metrics(file) if row["step"] <= first_step]
             atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
-            append = partial(open, mode="a", buffering=1, encoding="utf-8")  # a line at a time
+            append = partial(open, mode="a", buffering=1, encoding="utf-8")  # line by line
             self._metrics = stack.enter_context(append(file))
             self._text = stack.enter_context(append(self.folder / "log.txt"))
             self._trackers: list[Callable[[Row], None]] = []
@@ -98,16 +99,17 @@ class Log:
 
     def _record(self, row: Row) -> None:
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        row = row | bad  # JSON has no such numbers
+        row = row | bad  # JSON has no nan and no infinity
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         for track in self._trackers:
             track(row)
 
 
 def read_metrics(file: Path) -> list[Row]:
-    """Read the rows of a metrics.jsonl, without a last line that a crash cut short."""
+    """Read the rows of a metrics.jsonl, except for a last line that is incomplete after a crash."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -116,7 +118,7 @@ def read_metrics(file: Path) -> list[Row]:
 
 
 class Terminal(Console):
-    """A console whose reader may leave, as `head` does: the run continues, and so do its files."""
+    """A console that ignores a closed pipe (as after `head`), so that the run continues."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
@@ -154,8 +156,10 @@ def draw_losses(folder: Path) -> None:
 
 
 def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[[Row], None]:
-    writer_class = import_optional("tensorboardX", "tensorboard").SummaryWriter
-    writer = writer_class(str(Path(config.out_dir, "tensorboard")), purge_step=first_step + 1)
+    tensorboard = import_extra("tensorboardX", "tensorboard=True", "log")
+    writer = tensorboard.SummaryWriter(
+        str(Path(config.out_dir, "tensorboard")), purge_step=first_step + 1
+    )
     stack.callback(writer.close)
 
     def track(row: Row) -> None:
@@ -167,7 +171,7 @@ def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[
 
 
 def _wandb(config: Config, stack: ExitStack) -> Callable[[Row], None]:
-    run = import_optional("wandb", "wandb_log").init(
+    run = import_extra("wandb", "wandb_log=True", "log").init(
         project=config.wandb_project,
         name=config.wandb_run_name or Path(config.out_dir).name,
         dir=config.out_dir,
@@ -175,11 +179,3 @@ def _wandb(config: Config, stack: ExitStack) -> Callable[[Row], None]:
     )
     stack.callback(run.finish)
     return lambda row: run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
-
-
-def import_optional(package: str, key: str):
-    """Import a package that only this key needs."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"{key}=True: needs {package}; pip install 'jaxgpt[log]'") from error

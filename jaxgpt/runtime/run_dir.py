@@ -1,11 +1,11 @@
-"""The run directory: its files, the lock that one writer holds, and how a run is read again."""
+"""Manage the run directory: lock it, start or resume a run in it, and load the run again."""
 
 import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,20 +20,22 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed
-from jaxgpt.runtime.checkpoint import Checkpoints, CorruptCheckpoint
+from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, CorruptCheckpoint, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write
+from jaxgpt.runtime.files import atomic_write, folder_error, make_folder
 from jaxgpt.train_step import abstract_params
 
-CONFIG, LOCK = "config.json", ".lock"
+CONFIG = "config.json"
+LOCK = ".lock"
+NO_CHECKPOINT = "no checkpoint in it yet; expected a run that has saved one"
 RUN_FILES = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
 
 
 @contextmanager
 def lock_run_dir(out_dir: str) -> Iterator[None]:
-    """Keep other runs from writing to a run directory; the lock ends with the process.
+    """Keep other processes from writing to a run directory; a dead process loses the lock.
 
-    Raises `UserError`, also where the disk is full.
+    Raises `UserError`, also if the disk is full.
     """
     file = distributed.on_process_0(partial(_lock, out_dir))
     try:
@@ -41,36 +43,36 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"out_dir={out_dir!r}: {error.strerror}; what is saved is whole") from error
+        problem = f"{str(error.strerror).lower()}, but saved checkpoints are complete"
+        raise UserError(f"out_dir={out_dir!r}: {problem}; {FREE_SPACE}") from error
     finally:
         if distributed.is_process_0():
             os.close(file)
 
 
 def _lock(out_dir: str) -> int:
-    """Return the open lock file. It is never deleted, to avoid a race."""
-    _check_is_folder(out_dir)
+    """Return the open lock file. The file is never deleted, because that would be a race."""
+    subject = f"out_dir={out_dir!r}"
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = os.open(Path(out_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"out_dir={out_dir!r}: {error.strerror}") from error
+        raise folder_error(subject, "out_dir", error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(file, 20).decode("ascii", "replace").strip()
         os.close(file)
-        raise UserError(f"out_dir={out_dir!r}: process {holder} is writing to it") from None
+        raise UserError(
+            f"{subject}: process {holder} is writing to this run; expected a directory that no "
+            "other process uses; try another out_dir, or stop that process"
+        ) from None
     except OSError as error:  # some network file systems have no locks
-        print(f"warning: {out_dir} cannot be locked ({error.strerror})", file=sys.stderr)
+        problem = f"cannot be locked ({str(error.strerror).lower()})"
+        warn(f"{subject}: {problem}; expected no other process that writes to this run")
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode("ascii"))
     return file
-
-
-def _check_is_folder(out_dir: str) -> None:
-    if Path(out_dir).exists() and not Path(out_dir).is_dir():
-        raise UserError(f"out_dir={out_dir!r}: is a file, not a folder")
 
 
 def open_checkpoints(config: Config) -> Checkpoints:
@@ -83,33 +85,38 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
     Raises `UserError` if `init_from` does not fit what the directory holds.
     """
     latest, damaged, out_dir = checkpoints.latest(), checkpoints.damaged(), config.out_dir
-    _check_is_folder(out_dir)
     if latest is None:
         if damaged and not config.overwrite:
             raise UserError(
-                f"out_dir={out_dir!r}: all of its checkpoints are damaged, as {damaged[-1].name} "
-                "is; --overwrite deletes them and starts anew"
+                f"out_dir={out_dir!r}: all of its checkpoints are damaged, such as "
+                f"{damaged[-1].name}; try --overwrite to delete them and start again"
             )
         if config.init_from == "resume":
-            raise UserError(f"init_from='resume': there is no checkpoint in {out_dir}")
+            raise UserError(f"init_from='resume': no checkpoint in {out_dir}; try --init_from=auto")
         return 0
     if config.init_from not in ("resume", "auto"):
         if not config.overwrite:
             raise UserError(
-                f"out_dir={out_dir!r}: holds a run of {latest} steps; --init_from=resume goes on "
-                "with it, --overwrite deletes it"
+                f"out_dir={out_dir!r}: holds a run of {latest} steps; "
+                "try --init_from=resume to continue it, or --overwrite to delete it"
             )
         return 0
     saved = _saved_config(config, checkpoints, latest)
     for key in (*_model_values(saved), "scan_layers", "optimizer", "freeze"):
-        ours, theirs = getattr(config, key), getattr(saved, key)
-        if ours != theirs:
-            raise UserError(f"{key}={ours!r}: the run in {out_dir} has {theirs!r}")
+        _check_same(config, key, getattr(saved, key), f"the run in {out_dir}")
     return latest
 
 
+def _check_same(config: Config, key: str, expected: Any, whose: str) -> None:
+    """Raise `UserError` if a key differs from that of an existing model."""
+    value = getattr(config, key)
+    if value != expected:
+        advice = f"expected {expected!r}; try --{key}={shlex.quote(str(expected))}"
+        raise UserError(f"{key}={value!r}: differs from {whose}; {advice}")
+
+
 def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
-    """Return the model's keys of the run to resume; none if a fresh run starts."""
+    """Return the model's keys of the run to resume, or an empty dict for a fresh run."""
     latest = checkpoints.latest()
     if latest is None or config.init_from not in ("resume", "auto"):
         return {}
@@ -121,8 +128,8 @@ def _saved_config(config: Config, checkpoints: Checkpoints, step: int) -> Config
     try:
         return config_class.from_dict(meta["config"])
     except (UserError, TypeError) as error:
-        what = f"its run is not of class {config_class.__name__} ({error})"
-        raise UserError(f"out_dir={config.out_dir!r}: {what}") from error
+        problem = f"its run is not of class {config_class.__name__} ({error})"
+        raise UserError(f"out_dir={config.out_dir!r}: {problem}; try another out_dir") from error
 
 
 def _model_values(config: Config) -> dict[str, Any]:
@@ -138,10 +145,9 @@ def merge_model_keys(
     Raises `UserError` for a different key that is set on the command line or not a default.
     """
     defaults = {field.name: field.default for field in fields(config)}
-    for key, value in theirs.items():
-        ours = getattr(config, key)
-        if ours != value and (key in cli_keys or ours != defaults[key]):
-            raise UserError(f"{key}={ours!r}: {whose} has {value!r}")
+    for key, expected in theirs.items():
+        if key in cli_keys or getattr(config, key) != defaults[key]:
+            _check_same(config, key, expected, whose)
     return config.replace(**theirs)
 
 
@@ -150,15 +156,13 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
 
     Raises `UserError` for files that only look like a run's.
     """
-    folder = Path(config.out_dir)
+    folder, subject = Path(config.out_dir), f"out_dir={config.out_dir!r}"
     existing = [folder / name for name in (*RUN_FILES, "checkpoints") if (folder / name).exists()]
     if fresh and existing and not is_run(folder):
-        raise UserError(f"out_dir={config.out_dir!r}: {existing[0].name} in it is not of a run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir={config.out_dir!r}: {error.strerror}") from error
-    # The config comes first: if the process is killed later, the folder is still a run's.
+        problem = f"holds {existing[0].name}, but no run"
+        raise UserError(f"{subject}: {problem}; expected an empty folder; try another out_dir")
+    make_folder(folder, subject, "out_dir")
+    # The config is written first: if the process is killed later, the folder still counts as a run.
     made_by = {"config_file": config.config_file, "config_class": type(config).__name__}
     atomic_write(folder / CONFIG, json.dumps(made_by | config.to_dict(), indent=1))
     for path in existing:
@@ -173,39 +177,41 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
 
 
 def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds the config of a run."""
     try:
         return "max_iters" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
 def load_config(out_dir: str, config_file: str = "", config_class: type[Config] = Config) -> Config:
-    """Load the config of the run in `out_dir`, as this class or the one of a config file.
+    """Load the config of the run in `out_dir`, as this class or the class in a config file.
 
     Raises `UserError`, also for a run of another class.
     """
     if config_file:
         config_class = type(load_config_file(config_file)["config"])
-    file = Path(out_dir, CONFIG)
+    subject, file = f"out_dir={out_dir!r}", Path(out_dir, CONFIG)
     if not file.is_file():
-        raise UserError(f"out_dir={out_dir!r}: there is no run in it ({CONFIG} is missing)")
+        raise UserError(f"{subject}: no run in it; expected a folder with {CONFIG}")
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        # runs of before this entry existed may be of any class
+        # Old runs have no such entry and may be of any class.
         class_name = saved.get("config_class", config_class.__name__)
         if class_name == config_class.__name__:
             return config_class.from_dict(saved).replace(out_dir=out_dir)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not the config of a run ({error})") from error
-    message = f"out_dir={out_dir!r}: its config class {class_name} is "
+        problem = f"not the config of a run ({error})"
+        raise UserError(f"{file}: {problem}; expected the file as training wrote it") from error
     if class_name == "Config":
-        raise UserError(message + f"not {config_class.__name__}; leave --config out")
-    defined_in = saved.get("config_file") or "FILE"
-    raise UserError(message + f"defined in {defined_in}; add --config {defined_in}")
+        advice = f"expected {config_class.__name__}; try without --config"
+    else:
+        advice = f"try --config {saved.get('config_file') or 'FILE'}, which defines this class"
+    raise UserError(f"{subject}: its config class is {class_name}; {advice}")
 
 
 def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, Any], int]:
-    """Load a run's parameters onto the mesh; return them and their step.
+    """Load the parameters of a run onto the mesh; return the parameters and their step.
 
     `checkpoint` is best (the newest if there is no best), latest, or a step. If the best or the
     latest is damaged, the newest intact one is loaded. Raises `UserError`.
@@ -213,27 +219,27 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
     checkpoints = open_checkpoints(config)
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"out_dir={config.out_dir!r}: there is no checkpoint in it yet")
+        raise UserError(f"out_dir={config.out_dir!r}: {NO_CHECKPOINT}")
     named = {"best": checkpoints.best() or steps[-1], "latest": steps[-1]}
     step = named[checkpoint] if checkpoint in named else int(checkpoint)
     if step not in steps:
-        names = ", ".join(map(str, steps))
-        raise UserError(f"checkpoint={checkpoint!r}: {config.out_dir} has best, latest, {names}")
+        expected = ", ".join(["best", "latest", *map(str, steps)])
+        raise UserError(f"checkpoint={checkpoint!r}: no such step; expected one of {expected}")
     abstract = {"params": abstract_params(config, mesh)}
     others = [other for other in steps if other != step] if checkpoint in named else []
     while True:
         try:
             return checkpoints.restore(abstract, step)["params"], step
-        except CorruptCheckpoint as error:  # not quarantined: readers leave the directory alone
+        except CorruptCheckpoint as error:  # not quarantined, because readers change nothing
             if not others:
-                raise
+                raise CorruptCheckpoint(f"{error}; try another --checkpoint") from error
             step = others.pop()
-            print(f"warning: {error}; taking step {step} instead", file=sys.stderr)
+            warn(f"{error}; taking step {step} instead")
 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The best weights of a run, to start another run from."""
+    """The best weights of a run, from which another run starts."""
 
     config: Config
 
@@ -250,24 +256,24 @@ class RunWeights:
         return jax.jit(cut, out_shardings=jax.tree.map(lambda p: p.sharding, shapes))(params)
 
     def check_tokenizer(self, dataset: Dataset) -> None:
-        """Raise `UserError` if a dataset's tokenizer is not the one that the run was trained on."""
+        """Raise `UserError` if the run was trained with another tokenizer than the dataset's."""
         file, ours = Path(self.config.out_dir, tokenizers.FILE), dataset.tokenizer
         if ours and file.is_file() and tokenizers.load(file).to_json() != ours.to_json():
             raise UserError(
-                f"init_from={self.config.out_dir!r}: the dataset has another tokenizer; prepare "
-                f"it with --tokenizer={file}"
+                f"init_from={self.config.out_dir!r}: its tokenizer is not the dataset's; "
+                f"try jaxgpt prepare with --tokenizer={file}"
             )
 
 
 def open_weights(config: Config) -> RunWeights:
-    """Open the run that `config.init_from` names. Raises `UserError` if it is `out_dir`."""
+    """Open the run that `config.init_from` names. Raises `UserError` if the run is `out_dir`."""
     init_from = config.init_from
     if Path(init_from).resolve() == Path(config.out_dir).resolve():
         raise UserError(
-            f"init_from={init_from!r}: is out_dir too; --init_from=resume goes on with the run, "
-            "another --out_dir begins a new one with its weights"
+            f"init_from={init_from!r}: is out_dir too; try --init_from=resume to continue the run, "
+            "or another --out_dir to start a new run with its weights"
         )
     source = load_config(init_from, config_class=type(config))
     if open_checkpoints(source).latest() is None:
-        raise UserError(f"init_from={init_from!r}: there is no checkpoint in it yet")
+        raise UserError(f"init_from={init_from!r}: {NO_CHECKPOINT}")
     return RunWeights(source)

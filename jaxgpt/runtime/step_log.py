@@ -1,4 +1,4 @@
-"""The numbers of every training step, logged one call behind the device."""
+"""Log the numbers of every training step, one call behind the device."""
 
 import math
 import time
@@ -11,28 +11,33 @@ from jaxgpt.runtime.metrics import Log, Row
 
 
 class StepLog:
-    """Reads and logs the numbers of a call while the device works on the next one.
+    """A log of training steps, which reads a call's numbers while the device runs the next call.
 
-    `tokens` is how many a step has, `peak` how many per second the devices' FLOP/s allow.
+    `tokens` is the number of tokens per step, `peak` the tokens/s at the devices' peak FLOP/s.
     """
 
     def __init__(self, config: Config, log: Log, stop: StopSignal, tokens: int, peak: float | None):
-        self.config, self.log, self.stop, self.tokens, self.peak = config, log, stop, tokens, peak
+        self.config = config
+        self.log = log
+        self.stop = stop
+        self.tokens = tokens
+        self.peak = peak
         self.stopwatch = Stopwatch()
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        self._skipped, self._skipped_in_a_row = 0, 0
+        self._skipped = 0  # since the last row
+        self._skipped_in_a_row = 0
 
     def launched(self, step: int, count: int, metrics: dict[str, jax.Array]) -> None:
-        """Note a call that takes `count` steps from `step` on, and log the call before it."""
+        """Note a call that takes `count` steps from `step` on, and log the previous call."""
         if jax.process_count() > 1:
             metrics["signal"] = self.stop.highest()
         self.flush()
         self._pending = step, count, metrics
 
     def flush(self) -> None:
-        """Log the steps of the last call, once the device has finished it.
+        """Wait for the last call and log its steps.
 
-        Raises `UserError` for a step that is not finite, unless it may be skipped.
+        Raises `UserError` for a step that is not finite, unless the step may be skipped.
         """
         if self._pending is None:
             return
@@ -54,13 +59,13 @@ class StepLog:
             return
         self._skipped_in_a_row += 1
         self._skipped += 1
-        what = f"step {step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        found = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}"
         if self._skipped_in_a_row > self.config.max_nonfinite_steps:
             raise UserError(
-                f"{what}, so it was not taken; try a lower learning_rate, more warmup_iters, a "
-                "grad_clip, or max_nonfinite_steps=10 if single batches are to blame"
+                f"{found}; expected finite numbers; try a lower --learning_rate, more "
+                "--warmup_iters, a --grad_clip, or --max_nonfinite_steps=10 to skip single batches"
             )
-        self.log.info(f"{what}: skipped")
+        self.log.info(f"{found}; expected finite numbers; skipped this step")
 
     def _log_step(self, step: int, numbers: Row) -> None:
         seconds = self.stopwatch.read()
@@ -75,10 +80,12 @@ class StepLog:
 
 
 class Stopwatch:
-    """Measures the time per step since the last reading, without pauses."""
+    """A clock of the time per step since the last reading, without pauses."""
 
     def __init__(self):
-        self._steps, self._spent, self._seconds = 0, 0.0, 0.0
+        self._steps = 0
+        self._spent = 0.0
+        self._seconds_per_step = 0.0
         self.resume()
 
     def resume(self) -> None:
@@ -86,14 +93,16 @@ class Stopwatch:
         self._lap = time.perf_counter()
 
     def lap(self, steps: int) -> None:
-        """Note that so many steps have just ended."""
-        before, self._lap = self._lap, time.perf_counter()
-        self._spent += self._lap - before
+        """Note that this many steps have just ended."""
+        now = time.perf_counter()
+        self._spent += now - self._lap
         self._steps += steps
+        self._lap = now
 
     def read(self) -> float:
-        """Return the seconds per step; steps of one lap that are read one by one share its mean."""
+        """Return the seconds per step since the last reading; without new steps, repeat it."""
         if self._steps:
-            self._seconds = self._spent / self._steps
-        self._steps, self._spent = 0, 0.0
-        return self._seconds
+            self._seconds_per_step = self._spent / self._steps
+        self._steps = 0
+        self._spent = 0.0
+        return self._seconds_per_step

@@ -246,8 +246,8 @@ def test_id_out_of_range_raises_where_the_batch_is_taken(tmp_path, ids):
     tokens = tokens_of(ids, tmp_path)
     tokens.vocab_size = 1
     batches = make(tokens, mesh_of("data:1"), (1, 1, 1), ahead=1)
-    assert "is not below vocab_size=1" in refusal(batches.get, 0)
-    assert "is not below vocab_size=1" in refusal(make_resident, tokens, mesh_of("data:1"))
+    assert "expected ids below vocab_size=1;" in refusal(batches.get, 0)
+    assert "expected ids below vocab_size=1;" in refusal(make_resident, tokens, mesh_of("data:1"))
 
 
 SPLITS = st.tuples(st.integers(2, 200), st.integers(1, 9), st.sampled_from(MESHES))

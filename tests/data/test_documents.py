@@ -103,7 +103,7 @@ def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, 
     shared = tmp_path / "shared"
     for shard in ("2/3", "0/3"):
         prepare(source, str(shared), bpe_file, val_share=0.2, shard=shard)
-        assert "still to come" in capsys.readouterr().out
+        assert "pieces are missing" in capsys.readouterr().out
         assert "interrupted" in refusal(open_dataset, shared / "plays", tmp_path, 0)
     prepare(source, str(shared), bpe_file, val_share=0.2, shard="1/3")
     assert read_files(shared / "plays") == read_files(alone)
@@ -160,7 +160,7 @@ def test_a_damaged_piece_is_made_again(tmp_path, bpe_file, harm):
     if harm == "cut":
         victim.write_bytes(ids[:-2])
         message = refusal(open_dataset, folder, folder, 0)
-        assert re.search(r"one of .*train_\*\.bin is cut short", message)
+        assert re.search(r"train_\*\.bin: .* meta\.json says", message)
     elif harm == "changed":
         victim.write_bytes(b"\1\0" + ids[2:])
     else:
@@ -206,7 +206,7 @@ def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, m
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", list(texts))
     monkeypatch.setitem(documents.HUB, "bard", HubSet(source, "default", "abc", 4))
-    monkeypatch.setitem(documents.VAL_FRACTION, True, 0.2)
+    monkeypatch.setattr(documents, "HUB_VAL_FRACTION", 0.2)
     folder = prepare("bard", str(tmp_path / "data"), bpe_file)
     assert folder == tmp_path / "data" / "bard"
     assert_holds(folder, texts, bpe_file, 0.2)
@@ -222,7 +222,10 @@ def test_parquet_without_texts_is_named(tmp_path, bpe_file, parquet):
     pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), file)
     assert "text" in refusal(prepare, file, str(tmp_path / "data"), bpe_file)
     (tmp_path / "a.parquet").write_bytes(b"none")
-    assert re.search(r"parquet: \w+: ", refusal(prepare, file, str(tmp_path / "data"), bpe_file))
+    assert re.search(
+        r"a\.parquet: .*\(\w+: .*column text",
+        refusal(prepare, file, str(tmp_path / "data"), bpe_file),
+    )
     assert not (tmp_path / "data").exists()
 
 
@@ -237,7 +240,7 @@ def test_pieces_of_something_else_are_left_alone(tmp_path, bpe_file):
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     files = read_files(folder)
     message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.3)
-    assert "begun with val_share=0.2, and this is 0.3; delete" in message
+    assert "begun with val_share=0.2, but now val_share=0.3; try another --data_dir" in message
     (tmp_path / "plays" / "z.txt").write_text("one more")
     message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     assert re.search("begun with source='.* 40 files", message)
@@ -256,9 +259,9 @@ def test_a_prepared_text_is_left_alone(tmp_path, bpe_file):
 @pytest.mark.parametrize(
     ("tokenizer", "options", "said"),
     [
-        *((None, {"shard": shard}, f"shard='{shard}': must be i/n")
+        *((None, {"shard": shard}, f"shard='{shard}': not a share; expected i/n")
           for shard in ("1", "3/3", "-1/3", "0/0", "a/b")),
-        *((name, {}, f"tokenizer='{name}': documents need gpt2")
+        *((name, {}, f"tokenizer='{name}': has no end-of-text")
           for name in ("char", "byte", "none.json")),
         (None, {}, "val_share=0.01: leaves no document for val"),
     ],
@@ -277,7 +280,7 @@ def test_options_for_documents_are_refused_for_a_text(tmp_path):
     file = tmp_path / "some.txt"
     file.write_text("abc" * 9)
     message = refusal(prepare, str(file), str(tmp_path / "data"), shard="0/2", processes=0)
-    assert "shard='0/2': is for documents" in message
+    assert "shard='0/2': applies to documents" in message
 
 
 def test_a_text_that_is_not_utf8_is_named_from_another_process(tmp_path, bpe_file):

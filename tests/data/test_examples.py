@@ -81,9 +81,9 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line):
     file = tmp_path / "some.jsonl"
     file.write_text(lines(SUMS) + line + "\n")
     message = refusal(prepare, str(file), str(tmp_path))
-    assert re.search(r"line 65: .+: must be an object with two texts", message)
+    assert re.search(r"line 65: .+; expected an object with two texts", message)
     file.write_text(lines(SUMS[:1]))
-    assert "1 examples are too few" in refusal(prepare, str(file), str(tmp_path))
+    assert "too few examples for train and val (1)" in refusal(prepare, str(file), str(tmp_path))
     assert not (tmp_path / "some").exists()
 
 
@@ -103,7 +103,7 @@ def test_an_id_out_of_range_is_named_masked_or_not(tmp_path, bad):
     np.array([4, ~4, 0, ~0, bad], "<i4").tofile(file)
     tokens = TokenSplit([file], "int32", 5)
     np.testing.assert_array_equal(tokens.read(0, 4), [4, ~4, 0, ~0])
-    assert f"id {bad} at token 4 is not below vocab_size=5" in refusal(tokens.read, 1, 4)
+    assert f"id {bad} at token 4 is out of range; expected" in refusal(tokens.read, 1, 4)
 
 
 def make_config(sums, tmp_path, **keys) -> Config:

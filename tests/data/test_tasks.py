@@ -193,13 +193,20 @@ def test_text_shows_answers_as_usual(tmp_path):
     "text", ["", "\n", "12", "12+34", "012+3=", "123+4=", "1*2=", "1+2=3", "+1=", "a"]
 )
 def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
-    problem = "a problem as 12+34= is, of two numbers of at most 2 digits and one of + -"
-    assert refusal(ArithmeticTokenizer("+-", 2).encode, text) == f"{text!r}: must be {problem}"
+    expected = "two numbers of at most 2 digits and one of + -; try 12+34="
+    said = f"{text!r}: is not a problem; expected {expected}"
+    assert refusal(ArithmeticTokenizer("+-", 2).encode, text) == said
+
+
+def test_the_example_in_the_message_is_a_problem():
+    for name, digits in ALL:
+        tokenizer = ArithmeticTokenizer(TASKS[name], digits)
+        tokenizer.encode(refusal(tokenizer.encode, "?").split("; try ")[1])
 
 
 IMPOSSIBLE = [
-    ({"block_size": 8}, "block_size=8: must be at least 9 for the adder with digits=2"),
-    ({"dataset": "calculator"}, "block_size=9: must be at least 10 for the calculator with"),
+    ({"block_size": 8}, "adder with digits=2; expected at least 9; try --block_size=9"),
+    ({"dataset": "calculator"}, "block_size=9: too short for calculator with digits=2; expected"),
     ({"data_on_device": "always"}, "data_on_device='always'"),
 ]
 
@@ -212,13 +219,13 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
 def test_endless_problems_cannot_be_evaluated_whole():
     problems = find_dataset(make_config(), 9).train
     batches = full_split(problems, make_mesh(make_config()), 4, 9)
-    assert "eval_iters=0: must be at least 1" in refusal(next, batches)
+    assert "; expected at least 1; try --eval_iters" in refusal(next, batches)
 
 
 @pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
 def test_there_is_nothing_to_prepare(tmp_path, name):
     message = refusal(prepare, name, str(tmp_path))
-    assert "made as they are needed, so there is nothing to prepare" in message
+    assert "the name of a task, which needs no preparation" in message
     assert not list(tmp_path.iterdir())
 
 

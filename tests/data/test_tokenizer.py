@@ -56,7 +56,7 @@ def test_char_names_exactly_what_it_does_not_know(known, text):
     if not unknown:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     else:
-        assert refusal(tokenizer.encode, text).startswith(f"no token for {unknown!r}: ")
+        assert refusal(tokenizer.encode, text).startswith(f"text: no token for {unknown!r}; ")
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 70_000])

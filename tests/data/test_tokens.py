@@ -87,7 +87,7 @@ def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
         write_ids(tmp_path / name, part)
     tokens = TokenSplit([tmp_path / name for name in names], "uint16", vocab_size=10)
     file = int(np.searchsorted([5, 9], at, "right"))
-    expected = f"{names[file]}: id 10 at token {at - [0, 5, 9][file]} is not below vocab_size=10"
+    expected = f"{names[file]}: id 10 at token {at - [0, 5, 9][file]} is out of range; expected"
     for start in range(at + 1):
         assert expected in refusal(tokens.read, start, at + 1 - start)
         np.testing.assert_array_equal(tokens.read(start, at - start), ids[start:at])
@@ -231,11 +231,11 @@ def test_fingerprint_tells_datasets_apart(prepared, fields):
     assert json.loads(json.dumps(fingerprint)) == fingerprint
 
 
-NOT_META = r"meta\.json: not the meta"
+NOT_META = r"meta\.json: not valid"
 BAD_FILES = {  # file, its content (None: it is gone), what is said
     "missing": ("val.bin", None, r"val\.bin: no such file"),
     "empty": ("val.bin", b"", r"val\.bin: holds no tokens"),
-    "odd": ("val.bin", b"\0" * 11, r"val\.bin: 11 bytes"),
+    "odd": ("val.bin", b"\0" * 11, r"val\.bin: holds 11 bytes"),
     "short": ("val.bin", b"\0" * 10, r"val\.bin: 5 tokens, .* says 6"),
     "long": ("train.bin", b"\0" * 18, r"train\.bin: 9 tokens, .* says 8"),
     "no JSON": ("meta.json", b"{", NOT_META),
@@ -248,8 +248,8 @@ BAD_FILES = {  # file, its content (None: it is gone), what is said
     "partial meta": ("meta.json.partial", b"", "interrupted"),
 }
 BAD_META = {  # the meta's fields, what is said
-    "other dtype": (META | {"dtype": "int16"}, r"meta\.json: dtype='int16'"),
-    "null dtype": (META | {"dtype": None}, r"meta\.json: dtype=None"),
+    "other dtype": (META | {"dtype": "int16"}, r"meta\.json: has dtype='int16'"),
+    "null dtype": (META | {"dtype": None}, r"meta\.json: has dtype=None"),
     "half counts": (META | {"counts": {"train": 8}}, r"meta\.json: .*'val'"),
     "odd counts": (META | {"counts": [8, 6]}, NOT_META),
     "odd vocab": (META | {"vocab_size": "many"}, r"meta\.json: .*many"),
@@ -296,7 +296,9 @@ def test_llmc_header_that_is_cut_short_is_named(tmp_path, no_gpt2, size):
 def test_folder_without_a_split_is_named(tmp_path, no_gpt2, split):
     write_nanogpt(tmp_path)
     (tmp_path / f"{split}.bin").unlink()
-    assert f"{tmp_path}: no {split}.bin" in refusal(open_folder, tmp_path)
+    assert f"{tmp_path}: holds neither meta.json nor *{split}*.bin" in refusal(
+        open_folder, tmp_path
+    )
 
 
 @each_split
@@ -307,7 +309,7 @@ def test_split_shorter_than_a_window_is_named(prepared, split):
     change_meta(prepared, counts=counts)
     assert len(getattr(open_folder(prepared, block_size=4), split)) == 5
     message = refusal(open_folder, prepared, block_size=5)
-    assert re.search(rf"{split}\.bin: 5 tokens .* block_size=5, .* least 6", message)
+    assert re.search(rf"{split}\.bin: holds 5 tokens, .* block_size=5; .* least 6", message)
 
 
 def test_folder_is_prepared_when_all_its_files_are_whole(tmp_path):

@@ -82,7 +82,7 @@ def test_it_is_sampled_without_a_cache(run, capsys):
 
 @pytest.mark.parametrize("name", ["eval", "sample"])
 def test_without_the_config_file_it_says_what_is_missing(run, name):
-    said = r"its config class MinGRUConfig is defined in my_model\.py; add --config my_model\.py"
+    said = r"its config class is MinGRUConfig; try --config my_model\.py"
     with pytest.raises(run_dir.UserError, match=said):
         commands.COMMANDS[name](["--out_dir=run"])
 

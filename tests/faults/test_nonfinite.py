@@ -118,7 +118,7 @@ def strict_rows(config) -> list[dict]:
 
 def test_a_run_stops_at_the_first_bad_step_and_what_it_saved_is_finite(rare):
     message = refusal(train, rare)
-    for part in "step ", "loss is nan", "gradient's norm", "learning_rate", "max_nonfinite_steps":
+    for part in "step ", "loss is nan", "gradient norm", "learning_rate", "max_nonfinite_steps":
         assert part in message
     assert is_finite(rare)
 
@@ -128,7 +128,7 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
     assert train(config) == 0
     assert is_finite(config)
     rows = [row for row in strict_rows(config) if "skipped" in row]
-    said = log_of(config).count(": skipped")
+    said = log_of(config).count("; skipped this step")
     assert sum(row["skipped"] for row in rows) == said > 0
     assert math.isfinite(rows[-1]["lr"])
 
@@ -137,7 +137,7 @@ def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path,
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
     config = tiny(tmp_path, data, max_nonfinite_steps=3, mesh="data:1", **SMALL)
     assert "step 4: the loss is inf" in refusal(train, config)
-    assert log_of(config).count(": skipped") == 3
+    assert log_of(config).count("; skipped this step") == 3
     assert is_finite(config)
     assert [row["loss"] for row in strict_rows(config) if "loss" in row] == [None] * 3
 

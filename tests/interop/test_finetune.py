@@ -95,23 +95,25 @@ def test_a_finetuning_run_is_stopped_and_resumed_as_any_other(make_run, monkeypa
     for path, value in params_of(stopped).items():
         np.testing.assert_array_equal(value, params_of(quiet)[path], err_msg=path)
     message = refusal(train, stopped.replace(init_from="resume", freeze="embed", max_iters=9))
-    assert message.startswith("freeze='embed': the run in ")
+    assert message.startswith("freeze='embed': differs from the run in ")
+    assert message.endswith("; try --freeze='embed|blocks/0/'")
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(make_run, data_dir):
     first = make_run("first", max_iters=1)
     train(first)
     second = make_run("second", init_from=first.out_dir)
-    assert refusal(train, second.replace(n_embd=32)) == f"n_embd=32: {first.out_dir} has 16"
+    said = f"n_embd=32: differs from {first.out_dir}; expected 16; try --n_embd=16"
+    assert refusal(train, second.replace(n_embd=32)) == said
     said = refusal(train, second.replace(out_dir=first.out_dir, overwrite=True))
     assert said.startswith(f"init_from={first.out_dir!r}: is out_dir too")
     make_data(data_dir, SONG, "other")  # with fewer characters
     said = refusal(train, second.replace(dataset="other"))
-    assert "the dataset has another tokenizer; prepare it with --tokenizer=" in said
+    assert "its tokenizer is not the dataset's; try jaxgpt prepare with --tokenizer=" in said
     assert str(Path(first.out_dir, "tokenizer.json")) in said
     assert not Path(second.out_dir, "config.json").exists()
     Path(first.out_dir, "checkpoints").rename(first.out_dir + "-gone")
-    assert refusal(train, second).endswith("there is no checkpoint in it yet")
+    assert "no checkpoint in it yet; expected" in refusal(train, second)
 
 
 PATTERNS = {

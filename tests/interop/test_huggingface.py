@@ -238,29 +238,30 @@ def test_a_tokenizer_must_be_there_and_fit(write_case):
     folder = write_case("small")
     weights = open_weights(str(folder))
     message = refusal(weights.tokenizer, "data")
-    assert message == f"{folder}: there is no tokenizer.json beside the weights"
+    assert message == f"{folder}: no tokenizer; expected {folder / 'tokenizer.json'}"
     (folder / "tokenizer.json").write_text(tokenizers.CharTokenizer("abcdefghijkl").to_json())
     message = refusal(weights.tokenizer, "data")
-    assert message == f"{folder}: its tokenizer has 12 ids, but the weights have vocab_size=11"
+    said = f"{folder}: its tokenizer has 12 ids; expected at most the 11 of the weights; "
+    assert message == f"{said}try another {folder / 'tokenizer.json'}"
 
 
 # ---- what is refused on the way in -----------------------------------------------------------
 QKV = "transformer.h.0.attn.c_attn.weight"
 BAD = [  # tensors, fields of config.json, what is said
-    ({QKV: lambda qkv: qkv.T.copy()}, {}, "tensor h.0.attn.c_attn.weight has shape (24, 8), "
+    ({QKV: lambda qkv: qkv.T.copy()}, {}, "tensor h.0.attn.c_attn.weight has shape (24, 8); "
                                           "expected (8, 24)"),
-    ({QKV: None}, {}, "there is no tensor h.0.attn.c_attn.weight"),
+    ({QKV: None}, {}, "no tensor h.0.attn.c_attn.weight"),
     ({"transformer.h.0.moe.weight": lambda _: np.zeros(3, np.float16)}, {},
-     "tensor h.0.moe.weight is not of a GPT-2 with these sizes"),
-    ({}, {"n_embd": 16}, "tensor wte.weight has shape (11, 8), expected (11, 16)"),
-    ({}, {"n_layer": 2}, "there is no tensor h.1.ln_1.weight"),
-    ({}, {"model_type": "llama"}, "config.json: model_type='llama': must be 'gpt2'"),
-    ({}, {"layer_norm_epsilon": 1e-6}, "config.json: layer_norm_epsilon=1e-06: must be 1e-05"),
-    ({}, {"tie_word_embeddings": False}, "config.json: tie_word_embeddings=False: must be True"),
-    ({}, {"activation_function": "silu"}, "config.json: activation_function='silu': must be one "
-                                          "of gelu_new, gelu, relu, relu2, gelu_pytorch_tanh"),
+     "unknown tensor h.0.moe.weight; expected the tensors of a GPT-2 with"),
+    ({}, {"n_embd": 16}, "tensor wte.weight has shape (11, 8); expected (11, 16)"),
+    ({}, {"n_layer": 2}, "no tensor h.1.ln_1.weight"),
+    ({}, {"model_type": "llama"}, "config.json: has model_type='llama'; expected 'gpt2'"),
+    ({}, {"layer_norm_epsilon": 1e-6}, ": has layer_norm_epsilon=1e-06; expected 1e-05"),
+    ({}, {"tie_word_embeddings": False}, ": has tie_word_embeddings=False; expected True"),
+    ({}, {"activation_function": "silu"}, ": has activation_function='silu'; expected one of "
+                                          "gelu_new, gelu, relu, relu2, gelu_pytorch_tanh"),
     ({}, {"n_layer": "two"}, "config.json: n_layer='two': must be a whole number at least 0"),
-    ({}, {"max_iters": 5}, "is of a jaxgpt run; name it with --out_dir="),
+    ({}, {"max_iters": 5}, "belongs to a jaxgpt run; try --out_dir="),
 ]  # fmt: skip
 
 
@@ -282,7 +283,12 @@ def test_files_that_are_missing_or_cut_short_are_refused(write_case):
     file.write_bytes(file.read_bytes()[:-1])
     assert refusal(open_weights, str(folder)).startswith(f"{file}: not a safetensors file")
     file.unlink()
-    assert refusal(open_weights, str(folder)) == f"{folder}: there is no model.safetensors"
+    assert (
+        refusal(open_weights, str(folder))
+        == f"{folder}: no weights in it; expected model.safetensors"
+    )
+    (folder / "config.json").write_text("3")
+    assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
     (folder / "config.json").unlink()
     assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
 
@@ -317,23 +323,25 @@ def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch
     assert repo == name
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
     said = refusal(open_weights, name)
-    assert said.startswith(f"init_from={name!r}: no such folder, and the Hugging Face hub")
+    assert said.startswith(
+        f"init_from={name!r}: no such folder, and the download failed (OSError); "
+    )
 
 
 @pytest.mark.parametrize("name", ["resum", "gpt3", "./nowhere", "/no/where", "a/b/c"])
 def test_a_name_of_nothing_is_refused_without_asking_the_hub(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     said = refusal(open_weights, name)
-    assert said.startswith(f"init_from={name!r}: must be resume")
+    assert said.startswith(f"init_from={name!r}: no such weights; expected resume")
     assert "gpt2-xl" in said
 
 
 def test_without_the_extra_its_name_is_said(write_case, monkeypatch):
     folder = write_case("small")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install 'jaxgpt[hf]'" in refusal(open_weights, str(folder))
+    assert "; try pip install 'jaxgpt[hf]'" in refusal(open_weights, str(folder))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'jaxgpt[hf]'" in refusal(open_weights, "gpt2")
+    assert "; try pip install 'jaxgpt[hf]'" in refusal(open_weights, "gpt2")
 
 
 # ---- nanoGPT's ckpt.pt -----------------------------------------------------------------------
@@ -401,11 +409,12 @@ def test_linear_maps_of_a_nanogpt_checkpoint_are_transposed(tmp_path, fake_torch
 def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path, fake_torch, monkeypatch):
     file = tmp_path / "ckpt.pt"
     file.write_bytes(b"")
-    assert refusal(open_weights, str(file)) == f"{file}: not a checkpoint of nanoGPT (RuntimeError)"
+    said = f"{file}: not a checkpoint of nanoGPT (RuntimeError); expected "
+    assert refusal(open_weights, str(file)).startswith(said)
     fake_torch["model"] = {}
     assert "(KeyError)" in refusal(open_weights, str(tmp_path))
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert "needs PyTorch" in refusal(open_weights, str(file))
+    assert "needs PyTorch; try pip" in refusal(open_weights, str(file))
 
 
 # ---- what is refused on the way out ----------------------------------------------------------
@@ -425,7 +434,9 @@ def test_a_model_that_the_format_cannot_say_is_refused(tmp_path, capsys, key):
     write_run(Config(**TINY | {key: INEXPRESSIBLE[key], "out_dir": str(tmp_path)}), {})
     argv = [f"--out_dir={tmp_path}", f"--to={tmp_path / 'out'}"]
     assert exit_code(cli.run, cli.export, argv) == 2
-    assert f"error: {key}={INEXPRESSIBLE[key]!r}: GPT-2's format has" in capsys.readouterr().err
+    assert (
+        f"error: {key}={INEXPRESSIBLE[key]!r}: not in GPT-2's format; " in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -436,7 +447,7 @@ def test_a_model_of_ones_own_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_dir, "load_config", lambda out_dir, *file: Mine(**TINY))
     said = refusal(export, str(tmp_path), "best", str(tmp_path / "out"))
-    assert said == "Mine: has a model of its own; GPT-2's format has only GPT"
+    assert said == "Mine: not a GPT-2; expected a config without a make_model"
 
 
 def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
@@ -513,10 +524,11 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
         config = make_config(init_from=str(folder), n_head=1).replace(**{key: value})
         for given in frozenset([key]), frozenset():  # by a flag, or by the file
             said = refusal(train, config, given)
-            assert said == f"{key}={value!r}: {folder} has {there!r}"
+            expected = f"expected {there!r}; try --{key}={there}"
+            assert said == f"{key}={value!r}: differs from {folder}; {expected}"
     # a flag with the key's default counts too
     said = refusal(train, make_config(init_from=str(folder)), frozenset(["n_layer"]))
-    assert said == f"n_layer=12: {folder} has 1"
+    assert said == f"n_layer=12: differs from {folder}; expected 1; try --n_layer=1"
 
 
 def test_sampling_from_weights(write_case, capsys, monkeypatch):

@@ -257,7 +257,8 @@ def test_a_newer_format_is_refused(config, run):
     digest.write_text(json.dumps(sums))
     messages = [refusal(saved.meta, 3), refusal(saved.restore, wanted(config), 3)]
     messages += [refusal(run_dir.load_params, run, "best", local_mesh())]
-    assert messages == 3 * [f"{file}: format 2; this jaxgpt reads up to 1"]
+    said = f"{file}: has format 2; expected at most 1; try a newer version of jaxgpt"
+    assert messages == 3 * [said]
 
 
 def test_a_meta_that_is_none_is_refused_by_its_name(saved):
@@ -344,12 +345,18 @@ def test_a_run_starts_at_step_0_where_there_is_none_unless_it_resumes(config, tm
         for init_from in "scratch", "auto":
             assert first_step(config.replace(init_from=init_from, out_dir=folder)) == 0
         message = refusal(first_step, config.replace(init_from="resume", out_dir=folder))
-        assert message == f"init_from='resume': there is no checkpoint in {folder}"
+        said = f"init_from='resume': no checkpoint in {folder}; try --init_from=auto"
+        assert message == said
 
 
 def test_scratch_refuses_a_directory_in_use_and_names_the_ways_out(run):
     message = refusal(first_step, run)
-    for part in f"out_dir={run.out_dir!r}", "3 steps", "--init_from=resume", "--overwrite deletes":
+    for part in (
+        f"out_dir={run.out_dir!r}",
+        "3 steps",
+        "--init_from=resume",
+        "--overwrite to delete",
+    ):
         assert part in message
     assert first_step(run.replace(overwrite=True)) == 0
 
@@ -379,18 +386,19 @@ def test_every_key_of_the_model_has_another_value_to_try():
 def test_a_run_is_not_resumed_as_another_model(run, key):
     message = refusal(first_step, run.replace(init_from="resume", **{key: OTHER[key]}))
     before = getattr(run, key)
-    assert message == f"{key}={OTHER[key]!r}: the run in {run.out_dir} has {before!r}"
+    assert message == (
+        f"{key}={OTHER[key]!r}: differs from the run in {run.out_dir}; "
+        f"expected {before!r}; try --{key}={before}"
+    )
 
 
 def test_a_file_is_no_run_directory(config, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    for init_from in "scratch", "resume", "auto":
-        message = refusal(first_step, config.replace(out_dir=str(file), init_from=init_from))
-        assert message == f"out_dir={str(file)!r}: is a file, not a folder"
-    inside = config.replace(out_dir=str(file / "run"))
-    assert first_step(inside) == 0
-    assert refusal(create, inside).startswith("out_dir=")
+    for folder, problem in (file, "is a file"), (file / "run", "not a directory"):
+        said = f"{problem}; expected a writable folder; try another out_dir"
+        for write in run_dir._lock, lambda out_dir: create(config.replace(out_dir=out_dir)):
+            assert refusal(write, str(folder)) == f"out_dir={str(folder)!r}: {said}"
     assert file.read_text() == "mine"
 
 
@@ -420,7 +428,7 @@ def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
     assert run_dir.open_checkpoints(run).latest() is None
 
 
-@pytest.mark.parametrize("config_json", [None, "{}", '{"compilerOptions": {}}', "not JSON"])
+@pytest.mark.parametrize("config_json", [None, "{}", "3", '{"compilerOptions": {}}', "not JSON"])
 def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_json):
     """Somebody may name their project's folder as out_dir."""
     folder = Path(run.out_dir)
@@ -429,7 +437,10 @@ def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_jso
     if config_json is not None:
         (folder / "config.json").write_text(config_json)
     before = tree(folder)
-    assert re.search("out_dir=.*(log.txt|config.json) in it is not of a run", refusal(create, run))
+    said = refusal(create, run)
+    assert re.search(
+        r"out_dir=.*: holds (log\.txt|config\.json), but no run; expected an empty", said
+    )
     assert tree(folder) == before
 
 
@@ -465,7 +476,7 @@ def test_a_config_that_is_damaged_is_refused_by_its_name(tmp_path, text):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     for folder in tmp_path, tmp_path / "nowhere":
         message = refusal(run_dir.load_config, str(folder))
-        assert message.startswith(f"out_dir={str(folder)!r}: there is no run in it")
+        assert message.startswith(f"out_dir={str(folder)!r}: no run in it; expected ")
 
 
 def test_parameters_are_loaded_by_name_or_step(run, trained):
@@ -486,7 +497,7 @@ def test_parameters_are_loaded_by_name_or_step(run, trained):
 def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
     mesh = local_mesh()
     message = refusal(run_dir.load_params, run, "5", mesh)
-    assert message == f"checkpoint='5': {run.out_dir} has best, latest, 3"
+    assert message == "checkpoint='5': no such step; expected one of best, latest, 3"
     empty = config.replace(out_dir=str(tmp_path))
     message = refusal(run_dir.load_params, empty, "best", mesh)
-    assert message == f"out_dir={str(tmp_path)!r}: there is no checkpoint in it yet"
+    assert message.startswith(f"out_dir={str(tmp_path)!r}: no checkpoint in it yet; expected ")

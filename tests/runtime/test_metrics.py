@@ -301,6 +301,6 @@ def test_a_missing_tracker_is_the_users_to_install_if_it_is_asked_for(config, mo
     for key, package in ("tensorboard", "tensorboardX"), ("wandb_log", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
         message = refusal(Log, config.replace(**{key: True}), 0)
-        assert message == f"{key}=True: needs {package}; pip install 'jaxgpt[log]'"
+        assert message == f"{key}=True: needs {package}; try pip install 'jaxgpt[log]'"
     with Log(config, 0) as log:
         log.eval(eval_row(0))
