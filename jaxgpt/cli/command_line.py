@@ -103,7 +103,7 @@ def parse_flags(
     several lines.
     """
     types, args = flag_types(args_type), []
-    for arg, following in pairwise([*translate_old_flags(argv), "--"]):
+    for arg, following in pairwise([*translate_old_flags(argv, types), "--"]):
         is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
         is_alone = is_bool and following not in ("True", "False")
         args.append(f"{arg}=True" if is_alone else arg)
@@ -184,12 +184,12 @@ def convert(text: str, hint: Any) -> Any:
     return {str(choice): choice for choice in choices}.get(text, text)
 
 
-def translate_old_flags(argv: Sequence[str]) -> list[str]:
-    """Replace old names of flags, and of their values, by the current names."""
+def translate_old_flags(argv: Sequence[str], types: dict[str, Any]) -> list[str]:
+    """Replace old names of the flags in `types`, and of their values, by the current names."""
     translated, new_values = [], {}
     for arg in argv:
         name, equals, value = arg.partition("=")
-        if name in OLD_FLAGS:
+        if flag_key(OLD_FLAGS.get(name, "")) in types:
             new_values = OLD_VALUES.get(name, {})
             translated.append(OLD_FLAGS[name] + equals + new_values.get(value, value))
         else:
@@ -222,10 +222,10 @@ def key_groups(config: Config) -> type:
     It is what `--help` shows.
     """
     types, values = key_types(type(config)), config.to_dict()
-    classes = dict.fromkeys((*Config.__bases__, *reversed(type(config).__mro__)))
-    with_keys = [keys_class for keys_class in classes if inspect.get_annotations(keys_class)]
+    mro = type(config).__mro__[:-1]  # without `object`
+    classes = dict.fromkeys((*Config.__bases__, *reversed(mro)))
     texts = {}
-    for keys_class in with_keys:
+    for keys_class in classes:
         texts |= key_help(keys_class)
 
     def field(key: str) -> tuple[str, Any, Any]:
@@ -233,14 +233,14 @@ def key_groups(config: Config) -> type:
 
     shown = set(COMMON_KEYS)
     groups: list[Any] = [field(key) for key in COMMON_KEYS]
-    for keys_class in with_keys:
-        keys = [key for key in inspect.get_annotations(keys_class) if key in types.keys() - shown]
-        if keys:
+    for keys_class in classes:
+        own = inspect.get_annotations(keys_class).keys() & types.keys() - shown
+        if own:
             name = keys_class.__name__.removesuffix("Config").lower()
-            group = make_dataclass(name, map(field, keys))
+            group = make_dataclass(name, [field(key) for key in types if key in own])
             group.__doc__ = keys_class.__doc__
             groups.append((name, group))
-            shown.update(keys)
+            shown |= own
     return make_dataclass("Keys", groups, kw_only=True)
 
 

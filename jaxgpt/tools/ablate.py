@@ -138,10 +138,7 @@ def final_loss(config: Config) -> float | None:
 
 
 def step_cost(config: Config, name: str, out_dir: str) -> float:
-    """Return the median time of a feature's step relative to the baseline's; keep it in cost.json.
-
-    Steps of both are timed in turn.
-    """
+    """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json."""
     file = Path(out_dir, name, "cost.json")
     if not file.exists():
         baseline, feature = (round_of_steps(config, one) for one in (BASELINE, name))
@@ -163,11 +160,9 @@ def round_of_steps(config: Config, name: str) -> Callable[[], float]:
 
 def read_losses(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:
     """Return the final losses of a feature's runs, float64 [seeds, lengths]."""
-    losses = np.zeros((seeds, len(LENGTHS[name])))
-    for row, column in np.ndindex(losses.shape):
-        one = run_config(config, name, row + 1, LENGTHS[name][column], out_dir)
-        losses[row, column] = final_loss(one)
-    return losses
+    loss = lambda seed, share: final_loss(run_config(config, name, seed, share, out_dir))
+    losses = [[loss(seed, share) for share in LENGTHS[name]] for seed in range(1, seeds + 1)]
+    return np.array(losses, float)
 
 
 def compare(config: Config, costs: dict[str, float], seeds: int, out_dir: str) -> dict[str, Result]:

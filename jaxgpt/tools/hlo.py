@@ -56,10 +56,7 @@ class Op:
 
     @cached_property
     def main_bytes(self) -> int:
-        """Return the size of the result in main memory, without arrays in a TPU's on-chip memory.
-
-        The layout of such arrays has a memory space, as in S(1).
-        """
+        """Return the size of the result without arrays in a TPU's on-chip memory, as in S(1)."""
         return sum(map(array_bytes, _parse_shapes(_FAST.sub("", self.type))))
 
     @cached_property

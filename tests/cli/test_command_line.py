@@ -318,6 +318,7 @@ class WideConfig(Config):
     \"\"\"Width of
     every layer.\"\"\"
     gated: bool = False
+    pairs: int = 1
 
 
 config = WideConfig(width=9)
@@ -327,9 +328,10 @@ cpu_config = config.replace(width=4)
 
 def test_keys_of_a_subclass_are_flags_with_help(write, capsys):
     path = write(OWN)
-    config = parse(path, "--width=12", "--gated", "--n_layer=3")
+    config = parse(path, "--width=12", "--gated", "--n_layer=3", "--pairs=2")
     assert type(config).__name__ == "WideConfig"
     assert (config.width, config.gated, config.n_layer) == (12, True, 3)
+    assert config.pairs == 2  # an old name of a flag of bench
     assert parse(path, "--seed=2", accelerator=False).width == 4
     message = "width=65: invalid value; expected a whole number from 1 to 64"
     assert refusal(parse, path, "--width=65") == message

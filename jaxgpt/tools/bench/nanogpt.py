@@ -64,15 +64,12 @@ class NanoGPT:
         weights = self._folder / "weights.npz"
         arrays: Any = to_nanogpt(config, params)
         np.savez(weights, **arrays)
-        self.ask(
-            "load",
-            weights=str(weights),
-            sizes={key: getattr(config, key) for key in SIZES},
-            optimizer={key: getattr(config, key) for key in OPTIMIZER},
-            data={"file": str(tokens.files[0]), "dtype": str(tokens.dtype)},
-            dtype=config.dtype,
-            mode=mode,
+        data = {"file": str(tokens.files[0]), "dtype": str(tokens.dtype)}
+        sizes, optimizer = (
+            {key: getattr(config, key) for key in keys} for keys in (SIZES, OPTIMIZER)
         )
+        model: dict[str, Any] = {"weights": str(weights), "sizes": sizes, "optimizer": optimizer}
+        self.ask("load", **model, data=data, dtype=config.dtype, mode=mode)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a command of torch_server.py and return its answer. Raises `NanoGPTError`."""

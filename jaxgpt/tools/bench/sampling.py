@@ -47,12 +47,9 @@ def bench_sampling(b: Bench) -> Report:
             rate = batch * NEW_TOKENS / whole
             share = decode_bytes(sampler, batch) * NEW_TOKENS / whole / bandwidth
             name = f"{batch} {kind}".strip()
-            results["batch_" + name.replace(" ", "_")] = {
-                "samples_s": times,
-                "tokens_per_s": rate,
-                "first_s": first,
-                "bandwidth_share": share,
-            }
+            found = {"samples_s": times, "tokens_per_s": rate}
+            found |= {"first_s": first, "bandwidth_share": share}
+            results["batch_" + name.replace(" ", "_")] = found
             rows.append([name, f"{1000 * first:.1f}", f"{rate:,.0f}", f"{share:.1%}"])
             if whole > LONG_S:
                 break
@@ -97,10 +94,7 @@ def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[
 
 
 def decode_bytes(sampler: Sampler, batch: int) -> float:
-    """Return the bytes read to decode one token per sequence: weights, and cached keys and values.
-
-    The mean over `NEW_TOKENS` tokens. Past block_size, a sequence restarts from its last half.
-    """
+    """Return the mean bytes read to decode one token per sequence: weights, keys and values."""
     config = sampler.config
     params = sampler.row_params if batch == 1 else sampler.params
     weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
@@ -108,17 +102,14 @@ def decode_bytes(sampler: Sampler, batch: int) -> float:
     if not hasattr(nnx.merge(graphdef, shapes), "init_cache"):
         return weights
     T = config.block_size
-    half = -(-T // 2)
+    half = -(-T // 2)  # past block_size, a sequence restarts from its last half
     lengths = [n if n <= T else T // 2 + (n - T) % half for n in range(1, NEW_TOKENS + 1)]
     width = 2 * config.n_layer * config.kv_heads * config.head_dim
     return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(config.dtype).itemsize
 
 
 def compare(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str, Any]]:
-    """Time every sampler and nanoGPT in turn; return the ratios by name of the sampler.
-
-    If the text outgrows block_size, the first sampler is timed with both kinds of `overflow`.
-    """
+    """Time every sampler and nanoGPT in turn; past block_size, the first in both `overflow`s."""
     nanogpt: Any = b.nanogpt
     sampler = samplers[""]
     runs = {kind or "truncate": partial(generate, s, 1) for kind, s in samplers.items()}
@@ -164,10 +155,7 @@ def bench_data(b: Bench) -> Report:
 
 
 def bench_attention(b: Bench) -> Report:
-    """Time every attention back end of this device, forward and backward.
-
-    Lengths are block_size, twice and four times that, at the same number of tokens per batch.
-    """
+    """Time every attention back end, forward and backward, at three lengths and equal tokens."""
     tokens = b.config.batch_size * b.config.block_size
     rows, notes, results = [], [], {}
     for backend in ("reference", "cpu", "xla", "cudnn", "splash"):

@@ -67,11 +67,7 @@ class NanoGPT:
             self.torch.cuda.reset_peak_memory_stats()
 
     def train(self, starts: list, lrs: list[float]) -> dict[str, Any]:
-        """Take one step per learning rate in `lrs`; return seconds, losses and peak memory.
-
-        `starts` [steps, M, B] has the first token of each window. Like nanoGPT's train.py, the loop
-        makes the next batch before each backward pass.
-        """
+        """Train on windows that begin at `starts` [steps, M, B], with a learning rate per step."""
         t, losses = self.torch, []
         batches = (self._batch(micro) for step in starts for micro in step)
         began = self._clock()
@@ -84,7 +80,7 @@ class NanoGPT:
                 with self.ctx:
                     _, loss = self.forward(x, y)
                     loss = loss / len(step)
-                x, y = next(batches, (x, y))
+                x, y = next(batches, (x, y))  # before the backward pass, as in train.py
                 loss.backward()
                 total = total + loss.detach()
             if self.grad_clip:
