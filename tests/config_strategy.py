@@ -1,4 +1,4 @@
-"""A Hypothesis strategy: any Config that is allowed."""
+"""Provide a Hypothesis strategy for valid configs."""
 
 import math
 import typing
@@ -12,7 +12,7 @@ SMALL = st.integers(1, 9)
 
 
 def allowed_values(hint) -> st.SearchStrategy:
-    """Values that an annotation allows."""
+    """Return a strategy for the values that an annotation allows."""
     kind, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(typing.get_args(kind))
@@ -32,7 +32,7 @@ def allowed_values(hint) -> st.SearchStrategy:
 
 @st.composite
 def configs(draw) -> Config:
-    """Any Config: fields at random, those that hang together made to fit."""
+    """Draw a valid Config: random fields, with dependent fields made compatible."""
     keys = {field: draw(allowed_values(HINTS[field])) for field in HINTS}
     kv_heads, group, width = draw(SMALL), draw(SMALL), draw(SMALL)
     keys["n_head"] = kv_heads * group

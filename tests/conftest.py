@@ -1,6 +1,6 @@
-"""Tests run on eight virtual CPU devices, and keep what they compile for the next run.
+"""Run the tests on eight virtual CPU devices, with a compilation cache for the next run.
 
-LLVM optimises little, which would take longer than these programs run; XLA's own passes all run.
+LLVM optimisations are off: they take longer than these small programs run. All XLA passes run.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""What several test files share: a text, tiny configs, steps by hand, and how runs are read.
+"""Provide a text, tiny configs, single training steps and readers of runs for the tests.
 
-U steps in a call, M micro-batches in a step, B sequences in a micro-batch, T length.
+U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
 
 import json
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
 PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
 CHILD_ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # imports jaxgpt from anywhere
-CLOCK = ("tokens_per_s", "step_ms", "mfu", "time")  # what differs from run to run
+CLOCK = ("tokens_per_s", "step_ms", "mfu", "time")  # these differ from run to run
 
 TINY = {
     "vocab_size": 31,
@@ -78,22 +78,22 @@ RUN = {
 
 
 def make_config(**keys) -> Config:
-    """A tiny model and step, without data."""
+    """Return the config of a tiny model and training step, without data."""
     return Config(**TINY | keys)
 
 
 def reference_config(**keys) -> Config:
-    """A tiny model of the sizes that the NumPy GPT is compared at."""
+    """Return the config of a tiny model with the sizes of the NumPy comparisons."""
     return Config(**DEFAULTS | {"dtype": "float32", "attention": "reference"} | keys)
 
 
 def tiny_run(out_dir: Path | str, data_dir: Path | str, **keys) -> Config:
-    """A run of 24 steps over `make_data`'s text, with dropout and accumulation."""
+    """Return the config of a run of 24 steps on `TEXT`, with dropout and accumulation."""
     return Config(**RUN | {"out_dir": str(out_dir), "data_dir": str(data_dir)} | keys)
 
 
 def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str = "") -> Path:
-    """Prepare `text` as the dataset `name`; return the folder that datasets live in."""
+    """Prepare `text` as the dataset `name`; return the data folder."""
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     prepare(str(folder / f"{name}.txt"), str(folder), tokenizer)
     return folder
@@ -117,17 +117,17 @@ def refusal(function, *args, **keys) -> str:
 
 
 def exit_code(function, *args) -> int | None:
-    """The code that a call ends the process with."""
+    """Return the exit code of the `SystemExit` that a call must raise."""
     with pytest.raises(SystemExit) as end:
         function(*args)
     return end.value.code
 
 
-# ---- steps by hand ---------------------------------------------------------------------------
+# ---- single training steps -------------------------------------------------------------------
 
 
 def make_windows(config: Config, *, steps: int = 1, micro: int = 2, seed: int = 0) -> jax.Array:
-    """Random windows_UMBT: `steps` steps of 8 sequences in `micro` micro-batches."""
+    """Return random windows_UMBT: `steps` steps of 8 sequences in `micro` micro-batches."""
     rng = np.random.default_rng(seed)
     windows = rng.integers(0, config.vocab_size, (steps, 8, config.block_size + 1))
     return jnp.asarray(windows.reshape(steps, micro, 8 // micro, -1), jnp.int32)
@@ -150,7 +150,7 @@ def take_steps(config: Config, batches: Iterable) -> tuple:
 
 
 def value_and_grads(function: Callable, arrays: Sequence, weights) -> tuple:
-    """The value of `function`, and the gradients of its sum weighted by `weights`."""
+    """Return the value of `function` and the gradients of its sum weighted by `weights`."""
 
     def run(arrays, weights):
         value, pull = jax.vjp(function, *arrays)
@@ -168,19 +168,19 @@ def assert_all_close(ours: Iterable, theirs: Iterable, atol: float) -> None:
 
 
 def random_params(config: Config, dtype: str = "float32", seed: int = 1) -> dict:
-    """Parameters without a zero in them, as the model without `scan_layers` keeps them."""
+    """Return parameters without zeros, in the layout of a model without `scan_layers`."""
     params = ref.init_params(config, np.random.default_rng(seed), np.dtype(dtype))
     blocks = dict(enumerate(params.pop("blocks")))
     return params | ({"blocks": blocks} if blocks else {})
 
 
 def build_model(config: Config, params: dict):
-    """The model of these parameters."""
+    """Return the model with these parameters."""
     return nnx.merge(abstract_model(config)[0], jax.tree.map(jnp.asarray, params))
 
 
 def loss_and_grads(config: Config, params: dict, tokens_BT, targets_BT) -> tuple:
-    """The mean cross-entropy of the model, and its gradients."""
+    """Return the mean cross-entropy of the model and the gradients."""
     graphdef, _, _ = abstract_model(config)
 
     def loss(params):
@@ -191,7 +191,7 @@ def loss_and_grads(config: Config, params: dict, tokens_BT, targets_BT) -> tuple
 
 
 def stacked(params: dict) -> dict:
-    """The parameters as `scan_layers` keeps them."""
+    """Return the parameters in the layout of `scan_layers`."""
     blocks = params["blocks"].values()
     return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
@@ -203,7 +203,7 @@ def assert_trees_close(ours: dict, theirs: dict, atol: float) -> None:
     assert not theirs
 
 
-# ---- whole runs ------------------------------------------------------------------------------
+# ---- complete runs ---------------------------------------------------------------------------
 
 
 def all_rows(config: Config) -> list[dict]:
@@ -211,7 +211,7 @@ def all_rows(config: Config) -> list[dict]:
 
 
 def rows_of(config: Config) -> list[dict]:
-    """The rows of a run's metrics, without what a clock says."""
+    """Return the rows of a run's metrics without the time-dependent fields."""
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in all_rows(config)]
 
 
@@ -220,7 +220,7 @@ def log_of(config: Config) -> str:
 
 
 def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
-    """Every array of a checkpoint, parameters and moments, as bytes by path."""
+    """Return every array of a checkpoint, parameters and moments, as bytes by path."""
     checkpoints = run_dir.open_checkpoints(run) if isinstance(run, Config) else run
     config = Config.from_dict(checkpoints.meta(step)["config"])
     abstract = abstract_state(config, make_mesh(config))
@@ -230,7 +230,7 @@ def state_of(run: Config | Checkpoints, step: int) -> dict[str, bytes]:
 
 
 def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarray]:
-    """The parameters of a run's checkpoint, by path."""
+    """Return the parameters of a run's checkpoint, by path."""
     saved = run_dir.load_config(config.out_dir)
     params, _ = run_dir.load_params(saved, checkpoint, local_mesh())
     return ref.flatten(jax.device_get(params))
@@ -260,7 +260,7 @@ def set_val_losses(monkeypatch, by_step: dict[int, float]) -> None:
 
 
 def write_run(config: Config, steps: dict[int, dict], tokenizer=None, best: int | None = None):
-    """A run directory with these parameters at these steps; returns the config."""
+    """Write a run directory with these parameters at these steps; return the config."""
     folder = Path(config.out_dir)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -282,7 +282,7 @@ TRAIN_SCRIPT = (
 def start(
     config: Config, script: str = TRAIN_SCRIPT, prefix: tuple[str, ...] = (), **options
 ) -> subprocess.Popen:
-    """Start a run in a process of its own."""
+    """Start a run in a separate process."""
     command = [*prefix, sys.executable, "-c", script, json.dumps(config.to_dict())]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,4 +1,4 @@
-"""Config: every key, every rule between keys, the way through JSON, and subclasses."""
+"""Test Config: every key, rules between keys, the JSON round trip, and subclasses."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ KEYS = [field.name for field in dataclasses.fields(Config)]
 DEFAULTS = Config().to_dict()
 
 
-# Keys of one kind, a value that they may not have, and what the message says is allowed.
+# (keys of one kind, an invalid value, the allowed values as the message names them)
 KINDS = [
     ("max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
      "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
@@ -57,19 +57,19 @@ KINDS = [
 BAD = {key: (value, allowed) for keys, value, allowed in KINDS for key in keys.split()}
 
 
-def test_every_key_has_a_bad_value():
+def test_bad_values_cover_every_key():
     assert BAD.keys() == set(KEYS)
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_a_bad_value_is_refused_by_name_with_what_is_allowed(key):
+def test_bad_value_is_rejected_with_the_allowed_values(key):
     value, allowed = BAD[key]
     assert refusal(Config, **{key: value}) == f"{key}={value!r}: invalid value; expected {allowed}"
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_of_another_type_is_refused(key):
-    """Python's True is 1, 1 == 1.0 and nan compares with nothing: none of it slips through."""
+def test_value_of_another_type_is_rejected(key):
+    """In Python True == 1, 1 == 1.0 and nan equals nothing, so range checks are not enough."""
     others = {
         bool: [0, 1, 0.0, "True", None],
         int: [True, False, 1.0, math.nan, math.inf, "1", None],
@@ -83,7 +83,7 @@ def test_a_value_of_another_type_is_refused(key):
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if type(DEFAULTS[key]) is float])
-def test_a_whole_number_may_stand_for_a_real_one(key):
+def test_integer_is_accepted_for_a_float_key(key):
     assert repr(getattr(Config(**{"min_lr": 0, key: 0}), key)) == "0.0"
 
 
@@ -92,7 +92,7 @@ def test_numbers_without_a_bound_may_be_huge():
     assert Config(learning_rate=1e308).learning_rate == 1e308
 
 
-# (keys that do not go together, what the message says)
+# (incompatible keys, message)
 TOGETHER = [
     ({"n_embd": 100, "n_head": 12},
      "n_head=12: does not divide n_embd=100; expected a divisor; try n_head=10"),
@@ -111,7 +111,7 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize(("keys", "message"), TOGETHER, ids=[m for _, m in TOGETHER])
-def test_keys_that_do_not_fit_together_are_refused_whichever_is_set_last(keys, message):
+def test_incompatible_keys_are_rejected_in_any_order(keys, message):
     assert refusal(Config, **keys) == refusal(Config.from_dict, keys) == message
     for last, value in keys.items():
         others = {k: v for k, v in keys.items() if k != last}
@@ -134,7 +134,7 @@ def test_keys_that_do_not_fit_together_are_refused_whichever_is_set_last(keys, m
     ],
     ids=str,
 )
-def test_keys_that_fit_together_are_allowed(keys):
+def test_compatible_keys_are_accepted(keys):
     assert Config().replace(**keys).to_dict() == DEFAULTS | keys
 
 
@@ -142,13 +142,13 @@ NEAREST = {"n_heads": "n_head", "lerning_rate": "learning_rate", "batchsize": "b
 
 
 @pytest.mark.parametrize("key", [*NEAREST, "zzzzzz"])
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(key):
+def test_unknown_key_is_rejected_with_nearest_name(key):
     hint = NEAREST.get(key, "--help, which lists all keys")
     for message in refusal(Config.from_dict, {key: 1}), refusal(Config().replace, **{key: 1}):
         assert message == f"{key}: unknown key; try {hint}"
 
 
-def test_old_names_of_keys_are_read():
+def test_old_key_names_are_accepted():
     for old, key in OLD_KEYS.items():
         assert old not in KEYS
         message = refusal(Config.from_dict, {old: BAD[key][0]})
@@ -157,7 +157,7 @@ def test_old_names_of_keys_are_read():
     assert config.to_dict() == DEFAULTS | {"mlp_dim": 5, "use_cpu_variant": False}
 
 
-def test_keys_of_the_lecture_are_dropped_where_they_are_gpt2s_and_else_refused():
+def test_lecture_keys_are_ignored_at_gpt2_values_and_otherwise_rejected():
     assert Config.from_dict({"residual": True, "init": "gpt2"}) == Config()
     message = refusal(Config.from_dict, {"residual": False})
     assert message.startswith("residual=False: ")
@@ -165,7 +165,7 @@ def test_keys_of_the_lecture_are_dropped_where_they_are_gpt2s_and_else_refused()
 
 
 @given(configs())
-def test_a_config_survives_json(config):
+def test_config_round_trips_through_json(config):
     text = json.dumps(config.to_dict(), allow_nan=False)
     again = Config.from_dict(json.loads(text))
     assert again == config
@@ -174,7 +174,7 @@ def test_a_config_survives_json(config):
 
 
 @given(configs(), configs())
-def test_replace_returns_another_config_with_every_key_given(config, other):
+def test_replace_returns_a_new_config_and_keeps_the_original(config, other):
     before = config.to_dict()
     assert config.replace(**other.to_dict()) == other
     assert config.replace() == config
@@ -184,7 +184,7 @@ def test_replace_returns_another_config_with_every_key_given(config, other):
 
 
 @given(configs())
-def test_heads_fill_the_width_and_groups_share_keys_and_values(config):
+def test_head_counts_divide_evenly_and_kv_heads_default_to_n_head(config):
     assert config.head_dim * config.n_head == config.n_embd
     assert config.n_head % config.kv_heads == 0
     assert config.n_kv_head in (0, config.kv_heads)
@@ -192,14 +192,14 @@ def test_heads_fill_the_width_and_groups_share_keys_and_values(config):
 
 
 @given(st.integers(0, 10**6))
-def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size):
+def test_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size):
     padded = Config(vocab_size=vocab_size).padded_vocab_size
     assert padded % 128 == 0
     assert vocab_size <= padded < vocab_size + 128
 
 
 @given(st.integers(1, 10**5))
-def test_the_mlp_is_four_times_as_wide_and_swiglu_two_thirds_of_that(n_embd):
+def test_default_mlp_width_is_4_n_embd_and_about_two_thirds_of_that_for_swiglu(n_embd):
     config = Config(n_embd=n_embd, n_head=1)
     assert config.mlp_hidden_dim == 4 * n_embd
     width = config.replace(mlp="swiglu").mlp_hidden_dim
@@ -211,7 +211,7 @@ def test_the_mlp_is_four_times_as_wide_and_swiglu_two_thirds_of_that(n_embd):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WideConfig(Config):
-    """A model with a key of its own, and a key of the core with another default and range."""
+    """A config with new keys, and with a core key of another default and range."""
 
     width: typing.Annotated[int, Range(1, 64)] = 8
     mode: typing.Literal["a", "b"] = "a"
@@ -223,7 +223,7 @@ class WideConfig(Config):
             raise UserError(f"width={self.width}: odd; expected an even number with mode='b'")
 
 
-def test_a_subclass_keeps_its_class_and_its_keys():
+def test_config_subclass_keeps_class_and_keys():
     config = WideConfig(width=9, seed=3)
     assert config.to_dict() == DEFAULTS | {"width": 9, "mode": "a", "n_layer": 2, "seed": 3}
     again = WideConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -247,12 +247,12 @@ def test_a_subclass_keeps_its_class_and_its_keys():
     ],
     ids=str,
 )
-def test_a_subclass_checks_its_own_keys_too(keys, message):
+def test_config_subclass_validates_new_and_inherited_keys(keys, message):
     for told in refusal(WideConfig.from_dict, keys), refusal(WideConfig().replace, **keys):
         assert told == message
 
 
-def test_a_key_of_a_type_that_no_flag_can_have_is_refused():
+def test_key_of_unsupported_type_is_rejected():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class ListConfig(Config):
         sizes: dict = dataclasses.field(default_factory=dict)
@@ -260,7 +260,7 @@ def test_a_key_of_a_type_that_no_flag_can_have_is_refused():
     assert refusal(ListConfig).startswith("sizes: unsupported type ")
 
 
-def test_the_hooks_make_a_gpt_and_decay_kernels():
+def test_default_hooks_make_a_gpt_and_decay_only_kernels():
     config = Config(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16)
     model = config.make_model(nnx.Rngs(0))
     assert type(model) is GPT
@@ -269,7 +269,7 @@ def test_the_hooks_make_a_gpt_and_decay_kernels():
     assert config.weight_decay_mask(params) == mask
 
 
-def test_the_config_file_goes_along_and_makes_no_difference():
+def test_config_file_is_kept_by_replace_and_ignored_by_equality():
     config = Config().replace(config_file="mine.py")
     assert config == Config()
     assert config.replace(seed=3).config_file == "mine.py"

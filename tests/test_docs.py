@@ -1,4 +1,4 @@
-"""README and docs: every command parses, every short one runs, every file that they name exists."""
+"""Test README and docs: commands parse, help commands run, named and linked files exist."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs that are not ours; the tests check ours only.
 OTHER_PROGRAMS = {
     "cd", "cp", "export", "git", "kill", "ls", "mkdir", "mkdocs", "mpirun", "pip", "pytest",
-    "rm", "ruff", "scp", "srun", "sbatch", "tail", "tar", "tensorboard", "unzip", "wget", "gcloud",
+    "rm", "ruff", "scp", "srun", "sbatch", "tail", "tar", "tensorboard", "source", "status=$?", "unshare", "unzip", "wget", "gcloud", "scontrol", "exit", "head", "[",
 }  # fmt: skip
 
 
@@ -24,16 +24,27 @@ def shell_commands(markdown: str) -> list[list[str]]:
     """List the commands of a page's shell blocks, each as its words."""
     commands = []
     for language, block in FENCE.findall(markdown):
-        if language not in ("", "bash", "sh"):
+        assert language, "a block without a language"
+        if language != "bash":
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            for command in re.split(r" && | \| |; ", line):
-                words = shlex.split(command, comments=True)
-                while words and re.fullmatch(r"\w+=.*", words[0]):
-                    words = words[1:]  # variables of the environment
-                if words:
-                    commands.append(words)
-    return commands
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            command: list[str] = []
+            for word in [*words, ";"]:
+                if word not in ("&&", "||", "|", ";", "&"):
+                    command.append(word)
+                else:
+                    commands.append(without_variables(command))
+                    command = []
+    return [command for command in commands if command]
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """Drop the environment variables before a command."""
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        words = words[1:]
+    return words
 
 
 COMMANDS = {
@@ -60,6 +71,14 @@ def our_command(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
+def write_own_model(folder: Path) -> str:
+    """Write the model of docs/extending.md to my_model.py; return the file's path."""
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    code = next(block for language, block in FENCE.findall(page) if language == "python")
+    (folder / "my_model.py").write_text(code, encoding="utf-8")
+    return str(folder / "my_model.py")
+
+
 class Parsed(Exception):
     """Raised where a command would begin to work."""
 
@@ -79,19 +98,22 @@ def parse_only(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_printed_command_parses(name, monkeypatch):
+def test_every_documented_command_parses(name, monkeypatch, tmp_path):
     words = COMMANDS[name]
     command = our_command(words)
     monkeypatch.chdir(ROOT)
     if command is None:
         if words[0] == "python":
-            assert (ROOT / words[1]).is_file() or words[1] == "-c"
+            assert words[1] in ("-c", "-m") or (ROOT / words[1]).is_file()
         else:
             assert words[0] in OTHER_PROGRAMS
         return
     command_name, argv = command
     if {"--help", "--version"} & {command_name, *argv}:
         return  # the next test runs it
+    if "my_model.py" in argv:
+        model = write_own_model(tmp_path)
+        argv = [model if word == "my_model.py" else word for word in argv]
     parse_only(monkeypatch)
     with pytest.raises(Parsed):
         cli.COMMANDS[command_name](argv)
@@ -101,8 +123,10 @@ SHORT = [words for words in COMMANDS.values() if {"--help", "--version"} & set(w
 
 
 @pytest.mark.parametrize("words", SHORT, ids=" ".join)
-def test_every_printed_command_for_help_runs(words):
+def test_every_documented_help_command_runs(words, tmp_path):
     name, argv = our_command(words)
+    if "my_model.py" in argv:
+        argv[argv.index("my_model.py")] = write_own_model(tmp_path)
     command = [sys.executable, "-m", "jaxgpt", name, *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout
@@ -112,7 +136,7 @@ LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_relative_link_leads_to_a_file(page):
+def test_every_relative_link_points_to_an_existing_file(page):
     for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
@@ -122,7 +146,7 @@ NAMED = re.compile(r"`((?:jaxgpt|configs|examples|tests|docs)/[\w./-]+\.(?:py|md
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_a_page_names_exists(page):
+def test_every_file_named_in_a_page_exists(page):
     for name in NAMED.findall(page.read_text(encoding="utf-8")):
         if "…" not in name and not Path(name).stem.isupper() and Path(name).stem != "X":
             assert (ROOT / name).exists(), name

@@ -1,4 +1,4 @@
-"""document_mask: each document of a window is computed as if alone, at its positions."""
+"""Test document_mask: the documents of a window are computed independently."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.runtime import device
 
 EOT = 0
-TOKENS = np.array(  # in the middle, at both ends, twice in a row, nowhere
+TOKENS = np.array(  # EOT in the middle, at both ends, twice in a row, and absent
     [
         [3, 1, 4, EOT, 1, 5, 9, 2, 6, EOT, 5, 3],
         [EOT, 5, 8, 9, 7, EOT, EOT, 9, 3, 2, 3, EOT],
@@ -28,7 +28,7 @@ def make_config(**options) -> Config:
     return reference_config(**{"block_size": 12, "document_mask": True, "eot_id": EOT} | options)
 
 
-def test_cudnn_is_refused_by_name_and_auto_says_what_it_takes_instead():
+def test_document_mask_rejects_cudnn_and_auto_selects_another_backend():
     config = make_config(attention="auto", dtype="bfloat16", block_size=128, n_embd=32)
     chosen, (line,) = device.choose_attention(config, target_platform="gpu")
     assert chosen == "xla"
@@ -39,10 +39,10 @@ def test_cudnn_is_refused_by_name_and_auto_says_what_it_takes_instead():
 
 
 def one_by_one(config: Config, params: dict) -> tuple[float, dict]:
-    """The reference's loss and gradients, from a forward and backward pass per document.
+    """Return the reference's loss and gradients, from one pass per document.
 
-    The reference knows nothing of masks: a document has a batch of its own, and the positions
-    that it has in its window.
+    The reference has no document masks: each document is a separate batch, with the positions
+    that the document has in the window.
     """
     total, count, sums = 0.0, 0, {path: np.zeros_like(p) for path, p in ref.flatten(params).items()}
     for tokens, targets in zip(TOKENS, TARGETS, strict=True):
@@ -69,7 +69,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_loss_and_gradients_are_those_of_the_documents_one_by_one(options):
+def test_masked_loss_and_gradients_match_separate_documents(options):
     config = make_config(**options)
     params = random_params(config)
     ours = model.stack_layers(params) if config.scan_layers else params
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_documents_one_by_one(options):
     assert abs(float(unmasked) - want_loss) > 1e-4
 
 
-def test_a_cache_holds_one_text_however_many_documents_it_has():
+def test_kv_cache_ignores_the_document_mask():
     config = make_config()
     params = model.init_params(config, jax.random.key(0))
     network = build_model(config, params)

@@ -1,4 +1,4 @@
-"""A run with document_mask knows the end-of-text, or is refused."""
+"""Test that a run with document_mask needs an end-of-text id."""
 
 import pytest
 from helpers import make_data, tiny_run
@@ -8,7 +8,7 @@ from jaxgpt.runtime.run_dir import load_config
 from jaxgpt.train import train
 
 
-def test_a_run_without_an_end_of_text_is_refused(tmp_path):
+def test_document_mask_needs_an_end_of_text_id(tmp_path):
     data_dir = make_data(tmp_path, "to be or not to be\n" * 30, name="verse", tokenizer="char")
     sizes = {"n_layer": 0, "max_iters": 2, "eval_iters": 1, "mesh": "data:1", "dataset": "verse"}
     config = tiny_run(tmp_path / "out", data_dir, **sizes, document_mask=True)

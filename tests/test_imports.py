@@ -1,4 +1,4 @@
-"""Imports point one way between the rooms of the package, in no cycle, and have no side effects."""
+"""Test that imports follow the layers of the package, without cycles and side effects."""
 
 import ast
 import json
@@ -15,8 +15,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if path.parent != PACKAGE or not path.name.startswith("__")
 }
-# Room -> the rooms that it may import from, besides itself. Modules that are no folder's are the
-# core, except for `config` and `sharding`, which know nothing of a model.
+# Layer -> the other layers that it may import from. Modules outside a folder are the layer
+# `core`, except for `config` and `sharding`, which do not depend on a model.
 ALLOWED = {
     "config": set(),
     "kernels": set(),
@@ -28,7 +28,7 @@ ALLOWED = {
     "tools": {"config", "sharding", "kernels", "data", "runtime", "core", "interop"},
     "cli": {"config", "sharding", "kernels", "data", "runtime", "core", "interop", "tools"},
 }
-# Single modules that may import from one more room, and why.
+# Modules that may import from one more layer, with the reason.
 EXCEPTIONS = {
     "config": {"core"},  # inside Config.make_model, whose default is a GPT
     "runtime.run_dir": {"core"},  # the shapes of the parameters that it loads
@@ -62,14 +62,14 @@ def parse(module: str) -> ast.AST:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_the_rooms_it_may(module):
+def test_modules_import_only_from_allowed_layers(module):
     own = room(module)
     allowed = ALLOWED[own] | EXCEPTIONS.get(module, set()) | {own}
     for name in imported(parse(module)):
         assert name in allowed or room(name) in allowed, f"{module} imports {name}"
 
 
-def test_no_modules_import_each_other_in_a_cycle():
+def test_module_level_imports_have_no_cycle():
     graph = {module: imported(parse(module), anywhere=False) - {module} for module in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # or CycleError
 
@@ -125,5 +125,5 @@ def test_importing_a_module_has_no_side_effects():
         ("def f():\n    if True:\n        from jaxgpt.cli import commands", "cli.commands"),
     ],
 )
-def test_every_way_to_import_is_seen(statement, module):
+def test_import_finder_detects_every_import_form(statement, module):
     assert imported(ast.parse(statement)) - {"data", "cli"} == {module}

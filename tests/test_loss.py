@@ -1,4 +1,4 @@
-"""Cross-entropy against NumPy, by every implementation of the log-sum-exp."""
+"""Test cross-entropy against NumPy, with every implementation of the log-sum-exp."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def make_case(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
-def test_loss_and_gradient_are_numpys(dtype, tolerance, platform):
+def test_loss_and_gradient_match_numpy(dtype, tolerance, platform):
     logits, targets = make_case(dtype)
 
     def mean(logits):
@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_numpys(dtype, tolerance, platform):
     np.testing.assert_allclose(grad, want_grad, atol=tolerance)
 
 
-def test_ignored_targets_count_for_nothing():
+def test_ignored_targets_do_not_affect_loss_or_count():
     logits, targets = make_case()
     total, count = cross_entropy(logits, targets)
     assert int(count) == (targets != IGNORED).sum()
@@ -46,7 +46,7 @@ def test_ignored_targets_count_for_nothing():
     assert [float(x) for x in cross_entropy(logits, nothing)] == [0, 0]
 
 
-def test_the_sum_is_float32_for_half_width_logits():
+def test_loss_of_bfloat16_logits_is_summed_in_float32():
     logits, targets = make_case()
     rounded = jnp.asarray(logits, jnp.bfloat16)
     total, count = cross_entropy(rounded, targets)

@@ -1,4 +1,4 @@
-"""The Flax model against the NumPy one: values and gradients of every option, and its modules."""
+"""Test values and gradients of the Flax model against NumPy, for every option."""
 
 import math
 
@@ -27,7 +27,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
 def random_tokens(config: Config) -> np.ndarray:
-    """Tokens and targets, of which the first two are ignored."""
+    """Return random tokens and targets; the first two targets are ignored."""
     tokens, targets = np.random.default_rng(1).integers(
         0, config.vocab_size, (2, 3, config.block_size)
     )
@@ -37,7 +37,7 @@ def random_tokens(config: Config) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("options", MODEL_CASES, ids=str)
-def test_loss_and_gradients_are_the_references(options, dtype):
+def test_model_loss_and_gradients_match_numpy(options, dtype):
     config = make_config(**options, dtype=dtype)
     params, windows = random_params(config, dtype), random_tokens(config)
     with jax.enable_x64(dtype == "float64"):
@@ -48,14 +48,14 @@ def test_loss_and_gradients_are_the_references(options, dtype):
     assert_trees_close(grads, want, atol=TOLERANCE[dtype] * max(1, largest))
 
 
-# ---- the same function, run in other ways ----------------------------------------------------
+# ---- scanned layers, recomputation and dropout -----------------------------------------------
 
 SCANNABLE = [{}, {"value_residual": True, "n_layer": 3, "position": "rope", "n_kv_head": 2}]
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("options", SCANNABLE, ids=str)
-def test_scanned_layers_and_recomputation_change_nothing(options, remat):
+def test_scan_layers_and_remat_keep_loss_and_gradients(options, remat):
     config = make_config(**options)
     params, windows = random_params(config), random_tokens(config)
     want_loss, want = loss_and_grads(config, params, *windows)
@@ -67,8 +67,8 @@ def test_scanned_layers_and_recomputation_change_nothing(options, remat):
     assert_trees_close(model.unstack_layers(stacked), want, atol=1e-5)
 
 
-def test_recomputation_takes_no_more_products_again_than_it_says(monkeypatch):
-    """Without the norms of a CPU, whose sums are products."""
+def test_remat_dots_recomputes_only_attention_products(monkeypatch):
+    """The CPU's norm is replaced, because its sums are computed as matrix products."""
     monkeypatch.setitem(TABLE, ("normalize", "cpu"), norm_reference)
     config = make_config(n_layer=1)
     params, windows = random_params(config), random_tokens(config)
@@ -78,18 +78,18 @@ def test_recomputation_takes_no_more_products_again_than_it_says(monkeypatch):
         return jax.jit(run).lower(params).as_text().count("stablehlo.dot_general")
 
     none, dots, full = map(products, ("none", "dots", "full"))
-    assert dots == none + 2  # attention's, which are no linear maps
+    assert dots == none + 2  # the products of attention, which are not linear maps
     assert full > dots
 
 
-def test_scanned_layers_start_as_others_do():
+def test_scanned_layers_have_the_same_initial_weights():
     config = make_config(n_layer=3)
     plain = model.init_params(config, jax.random.key(0))
     scanned = model.init_params(config.replace(scan_layers=True), jax.random.key(0))
     assert_trees_close(model.unstack_layers(scanned), plain, atol=0)
 
 
-def test_dropout_is_the_same_scanned_or_not_and_off_without_a_rate():
+def test_dropout_is_equal_for_scanned_and_unscanned_layers():
     config = make_config()
     params, (tokens, _) = random_params(config), random_tokens(config)
     keys = jax.random.split(jax.random.key(0), len(tokens))
@@ -106,7 +106,9 @@ def test_dropout_is_the_same_scanned_or_not_and_off_without_a_rate():
 
 
 @pytest.mark.parametrize("attention_dropout", [True, False])
-def test_dropout_acts_on_embeddings_weights_and_branches(attention_dropout, monkeypatch):
+def test_dropout_acts_on_embeddings_attention_weights_and_branch_outputs(
+    attention_dropout, monkeypatch
+):
     seen = set()
     note = lambda self, x, layer, site: seen.add((layer, site)) or x
     monkeypatch.setattr(Dropout, "__call__", note)
@@ -119,10 +121,10 @@ def test_dropout_acts_on_embeddings_weights_and_branches(attention_dropout, monk
     assert seen == in_layers | {(config.n_layer, DropoutSite.EMBEDDING)}
 
 
-# ---- what GPT-2 prescribes -------------------------------------------------------------------
+# ---- properties of GPT-2 ---------------------------------------------------------------------
 
 
-def test_a_token_changes_the_logits_from_its_position_on_and_none_before():
+def test_token_change_affects_logits_only_from_that_position_on():
     config = make_config()
     network, (tokens, _) = build_model(config, random_params(config)), random_tokens(config)
     logits = jax.jit(lambda tokens: network(tokens)[..., : config.vocab_size])
@@ -134,7 +136,7 @@ def test_a_token_changes_the_logits_from_its_position_on_and_none_before():
         np.testing.assert_array_equal(changed, np.arange(config.block_size) >= t)
 
 
-def test_initial_weights_have_gpt2s_deviations():
+def test_initial_weights_have_gpt2_standard_deviations():
     config = make_config(n_layer=8, n_embd=128, mlp_dim=512, vocab_size=1000, block_size=256)
     params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
     for path, value in ref.flatten(params).items():
@@ -148,7 +150,7 @@ def test_initial_weights_have_gpt2s_deviations():
         assert abs(np.mean(value)) < 0.05 * std, path
 
 
-def test_blocks_with_zero_projections_first_pass_on_what_they_get():
+def test_zero_init_projections_make_blocks_the_identity():
     config = make_config(zero_init_projections=True, vocab_size=65)
     params = model.init_params(config, jax.random.key(0))
     tokens = np.arange(7)[None]
@@ -171,7 +173,7 @@ def test_padded_ids_have_no_probability_and_no_gradient():
     assert np.all(np.asarray(grads["embed"]["kernel"])[config.vocab_size :] == 0)
 
 
-# sizes that nanoGPT prints for these models, and its formula
+# nanoGPT prints these sizes for these models; the FLOPs follow nanoGPT's formula
 @pytest.mark.parametrize(
     ("options", "millions"),
     [
@@ -182,7 +184,7 @@ def test_padded_ids_have_no_probability_and_no_gradient():
     ],
     ids=["shakespeare", "shakespeare_cpu", "gpt2", "gpt2-xl"],
 )
-def test_parameters_and_flops_are_counted_as_nanogpt_counts_them(options, millions):
+def test_parameter_and_flop_counts_match_nanogpt(options, millions):
     config = Config(**{"bias": False} | options)
     count = model.count_params(config)
     assert round(count / 1e6, 2) == millions
@@ -190,11 +192,11 @@ def test_parameters_and_flops_are_counted_as_nanogpt_counts_them(options, millio
     assert model.flops_per_token(config) == per_token
 
 
-# ---- the cache -------------------------------------------------------------------------------
+# ---- KV cache --------------------------------------------------------------------------------
 
 
-def test_a_cache_is_invisible_beyond_what_it_holds():
-    """Garbage in positions that are not filled yet, or are past, changes nothing."""
+def test_unfilled_cache_positions_do_not_affect_logits():
+    """Garbage in positions that are not filled yet does not change the logits."""
     config = make_config()
     network, (tokens, _) = build_model(config, random_params(config)), random_tokens(config)
     _, cache = network(tokens[:, :3], cache=network.init_cache(len(tokens), 4))
@@ -212,7 +214,7 @@ def test_a_cache_is_invisible_beyond_what_it_holds():
 
 
 @pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
-def test_tokens_of_a_chunk_and_of_one_flushed_are_the_whole_forwards(options):
+def test_cached_logits_equal_full_forward_before_and_after_flush(options):
     config = make_config(**options)
     network, (tokens, _) = build_model(config, random_params(config)), random_tokens(config)
     whole = network(tokens)
@@ -229,7 +231,7 @@ def test_tokens_of_a_chunk_and_of_one_flushed_are_the_whole_forwards(options):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_a_norm_returns_the_type_that_it_is_given(kind):
+def test_norm_keeps_the_input_dtype(kind):
     x = jnp.asarray(100 + jax.random.normal(jax.random.key(0), (8, 512)), jnp.bfloat16)
     y = model.Norm(kind, 512, bias=True)(x)
     assert y.dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""The schedules, AdamW and Muon against NumPy."""
+"""Test the schedules, AdamW and Muon against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +20,28 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_the_schedule_is_nanogpts(warmup):
+def test_cosine_schedule_matches_nanogpt(warmup):
     keys = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": warmup, "lr_decay_iters": 30}
     ours = jax.vmap(schedule(Config(**keys)))(jnp.arange(40))
     theirs = [ref.cosine_lr(it, **keys) for it in range(40)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_without_an_end_of_its_own_the_decay_ends_with_the_run():
+def test_decay_without_lr_decay_iters_ends_at_max_iters():
     config = Config(learning_rate=1.0, min_lr=0.1, warmup_iters=0, max_iters=50)
     rates = jax.vmap(schedule(config))(jnp.arange(51))
     assert float(rates[50]) == pytest.approx(0.1)
     assert np.all(np.diff(rates) < 0)
 
 
-def test_without_decay_the_rate_is_constant():
+def test_learning_rate_is_constant_without_decay():
     config = Config(learning_rate=0.25, decay_lr=False, max_iters=10)
     assert {float(schedule(config)(step)) for step in range(20)} == {0.25}
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_warmup_stable_decay_is_three_straight_lines(warmup, fraction):
+def test_wsd_schedule_is_piecewise_linear(warmup, fraction):
     config = Config(
         learning_rate=2.0, min_lr=0.5, warmup_iters=warmup, max_iters=50,
         lr_schedule="wsd", decay_fraction=fraction,
@@ -66,7 +66,7 @@ class DecayAll(Config):
 @pytest.mark.parametrize(
     ("clip", "kind"), [(0.0, Config), (0.5, Config), (100.0, Config), (0.0, DecayAll)]
 )
-def test_ten_steps_are_the_references(clip, kind):
+def test_ten_adamw_steps_match_numpy(clip, kind):
     keys = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 3, "lr_decay_iters": 10}
     config = kind(**keys, beta1=0.8, beta2=0.9, weight_decay=0.2, grad_clip=clip)
     rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_ten_steps_are_the_references(clip, kind):
 
 
 def orthogonal(matrix: np.ndarray) -> np.ndarray:
-    """Jordan et al. 2024: five Newton-Schulz iterations, times 0.2 sqrt(longer side)."""
+    """Return five Newton-Schulz iterations times 0.2 sqrt(longer side) (Jordan et al. 2024)."""
     x = matrix / np.linalg.norm(matrix)
     for _ in range(5):
         gram = x @ x.T
@@ -102,7 +102,7 @@ def orthogonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
-    """`orthogonal` of each of the matrices, input by output, that a block's kernel holds."""
+    """Apply `orthogonal` to each input-by-output matrix of a block's kernel."""
     if path.endswith("attn.out.kernel"):
         return orthogonal(kernel.reshape(-1, width)).reshape(kernel.shape)
     if path.endswith(("qkv.kernel", "kv.kernel")) or (kernel.ndim == 3 and ".up." in path):
@@ -115,8 +115,8 @@ def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
     "options", [{}, {"n_kv_head": 1, "mlp": "swiglu"}, {"n_layer": 0}], ids=str
 )
 @pytest.mark.parametrize("scan", [False, True])
-def test_muon_steps_are_the_references(options, scan):
-    """The blocks' matrices by Newton-Schulz, each by itself; all else by AdamW; all decay alike."""
+def test_muon_steps_match_numpy(options, scan):
+    """Muon updates each matrix of the blocks and AdamW the rest; all decay alike."""
     config = Config(**{
         "vocab_size": 5, "block_size": 3, "n_layer": 2, "n_head": 2, "n_embd": 4, "mlp_dim": 6,
         "optimizer": "muon", "learning_rate": 0.1, "decay_lr": False, "grad_clip": 0.0,
@@ -155,7 +155,7 @@ def test_muon_steps_are_the_references(options, scan):
 
 
 @pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"freeze": "embed"}], ids=str)
-def test_moments_stay_where_a_gradient_is_not_finite(keys):
+def test_moments_are_unchanged_by_nonfinite_gradients(keys):
     config = Config(vocab_size=5, block_size=3, n_layer=1, n_head=2, n_embd=4, **keys)
     params = model.init_params(config, jax.random.key(0))
     optimizer = make_optimizer(config)

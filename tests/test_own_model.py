@@ -1,4 +1,4 @@
-"""A model of a user's own: a Config subclass that makes another module runs in every step."""
+"""Test a user-defined model: a Config subclass that makes another module."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxgpt.train_step import abstract_params, init_state, make_eval_step
 
 
 class Bigram(nnx.Module):
-    """The logits are the token's row of a table and a bias; no parameter names its axes."""
+    """A model whose logits are a table row times a scale; parameters have no axis letters."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         width = config.vocab_size
@@ -29,7 +29,7 @@ class Bigram(nnx.Module):
 
 
 class BigramConfig(Config):
-    """A config whose model is a Bigram, of which everything decays."""
+    """A config whose model is a Bigram; all of its parameters decay."""
 
     def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
         return Bigram(self, rngs)
@@ -42,7 +42,7 @@ def bigram(**keys) -> BigramConfig:
     return BigramConfig(**TINY | keys)
 
 
-def test_parameters_without_letters_are_blank_and_whole_on_every_device():
+def test_parameters_without_axis_letters_are_replicated():
     config = bigram(mesh="data:2,fsdp:2")
     _, shapes, letters = model.abstract_model(config)
     assert letters == {"table": "  ", "scale": " "}
@@ -54,7 +54,7 @@ def test_parameters_without_letters_are_blank_and_whole_on_every_device():
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.3}, {"optimizer": "muon"}], ids=str)
-def test_training_learns_and_is_the_same_on_two_devices(options):
+def test_user_model_learns_and_trains_equally_on_two_devices(options):
     batches = [make_windows(bigram())] * 6
     state, rows = take_steps(bigram(**options), batches)
     other, other_rows = take_steps(bigram(**options, mesh="data:2"), batches)
@@ -64,7 +64,7 @@ def test_training_learns_and_is_the_same_on_two_devices(options):
     assert losses[-1] < losses[0]
 
 
-def test_dropout_is_passed_on_in_training_and_not_in_evaluation():
+def test_dropout_is_applied_in_training_and_not_in_evaluation():
     batch = make_windows(bigram(), micro=1)
     losses = [take_steps(bigram(dropout=rate), [batch])[1][0]["loss"] for rate in (0.0, 0.5)]
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -76,8 +76,8 @@ def test_dropout_is_passed_on_in_training_and_not_in_evaluation():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_its_parameters_are_adamws_and_decay_as_the_config_says(optimizer):
-    """A step's parameters are AdamW's; Muon takes matrices of a GPT's blocks alone."""
+def test_user_model_parameters_follow_adamw_with_the_config_decay_mask(optimizer):
+    """Muon updates only matrices of a GPT's blocks, so AdamW updates all parameters here."""
     config = bigram(optimizer=optimizer, weight_decay=0.5, decay_lr=False, grad_clip=0.0)
     start = jax.device_get(init_state(config, make_mesh(config)).params)
     batch = make_windows(config, micro=1)

@@ -1,6 +1,6 @@
-"""A mesh changes nothing but rounding, and XLA's collectives are the ones that it should need.
+"""Test that a mesh changes only rounding, and that XLA uses only the expected collectives.
 
-B sequences of a device, G sequences of a micro-batch on all devices, T length, D embedding,
+B sequences per device, G sequences per micro-batch on all devices, T length, D embedding,
 V padded vocabulary.
 """
 
@@ -41,11 +41,11 @@ ALL_AXES = "data:2,fsdp:2,tensor:2"
 SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp:8", "tensor:4")]
 
 
-# ---- the same run ----------------------------------------------------------------------------
+# ---- equal runs ------------------------------------------------------------------------------
 
 
 def batch(config: Config, step: int) -> jax.Array:
-    """The windows of a step: the same on every mesh, whose devices hold a part each."""
+    """Return the windows of a step, sharded over the mesh, with equal values on every mesh."""
     mesh = make_mesh(config)
     rng, micro = np.random.default_rng(step), sharding.num_microbatches(config, mesh)
     windows = rng.integers(0, config.vocab_size, (SEQUENCES, T + 1), np.int32)
@@ -78,40 +78,40 @@ def assert_same(ours: tuple[dict, list], theirs: tuple[dict, list], tolerance: f
 
 
 @pytest.mark.parametrize("mesh", [*SLOW_MESHES, "data:2", "fsdp:2,tensor:2", ALL_AXES])
-def test_a_run_is_the_same_on_every_mesh(mesh):
-    """Losses, gradient norms and parameters, with dropout, in float64."""
+def test_training_is_equal_on_every_mesh(mesh):
+    """Losses, gradient norms and parameters are equal in float64, with dropout."""
     assert_same(run(TINY.replace(mesh=mesh)), run(TINY), 1e-9)
 
 
 @pytest.mark.slow
-def test_a_run_with_muon_is_the_same_on_a_mesh():
+def test_muon_training_is_equal_on_a_mesh():
     config = TINY.replace(optimizer="muon")
     assert_same(run(config.replace(mesh=ALL_AXES)), run(config), 1e-9)
 
 
 @pytest.mark.slow
-def test_a_float32_run_is_the_same_on_a_mesh_up_to_its_rounding():
-    """Without biases: that of keys has no gradient but rounding, which AdamW scales up."""
+def test_float32_training_on_a_mesh_is_equal_up_to_rounding():
+    """Biases are off: the gradient of the key bias is only rounding, which AdamW scales up."""
     config = TINY.replace(dtype="float32", bias=False)
     assert_same(run(config.replace(mesh="fsdp:4,tensor:2")), run(config), 2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:4,fsdp:2", ALL_AXES])
-def test_a_run_of_another_architecture_is_the_same_on_a_mesh(mesh):
-    """Also with scanned and recomputed layers."""
+def test_llama_like_training_is_equal_on_a_mesh(mesh):
+    """The layers are also scanned and recomputed."""
     config = TINY.replace(**LLAMA, n_layer=2)
     assert_same(run(config.replace(mesh=mesh)), run(config), 1e-9)
 
 
 @pytest.mark.slow
-def test_other_masks_would_be_seen():
+def test_dropout_changes_the_loss_measurably():
     seeds = [run(TINY)[1][0]["loss"], run(TINY.replace(dropout=0.0))[1][0]["loss"]]
     assert abs(seeds[0] - seeds[1]) > 1e-4
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("fsdp:8", marks=pytest.mark.slow), ALL_AXES])
-def test_an_evaluation_is_the_same_on_every_mesh(mesh):
+def test_evaluation_is_equal_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
         with jax.enable_x64(True):
             mesh = make_mesh(config)
@@ -126,7 +126,7 @@ def test_an_evaluation_is_the_same_on_every_mesh(mesh):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
+def test_checkpoint_resumes_on_another_mesh_with_equal_results(tmp_path):
     before = TINY.replace(mesh="fsdp:8")
     with jax.enable_x64(True):
         state = init_state(before, make_mesh(before))
@@ -146,10 +146,10 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path):
             assert_same((jax.device_get(state.params), rows), (params, whole[-1:]), 1e-9)
 
 
-# ---- what crosses between devices ------------------------------------------------------------
+# ---- collectives -----------------------------------------------------------------------------
 
 
-B, MICRO = 2, 2  # in what is compiled to be read: two micro-batches on every mesh
+B, MICRO = 2, 2  # for the inspected programs: two micro-batches on every mesh
 
 
 class Compiled:
@@ -169,7 +169,7 @@ class Compiled:
         self.params = sum(math.prod(p.shape) for p in params)
 
     def moved(self, kind: str) -> Counter:
-        """(shape, devices of a group) of the floats that collectives of a kind return -> times."""
+        """Count the float results of a kind of collective by (shape, devices per group)."""
         found = Counter()
         for op, times in self.program.executed():
             members = replica_groups(op.attributes, self.program.devices).shape[1]
@@ -185,8 +185,8 @@ class Compiled:
 compiled = cache(Compiled)
 
 
-def test_data_sums_everything_once_a_step_as_one_array():
-    """On a CPU; on GPUs and TPUs XLA combines arrays itself, see test_aot.py."""
+def test_data_mesh_reduces_gradients_once_per_step_in_one_array():
+    """This is for a CPU; on GPUs and TPUs XLA combines the arrays (see test_aot.py)."""
     step = compiled("data:8")
     assert step.kinds() == {"all-reduce"}
     numbers = step.params + V * D + 2  # the table's two gradients, the loss and its count
@@ -194,14 +194,14 @@ def test_data_sums_everything_once_a_step_as_one_array():
 
 
 def unordered(times: dict[tuple[int, ...], int]) -> Counter:
-    """Count shapes by sizes of axes alone: a gradient may be summed before its axes are turned."""
+    """Count shapes in any axis order: a gradient may be summed before a transpose."""
     return Counter(tuple(sorted(shape)) for shape in Counter(times).elements())
 
 
-def test_fsdp_gathers_a_parameter_once_and_sums_its_gradient_once_a_micro_batch():
-    """XLA:CPU sums and then takes a part, where GPUs and TPUs have reduce-scatter.
+def test_fsdp_gathers_parameters_once_and_sums_gradients_per_micro_batch():
+    """XLA:CPU sums whole gradients and then slices; GPUs and TPUs use reduce-scatter.
 
-    The lookup needs neither: devices send the rows that they hold a part of.
+    The embedding lookup needs neither, because devices exchange parts of the rows.
     """
     step = compiled("fsdp:4")
     assert step.kinds() == {"all-gather", "all-reduce", "all-to-all"}
@@ -212,8 +212,8 @@ def test_fsdp_gathers_a_parameter_once_and_sums_its_gradient_once_a_micro_batch(
     assert rows == 2 * MICRO * B * T * D  # there and back
 
 
-def test_tensor_sums_activations_twice_a_block_and_direction():
-    """And those of the lookup and the output map; the loss needs three numbers a token."""
+def test_tensor_mesh_sums_activations_twice_per_block_and_direction():
+    """The lookup and the output map also sum activations; the loss sums 3 numbers per token."""
     step = compiled("tensor:2")
     assert step.kinds() == {"all-reduce"}
     sums = {shape: n for (shape, _), n in step.moved("all-reduce").items() if shape}
@@ -222,16 +222,16 @@ def test_tensor_sums_activations_twice_a_block_and_direction():
 
 @pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", ALL_AXES])
 def test_no_device_holds_activations_of_the_whole_batch(mesh):
-    """Where its axis is one that splits the batch, the residual stream is split over D instead."""
+    """An array of all sequences may exist only if it is split over D."""
     step = compiled(mesh)
     G = B * step.over_batch
     arrays = [dims for kind, dims in step.program.arrays() if kind == "f32" and T in dims]
     assert not [dims for dims in arrays if G in dims and math.prod(dims) > B * T * D]
-    assert [dims for dims in arrays if dims == (B, T, D)]  # it looks
+    assert [dims for dims in arrays if dims == (B, T, D)]  # a control
 
 
 @pytest.mark.parametrize("mesh", ["tensor:2", ALL_AXES])
-def test_no_device_holds_a_whole_parameter_or_whole_logits_under_tensor(mesh):
+def test_tensor_mesh_device_holds_no_whole_matrix_or_logits(mesh):
     step = compiled(mesh)
     arrays = {dims for kind, dims in step.program.arrays() if kind == "f32"}
     table = {shape for shape in step.split if shape != (T, D)}  # positions are split by fsdp alone

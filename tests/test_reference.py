@@ -1,4 +1,4 @@
-"""The NumPy reference against itself, and against what PyTorch and Hugging Face computed."""
+"""Test the NumPy reference against loops, finite differences, PyTorch and Hugging Face."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ ATTENTION_CASES = [
 
 
 def attention_inputs(T: int, S: int, N: int, K: int, options: dict) -> tuple[list, dict]:
-    """Random [q, k, v, dout] and the keywords of `attention`."""
+    """Return random [q, k, v, dout] and the keywords of `attention`."""
     B, H, rng = 2, 4, np.random.default_rng(T + S + N + K)
     shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)]
     options = {"scale": 0.7} | options
@@ -41,7 +41,7 @@ def attention_inputs(T: int, S: int, N: int, K: int, options: dict) -> tuple[lis
 
 
 def attention_written_out(q, k, v, scale, causal=True, window=0, mask_BTS=None) -> np.ndarray:
-    """Attention one query at a time, over the list of keys it sees."""
+    """Compute attention one query at a time, over the list of visible keys."""
     (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     out = np.zeros_like(q)
     for b in range(B):
@@ -58,14 +58,14 @@ def attention_written_out(q, k, v, scale, causal=True, window=0, mask_BTS=None) 
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
-def test_attention_is_the_written_out_softmax(case):
+def test_reference_attention_equals_a_loop_over_queries(case):
     (q, k, v, _), options = attention_inputs(*case)
     expected = attention_written_out(q, k, v, **options)
     np.testing.assert_allclose(ref.attention(q, k, v, **options), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
-def test_attention_gradients_are_finite_differences(case):
+def test_reference_attention_gradients_match_finite_differences(case):
     (q, k, v, dout), options = attention_inputs(*case)
     dq, dk, dv = ref.attention_backward(dout, q, k, v, **options)
     check_gradients(
@@ -76,21 +76,21 @@ def test_attention_gradients_are_finite_differences(case):
 
 
 def check_gradients(loss, params: dict, grads: dict, step: float = 1e-5) -> None:
-    """Each leaf's gradient, along a random direction, against the central difference of `loss`."""
+    """Compare each gradient along a random direction with a central difference of `loss`."""
     rng = np.random.default_rng(0)
     flat, flat_grads = ref.flatten(params), ref.flatten(grads)
     assert flat.keys() == flat_grads.keys()
     for path, p in flat.items():
         assert flat_grads[path].shape == p.shape, path
         direction = rng.standard_normal(p.shape)
-        direction /= np.linalg.norm(direction)  # or `step` would be a long way in a large leaf
+        direction /= np.linalg.norm(direction)  # keeps `step` small for large leaves
         ahead, behind = (
             loss(ref.unflatten(flat | {path: p + sign * step * direction}, params))
             for sign in (1, -1)
         )
         numeric = (ahead - behind) / (2 * step)
         analytic = float((flat_grads[path] * direction).sum())
-        # The absolute part is rounding: it lets a gradient that is zero be compared at all.
+        # The absolute tolerance covers rounding, so that zero gradients can be compared.
         assert numeric == pytest.approx(analytic, rel=1e-6, abs=1e-10), path
 
 
@@ -98,7 +98,7 @@ def check_gradients(loss, params: dict, grads: dict, step: float = 1e-5) -> None
 
 
 @pytest.mark.parametrize("options", MODEL_CASES + LECTURE_CASES, ids=str)
-def test_model_gradients_are_finite_differences(options):
+def test_reference_model_gradients_match_finite_differences(options):
     config = SimpleNamespace(**DEFAULTS | options)
     rng = np.random.default_rng(1)
     params = ref.init_params(config, rng)
@@ -112,12 +112,12 @@ def test_model_gradients_are_finite_differences(options):
 
 
 def assert_close(actual, expected, tolerance: float, name: str = "") -> None:
-    """The largest error is within `tolerance` of the largest expected magnitude."""
+    """Assert that the largest error is below `tolerance` times the largest expected magnitude."""
     atol = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)
 
 
-def test_agrees_with_hugging_face_gpt2_and_torch_adamw():
+def test_reference_matches_hugging_face_gpt2_and_torch_adamw():
     golden = Golden(GOLDEN)
     arrays, hyper = golden.arrays, golden.hyper
     config = SimpleNamespace(**DEFAULTS | {"mlp": "gelu_tanh"} | golden.sizes)

@@ -1,4 +1,4 @@
-"""The sampler against NumPy: the logits it draws from, its draws, and the text it streams."""
+"""Test the sampler against NumPy: logits, draws and streamed text."""
 
 import dataclasses
 import io
@@ -37,13 +37,13 @@ each_overflow = pytest.mark.parametrize("overflow", OVERFLOWS)
 
 
 def make_case(**options) -> tuple[Config, dict]:
-    """A config, and random parameters with blocks by number."""
+    """Return a config and random parameters with blocks by number."""
     config = reference_config(**options)
     return config, random_params(config, config.dtype)
 
 
 def lively_case(**options) -> tuple[Config, dict]:
-    """Likewise; louder blocks and an untied output map keep greedy texts from repeating a token."""
+    """Return a case with larger weights and an untied head, so that greedy text varies."""
     sizes = {"vocab_size": 65, "n_embd": 32, "block_size": 8, "tie_embeddings": False}
     config, params = make_case(**sizes | options)
     is_loud = lambda path: path.endswith("kernel") and path.startswith(("blocks", "pos"))
@@ -68,12 +68,12 @@ def generate(sampler: Sampler, prompts: list[list[int]], **options) -> list[list
 
 
 def next_logits(config: Config, params: dict, text: list[int]) -> np.ndarray:
-    """The reference's logits [V] after a text."""
+    """Return the reference's logits [V] after a text."""
     return ref.forward({"blocks": {}} | params, np.array([text]), config)[0][0, -1]
 
 
 def greedy_loop(logits_after, prompt: list[int], new: int, size: int, overflow: str, penalty=1.0):
-    """The tokens that `generate` must draw, by one whole forward per token."""
+    """Yield the tokens that `generate` must draw, from one full forward pass per token."""
     text, seen = list(prompt), set(prompt)
     for _ in range(new):
         if overflow == "truncate" and len(text) > size:
@@ -86,10 +86,10 @@ def greedy_loop(logits_after, prompt: list[int], new: int, size: int, overflow: 
         yield text[-1]
 
 
-# ---- the logits that tokens are drawn from ---------------------------------------------------
+# ---- logits ----------------------------------------------------------------------------------
 @pytest.fixture
 def logits(monkeypatch) -> list[np.ndarray]:
-    """Collects the logits [B, V] of every draw, with chunks of one token."""
+    """Collect the logits [B, V] of every draw, with chunks of one token."""
     kept, plain = [], sample.sample_token
 
     def spy(logits_BV: jax.Array, *rest):
@@ -104,14 +104,14 @@ def logits(monkeypatch) -> list[np.ndarray]:
 
 @pytest.fixture
 def x64():
-    """Types of 64 bits in every thread, also in those that run callbacks."""
+    """Enable 64-bit types in every thread, including threads that run callbacks."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
 
 
 def check_logits(logits: list, params, sampler, sampling=GREEDY, atol=1e-4, lengths=(2, 4)):
-    """Compares all draws of a ragged batch, up to the last position that the cache holds."""
+    """Compare the logits of all draws of a ragged batch, up to the last cache position."""
     c = sampler.config
     new = c.block_size + 1 - max(lengths)
     prompts = random_prompts(*lengths, vocab_size=c.vocab_size)
@@ -127,7 +127,7 @@ def check_logits(logits: list, params, sampler, sampling=GREEDY, atol=1e-4, leng
 
 
 @pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
-def test_cached_decoding_is_the_whole_forward(options, logits):
+def test_cached_decoding_logits_equal_full_forward(options, logits):
     config, params = make_case(**options)
     sampler = Sampler(config).load(params)
     for sampling in (GREEDY, SamplingParams(temperature=3.0)):
@@ -137,7 +137,7 @@ def test_cached_decoding_is_the_whole_forward(options, logits):
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
-def test_scanned_layers_are_unstacked_to_be_sampled(options, logits):
+def test_sampling_scanned_layers_gives_the_reference_logits(options, logits):
     config, params = make_case(**options)
     sampler = Sampler(config.replace(scan_layers=True)).load(stacked(params))
     check_logits(logits, params, sampler)
@@ -147,7 +147,7 @@ def test_scanned_layers_are_unstacked_to_be_sampled(options, logits):
 @pytest.mark.parametrize(
     "options", [{}, MODERN, {"tie_embeddings": False, "n_layer": 1}, {"n_layer": 0}], ids=str
 )
-def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, logits, monkeypatch):
+def test_bfloat16_sampling_on_a_cpu_rounds_only_kernels(options, lengths, logits, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
     config, params = make_case(**{"n_embd": 32} | options)
     sampler = Sampler(config.replace(dtype="bfloat16")).load(params)
@@ -158,17 +158,17 @@ def test_bfloat16_on_a_cpu_rounds_kernels_alone(options, lengths, logits, monkey
     check_logits(logits, ref.unflatten(flat, params), sampler, lengths=lengths)
 
 
-def test_float64_is_sampled_in_float64(logits, x64):
+def test_float64_sampling_logits_match_numpy_within_1e_10(logits, x64):
     config, params = make_case(dtype="float64")
     check_logits(logits, params, Sampler(config).load(params), atol=1e-10)
 
 
-def test_an_encoder_cannot_be_sampled():
+def test_sampling_a_non_causal_model_is_rejected():
     assert "causal=False" in refusal(Sampler, make_case(causal=False)[0])
 
 
 # ---- parameters and devices ------------------------------------------------------------------
-def test_loaded_parameters_replace_those_before():
+def test_loading_parameters_replaces_earlier_parameters():
     config, params = lively_case()
     other = jax.tree.map(lambda p: -p, params)
     sampler, texts = Sampler(config), []
@@ -177,8 +177,8 @@ def test_loaded_parameters_replace_those_before():
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_parameters_spread_over_devices_are_gathered():
-    """As training hands them over."""
+def test_sampling_sharded_parameters_gives_the_same_tokens():
+    """Training leaves the parameters in such shards."""
     config, params = lively_case(n_layer=1, mesh="data:2,fsdp:2,tensor:2", batch_size=8)
     shardings = jax.tree.map(lambda p: p.sharding, abstract_params(config, make_mesh(config)))
     here, there = (
@@ -189,7 +189,7 @@ def test_parameters_spread_over_devices_are_gathered():
 
 
 @pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (9, 3), (10, 5), (11, 1), (16, 8)])
-def test_devices_share_sequences_and_change_no_token(rows, devices, monkeypatch):
+def test_sampling_on_several_devices_gives_the_same_tokens(rows, devices, monkeypatch):
     config, params = lively_case(n_layer=1)
     sampler, prompts = Sampler(config).load(params), random_prompts(*range(1, rows + 1))
     run = partial(generate, sampler, prompts, max_new_tokens=20)
@@ -200,7 +200,7 @@ def test_devices_share_sequences_and_change_no_token(rows, devices, monkeypatch)
     assert run() == texts
 
 
-# ---- past block_size, and side by side -------------------------------------------------------
+# ---- texts beyond block_size, and batches ----------------------------------------------------
 LIVELY = [
     ({}, 1.0),
     ({"n_layer": 1}, 2.5),
@@ -214,8 +214,8 @@ LIVELY = [
 
 @each_overflow
 @pytest.mark.parametrize(("options", "penalty"), LIVELY, ids=str)
-def test_past_block_size_generate_is_the_plain_loop(options, penalty, overflow, monkeypatch):
-    """Rows get there at different times: in a chunk's middle, at once, or before they begin."""
+def test_generation_beyond_block_size_equals_a_plain_loop(options, penalty, overflow, monkeypatch):
+    """Rows reach block_size within a chunk, at the start, or already in the prompt."""
     monkeypatch.setattr(sample, "CHUNK", 5)
     config, params = lively_case(**options)
     prompts, new = random_prompts(1, 2, 5, 7, 8, 9, 17), 23
@@ -230,7 +230,7 @@ def test_past_block_size_generate_is_the_plain_loop(options, penalty, overflow, 
 
 
 @each_overflow
-def test_a_text_depends_on_its_prompt_and_index_but_not_on_its_neighbours(overflow):
+def test_sample_depends_on_prompt_and_index_but_not_on_other_prompts(overflow):
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
     run = partial(generate, sampler, max_new_tokens=25, overflow=overflow)
@@ -245,7 +245,7 @@ def test_a_text_depends_on_its_prompt_and_index_but_not_on_its_neighbours(overfl
 
 
 @each_overflow
-def test_padding_is_never_seen(overflow, monkeypatch):
+def test_prompt_padding_does_not_affect_tokens(overflow, monkeypatch):
     """Garbage after the end of each prompt changes no token."""
     run = partial(generate, small_sampler(), random_prompts(1, 5, 2), max_new_tokens=20)
     clean, initial_state, filled = run(overflow=overflow), sample.initial_state, []
@@ -261,7 +261,7 @@ def test_padding_is_never_seen(overflow, monkeypatch):
     assert filled[0] > 0
 
 
-# ---- a user's own model ----------------------------------------------------------------------
+# ---- user-defined models ---------------------------------------------------------------------
 class MeanModel(nnx.Module):
     """A model without a cache: a linear map of the last token's row and of the mean row so far."""
 
@@ -282,7 +282,7 @@ class MeanConfig(Config):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @each_overflow
-def test_a_model_without_a_cache_is_sampled_as_numpy_samples_it(overflow, penalty):
+def test_model_without_a_cache_is_sampled_like_numpy(overflow, penalty):
     config = MeanConfig(vocab_size=65, block_size=8, n_embd=16, n_head=2, dtype="float32")
     params = nnx.to_pure_dict(nnx.split(MeanModel(config, nnx.Rngs(0)))[1])
     prompts, sampler = random_prompts(1, 5, 8, 12), Sampler(config).load(params)
@@ -308,7 +308,7 @@ SEEN = np.arange(12) % 3 == 0
 
 
 def draw_often(logits, sampling: SamplingParams, seen=None, draws: int = DRAWS) -> np.ndarray:
-    """How often each id is drawn from logits that are padded to 128."""
+    """Count how often each id is drawn from logits that are padded to 128."""
     pad = partial(np.pad, pad_width=(0, 128 - len(logits)))
     logits_BV = jnp.tile(pad(logits, constant_values=-np.inf), (draws, 1))
     seen_BV = None if seen is None else jnp.tile(pad(seen), (draws, 1))
@@ -317,7 +317,7 @@ def draw_often(logits, sampling: SamplingParams, seen=None, draws: int = DRAWS) 
 
 
 def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray | None):
-    """What each token's probability must be: one filter after the other, token by token."""
+    """Return the expected probability of each token, from one filter after the other."""
     logits = logits.copy()
     for token in np.flatnonzero(seen) if seen is not None else ():
         penalty = sampling.repetition_penalty
@@ -352,7 +352,7 @@ def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray
     ],
     ids=str,
 )  # fmt: skip
-def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
+def test_token_frequencies_match_filtered_probabilities(options, left):
     sampling = SamplingParams(**options)
     seen = SEEN if sampling.repetition_penalty != 1 else None
     want = DRAWS * np.pad(probabilities(LOGITS, sampling, seen), (0, 116))
@@ -364,7 +364,7 @@ def test_tokens_are_drawn_as_often_as_plain_filters_say(options, left):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=str)
-def test_the_least_and_the_greatest_uniform_draw_give_a_possible_token(filters):
+def test_extreme_uniform_draws_give_possible_tokens(filters):
     logits_V = jnp.pad(LOGITS, (60, 56), constant_values=-jnp.inf)
     uniform_B = jnp.array([2.0**-24, 1 - 2.0**-24, 1])
     drawn = sample_token(jnp.tile(logits_V, (3, 1)), uniform_B, SamplingParams(**filters), None)
@@ -373,13 +373,13 @@ def test_the_least_and_the_greatest_uniform_draw_give_a_possible_token(filters):
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-38, 1e-300])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
-def test_without_temperature_the_likeliest_token_is_drawn(temperature, filters):
+def test_zero_or_tiny_temperature_draws_the_most_likely_token(temperature, filters):
     for shift in (-100, 0, 100):
         sampling = SamplingParams(temperature=temperature, **filters)
         assert draw_often(LOGITS + shift, sampling, draws=99)[LOGITS.argmax()] == 99
 
 
-def test_the_penalty_counts_without_temperature_too():
+def test_repetition_penalty_applies_at_temperature_0():
     second, best = np.argsort(LOGITS)[-2:]
     for penalty in (9.0, 1e300):
         sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
@@ -399,15 +399,15 @@ def test_padded_ids_are_never_drawn(temperature, filters):
     assert np.all(got[:65] > 0)
 
 
-def test_draws_of_a_chunk_are_those_of_each_key_and_number():
+def test_chunked_uniform_draws_equal_single_draws():
     keys_B, first_B = jax.random.key_data(jax.random.split(jax.random.key(3), 2)), jnp.array([0, 7])
     got_nB = decode.uniform_draws(keys_B, first_B, 3)
     for n, row in np.ndindex(3, 2):
         assert got_nB[n, row] == decode.uniform_draw(keys_B[row], first_B[row] + n)
 
 
-def test_draws_are_independent_of_each_other():
-    """Where all five tokens are equally likely, so are all pairs of neighbours."""
+def test_neighbouring_draws_are_independent():
+    """If all five tokens are equally likely, all pairs of neighbours are equally likely."""
     config, params = make_case(n_layer=0, vocab_size=5, block_size=1000, tie_embeddings=False)
     params["lm_head"] = {"kernel": np.zeros_like(params["lm_head"]["kernel"])}
     tokens = np.array(generate(Sampler(config).load(params), [[0]] * 4, max_new_tokens=999))
@@ -417,7 +417,7 @@ def test_draws_are_independent_of_each_other():
         assert ((pairs - expected) ** 2 / expected).sum() < 24 + 5 * np.sqrt(2 * 24)
 
 
-def test_the_seed_decides():
+def test_samples_repeat_for_the_same_seed_and_differ_between_seeds():
     run = partial(generate, small_sampler(), [[1, 2], [1, 2]], max_new_tokens=15)
     first, again, other = run(seed=5), run(seed=5), run(seed=6)
     assert first == again
@@ -426,7 +426,7 @@ def test_the_seed_decides():
 
 
 @each_overflow
-def test_neither_number_nor_length_nor_chunk_of_samples_changes_a_token(overflow, monkeypatch):
+def test_tokens_do_not_depend_on_sample_count_length_or_chunk_size(overflow, monkeypatch):
     options = {"params": SamplingParams(top_k=9, repetition_penalty=1.2), "overflow": overflow}
     run = partial(generate, small_sampler(), **options)
     prompts = 5 * [[1, 2, 3]]
@@ -440,11 +440,11 @@ def test_neither_number_nor_length_nor_chunk_of_samples_changes_a_token(overflow
         assert generate(sampler, prompts, max_new_tokens=45, **options) == texts
 
 
-# ---- chunks, the mask, and how often it compiles ---------------------------------------------
+# ---- chunks, the active mask and compilations ------------------------------------------------
 @settings(max_examples=25)
 @given(st.tuples(*3 * [st.integers(0, 4)]), st.integers(1, 50), st.sampled_from(OVERFLOWS))
-def test_clearing_an_entry_of_active_ends_that_sequence_alone(ends, new, overflow):
-    """Row r is cleared after its chunk number ends[r]; before the first chunk if that is 0."""
+def test_clearing_an_active_entry_ends_only_that_sequence(ends, new, overflow):
+    """Row r is cleared after chunk number ends[r], or before the first chunk if ends[r] is 0."""
     sampler, prompts = small_sampler(), [np.array([1, 2])] * 3
     run = partial(sampler.generate, prompts, max_new_tokens=new, overflow=overflow, seed=3)
     whole = np.array(list(run()))
@@ -460,7 +460,7 @@ def test_clearing_an_entry_of_active_ends_that_sequence_alone(ends, new, overflo
 
 
 @each_overflow
-def test_the_device_is_one_chunk_ahead(overflow, monkeypatch):
+def test_generation_launches_one_chunk_ahead(overflow, monkeypatch):
     launched, sampler = [], small_sampler()
     for name in ("decode_chunk", "decode_uncached"):
         spy = lambda *args, run=getattr(sampler, name): launched.append(1) or run(*args)
@@ -472,8 +472,8 @@ def test_the_device_is_one_chunk_ahead(overflow, monkeypatch):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("placed", [False, True])
-def test_one_program_serves_a_bucket_of_prompt_lengths(placed, penalty):
-    """Also where the parameters are bound to a device, as those of a checkpoint are."""
+def test_one_compiled_program_serves_each_bucket_of_prompt_lengths(placed, penalty):
+    """If `placed`, the parameters are committed to a device, like those of a checkpoint."""
     config, params = lively_case(block_size=64, n_layer=1)
     if placed:
         spec = jax.sharding.PartitionSpec()
@@ -493,7 +493,7 @@ def test_one_program_serves_a_bucket_of_prompt_lengths(placed, penalty):
 
 
 @pytest.mark.parametrize("options", [{}, MODERN | {"sliding_window": 150}], ids=str)
-def test_buckets_of_the_past_change_no_token(options, monkeypatch):
+def test_cache_length_buckets_do_not_change_tokens(options, monkeypatch):
     config, params = lively_case(**options | {"block_size": 520, "n_layer": 1})
     run = partial(generate, prompts=random_prompts(1, 117), max_new_tokens=250)
     bucketed = Sampler(config).load(params)
@@ -504,16 +504,16 @@ def test_buckets_of_the_past_change_no_token(options, monkeypatch):
 
 
 @given(st.integers(1, 2000))
-def test_buckets_of_lengths_are_wide_enough_and_few(block_size):
+def test_length_buckets_are_sufficient_and_few(block_size):
     for bucket, most in (decode.kv_len, 4), (decode.prefill_len, 2 + block_size.bit_length()):
         widths = [bucket(np.array([1, n]), block_size) for n in range(1, block_size + 1)]
         assert all(n <= width <= block_size for n, width in enumerate(widths))
         assert len(set(widths)) <= most
 
 
-# ---- models whose text is known --------------------------------------------------------------
+# ---- models with known text ------------------------------------------------------------------
 def cyclic_case(ids: list[int], vocab_size: int, **options) -> tuple[Config, dict]:
-    """A bigram model that says these tokens, each of them different, round and round."""
+    """Return a bigram model that repeats these distinct tokens in a cycle."""
     sizes = {"vocab_size": vocab_size, "block_size": 8, "n_layer": 0, "n_head": 1}
     kinds = {"position": "none", "norm": "rmsnorm", "bias": False, "tie_embeddings": False}
     config = Config(n_embd=len(ids), **sizes | kinds | {"dtype": "float32"} | options)
@@ -531,7 +531,7 @@ SIXTY_FIVE = CharTokenizer("".join(map(chr, range(48, 48 + 65))))
 
 @pytest.fixture
 def alphabet() -> Sampler:
-    """Says abcdefgh and a line break, over and over."""
+    """Return a sampler that repeats abcdefgh and a line break."""
     config, params = cyclic_case(LETTERS.encode("abcdefgh\n").tolist(), LETTERS.vocab_size)
     return Sampler(config).load(params)
 
@@ -541,7 +541,7 @@ def say(sampler: Sampler, tokenizer, prompts: list[str], new: int, **options) ->
     return [*map("".join, zip(*pieces, strict=True))]
 
 
-def test_text_goes_on_from_each_prompt_to_its_stop_string(alphabet):
+def test_text_continues_each_prompt_until_a_stop_string(alphabet):
     want = ["bcdefgh\nabcd", "gh\nabcdefgh\n", "abcdefgh\nabc"]
     assert say(alphabet, LETTERS, ["a", "hgf", "\n"], 12) == want
     assert say(alphabet, LETTERS, ["a", "g"], 100, stop=("defgh", "fe")) == ["bc", "h\nabc"]
@@ -549,7 +549,7 @@ def test_text_goes_on_from_each_prompt_to_its_stop_string(alphabet):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6, 20])
-def test_a_stop_string_ends_the_text(chunk, monkeypatch, alphabet):
+def test_stop_string_ends_the_text_for_any_chunk_size(chunk, monkeypatch, alphabet):
     monkeypatch.setattr(sample, "CHUNK", chunk)
     run = partial(say, alphabet, LETTERS, ["a", "\na"], 12)
     assert run(stop=("h",)) == ["bcdefg"] * 2
@@ -557,10 +557,10 @@ def test_a_stop_string_ends_the_text(chunk, monkeypatch, alphabet):
     assert run(stop=("h\nab",)) == ["bcdefg"] * 2  # over the end of a chunk of three, and of six
     assert run(stop=("ag", "h\na", "gh\nabc")) == ["bcdefg"] * 2
     assert run(stop=("bcdefgh\nabcd",)) == [""] * 2
-    assert run(stop=("abcde", "ba")) == ["bcdefgh\nabcd"] * 2  # begun, and let go at the end
+    assert run(stop=("abcde", "ba")) == ["bcdefgh\nabcd"] * 2  # incomplete at the end
 
 
-def test_characters_of_several_tokens_come_whole():
+def test_multi_token_characters_are_decoded_complete():
     config, params = cyclic_case(list("aé😀".encode()), 256)
     run = partial(say, Sampler(config).load(params), ByteTokenizer(), ["a"])
     assert run(13) == ["é😀aé😀"]
@@ -572,7 +572,9 @@ def test_characters_of_several_tokens_come_whole():
     ("prompts", "stop", "message"),
     [(["a", "bZaY"], (), "'YZ'"), (["a", ""], (), "start=''"), (["a"], ("b", ""), "stop=''")],
 )
-def test_an_impossible_prompt_is_refused_before_anything_runs(alphabet, prompts, stop, message):
+def test_invalid_prompt_or_stop_string_is_rejected_before_generation(
+    alphabet, prompts, stop, message
+):
     assert message in refusal(generate_text, alphabet, LETTERS, prompts, 10, stop=stop)
 
 
@@ -582,7 +584,7 @@ SEPARATOR = "-" * 15 + "\n"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """letters: forwards at step 10, its best, backwards at 20; bytes: with control characters."""
+    """Write runs; `letters` says the alphabet at step 10 (the best) and reversed at step 20."""
     folder = tmp_path_factory.mktemp("runs")
     write = lambda name, config, *rest: write_run(config.replace(out_dir=f"{folder}/{name}"), *rest)
     ids = LETTERS.encode("abcdefgh\n").tolist()
@@ -604,7 +606,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(runs, capsys, monkeypatch):
-    """Runs the command in this process -> its exit code, stdout and stderr."""
+    """Yield a function that runs the command and returns exit code, stdout and stderr."""
     monkeypatch.chdir(runs)
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -639,7 +641,7 @@ CONTROLS = "--start=a\x1b --num_samples=2"
     ],
     ids=str,
 )  # fmt: skip
-def test_samples_are_printed_after_their_prompts(command, run, argv, texts, line):
+def test_sample_command_prints_prompts_and_continuations(command, run, argv, texts, line):
     code, out, err = command(f"--out_dir={run}", *SHORT, *argv.split(" ") * bool(argv))
     assert (code, out) == (0, "".join(f"{text}\n{SEPARATOR}" for text in texts))
     assert err.startswith(f"{run}, {line}")
@@ -655,7 +657,7 @@ def test_samples_are_printed_after_their_prompts(command, run, argv, texts, line
     ],
     ids=str,
 )  # fmt: skip
-def test_options_mean_what_they_mean_in_the_library(command, options):
+def test_sample_command_options_match_the_library_parameters(command, options):
     flags = [f"--{key}={value}" for key, value in options.items()]
     code, out, _ = command("--out_dir=random", "--start=abc", "--num_samples=2", *flags)
     config, params = lively_case(n_layer=0)
@@ -684,7 +686,7 @@ def test_options_mean_what_they_mean_in_the_library(command, options):
         ("--out_dir=letters --stop=", "stop=''"),
     ],
 )
-def test_a_mistake_is_one_line_and_no_text(command, argv, message):
+def test_sample_command_errors_are_one_line_without_output(command, argv, message):
     code, out, err = command(*argv.split())
     lines = [line for line in err.splitlines() if line != "letters, step 10, float32"]
     assert (code, out, len(lines)) == (2, "", 1)
@@ -693,7 +695,7 @@ def test_a_mistake_is_one_line_and_no_text(command, argv, message):
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\nb\n"], ids=["EOF", "empty line", "empty line first"])
-def test_prompts_are_asked_for_until_there_are_no_more(command, monkeypatch, end):
+def test_interactive_mode_reads_prompts_until_empty_line_or_end_of_input(command, monkeypatch, end):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nZ\nfgh\n" + end))
     code, out, err = command("--out_dir=letters", *SHORT, "--interactive")
     last = "" if end else "\n"
@@ -707,13 +709,13 @@ def start_script(*argv: str, stdout: int) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=-1)
 
 
-def test_a_terminal_gets_control_characters_spelled_out(runs):
+def test_sample_script_escapes_control_characters_on_a_terminal(runs):
     ours, terminals = pty.openpty()
     argv = [f"--out_dir={runs / 'bytes'}", *SHORT, *CONTROLS.split(" ")]
     process = start_script(*argv, stdout=terminals)
     os.close(terminals)
     shown = b""
-    with suppress(OSError):  # which is how Linux says that this is the end
+    with suppress(OSError):  # Linux raises OSError at the end of a terminal's output
         while piece := os.read(ours, 4096):
             shown += piece
     os.close(ours)
@@ -722,7 +724,7 @@ def test_a_terminal_gets_control_characters_spelled_out(runs):
     assert shown.decode().replace("\r\n", "\n") == 2 * ("a\\x1b[é\\x07\\r\n" + SEPARATOR)
 
 
-def test_the_script_ends_with_code_2_and_one_line():
+def test_sample_script_error_exits_with_code_2_and_one_line():
     process = start_script("--out_dir=nowhere", stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)

@@ -1,4 +1,4 @@
-"""The mesh and the micro-batches: what divides what, and what is said where it does not."""
+"""Test the mesh, the micro-batches and the errors where sizes do not divide."""
 
 import math
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def refusal(config: Config, devices: list | None = None) -> str:
         ("data:8", (8, 1, 1)),
     ],
 )
-def test_a_mesh_has_the_named_sizes_and_one_along_every_other_axis(mesh, sizes):
+def test_mesh_has_the_named_sizes_and_size_1_on_other_axes(mesh, sizes):
     made = make_mesh(make_config(mesh=mesh))
     assert tuple(made.shape[axis] for axis in AXES) == sizes
     assert made.axis_names == AXES
@@ -52,33 +52,33 @@ def test_a_mesh_has_the_named_sizes_and_one_along_every_other_axis(mesh, sizes):
 
 
 @given(SIZES, SIZES)
-def test_by_default_the_cpus_devices_are_as_many_as_the_batch_divides_over(batch, accumulation):
+def test_default_cpu_mesh_uses_the_most_devices_that_divide_the_batch(batch, accumulation):
     total = batch * accumulation
     mesh = make_mesh(make_config(batch_size=batch, gradient_accumulation_steps=accumulation))
     assert mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
     assert mesh.shape["data"] == max(n for n in range(1, DEVICES + 1) if total % n == 0)
 
 
-def test_by_default_every_accelerator_is_used_or_none():
-    """They are not a way to use more cores: to leave some idle is for the user to say."""
+def test_default_mesh_is_rejected_if_accelerators_do_not_divide_the_batch():
+    """Accelerators are left idle only if the user names a smaller mesh."""
     gpus = [SimpleNamespace(platform="gpu")] * 3
     said = "mesh='': data x fsdp = 3 does not divide sequences per step = 8"
     assert refusal(make_config(), gpus) == f"{said}; expected a divisor of 8"
 
 
-def test_several_processes_use_all_their_devices():
-    """A process that held none of the mesh could not take part."""
+def test_multi_process_mesh_that_omits_devices_is_rejected():
+    """A process without a device in the mesh could not take part."""
     theirs = [SimpleNamespace(platform="cpu", process_index=i // 4) for i in range(8)]
     said = refusal(make_config(mesh="data:2,fsdp:2"), theirs)
     assert said.startswith("mesh='data:2,fsdp:2': uses 2 x 2 = 4 of 8 devices; expected all of ")
 
 
-def test_the_devices_can_be_named():
+def test_mesh_uses_the_given_devices():
     devices = jax.devices()[5:]
     assert list(make_mesh(make_config(mesh="data:2"), devices).devices.flat) == devices[:2]
 
 
-# (keys, what the message says)
+# (keys, words of the message)
 INVALID = [
     ({"mesh": "date:2"}, "unknown axis date; expected data, fsdp, tensor"),
     ({"mesh": "data:2,x:2"}, "unknown axis x; expected data, fsdp, tensor"),
@@ -107,7 +107,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize(("keys", "problem"), INVALID, ids=[problem for _, problem in INVALID])
-def test_an_invalid_mesh_fails_with_the_arithmetic(keys, problem):
+def test_invalid_mesh_is_rejected_with_the_arithmetic(keys, problem):
     mesh = keys["mesh"]
     assert refusal(make_config(**keys)).startswith(f"mesh={mesh!r}: {problem}")
 
@@ -117,7 +117,7 @@ def test_an_invalid_mesh_fails_with_the_arithmetic(keys, problem):
 
 @st.composite
 def batches(draw) -> tuple[Config, SimpleNamespace]:
-    """A config, and a mesh of some size that its sequences divide over."""
+    """Draw a config and a mesh whose size divides the sequences of a step."""
     config = make_config(batch_size=draw(SIZES), gradient_accumulation_steps=draw(SIZES))
     total = config.batch_size * config.gradient_accumulation_steps
     divisors = [n for n in range(1, total + 1) if total % n == 0]
@@ -131,7 +131,7 @@ def batches(draw) -> tuple[Config, SimpleNamespace]:
 
 
 @given(batches())
-def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
+def test_micro_batches_cover_all_sequences_and_are_as_few_as_possible(case):
     config, mesh = case
     total, devices = global_batch_size(config), mesh.shape["data"] * mesh.shape["fsdp"]
     assert total == config.batch_size * config.gradient_accumulation_steps
@@ -139,24 +139,24 @@ def test_micro_batches_hold_all_sequences_and_never_too_many_on_a_device(case):
     share, rest = divmod(total, count * devices)
     assert rest == 0
     assert 1 <= share <= config.batch_size
-    for fewer in range(1, count):  # would be better, were they possible
+    for fewer in range(1, count):  # fewer micro-batches are not possible
         assert total % (fewer * devices) or total // (fewer * devices) > config.batch_size
 
 
 @pytest.mark.parametrize(("length", "count"), [(8, 1), (64, 1), (256, 4), (1024, 16), (4096, 32)])
-def test_a_core_of_a_cpu_has_no_more_tokens_at_a_time_than_pays(length, count):
+def test_cpu_micro_batches_limit_tokens_per_core(length, count):
     config = make_config(batch_size=64, block_size=length, mesh="data:2")
     assert num_microbatches(config, make_mesh(config)) == count
 
 
 @given(SIZES, SIZES)
-def test_on_local_mesh_micro_batches_are_nanogpts(batch, accumulation):
+def test_local_mesh_micro_batches_equal_gradient_accumulation_steps(batch, accumulation):
     config = make_config(batch_size=batch, gradient_accumulation_steps=accumulation)
     assert num_microbatches(config, local_mesh()) == accumulation
 
 
 @given(SIZES, SIZES, SIZES)
-def test_batch_tokens_stands_in_for_accumulation(batch, block, steps):
+def test_batch_tokens_overrides_gradient_accumulation_steps(batch, block, steps):
     keys = {"batch_size": batch, "block_size": block, "batch_tokens": batch * block * steps}
     config = make_config(**keys, gradient_accumulation_steps=7)
     assert global_batch_size(config) * block == config.batch_tokens
@@ -184,7 +184,7 @@ def test_batch_tokens_stands_in_for_accumulation(batch, block, steps):
         ("", (), ()),
     ],
 )
-def test_a_device_holds_its_share_of_matrices_and_all_of_the_vectors_of_width_d(axes, shape, shard):
+def test_parameter_shard_shapes_follow_the_mesh_axes(axes, shape, shard):
     mesh = make_mesh(make_config(mesh="fsdp:4,tensor:2"))
     assert param_sharding(mesh, axes).shard_shape(shape) == shard
     whole = make_mesh(make_config(mesh="data:8"))

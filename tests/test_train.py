@@ -1,4 +1,4 @@
-"""Whole runs: the run directory, and stopping and resuming without changing a digit."""
+"""Test complete runs: the run directory, and bit-exact stopping and resuming."""
 
 import json
 import signal
@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_leaves_what_the_contract_says(make_run):
+def test_run_writes_the_documented_files_and_metrics(make_run):
     config = make_run(eval_iters=3)
     assert train(config) == 0
     folder = Path(config.out_dir)
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_contract_says(make_run):
     assert evals[-1]["full_val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_config_that_is_written_is_the_one_that_ran(make_run):
+def test_written_config_has_the_resolved_values(make_run):
     config = make_run(dtype="auto", attention="auto", max_iters=1)
     train(config)
     written = run_dir.load_config(config.out_dir)
@@ -71,8 +71,8 @@ def test_the_config_that_is_written_is_the_one_that_ran(make_run):
     assert written == config.replace(**filled_in, steps_per_call=10)
 
 
-def test_a_run_of_another_device_is_evaluated_and_resumed_here(make_run):
-    """The config that it left names what a GPU runs and a CPU does not."""
+def test_run_of_another_device_type_can_be_evaluated_and_resumed(make_run):
+    """The run's config names a dtype and an attention of a GPU, which a CPU does not run."""
     config = make_run(dtype="auto", attention="auto", max_iters=8)
     train(config)
     loss = evaluate(config.out_dir, "latest")["val_loss"]
@@ -84,10 +84,8 @@ def test_a_run_of_another_device_is_evaluated_and_resumed_here(make_run):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_stopped_three_times_is_the_uninterrupted_run_bit_for_bit(
-    make_run, monkeypatch, optimizer
-):
-    """With dropout and accumulation: every loss, every digit, and the final weights."""
+def test_run_stopped_three_times_resumes_bit_exact(make_run, monkeypatch, optimizer):
+    """All metrics and the final weights are identical, with dropout and accumulation."""
     quiet = make_run("quiet", optimizer=optimizer)
     assert train(quiet) == 0
     stopped = make_run("stopped", init_from="auto", optimizer=optimizer)
@@ -98,8 +96,8 @@ def test_a_run_stopped_three_times_is_the_uninterrupted_run_bit_for_bit(
     assert state_of(stopped, 24) == state_of(quiet, 24)
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(make_run):
-    """SIGKILL in another process, at any moment; then the same digits as without it."""
+def test_resume_after_kill_gives_identical_metrics(make_run):
+    """The run is killed by SIGKILL in another process and resumed in this process."""
     quiet, killed = make_run("quiet"), make_run("killed", init_from="auto", save_interval=3)
     train(quiet)
     with start(killed, stderr=subprocess.DEVNULL) as process:
@@ -115,16 +113,16 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(make_run):
 @pytest.mark.parametrize(
     "options", [{"steps_per_call": 5}, {"mesh": "data:4"}, {"data_on_device": "never"}], ids=str
 )
-def test_calls_devices_and_the_place_of_the_data_change_nothing_but_rounding(make_run, options):
+def test_steps_per_call_mesh_and_data_placement_change_only_rounding(make_run, options):
     one, other = make_run("one"), make_run("other", **options)
     train(one)
     train(other)
     for ours, theirs in zip(rows_of(other), rows_of(one), strict=True):
-        # they are other programs, which the newest jax rounds in other places
+        # the programs differ, and the newest JAX rounds them in different places
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_only_improvements_are_saved_when_asked_and_the_best_is_kept(make_run, monkeypatch):
+def test_best_and_last_steps_are_kept_without_always_save_checkpoint(make_run, monkeypatch):
     set_val_losses(monkeypatch, {0: 3.0, 2: 2.0, 4: 2.5, 6: 1.5, 8: 1.9, 10: 1.8})
     keys = {"always_save_checkpoint": False, "keep_checkpoints": 1}
     config = make_run(max_iters=10, eval_interval=2, **keys)
@@ -145,14 +143,14 @@ def test_eval_only_evaluates_and_takes_no_step(make_run):
     assert state_of(config, 8) == state
 
 
-def test_eval_iters_of_0_means_the_whole_splits(make_run):
+def test_eval_iters_0_evaluates_the_whole_split(make_run):
     config = make_run(eval_iters=0, max_iters=8)
     train(config)
     loss = evaluate(config.out_dir, "latest")["val_loss"]
     assert all_rows(config)[-1]["val_loss"] == pytest.approx(loss)
 
 
-def test_samples_are_logged_when_asked(make_run):
+def test_samples_are_logged_with_sample_every(make_run):
     config = make_run(sample_every=2, max_iters=16)
     train(config)
     sample = log_of(config).split("step 16: train")[1].split("\n", 1)[1].split(config.out_dir)[0]
@@ -160,7 +158,7 @@ def test_samples_are_logged_when_asked(make_run):
     assert 190 < len(sample) < 210
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(make_run):
+def test_nonfinite_loss_ends_the_run_and_saved_steps_are_finite(make_run):
     config = make_run(learning_rate=1e30, grad_clip=0.0, warmup_iters=0, save_interval=1)
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf).*learning_rate"):
         train(config)
@@ -170,7 +168,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(make_run):
         assert all(np.isfinite(np.frombuffer(array, "f4")).all() for array in state)
 
 
-def test_a_changed_dataset_is_noticed(tmp_path):
+def test_resuming_with_a_changed_dataset_is_rejected(tmp_path):
     make_data(tmp_path)
     config = tiny_run(tmp_path / "run", tmp_path, max_iters=8)
     train(config)
@@ -179,7 +177,7 @@ def test_a_changed_dataset_is_noticed(tmp_path):
         train(config.replace(init_from="resume", max_iters=16))
 
 
-def test_a_vocabulary_smaller_than_the_datasets_is_rejected(make_run):
+def test_vocab_size_below_the_dataset_vocabulary_is_rejected(make_run):
     with pytest.raises(UserError, match=r"vocab_size=5: .*; expected at least \d+, or 0"):
         train(make_run(vocab_size=5))
 

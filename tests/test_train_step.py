@@ -1,4 +1,4 @@
-"""The training step: against PyTorch, against itself in other shapes, and what it compiles to."""
+"""Test the training step against PyTorch, in other batch shapes, and as compiled."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_t
 # ---- against PyTorch -------------------------------------------------------------------------
 
 
-def test_twenty_steps_from_the_same_weights_are_pytorchs():
-    """Hugging Face's GPT-2 under torch.optim.AdamW: losses, gradient norms, rates and weights."""
+def test_twenty_training_steps_match_pytorch():
+    """Losses, norms, rates and weights equal Hugging Face's GPT-2 under torch.optim.AdamW."""
     golden = Golden(Path(__file__).parent / "golden" / "gpt2_tiny.npz")
     arrays, options = golden.arrays, {"dtype": "float64", "gradient_accumulation_steps": 1}
     config = make_config(**golden.sizes | golden.hyper | options, mlp="gelu_tanh")
@@ -47,7 +47,7 @@ def test_twenty_steps_from_the_same_weights_are_pytorchs():
     assert_trees_close(state.params, golden.params("final"), atol=1e-6)
 
 
-# ---- against itself in other shapes ----------------------------------------------------------
+# ---- equal results in other batch shapes -----------------------------------------------------
 
 
 def assert_same(ours: tuple, theirs: tuple, atol: float) -> None:
@@ -58,8 +58,8 @@ def assert_same(ours: tuple, theirs: tuple, atol: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"scan_layers": True}], ids=str)
-def test_accumulation_is_the_big_batch(options):
-    """Also with dropout: a sequence's masks belong to it, and not to its micro-batch."""
+def test_gradient_accumulation_equals_one_large_batch(options):
+    """Dropout masks belong to a sequence and not to a micro-batch."""
     config = make_config(**options, learning_rate=1e-3)
     want, *others = (
         take_steps(config, [make_windows(config, micro=micro, seed=i) for i in range(3)])
@@ -69,8 +69,8 @@ def test_accumulation_is_the_big_batch(options):
         assert_same(other, want, atol=1e-5)
 
 
-def test_the_mean_is_over_all_targets_of_a_step_not_over_micro_batches():
-    """Micro-batches with different numbers of ignored targets weigh by their targets."""
+def test_loss_is_the_mean_over_all_targets_of_a_step():
+    """Micro-batches are weighted by their numbers of targets that are not ignored."""
     config = make_config(learning_rate=1e-3)
     whole = make_windows(config, micro=1)
     masked = whole.at[0, 0, :3, 2:].set(~whole[0, 0, :3, 2:])
@@ -78,7 +78,7 @@ def test_the_mean_is_over_all_targets_of_a_step_not_over_micro_batches():
     assert_same(take_steps(config, [masked.reshape(1, 4, 2, -1)]), want, atol=1e-5)
 
 
-def test_a_masked_target_is_still_read():
+def test_masked_token_is_still_an_input():
     """~id hides a token as a target, not as an input."""
     config = make_config()
     batch = make_windows(config, micro=1)
@@ -88,14 +88,14 @@ def test_a_masked_target_is_still_read():
     assert len({round(float(loss), 6) for loss in losses}) == 3
 
 
-def test_several_steps_per_call_are_single_steps():
+def test_several_steps_per_call_equal_single_steps():
     config = make_config(dropout=0.1)
     batches = [make_windows(config, seed=i) for i in range(6)]
     joined = [jnp.concatenate(batches[i : i + 3]) for i in (0, 3)]
     assert_same(take_steps(config, joined), take_steps(config, batches), atol=1e-6)
 
 
-def test_a_call_may_end_early():
+def test_call_takes_only_the_requested_number_of_steps():
     config = make_config()
     batch = make_windows(config, steps=5)
     mesh = make_mesh(config)
@@ -106,7 +106,7 @@ def test_a_call_may_end_early():
     assert_trees_close(jax.device_get(state).params, want.params, atol=1e-6)
 
 
-def test_evaluation_is_the_training_loss_without_dropout():
+def test_evaluation_equals_training_loss_without_dropout():
     config = make_config(dropout=0.0)
     batch = make_windows(config, micro=1)
     mesh = make_mesh(config)
@@ -118,10 +118,10 @@ def test_evaluation_is_the_training_loss_without_dropout():
     assert float(with_dropout(params, batch, jnp.int32(1))[0]) == float(total)
 
 
-# ---- what it compiles to ---------------------------------------------------------------------
+# ---- the compiled step -----------------------------------------------------------------------
 
 
-def test_the_state_is_donated_and_nothing_compiles_again_or_leaves_the_device():
+def test_state_is_donated_and_step_compiles_once_without_host_transfers():
     config = make_config(dropout=0.1)
     mesh = make_mesh(config)
     state, step = init_state(config, mesh), make_train_step(config, mesh)
@@ -136,7 +136,7 @@ def test_the_state_is_donated_and_nothing_compiles_again_or_leaves_the_device():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_state_is_born_as_it_is_promised(optimizer):
+def test_initial_state_matches_the_abstract_state(optimizer):
     config = make_config(mesh="fsdp:2,tensor:2", optimizer=optimizer)
     mesh = make_mesh(config)
     promised, born = abstract_state(config, mesh), init_state(config, mesh)
@@ -151,7 +151,7 @@ def test_the_state_is_born_as_it_is_promised(optimizer):
     assert moments.sharding.spec == PartitionSpec("fsdp", None, "tensor", None)
 
 
-def test_seeds_differ_and_repeat():
+def test_initial_weights_are_reproducible_and_depend_on_the_seed():
     config = make_config()
     embed = lambda seed: take_steps(config.replace(seed=seed), [])[0].params["embed"]["kernel"]
     np.testing.assert_array_equal(embed(1), embed(1))

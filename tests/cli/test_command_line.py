@@ -1,4 +1,4 @@
-"""Config files, flags, help and exit codes: what a user can type, and what is printed."""
+"""Test config files, flags, help and exit codes of the command line."""
 
 import json
 import os
@@ -28,7 +28,7 @@ HEAD = "from jaxgpt.config import Config\n\n"
 
 
 def parse_with_notes(*argv: str, accelerator: bool = True) -> tuple[Config, list[str]]:
-    """Parse a command line and choose, as if JAX had found an accelerator or not."""
+    """Parse a command line and choose the config variant, with or without an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "init_distributed", lambda *args: None)
         patch.setattr(device, "start", lambda *args, **keys: None)
@@ -42,7 +42,7 @@ def parse(*argv: str, accelerator: bool = True) -> Config:
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write a config file of this text into the working directory; return its name."""
+    """Return a function that writes a config file into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str, name: str = "mine.py") -> str:
@@ -54,7 +54,7 @@ def write(tmp_path, monkeypatch):
 
 
 # ---- mistakes in a config file ---------------------------------------------------------------
-# (the file after its import, the line to blame, what is wrong)
+# (text of the file after the import, line of the mistake, words of the message)
 MISTAKES = {
     "syntax": ("config = Config(\n    n_layer=3\n    n_head=2,\n)\n", "n_layer=3", "syntax"),
     "unclosed": ("x = 1\nconfig = Config(\n    n_layer=3,\n", "config = Config(", "never closed"),
@@ -79,7 +79,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_in_a_file_is_shown_with_its_own_line(write, kind):
+def test_config_file_mistake_is_reported_with_line_number_and_text(write, kind):
     text, line, what = MISTAKES[kind]
     path = write(text)
     number = 1 + [s.strip() for s in Path(path).read_text("utf-8").splitlines()].index(line)
@@ -88,13 +88,13 @@ def test_a_mistake_in_a_file_is_shown_with_its_own_line(write, kind):
     assert what in message
 
 
-def test_a_mistake_in_a_file_that_the_config_imports_is_shown_there(write):
+def test_mistake_in_an_imported_file_is_reported_at_that_file_and_line(write):
     write("sizes = {\n", "sizes.py")
     message = refusal(parse, write("from sizes import sizes\n"))
     assert re.match(r"\S*sizes.py, line 3: 'sizes = \{': ", message)
 
 
-def test_a_file_imports_from_its_own_folder_and_an_edit_is_seen(write, tmp_path):
+def test_config_file_imports_neighbouring_files_and_edits_take_effect(write, tmp_path):
     path = write("from base import config as base\nconfig = base.replace(seed=5)\n", "sub/mine.py")
     folders = list(sys.path)
     for n_layer in 3, 4:
@@ -114,13 +114,13 @@ def test_a_file_imports_from_its_own_folder_and_an_edit_is_seen(write, tmp_path)
         ("config = Config()\ncpu_config = {'n_layer': 6}\n", "cpu_config"),
     ],
 )
-def test_a_file_must_build_a_config(write, text, name):
+def test_config_file_that_builds_no_config_is_rejected(write, text, name):
     said = refusal(parse, write(text))
     assert said.startswith("config='mine.py': ")
     assert said.endswith(f"; expected `{name} = Config(...)` in it")
 
 
-def test_a_missing_file_is_refused_with_those_that_there_are(write):
+def test_missing_config_file_is_rejected_with_the_available_files(write):
     missing = "config='nope.py': no such file; expected "
     assert refusal(parse, "--config", "nope.py") == missing + "a Python file"
     for name in "configs/one.py", "configs/more/two.py":
@@ -138,7 +138,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("argv", WAYS)
-def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
+def test_config_file_and_flags_parse_in_any_order_and_spelling(write, argv):
     write("config = Config(n_layer=5, n_head=4)\n")
     assert parse(*argv.split()) == Config(n_layer=2, n_head=4)
 
@@ -163,7 +163,7 @@ def test_the_file_and_the_flags_can_be_given_in_several_ways(write, argv):
     ],
     ids=str,
 )
-def test_a_flag_sets_its_key(write, argv, keys):
+def test_flag_sets_the_key_with_the_right_value_and_type(write, argv, keys):
     path = write("config = Config()\n")
     config = parse(path, *argv)
     assert config == Config(**keys)
@@ -172,20 +172,20 @@ def test_a_flag_sets_its_key(write, argv, keys):
 
 @settings(max_examples=15)
 @given(configs())
-def test_every_config_can_be_typed(config):
+def test_any_config_can_be_given_as_flags(config):
     flags = [f"--{key}={value}" for key, value in config.to_dict().items()]
     assert parse(SHAKESPEARE, *flags) == config
 
 
 @pytest.mark.parametrize("end", ["=x", " x"])
 @pytest.mark.parametrize(("flag", "why"), [("compile", "always compiles"), ("backend", "collect")])
-def test_nanogpts_flags_without_a_meaning_here_are_refused_with_the_reason(flag, end, why):
+def test_unsupported_nanogpt_flags_are_rejected_with_the_reason(flag, end, why):
     message = refusal(parse, SHAKESPEARE, *f"--{flag}{end}".split())
     assert message.startswith(f"--{flag}: ")
     assert why in message
 
 
-def test_a_bad_flag_value_is_refused_as_in_a_file():
+def test_invalid_flag_value_is_rejected_by_the_config_checks():
     message = refusal(parse, SHAKESPEARE, "--dropout=2")
     assert message == "dropout=2.0: invalid value; expected a number from 0 to 1 exclusive"
     message = refusal(parse, SHAKESPEARE, "--n_head=7")
@@ -193,12 +193,12 @@ def test_a_bad_flag_value_is_refused_as_in_a_file():
 
 
 @pytest.mark.parametrize("argv", [[], ["--n_layer=2"], ["--config="]], ids=str)
-def test_without_a_file_the_user_is_told_how_to_name_one(argv):
+def test_missing_config_argument_is_rejected_with_an_example(argv):
     message = "--config: missing; expected a file; try --config configs/shakespeare.py"
     assert refusal(parse, *argv) == message
 
 
-# (flags that do not parse, the beginning of the error)
+# (flags that do not parse, beginning of the message)
 UNPARSED = [
     (["--n_layers=3"], "--n_layers: unknown key; try --n_layer"),
     (["--learnin_rate", "1"], "--learnin_rate: unknown key; try --learning_rate"),
@@ -221,13 +221,13 @@ UNPARSED = [
 
 
 @pytest.mark.parametrize(("argv", "begins"), UNPARSED, ids=str)
-def test_flags_that_do_not_parse_are_one_line_and_run_nothing(write, argv, begins):
+def test_unparsable_flags_are_rejected_in_one_line_and_execute_nothing(write, argv, begins):
     path = write("config = Config()\n")
     assert refusal(parse, path, *argv).startswith(begins)
     assert os.listdir() == ["mine.py"]
 
 
-# (a command that does not parse, its whole error)
+# command line that does not parse -> complete message
 BAD_COMMANDS = {
     "eval --out=x": "--out: unknown key; try --out_dir",
     "sample --num_samples": "--num_samples: has no value; expected --num_samples=VALUE",
@@ -239,12 +239,12 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("line", BAD_COMMANDS)
-def test_a_commands_own_flags_are_checked_alike(line):
+def test_invalid_command_arguments_are_rejected_with_a_suggestion(line):
     name, *argv = line.split()
     assert refusal(cli.COMMANDS[name], argv) == BAD_COMMANDS[line]
 
 
-def test_the_parsed_command_line_has_the_keys_that_were_set_and_no_other(write):
+def test_parsed_overrides_hold_only_keys_set_by_flags(write):
     path = write("config = Config(n_layer=5)\n")
     parsed = parse_command_line([path, "--n_layer=5", "--min-lr", "0", "--overwrite"])
     assert parsed.overrides == {"n_layer": 5, "min_lr": 0.0, "overwrite": True}
@@ -252,7 +252,7 @@ def test_the_parsed_command_line_has_the_keys_that_were_set_and_no_other(write):
     assert parsed.config.config_file == path
 
 
-# ---- the variant for a CPU -------------------------------------------------------------------
+# ---- CPU variant -----------------------------------------------------------------------------
 VARIANTS = (
     "config = Config(n_layer=6, n_head=6, n_embd=384)\ncpu_config = config.replace(n_layer=4)\n"
 )
@@ -261,7 +261,7 @@ NOTE = "no accelerator, so cpu_config is used: n_layer=4"
 
 @pytest.mark.parametrize("accelerator", [True, False])
 @pytest.mark.parametrize("flags", [[], ["--use_cpu_variant"], ["--use_cpu_variant=False"]], ids=str)
-def test_the_cpu_variant_runs_without_an_accelerator_unless_declined(write, accelerator, flags):
+def test_cpu_variant_is_used_without_an_accelerator_unless_declined(write, accelerator, flags):
     path = write(VARIANTS)
     config, notes = parse_with_notes(path, *flags, accelerator=accelerator)
     is_small = not accelerator and flags != ["--use_cpu_variant=False"]
@@ -279,21 +279,21 @@ def test_flags_override_both_variants(write):
         assert notes == ([] if accelerator else [NOTE.replace("n_layer=4", "dropout=0.5")])
 
 
-def test_flags_need_to_fit_only_the_variant_that_runs(write):
-    """256 is a multiple of cpu_config's 4 heads, and not of the other's 6."""
+def test_flags_are_validated_only_against_the_variant_in_use(write):
+    """The width 256 is a multiple of cpu_config's 4 heads, but not of the 6 heads of config."""
     path = write("config = Config(n_head=6)\ncpu_config = config.replace(n_head=4)\n")
     assert parse(path, "--n_embd=256", accelerator=False).n_embd == 256
     message = refusal(parse, path, "--n_embd=256", accelerator=True)
     assert message.startswith("n_head=6: does not divide n_embd=256; ")
 
 
-def test_a_file_without_a_cpu_variant_is_the_same_everywhere(write):
+def test_file_without_cpu_variant_gives_the_same_config_on_any_device(write):
     path = write("config = Config(n_layer=5)\n")
     for accelerator in True, False:
         assert parse_with_notes(path, accelerator=accelerator) == (Config(n_layer=5), [])
 
 
-def test_processes_and_device_start_as_the_command_line_says(write, monkeypatch):
+def test_distributed_and_device_setup_receive_the_flag_values(write, monkeypatch):
     seen = []
     monkeypatch.setattr(distributed, "init_distributed", lambda *args: seen.append(args))
     monkeypatch.setattr(device, "start", lambda *args, **keys: seen.append((*args, keys)))
@@ -302,7 +302,7 @@ def test_processes_and_device_start_as_the_command_line_says(write, monkeypatch)
     assert seen == [("a:1", 2, 1, "cpu"), ("cpu", {"float64": True})]
 
 
-# ---- a config class of one's own -------------------------------------------------------------
+# ---- user-defined config classes -------------------------------------------------------------
 OWN = """
 from dataclasses import dataclass
 from typing import Annotated
@@ -326,7 +326,7 @@ cpu_config = config.replace(width=4)
 """
 
 
-def test_keys_of_a_subclass_are_flags_with_help(write, capsys):
+def test_config_subclass_keys_become_flags_with_help(write, capsys):
     path = write(OWN)
     config = parse(path, "--width=12", "--gated", "--n_layer=3", "--pairs=2")
     assert type(config).__name__ == "WideConfig"
@@ -344,16 +344,16 @@ def test_keys_of_a_subclass_are_flags_with_help(write, capsys):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_help_of_every_flag_fits_80_columns(name, capsys):
+def test_help_of_every_command_fits_80_columns(name, capsys):
     assert exit_code(cli.COMMANDS[name], ["--help"]) == 0
     usage, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert max(map(len, lines)) <= 80
 
 
-# ---- nanoGPT's commands, and the configs that come with jaxgpt -------------------------------
-# nanoGPT's config/train_shakespeare_char.py over the defaults of its train.py, then what its
-# model.py and train.py do without a key for it.
+# ---- nanoGPT's commands and the shipped configs ----------------------------------------------
+# First part: nanoGPT's config/train_shakespeare_char.py over the defaults of nanoGPT's train.py.
+# Second part: what nanoGPT's model.py and train.py do without a key.
 BABY_GPT = """
 --eval_interval=250 --eval_iters=200 --log_interval=10 --always_save_checkpoint=False
 --eval_only=False --init_from=scratch --wandb_log=False --wandb_project=shakespeare-char
@@ -367,7 +367,7 @@ BABY_GPT = """
 --causal=True --value_residual=False --document_mask=False --eot_id=-1 --attention_dropout=True
 --zero_init_projections=False --optimizer=adamw --lr_schedule=cosine --batch_tokens=0
 """
-# keys that do not change the result: files, logs, hardware, what is off
+# These keys do not change the result: files, logs, hardware, and features that are off.
 FREE = """
 out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboard wandb_run_name
 data_on_device device use_cpu_variant dtype mesh attention remat scan_layers steps_per_call
@@ -376,21 +376,21 @@ decay_fraction digits
 """
 
 
-def test_the_shakespeare_config_is_nanogpts_baby_gpt_key_by_key():
+def test_shakespeare_config_equals_nanogpt_baby_gpt_in_keys_that_affect_results():
     keys = {flag.split("=")[0].removeprefix("--") for flag in BABY_GPT.split()}
     assert keys | set(FREE.split()) == set(HINTS)
     parsed = parse_command_line([SHAKESPEARE, *BABY_GPT.split()])
     assert parsed.config.replace(**parsed.overrides) == parsed.config
 
 
-# nanoGPT's README for a laptop, with the config's own name
+# This is the laptop command of nanoGPT's README, with the name of our config file.
 LAPTOP = """
 configs/shakespeare.py --device=cpu --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12
 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
 """
 
 
-def test_nanogpts_command_for_a_laptop_is_the_cpu_variant_but_for_the_learning_rate(monkeypatch):
+def test_cpu_variant_equals_nanogpt_laptop_command_except_learning_rate(monkeypatch):
     monkeypatch.chdir(ROOT)
     path, *flags = LAPTOP.split()
     ours = parse(path, "--device=cpu", "--log_interval=1", accelerator=False)
@@ -403,7 +403,7 @@ def test_nanogpts_command_for_a_laptop_is_the_cpu_variant_but_for_the_learning_r
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.name)
-def test_every_config_that_comes_with_jaxgpt_loads(path):
+def test_every_shipped_config_file_loads(path):
     assert isinstance(load_config_file(str(path))["config"], Config)
 
 
@@ -413,7 +413,7 @@ ENDS = {None: None, 0: 0, 143: 143, KeyboardInterrupt(): 130, UserError(MISTAKE)
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
-def test_how_a_command_ends_is_the_exit_code(capsys, end):
+def test_exit_code_follows_the_return_value_or_exception(capsys, end):
     def command(argv):
         if isinstance(end, BaseException):
             raise end
@@ -425,7 +425,7 @@ def test_how_a_command_ends_is_the_exit_code(capsys, end):
     assert not told.out
 
 
-def test_a_reader_who_leaves_is_code_141_and_no_traceback():
+def test_closed_output_pipe_exits_with_code_141_without_traceback():
     code = "from jaxgpt.cli.commands import run; run(lambda _: [print(n) for n in range(10**5)])"
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as talk:
@@ -436,7 +436,7 @@ def test_a_reader_who_leaves_is_code_141_and_no_traceback():
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, AssertionError])
-def test_an_unexpected_error_keeps_its_traceback(error):
+def test_unexpected_errors_propagate_unchanged(error):
     def command(argv):
         raise error("ours")
 
@@ -444,7 +444,7 @@ def test_an_unexpected_error_keeps_its_traceback(error):
         cli.run(command, [])
 
 
-def test_the_command_gets_the_processes_arguments(monkeypatch):
+def test_command_receives_the_process_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", "--n_layer=2"])
     seen = []
     assert exit_code(cli.run, seen.append) is None
@@ -452,7 +452,7 @@ def test_the_command_gets_the_processes_arguments(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]], ids=str)
-def test_the_console_script_lists_its_commands(monkeypatch, capsys, argv):
+def test_console_script_lists_the_available_commands(monkeypatch, capsys, argv):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", *argv])
     cli.main()
     lines = capsys.readouterr().out.splitlines()
@@ -460,7 +460,7 @@ def test_the_console_script_lists_its_commands(monkeypatch, capsys, argv):
     assert max(map(len, lines)) <= 80
 
 
-def test_an_unknown_command_is_refused(monkeypatch, capsys):
+def test_unknown_command_is_rejected_with_the_known_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jaxgpt", "fly"])
     assert exit_code(cli.main) == 2
     message = "error: fly: unknown command; expected one of train, sample, prepare, eval, "
@@ -493,7 +493,7 @@ def test_python_m_jaxgpt_prints_the_version():
         ),
     ],
 )
-def test_old_spellings_of_flags_still_work(args_type, old, keys):
+def test_old_flag_spellings_are_accepted(args_type, old, keys):
     assert cli.parse(args_type, old.split(), "jaxgpt") == args_type(**keys)
 
 
@@ -507,11 +507,11 @@ def test_old_spellings_of_flags_still_work(args_type, old, keys):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_commands_flags_fill_its_dataclass(args_type, line, keys):
+def test_command_flags_fill_the_arguments_dataclass(args_type, line, keys):
     assert cli.parse(args_type, line.split(), "jaxgpt") == args_type(**keys)
 
 
-def test_plan_takes_its_own_flags_and_those_of_the_config(write, monkeypatch):
+def test_plan_accepts_plan_flags_and_config_flags(write, monkeypatch):
     plan = pytest.importorskip("jaxgpt.tools.plan")
     seen = []
     monkeypatch.setattr(plan, "run", lambda *args: seen.append(args))
@@ -534,13 +534,13 @@ HEAVY = {"jax", "flax", "orbax", "numpy", "matplotlib"}
 
 
 def run_process(folder: Path, *argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
-    """Run a command in a process of its own; return its output and the modules it imported."""
+    """Run a command in a separate process; return the output and the imported modules."""
     command, env = [sys.executable, "-c", RUN, *argv], CHILD_ENV | {"COLUMNS": "100"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     return done, set(json.loads(Path(folder, "modules.json").read_text()))
 
 
-def test_help_lists_every_key_with_the_files_value_and_does_not_wait_for_jax(write, tmp_path):
+def test_help_lists_every_key_with_the_file_value_without_importing_jax(write, tmp_path):
     path = write("config = Config(n_layer=5, n_head=4, learning_rate=3e-3, bias=False)\n")
     done, modules = run_process(tmp_path, "train", path, "--help")
     assert (done.returncode, done.stderr, HEAVY & modules) == (0, "", set())
@@ -565,7 +565,7 @@ def test_help_lists_every_key_with_the_files_value_and_does_not_wait_for_jax(wri
     ],
     ids=" ".join,
 )
-def test_mistakes_are_told_without_a_traceback_and_before_jax_is_there(write, tmp_path, argv, told):
+def test_user_errors_are_printed_without_traceback_or_jax_import(write, tmp_path, argv, told):
     write("config = Config()\n")
     done, modules = run_process(tmp_path, *argv)
     assert (done.returncode, HEAVY & modules) == (2, set())

@@ -1,4 +1,4 @@
-"""No network, a web server of the test's own, and GPT-2's encoding where its files are at hand."""
+"""Define fixtures: no network, a local web server, and GPT-2's tokenizer if its files exist."""
 
 import hashlib
 import socket
@@ -21,7 +21,7 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """A test that asks for another machine fails, even where the code takes a refusal well."""
+    """Fail every test that contacts another machine, even if the code handles the error."""
     asked, look_up = [], socket.getaddrinfo
 
     def only_here(host, *args, **kwargs):
@@ -37,13 +37,13 @@ def offline(monkeypatch):
 
 
 class Web:
-    """What a server on this machine holds, and what it was asked for."""
+    """The files of a local web server, and the paths that were requested from the server."""
 
     def __init__(self, port: int):
         self.url, self.files, self.asked = f"http://{HERE}:{port}", {}, []
 
     def put(self, name: str, content: bytes, says: bytes | None = None) -> Download:
-        """A download of `content`; the server gives what it `says`, if that is another thing."""
+        """Return a download of `content`; if `says` is given, the server answers with `says`."""
         self.files[f"/{name}"] = content if says is None else says
         return Download(f"{self.url}/{name}", hashlib.sha256(content).hexdigest())
 
@@ -70,14 +70,14 @@ def web():
 
 @pytest.fixture
 def no_gpt2(monkeypatch, web):
-    """GPT-2's files are not to be had."""
+    """Make GPT-2's files unavailable."""
     lost = tuple(web.put(Path(file.url).name, b"", b"?") for file in tokenizers.GPT2_FILES)
     monkeypatch.setattr(tokenizers, "GPT2_FILES", lost)
 
 
 @pytest.fixture(scope="session")
 def gpt2_data(tmp_path_factory):
-    """A data folder with a copy of GPT-2's files: no test can harm those at hand."""
+    """Return a data folder with a copy of GPT-2's files, so that no test changes the originals."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "gpt2").mkdir()
     for download in tokenizers.GPT2_FILES:

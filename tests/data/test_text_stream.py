@@ -1,4 +1,4 @@
-"""`TextStream`: in whatever pieces token ids come, it shows the same text."""
+"""Test that `TextStream` shows the same text for every split of the token ids."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 
 
 def until_stop(text: str, stops: tuple[str, ...]) -> str:
-    """Reads on, one character at a time, until a stop string has been read."""
+    """Return the text before the first stop string, searching one character at a time."""
     for read in range(1, len(text) + 1):
         ended = [stop for stop in stops if text[:read].endswith(stop)]
         if ended:
@@ -17,7 +17,7 @@ def until_stop(text: str, stops: tuple[str, ...]) -> str:
 
 
 def push_all(stream: TextStream, ids: list[int], cuts: list[int]):
-    """-> ids so far and the whole text shown, after each piece; ends where the stream stops."""
+    """Yield the ids and the text shown so far after each piece, until the stream stops."""
     shown = ""
     for end in [*sorted({cut % (len(ids) + 1) for cut in cuts}), len(ids)]:
         shown += stream.push(ids[:end], last=False)
@@ -37,8 +37,8 @@ CUTS = st.lists(st.integers(0, 1000), max_size=12)
 )
 @example("xab", ("abc", "b"), [2])
 @example("aabaab.", ("aab.",), [1, 2, 3, 4, 5, 6])
-def test_text_ends_before_a_stop_string_in_whatever_pieces_it_comes(text, stops, cuts):
-    """And the text that is held back on the way is the beginning of one."""
+def test_streamed_text_ends_before_the_stop_string_for_any_split(text, stops, cuts):
+    """Text that is held back must be the beginning of a stop string."""
     tokenizer = CharTokenizer("ab.cx")
     stream = TextStream(tokenizer, stops)
     for ids, shown in push_all(stream, tokenizer.encode(text).tolist(), cuts):
@@ -57,7 +57,7 @@ def test_text_ends_before_a_stop_string_in_whatever_pieces_it_comes(text, stops,
 )
 @example("aé", ("aé",), [2])
 @example("a€aé", ("aé",), [3, 5, 6])
-def test_half_a_character_is_held_back_and_a_whole_one_is_not(text, stops, cuts):
+def test_incomplete_characters_are_held_back_and_complete_ones_are_shown(text, stops, cuts):
     ids = ByteTokenizer().encode(text).tolist()
     for so_far, shown in push_all(TextStream(ByteTokenizer(), stops), ids, cuts):
         assert until_stop(text, stops).startswith(shown)
@@ -68,7 +68,7 @@ def test_half_a_character_is_held_back_and_a_whole_one_is_not(text, stops, cuts)
 @given(st.binary(max_size=12), CUTS)
 @example(b"\xe2\x82", [1])
 @example(b"\xff\xe2\x82A", [1, 2, 3])
-def test_pieces_make_up_the_text_whatever_the_bytes(ids, cuts):
+def test_streamed_pieces_of_any_bytes_concatenate_to_the_text(ids, cuts):
     for _, shown in push_all(TextStream(ByteTokenizer()), list(ids), cuts):
         assert ids.decode(errors="replace").startswith(shown)
     assert shown == ids.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Tokenizers against their definitions, and GPT-2's against OpenAI's tiktoken."""
+"""Test tokenizers against their definitions, and GPT-2's against OpenAI's tiktoken."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,12 @@ from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, last_break, load
 
 ASTRAL = "nul \0, \u00e9, \uffff and \U0001f600, \U0010ffff\r\n"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gpt2_ids.json").read_text())
-# What GPT-2's pattern tells apart; \x1c is a space to Python alone.
+# GPT-2's pattern distinguishes these characters; only Python treats \x1c as a space.
 WORDS = st.text(st.sampled_from("ab'sd1.\u00e9\U0001f600 \n\t\r\x1c\x85\xa0"))
 
 
 def toy_bpe() -> tokenizers.BpeTokenizer:
-    """The bytes of ASCII, then "ab" and "abab", with no split into words."""
+    """Return a BPE of ASCII, "ab" and "abab" that does not split the text into words."""
     vocab = {chr(i): i for i in range(128)} | {"ab": 128, "abab": 129}
     model = hf.models.BPE(vocab, [("a", "b"), ("ab", "ab")])
     bpe = hf.Tokenizer(model)
@@ -30,7 +30,7 @@ def toy_bpe() -> tokenizers.BpeTokenizer:
 
 
 def assert_ids(actual, expected) -> None:
-    """`actual` is a flat array of unsigned numbers, the expected ones."""
+    """Assert that `actual` is a flat unsigned array with the expected ids."""
     assert actual.ndim == 1
     assert actual.dtype.kind == "u"
     assert actual.tolist() == list(expected)
@@ -51,7 +51,7 @@ def test_char_ids_are_ranks_of_code_points(text):
 @given(st.text(), st.text())
 @example("", "a")
 @example("ab", "b\ufffd\U0001f600\0\ufffdc")
-def test_char_names_exactly_what_it_does_not_know(known, text):
+def test_char_tokenizer_names_exactly_the_unknown_characters(known, text):
     tokenizer, unknown = CharTokenizer(known), "".join(sorted(set(text) - set(known)))
     if not unknown:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -60,7 +60,7 @@ def test_char_names_exactly_what_it_does_not_know(known, text):
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 70_000])
-def test_char_ids_of_large_vocabularies_are_whole(size):
+def test_char_ids_of_large_vocabularies_do_not_overflow(size):
     chars = "".join(map(chr, range(0xE000, 0xE000 + size)))  # past the surrogates
     ids = CharTokenizer(chars[::-1]).encode(chars)
     assert ids.dtype == (np.uint16 if size == 65_536 else np.uint32)
@@ -69,7 +69,7 @@ def test_char_ids_of_large_vocabularies_are_whole(size):
 
 @given(st.text())
 @example(ASTRAL)
-def test_byte_ids_are_utf8(text):
+def test_byte_ids_are_utf8_bytes(text):
     assert ByteTokenizer().vocab_size == 256
     assert_ids(ByteTokenizer().encode(text), text.encode("utf-8"))
     assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
@@ -88,13 +88,13 @@ def assert_same_after_json(tokenizer, text: str, folder: Path) -> None:
 @given(st.text())
 @example(ASTRAL)
 @example("")
-def test_json_brings_char_and_byte_back(tmp_path_factory, text):
+def test_char_and_byte_tokenizers_round_trip_through_json(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("json")
     assert_same_after_json(CharTokenizer(text), text, folder)
     assert_same_after_json(ByteTokenizer(), text, folder)
 
 
-def test_json_brings_bpe_back(gpt2, tmp_path):
+def test_bpe_tokenizer_round_trips_through_json(gpt2, tmp_path):
     toy = toy_bpe()
     assert_ids(toy.encode("aababab b"), [97, 129, 128, 32, 98])
     assert toy.vocab_size == 130
@@ -105,7 +105,7 @@ def test_json_brings_bpe_back(gpt2, tmp_path):
 BAD = [b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"type": "char"}', b'{"type": "words"}']
 
 
-def test_load_names_a_file_that_holds_no_tokenizer(tmp_path):
+def test_loading_a_file_without_a_tokenizer_names_the_file(tmp_path):
     file = tmp_path / "some.json"
     assert "some.json: not a tokenizer" in refusal(load, file)
     for content in BAD:
@@ -114,7 +114,7 @@ def test_load_names_a_file_that_holds_no_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["name"])
-def test_gpt2_ids_are_tiktokens(gpt2, golden):
+def test_gpt2_ids_equal_tiktoken_ids(gpt2, golden):
     assert (gpt2.kind, gpt2.vocab_size) == ("gpt2", 50_257)
     assert_ids(gpt2.encode(golden["text"]), golden["ids"])
     assert gpt2.decode(golden["ids"]) == golden["text"]
@@ -125,7 +125,7 @@ def test_gpt2_ids_are_tiktokens(gpt2, golden):
 @example(text=GOLDEN[-1]["text"], size=1)
 @example(text=GOLDEN[-1]["text"], size=40)
 @example(text=GOLDEN[-1]["text"], size=300)
-def test_gpt2_ids_do_not_depend_on_the_pieces(gpt2, text, size):
+def test_gpt2_ids_do_not_depend_on_the_piece_size(gpt2, text, size):
     whole = gpt2.encode(text)  # one piece, at 65,536 characters each
     with patch.object(tokenizers, "PIECE_CHARS", size):
         assert_ids(gpt2.encode(text), whole.tolist())
@@ -133,12 +133,12 @@ def test_gpt2_ids_do_not_depend_on_the_pieces(gpt2, text, size):
 
 @given(st.text() | WORDS)
 @example(ASTRAL)
-def test_gpt2_round_trip(gpt2, text):
+def test_gpt2_decode_inverts_encode(gpt2, text):
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
 @given(WORDS, st.integers(0, 5), st.integers(0, 30))
-def test_last_break_is_found_as_by_looking_everywhere(text, start, stop):
+def test_last_break_equals_exhaustive_search(text, start, stop):
     start, stop = min(start, len(text)), min(stop, len(text))
 
     def breaks(mark: str) -> list[int]:
@@ -153,7 +153,7 @@ TOY_MERGES = b"#version: 0.2\na b\n"
 
 
 @pytest.mark.parametrize("found", [None, b"", TOY_VOCAB[:-5]], ids=["none", "empty", "cut short"])
-def test_gpt2_files_are_downloaded_once_unless_damaged(monkeypatch, tmp_path, web, found):
+def test_gpt2_files_are_downloaded_once_if_missing_or_damaged(monkeypatch, tmp_path, web, found):
     files = web.put("vocab.bpe", TOY_MERGES), web.put("encoder.json", TOY_VOCAB)
     monkeypatch.setattr(tokenizers, "GPT2_FILES", files)
     if found is not None:
@@ -165,6 +165,6 @@ def test_gpt2_files_are_downloaded_once_unless_damaged(monkeypatch, tmp_path, we
     assert (tmp_path / "gpt2" / "vocab.bpe").read_bytes() == TOY_MERGES
 
 
-def test_gpt2_files_that_are_not_to_be_had_are_named(tmp_path, web, no_gpt2):
+def test_unavailable_gpt2_files_are_rejected_with_the_url(tmp_path, web, no_gpt2):
     assert f"{web.url}/vocab.bpe" in refusal(tokenizers.gpt2, tmp_path)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

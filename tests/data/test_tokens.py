@@ -1,4 +1,4 @@
-"""Token files, written here from what their formats say, against NumPy; and files that are bad."""
+"""Test token files, written here from the format descriptions, and damaged files."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ def write_ids(file: Path, ids, dtype: str = "<u2") -> Path:
 
 
 def write_shard(file: Path, ids, count: int | None = None) -> Path:
-    """As llm.c's dev/data/data_common.py does: 256 int32 (magic, version, tokens), then uint16."""
+    """Write llm.c's shard (data_common.py): 256 int32 (magic, version, tokens), then uint16."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(ids) if count is None else count
     file.write_bytes(header.tobytes() + np.asarray(ids).astype("<u2").tobytes())
@@ -42,7 +42,7 @@ def assert_holds(tokens: TokenSplit, ids) -> None:
 
 
 def assert_dataset(dataset: Dataset, splits: dict, vocab_size: int) -> None:
-    """Both splits hold these ids, of so many kinds."""
+    """Assert that both splits hold these ids and have this vocabulary size."""
     assert_holds(dataset.train, splits["train"])
     assert_holds(dataset.val, splits["val"])
     sizes = dataset.vocab_size, dataset.train.vocab_size, dataset.val.vocab_size
@@ -55,7 +55,7 @@ def assert_dataset(dataset: Dataset, splits: dict, vocab_size: int) -> None:
     data=st.data(),
 )
 @example(parts=[[1], [2], [3]], wide=False, data=None)
-def test_read_is_a_slice_of_the_concatenation(tmp_path_factory, parts, wide, data):
+def test_read_returns_a_slice_of_the_concatenated_files(tmp_path_factory, parts, wide, data):
     folder = tmp_path_factory.mktemp("tokens")
     dtype, scale = ("uint32", 65_537) if wide else ("uint16", 1)
     parts = [np.array(part, dtype) * np.array(scale, dtype) for part in parts]
@@ -78,8 +78,8 @@ def test_ids_are_little_endian(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 4, 5, 8, 11])
-def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
-    """Files of 5, 4 and 3 ids; the place is the one in its file, whatever read comes upon it."""
+def test_out_of_range_id_is_named_with_file_and_position(tmp_path, at):
+    """The files hold 5, 4 and 3 ids; every read reports the position within the file."""
     ids = np.arange(12) % 10
     ids[at] = 10
     names = [f"{part}.bin" for part in "abc"]
@@ -94,7 +94,7 @@ def test_id_out_of_range_is_named_with_its_place(tmp_path, at):
     np.testing.assert_array_equal(tokens.read(at + 1, 11 - at), ids[at + 1 :])
 
 
-def test_llmc_shards_are_one_sequence_in_order_of_name(tmp_path, no_gpt2):
+def test_llmc_shards_are_concatenated_in_name_order(tmp_path, no_gpt2):
     shards = {name: RNG.integers(0, GPT2_VOCAB, 9) for name in ("000002", "000001", "000010")}
     for name, ids in shards.items():
         write_shard(tmp_path / f"fineweb_train_{name}.bin", ids)
@@ -114,7 +114,7 @@ def write_nanogpt(folder: Path, vocab_size: int = GPT2_VOCAB) -> dict[str, np.nd
     return splits
 
 
-def test_nanogpt_folder_without_meta_is_gpt2s(tmp_path, no_gpt2):
+def test_nanogpt_folder_without_meta_has_gpt2_vocabulary(tmp_path, no_gpt2):
     splits = write_nanogpt(tmp_path)
     (tmp_path / "input.txt").write_text("nanoGPT's data/shakespeare has a text too")
     assert_dataset(open_folder(tmp_path), splits, GPT2_VOCAB)
@@ -123,7 +123,7 @@ def test_nanogpt_folder_without_meta_is_gpt2s(tmp_path, no_gpt2):
     assert f"val.bin: id {GPT2_VOCAB} at token 6 " in refusal(open_folder(tmp_path).val.read, 2, 5)
 
 
-def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2, gpt2_data):
+def test_nanogpt_folder_with_gpt2_files_has_gpt2_tokenizer(tmp_path, gpt2, gpt2_data):
     write_nanogpt(tmp_path)
     tokenizer = open_dataset(tmp_path, gpt2_data, 4).tokenizer
     assert tokenizer.kind == "gpt2"
@@ -131,7 +131,7 @@ def test_nanogpt_folder_beside_gpt2s_files_has_a_tokenizer(tmp_path, gpt2, gpt2_
 
 
 class Bomb:
-    """A pickle of it writes the file `path` when it is opened."""
+    """An object whose pickle creates the file `path` when the pickle is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -140,13 +140,13 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_nanogpt_pickle_is_never_opened(tmp_path):
+def test_nanogpt_meta_pickle_is_never_unpickled(tmp_path):
     text, burnt = "hello world, \u00e9!\n", tmp_path / "burnt"
     stoi = {ch: i for i, ch in enumerate(sorted(set(text)))}  # nanoGPT's prepare.py
     splits = write_nanogpt(tmp_path / "char", len(stoi))
     bomb = pickle.dumps({"vocab_size": 5, "stoi": Bomb(burnt)})
     pickle.loads(bomb)
-    burnt.unlink()  # it does go off, so what follows means something
+    burnt.unlink()  # loading the pickle creates the file, so the test can fail
     (tmp_path / "char" / "meta.pkl").write_bytes(bomb)
     (tmp_path / "char" / "input.txt").write_text(text, encoding="utf-8")
     dataset = open_folder(tmp_path / "char")
@@ -156,7 +156,7 @@ def test_nanogpt_pickle_is_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"b\r\na\r\n", b"b\ra", b"b\na"])
-def test_nanogpt_characters_are_those_that_python_reads(tmp_path, content):
+def test_nanogpt_character_set_uses_python_text_mode_newlines(tmp_path, content):
     """nanoGPT opens input.txt as text, which makes every kind of line break a \\n."""
     write_nanogpt(tmp_path, 3)
     (tmp_path / "meta.pkl").write_bytes(b"")
@@ -168,8 +168,8 @@ def test_nanogpt_characters_are_those_that_python_reads(tmp_path, content):
     assert dataset.tokenizer.decode(range(len(chars))) == "".join(chars)
 
 
-def test_nanogpt_characters_need_their_text(tmp_path):
-    """Without it, GPT-2's tokenizer would make words of them."""
+def test_nanogpt_character_folder_without_text_has_no_tokenizer(tmp_path):
+    """Without the text, GPT-2's tokenizer would decode character ids as words."""
     write_nanogpt(tmp_path, 65)
     (tmp_path / "meta.pkl").write_bytes(b"")
     assert open_folder(tmp_path).tokenizer is None
@@ -186,7 +186,7 @@ META = {
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A folder as `jaxgpt prepare` leaves it."""
+    """Return a folder as `jaxgpt prepare` writes it."""
     for split, ids in IDS.items():
         write_ids(tmp_path / f"{split}.bin", ids)
     (tmp_path / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
@@ -198,7 +198,7 @@ def change_meta(folder: Path, **fields) -> None:
     (folder / "meta.json").write_text(json.dumps(META | fields))
 
 
-def test_prepared_folder_is_what_its_meta_says(prepared):
+def test_prepared_folder_opens_as_described_by_meta_json(prepared):
     dataset = open_folder(prepared)
     assert_dataset(dataset, IDS, 3)
     assert dataset.train.dtype == dataset.val.dtype == np.uint16
@@ -206,7 +206,7 @@ def test_prepared_folder_is_what_its_meta_says(prepared):
     assert dataset.source == "here"
 
 
-def test_prepared_folder_of_wide_ids(prepared):
+def test_prepared_uint32_folder_opens_with_uint32_ids(prepared):
     change_meta(prepared, dtype="uint32", vocab_size=2**31, counts={"train": 5, "val": 5})
     ids = [2**31 - 1, 0, 2**16, 1, 2]
     for split in ("train", "val"):
@@ -220,7 +220,7 @@ def test_prepared_folder_of_wide_ids(prepared):
     "fields",
     [{"vocab_size": 4}, {"counts": {"train": 8, "val": 5}}, {"sha256": {"train": "", "val": "0"}}],
 )
-def test_fingerprint_tells_datasets_apart(prepared, fields):
+def test_fingerprint_depends_on_contents_and_not_on_source(prepared, fields):
     fingerprint = open_folder(prepared).fingerprint
     change_meta(prepared, source="moved")
     assert open_folder(prepared).fingerprint == fingerprint  # the same ids
@@ -232,7 +232,7 @@ def test_fingerprint_tells_datasets_apart(prepared, fields):
 
 
 NOT_META = r"meta\.json: not valid"
-BAD_FILES = {  # file, its content (None: it is gone), what is said
+BAD_FILES = {  # (file, content or None for a missing file, pattern of the message)
     "missing": ("val.bin", None, r"val\.bin: no such file"),
     "empty": ("val.bin", b"", r"val\.bin: holds no tokens"),
     "odd": ("val.bin", b"\0" * 11, r"val\.bin: holds 11 bytes"),
@@ -247,7 +247,7 @@ BAD_FILES = {  # file, its content (None: it is gone), what is said
     "partial ids": ("val.bin.partial", b"", "interrupted"),
     "partial meta": ("meta.json.partial", b"", "interrupted"),
 }
-BAD_META = {  # the meta's fields, what is said
+BAD_META = {  # (fields of meta.json, pattern of the message)
     "other dtype": (META | {"dtype": "int16"}, r"meta\.json: has dtype='int16'"),
     "null dtype": (META | {"dtype": None}, r"meta\.json: has dtype=None"),
     "half counts": (META | {"counts": {"train": 8}}, r"meta\.json: .*'val'"),
@@ -265,7 +265,7 @@ DAMAGE = BAD_FILES | {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(prepared, name):
+def test_damaged_dataset_file_is_rejected_with_the_reason(prepared, name):
     file, content, expected = DAMAGE[name]
     (prepared / file).unlink(missing_ok=True)
     if content is not None:
@@ -276,7 +276,7 @@ def test_damage_is_named(prepared, name):
 @pytest.mark.parametrize(
     ("size", "count"), [(9, 8), (9, 10), (0, 0), (0, 9), (9, 0), (9, -9), (1, -1), (9, 2**31 - 1)]
 )
-def test_llmc_header_that_lies_is_named(tmp_path, no_gpt2, size, count):
+def test_llmc_shard_with_wrong_or_zero_count_is_rejected(tmp_path, no_gpt2, size, count):
     write_shard(tmp_path / "a_train_1.bin", [0] * 9)
     write_shard(tmp_path / "a_train_2.bin", [0] * size, count)
     write_shard(tmp_path / "a_val.bin", [0] * 9)
@@ -284,7 +284,7 @@ def test_llmc_header_that_lies_is_named(tmp_path, no_gpt2, size, count):
 
 
 @pytest.mark.parametrize("size", [12, 14, 512, 1000, 1022, 1023])
-def test_llmc_header_that_is_cut_short_is_named(tmp_path, no_gpt2, size):
+def test_llmc_shard_with_truncated_header_is_rejected(tmp_path, no_gpt2, size):
     for count in (0, 9, (size - 1024) // 2):
         whole = write_shard(tmp_path / "a_train.bin", [0] * 9, count).read_bytes()
         (tmp_path / "a_train.bin").write_bytes(whole[:size])
@@ -293,7 +293,7 @@ def test_llmc_header_that_is_cut_short_is_named(tmp_path, no_gpt2, size):
 
 
 @each_split
-def test_folder_without_a_split_is_named(tmp_path, no_gpt2, split):
+def test_folder_without_a_split_is_rejected(tmp_path, no_gpt2, split):
     write_nanogpt(tmp_path)
     (tmp_path / f"{split}.bin").unlink()
     assert f"{tmp_path}: holds neither meta.json nor *{split}*.bin" in refusal(
@@ -302,8 +302,8 @@ def test_folder_without_a_split_is_named(tmp_path, no_gpt2, split):
 
 
 @each_split
-def test_split_shorter_than_a_window_is_named(prepared, split):
-    """A window is block_size tokens and one more."""
+def test_split_shorter_than_a_window_is_rejected(prepared, split):
+    """A window has block_size + 1 tokens."""
     counts = META["counts"] | {split: 5}
     write_ids(prepared / f"{split}.bin", [0] * 5)
     change_meta(prepared, counts=counts)
@@ -312,7 +312,7 @@ def test_split_shorter_than_a_window_is_named(prepared, split):
     assert re.search(rf"{split}\.bin: holds 5 tokens, .* block_size=5; .* least 6", message)
 
 
-def test_folder_is_prepared_when_all_its_files_are_whole(tmp_path):
+def test_is_prepared_requires_a_bin_file_and_no_partial_file(tmp_path):
     folder = tmp_path / "some"
     assert not is_prepared(folder)
     folder.mkdir()

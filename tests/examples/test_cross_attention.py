@@ -1,4 +1,4 @@
-"""Cross-attention against the NumPy equations.
+"""Test cross-attention against the NumPy equations.
 
 B batch, T query length, S source length, D embedding.
 """
@@ -22,7 +22,7 @@ def make_module(**options) -> tuple[Config, CrossAttention]:
 
 
 def cross_by_reference(p: dict, x_BTD, source_BSD, weights_BTD, c: Config) -> tuple:
-    """The output, and the gradients of its weighted sum: of p, of x, and of the source."""
+    """Return the output, and the gradients of its weighted sum for p, x and the source."""
     kv = ref.linear(source_BSD, p["kv"])
     q_raw, k_raw, v = ref.linear(x_BTD, p["q"]), kv[:, :, 0], kv[:, :, 1]
     q, k = q_raw, k_raw
@@ -50,8 +50,8 @@ def cross_by_reference(p: dict, x_BTD, source_BSD, weights_BTD, c: Config) -> tu
     ],
     ids=str,
 )
-def test_cross_attention_and_its_gradients_are_the_references(options):
-    """The source is longer than the queries, and nothing of it is hidden."""
+def test_cross_attention_and_gradients_match_numpy(options):
+    """The source is longer than the queries, and every query sees the whole source."""
     config, module = make_module(**options)
     graphdef, state = nnx.split(module)
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_cross_attention_and_its_gradients_are_the_references(options):
 
 
 @pytest.mark.parametrize("attention_dropout", [True, False])
-def test_dropout_acts_on_the_weights_and_on_the_output(attention_dropout):
+def test_dropout_acts_on_the_output_and_on_weights_if_enabled(attention_dropout):
     _, module = make_module(attention_dropout=attention_dropout)
     x_BTD = jax.random.normal(jax.random.key(0), (2, 5, 32))
     keys_B = jax.random.split(jax.random.key(1), 2)

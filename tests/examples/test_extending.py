@@ -1,4 +1,4 @@
-"""The model of docs/extending.md, through everything that a run goes through."""
+"""Test the model of docs/extending.md in training, evaluation, sampling, plan and bench."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the page's config file and some data; it is the working directory."""
+    """Yield a working directory with the page's config file and a dataset."""
     folder = tmp_path_factory.mktemp("extending")
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(# my_model\.py\n.*?)```", page, re.DOTALL)
@@ -40,13 +40,13 @@ def call(name: str, *argv: str) -> int | None:
 
 @pytest.fixture(scope="module")
 def run(folder) -> run_dir.Config:
-    """A run of eight steps, stopped after four and resumed."""
+    """Return the config of a run of eight steps that was stopped after four and resumed."""
     for flags in ["--max_iters=4"], ["--max_iters=8", "--init_from=resume"]:
         assert call("train", *TINY, "--lr_decay_iters=8", "--out_dir=run", *flags) == 0
     return run_dir.load_config("run", "my_model.py")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(run):
+def test_resumed_run_equals_the_uninterrupted_run(run):
     assert call("train", *TINY, "--lr_decay_iters=8", "--max_iters=8", "--out_dir=whole") == 0
     whole = rows_of(run_dir.load_config("whole", "my_model.py"))
     steps = [row for row in whole if "loss" in row]
@@ -56,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run):
 
 
 @pytest.mark.parametrize("mesh", ["data:2", "data:2,fsdp:2"])
-def test_a_mesh_changes_nothing_but_rounding(run, mesh):
+def test_mesh_changes_losses_only_by_rounding(run, mesh):
     flags = ["--lr_decay_iters=8", "--max_iters=4", f"--mesh={mesh}", f"--out_dir={mesh}"]
     assert call("train", *TINY, *flags) == 0
     mine = [row["loss"] for row in rows_of(run) if "loss" in row][:4]
@@ -64,7 +64,7 @@ def test_a_mesh_changes_nothing_but_rounding(run, mesh):
     assert [row["loss"] for row in other if "loss" in row] == pytest.approx(mine, rel=1e-5)
 
 
-def test_it_is_evaluated(run, capsys):
+def test_eval_reports_the_last_full_val_loss(run, capsys):
     call("eval", "--out_dir=run")
     said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     last = [row for row in rows_of(run) if "full_val_loss" in row][-1]
@@ -72,8 +72,8 @@ def test_it_is_evaluated(run, capsys):
     assert float(said["val_loss"]) == pytest.approx(last["full_val_loss"], rel=1e-5)
 
 
-def test_it_is_sampled_without_a_cache(run, capsys):
-    """Past its block, too."""
+def test_samples_continue_the_prompt_beyond_block_size(run, capsys):
+    """The text becomes longer than block_size."""
     call("sample", "--out_dir=run", "--start=It is", "--num_samples=2", "--max_new_tokens=20")
     texts = capsys.readouterr().out.split("\n" + commands.SEPARATOR)
     assert all(text.strip("\n").startswith("It is") for text in texts[:2])
@@ -81,13 +81,13 @@ def test_it_is_sampled_without_a_cache(run, capsys):
 
 
 @pytest.mark.parametrize("name", ["eval", "sample"])
-def test_without_the_config_file_it_says_what_is_missing(run, name):
+def test_missing_config_file_error_names_the_class_and_the_flag(run, name):
     said = r"its config class is MinGRUConfig; try --config my_model\.py"
     with pytest.raises(run_dir.UserError, match=said):
         commands.COMMANDS[name](["--out_dir=run"])
 
 
-def test_it_is_planned_and_timed(folder, monkeypatch, capsys):
+def test_plan_and_bench_accept_a_user_model(folder, monkeypatch, capsys):
     config = load_config_file("my_model.py")["config"].replace(
         vocab_size=31, n_layer=1, n_embd=16, batch_size=8, block_size=8, dtype="float32"
     )

@@ -1,4 +1,4 @@
-"""The lecture's models: against NumPy, against PyTorch's run of the full script, and its stages."""
+"""Test the lecture's models against NumPy and PyTorch, and the stages of the lecture."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ with np.load(ROOT / "tests" / "golden" / "full_script.npz") as archive:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("options", LECTURE_CASES, ids=str)
-def test_loss_and_gradients_are_the_references(options, dtype, tolerance):
+def test_lecture_loss_and_gradients_match_numpy(options, dtype, tolerance):
     reference = SimpleNamespace(**DEFAULTS | options)
     keys = DEFAULTS | options | {"dtype": dtype, "attention": "reference"}
     rng = np.random.default_rng(1)
@@ -51,8 +51,8 @@ def test_loss_and_gradients_are_the_references(options, dtype, tolerance):
 @pytest.mark.parametrize(
     "options", [{}, {"tie_embeddings": False, "norm_position": "post", "position": "sinusoidal"}]
 )
-def test_with_default_keys_it_is_the_cores_gpt(options):
-    """Initial weights, dropout and training steps, also of an embedding that has two uses."""
+def test_lecture_config_with_default_keys_trains_like_the_core_gpt(options):
+    """Initial weights, dropout and training steps are equal, with tied and untied embeddings."""
     keys = DEFAULTS | EXACT | {"n_layer": 1, "batch_size": 8, "gradient_accumulation_steps": 1}
     runs = []
     with jax.enable_x64(True):
@@ -64,8 +64,8 @@ def test_with_default_keys_it_is_the_cores_gpt(options):
 
 
 @pytest.mark.slow
-def test_a_step_is_the_same_on_a_mesh_of_three_axes():
-    """The heads, split over `tensor`, are only concatenated; float64, with dropout."""
+def test_training_steps_are_equal_on_a_three_axis_mesh():
+    """The heads are split over `tensor` and only concatenated; the steps have dropout."""
     config = FULL.replace(**EXACT, vocab_size=300, block_size=12, n_layer=2, n_embd=40)
     config = config.replace(norm="none", residual=False, batch_size=8)
     with jax.enable_x64(True):
@@ -81,7 +81,7 @@ def test_a_step_is_the_same_on_a_mesh_of_three_axes():
 # ---- keys ------------------------------------------------------------------------------------
 
 
-def test_a_config_reads_the_names_that_its_keys_had():
+def test_old_key_names_are_read_by_lecture_config():
     old = {"out_projection": False, "score_scale": "embedding", "head_bias": True}
     old |= {"decay_all": True}
     new = {"attention_output_proj": False, "attention_scale": "embedding", "lm_head_bias": True}
@@ -90,13 +90,13 @@ def test_a_config_reads_the_names_that_its_keys_had():
 
 
 @pytest.mark.parametrize("key", ["qk_norm", "value_residual", "document_mask", "scan_layers"])
-def test_a_key_that_only_the_core_has_is_refused(key):
+def test_core_only_keys_are_rejected_by_lecture_config(key):
     with pytest.raises(UserError) as raised:
         LectureConfig(**{key: True})
     assert str(raised.value) == f"{key}=True: the lecture's models only have False"
 
 
-def test_biases_and_norms_decay_only_where_the_config_says_so():
+def test_biases_and_norms_decay_only_with_decay_bias_and_norm():
     config = FULL.replace(vocab_size=11, n_embd=16)
     _, shapes, _ = model.abstract_model(config)
     assert set(jax.tree.leaves(config.weight_decay_mask(shapes))) == {True}
@@ -108,7 +108,7 @@ def test_biases_and_norms_decay_only_where_the_config_says_so():
 
 
 def full_script_params(kind: str, c: LectureConfig) -> dict:
-    """Parameters or gradients by PyTorch's names, as our tree; rows of padding are zero."""
+    """Return PyTorch's parameters or gradients as our tree, with zero rows as padding."""
     g = {k.removeprefix(f"{kind}/"): v.astype(float) for k, v in GOLDEN.items() if kind in k}
     unread = set(g)
 
@@ -144,12 +144,12 @@ def full_script_params(kind: str, c: LectureConfig) -> dict:
 
 
 def small_full_script() -> LectureConfig:
-    """The script's config, key for key, but in the golden file's sizes."""
+    """Return the full script's config with the sizes of the golden file."""
     sizes = {"vocab_size": 11, "block_size": 8, "n_embd": 16, "batch_size": 4}
     return FULL.replace(**sizes, **EXACT, dropout=0.0, max_iters=20)
 
 
-def test_gradients_of_the_full_script_are_pytorchs():
+def test_full_script_loss_and_gradients_match_pytorch():
     config, tokens = small_full_script(), GOLDEN["tokens"][0]
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, full_script_params("param", config))
@@ -158,8 +158,8 @@ def test_gradients_of_the_full_script_are_pytorchs():
     assert_trees_close(grads, full_script_params("grad", config), atol=1e-7)
 
 
-def test_twenty_steps_of_the_full_script_are_pytorchs():
-    """Losses, gradient norms, and in the end every weight; biases and norms decay too."""
+def test_twenty_full_script_steps_match_pytorch():
+    """Losses, gradient norms and final weights are equal; biases and norms also decay."""
     config = small_full_script()
     with jax.enable_x64(True):
         mesh = make_mesh(config)
@@ -186,7 +186,7 @@ def test_twenty_steps_of_the_full_script_are_pytorchs():
     ],
     ids=["script", "projection", "embedding", "flash"],
 )
-def test_dropout_acts_where_the_script_has_it(keys, sites, monkeypatch):
+def test_dropout_acts_at_the_sites_selected_by_the_config(keys, sites, monkeypatch):
     called = set()
     record = lambda self, x, layer, site: called.add(site) or x
     monkeypatch.setattr(Dropout, "__call__", record)
@@ -200,7 +200,7 @@ def test_dropout_acts_where_the_script_has_it(keys, sites, monkeypatch):
 # ---- the stages ------------------------------------------------------------------------------
 
 
-def test_the_stages_are_the_lectures():
+def test_lecture_stages_have_expected_names_and_out_dirs():
     assert [path.name[0] for path in STAGES] == ["1", "2", "3", "4", "5", "6", "7", "7", "8"]
     for name, configs in CONFIGS.items():
         assert {config.out_dir for config in configs.values()} == {f"out/lecture/{name}"}
@@ -209,7 +209,7 @@ def test_the_stages_are_the_lectures():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_model_of_each_config_computes_logits(name):
+def test_every_lecture_model_returns_logits_of_expected_shape(name):
     for config in CONFIGS[name].values():
         config = config.replace(vocab_size=65, dtype="float32", attention="reference")
         graphdef, shapes, _ = model.abstract_model(config)
@@ -217,7 +217,7 @@ def test_the_model_of_each_config_computes_logits(name):
         assert jax.eval_shape(run, shapes).shape == (2, 8, 128)
 
 
-# without positions: a map of 32 x 65 and its bias after 65 vectors, and what each stage adds
+# Counts without positions: 65 vectors, a 32 x 65 map with bias, and each stage's additions.
 BLOCK = 3 * 32 * 32 + (32 + 1) * 32 + (32 + 1) * 128 + (128 + 1) * 32
 PARAMS = {
     "1_bigram": 65 * 32 + 33 * 65,
@@ -233,16 +233,16 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("stage", PARAMS)
-def test_a_stage_has_the_parameters_of_its_equations(stage):
+def test_lecture_stages_have_expected_parameter_counts(stage):
     config = CONFIGS[stage]["config"].replace(vocab_size=65)
     assert model.count_params(config) == PARAMS[stage]
 
 
-# ---- how PyTorch's modules start -------------------------------------------------------------
+# ---- initialisation of PyTorch's modules -----------------------------------------------------
 
 
-def test_weights_start_as_pytorchs_modules_do():
-    """Linear: kernel and bias uniform up to 1/sqrt(fan in). Embedding: a standard normal."""
+def test_initial_weights_follow_pytorch_module_defaults():
+    """Linear maps are uniform up to 1/sqrt(fan in), with biases; embeddings are standard normal."""
     config = FULL.replace(vocab_size=512, n_embd=64, n_layer=6, block_size=64)
     config = config.replace(attention_output_proj=True, qkv_bias=True)
     params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))

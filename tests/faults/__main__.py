@@ -1,4 +1,4 @@
-"""Kills runs and damages checkpoints, or soaks one long run in faults.
+"""Kill runs and damage checkpoints, or run one long run under faults.
 
 python -m tests.faults --rounds=50
 python -m tests.faults --soak=30 [--disk=FOLDER, a small file system to fill up]

@@ -1,4 +1,4 @@
-"""What the tests here share: a text, the run that is left alone, and steps that are traced once."""
+"""Define fixtures: a text, an uninterrupted run, and steps that are traced only once."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def no_pictures():
 
 @pytest.fixture(scope="module")
 def quick():
-    """Runs that take the same steps trace them once."""
+    """Trace the training and evaluation steps once for all runs with the same keys."""
     with pytest.MonkeyPatch.context() as patched:
         for module, name in ("train", "make_train_step"), ("evaluate", "make_eval_step"):
             owner = sys.modules[f"jaxgpt.{module}"]
@@ -52,7 +52,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def quiet(quick, data, tmp_path_factory):
-    """A run of 24 steps that was left alone; it holds steps 21 and 24, and the best."""
+    """Return an uninterrupted run of 24 steps with checkpoints 21, 24 and the best."""
     config = tiny(tmp_path_factory.mktemp("quiet"), data)
     assert train(config) == 0
     assert run_dir.open_checkpoints(config).steps()[-2:] == [21, 24]

@@ -1,4 +1,4 @@
-"""Runs that are killed and checkpoints that are damaged: what the tests and the command share."""
+"""Kill runs and damage checkpoints, for the tests and the command in __main__.py."""
 
 import json
 import multiprocessing
@@ -24,13 +24,13 @@ FORKS.set_forkserver_preload([__name__])
 
 
 def tiny(folder: Path, data: Path, name: str = "run", **keys) -> Config:
-    """A run of 24 steps that saves at every third and may be started again and again."""
+    """Return the config of a run of 24 steps that saves every third step and can be restarted."""
     return tiny_run(folder / name, data, **{"init_from": "auto", "save_interval": 3} | keys)
 
 
 def fork(config: Config, output: Path):
-    """The run in a process that need not import anything; what it prints goes to a file."""
-    output.write_text("")  # what the run before it said is not this one's
+    """Start the run in a forked process with all imports done; write the prints to `output`."""
+    output.write_text("")  # remove the output of the run before
     process = FORKS.Process(target=_forked, args=(config, output))
     process.start()
     return process
@@ -45,21 +45,21 @@ def _forked(config: Config, output: Path) -> None:
 
 
 def outcome(config: Config) -> tuple[list[dict], dict[str, bytes]]:
-    """All that a whole run leaves: its metrics, and every array of its last step."""
+    """Return the metrics of a finished run and every array of the last step."""
     return rows_of(config), state_of(config, run_dir.open_checkpoints(config).steps()[-1])
 
 
 def again(config: Config) -> int:
-    """Steps that were reported and that the next start takes again."""
+    """Return the number of logged steps that the next start repeats."""
     rows = rows_of(config)
     return rows[-1]["step"] - (run_dir.open_checkpoints(config).latest() or 0) if rows else 0
 
 
 class Killed(NamedTuple):
-    """What came of runs that were killed: kills, starts after one that failed, whole runs.
+    """Results of killing runs: number of kills, outputs of failed starts, finished runs.
 
-    `others` are whole runs with another digit somewhere than the run that was left alone, `again`
-    the most steps that had to be taken a second time.
+    `others` counts finished runs that differ in any digit from the uninterrupted run. `again` is
+    the largest number of steps that a start had to repeat.
     """
 
     kills: int
@@ -70,7 +70,7 @@ class Killed(NamedTuple):
 
 
 def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Killed:
-    """SIGKILL, over and over, at random moments of runs that save all the time."""
+    """Send SIGKILL `rounds` times at random moments of runs that save often; return the results."""
     data, output = make_data(folder), folder / "output"
     quiet, config = (tiny(folder, data, name, **keys) for name in ("quiet", "killed"))
     for _ in range(2):  # the first one fills the compilation cache
@@ -101,7 +101,7 @@ FAULTS = ("flip", "flip", "flip", "flip", "truncate", "empty", "delete", "swap")
 
 
 def damage(newest: Path, before: Path, rng: random.Random) -> str:
-    """Does one thing to one file of a step -> what. A swap puts there the file of another step."""
+    """Damage a file of a step and return the damage; a swap copies a file of another step."""
     kind = rng.choice(FAULTS)
     files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
     other = {p: before / p.relative_to(newest) for p in files}
@@ -125,7 +125,7 @@ def damage(newest: Path, before: Path, rng: random.Random) -> str:
 
 
 def sign_again(step: Path) -> None:
-    """Write the digest of what is there now, as whoever forges a checkpoint would."""
+    """Write the digest of the current files, as a forger of a checkpoint would."""
     (step / "digest.json").unlink(missing_ok=True)
     files = {str(p.relative_to(step)): p.read_bytes() for p in step.rglob("*") if p.is_file()}
     sums = {name: {"size": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
@@ -135,9 +135,9 @@ def sign_again(step: Path) -> None:
 def damage_at_random(
     run: Config, scratch: Path, rounds: int, rng: random.Random
 ) -> tuple[list[str], list[str]]:
-    """Damages the newest step of copies of a run directory, and looks what a run would go on from.
+    """Damage the newest step of copies of a run directory; check which step a run resumes from.
 
-    Returns what was missed, after which that step is still used, and what lost the step before.
+    Return the damages that were not detected, and the damages that lost the step before.
     """
     source, missed, lost = run_dir.open_checkpoints(run), [], []
     before, newest = source.steps()[-2:]

@@ -1,4 +1,4 @@
-"""One long run with a fault every few seconds, which is to end as the same run left alone does."""
+"""Run one long run with a fault every few seconds; the end must equal an uninterrupted run."""
 
 import random
 import shutil
@@ -17,9 +17,9 @@ KEYS = {"save_interval": 5, "eval_interval": 500, "log_interval": 20, "lr_decay_
 
 
 class Soak:
-    """The run under faults: how often each was, and what was not as it should be.
+    """A run under faults, with the number of each fault and a list of failures.
 
-    `disk` is a small file system that holds the run, and is then filled up as well.
+    `disk` is a small file system for the run; if given, filling the disk is also a fault.
     """
 
     def __init__(self, folder: Path, rng: random.Random, disk: Path | None):
@@ -32,7 +32,7 @@ class Soak:
         self.again, self.exit_s = 0, 0.0
 
     def start(self):
-        """The run, for a few seconds; one of four times it may not even get to its first step."""
+        """Run for a few seconds; in one of four cases the first step may not be reached."""
         process = fork(self.config, self.folder / "output")
         if self.rng.random() < 0.75:
             self.wait(process, "compiled in")
@@ -45,7 +45,7 @@ class Soak:
         return (self.folder / "output").read_text()
 
     def wait(self, process, line: str) -> bool:
-        """Until the run says so, or ends."""
+        """Wait until the run prints `line` or ends; return whether the line was printed."""
         while process.exitcode is None and line not in self.said():
             process.join(0.1)
         return line in self.said()
@@ -83,7 +83,7 @@ class Soak:
         process.join()
 
     def fill_up(self) -> None:
-        """Leaves a little room; a run that ends for that is to say so in one line."""
+        """Fill the disk almost completely; a run that ends must print one error line."""
         if not self.checkpoints.steps():
             return
         ballast = Path(self.config.out_dir, "ballast")
@@ -110,7 +110,7 @@ class Soak:
             self.faults[fault.__name__] += 1
 
     def ends_as_if_left_alone(self) -> bool:
-        """Whether weights, moments and metrics are those of a run without a fault, to the bit."""
+        """Return whether weights, moments and metrics equal an uninterrupted run's bit for bit."""
         last = 20 + (self.checkpoints.latest() or 0)
         quiet = tiny(self.folder, self.data, "quiet", max_iters=last, **KEYS)
         ends = self.config.replace(max_iters=last), quiet
@@ -123,7 +123,7 @@ class Soak:
 
 
 def soak(folder: Path, minutes: float, rng: random.Random, disk: Path | None = None) -> bool:
-    """Says what came of it -> whether all was as it should be."""
+    """Run under faults and print a summary; return whether everything was correct."""
     run = Soak(folder, rng, disk)
     run.run(minutes)
     same = run.ends_as_if_left_alone()

@@ -1,4 +1,4 @@
-"""Bad input: one line, exit code 2, nothing is compiled or overwritten; and nothing leaks."""
+"""Test that bad input exits with code 2 in one line, computes nothing and keeps all data."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TEXT, exit_code
+from helpers import ERROR_FORM, TEXT, exit_code
 from safetensors.numpy import save_file
 
 from jaxgpt import evaluate, sample
@@ -33,7 +33,7 @@ def edit_json(file: str, **fields) -> None:
 
 @pytest.fixture
 def world(quiet, tmp_path, monkeypatch):
-    """A dataset, a run of 24 steps, a config file, and a folder of weights that are not GPT-2's."""
+    """Create a dataset, a run of 24 steps, a config file and weights of a wrong shape."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(device, "start", lambda *args, **kwargs: None)
     shutil.copytree(Path(quiet.data_dir, "tale"), "data/tale")
@@ -113,7 +113,9 @@ COMPUTE = [(loop, "make_train_step"), (evaluate, "make_eval_step"), (GPT, "__cal
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_code_2_and_compiles_nothing(world, capsys, monkeypatch, case):
+def test_bad_input_exits_with_code_2_in_one_line_and_computes_nothing(
+    world, capsys, monkeypatch, case
+):
     spoil, command, said = BAD[case]
     spoil()
     capsys.readouterr()
@@ -134,7 +136,7 @@ def test_bad_input_is_one_line_and_code_2_and_compiles_nothing(world, capsys, mo
     assert changed <= {"config.json", ".lock", "log.txt", "metrics.jsonl"}
 
 
-def test_a_run_writes_nothing_of_the_environment(data, tmp_path, capsys, monkeypatch):
+def test_run_output_contains_no_environment_secrets(data, tmp_path, capsys, monkeypatch):
     for name in "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_KEY":
         monkeypatch.setenv(name, f"canary-of-{name}")
     config = tiny(tmp_path, data, max_iters=2, tensorboard=True)
@@ -146,7 +148,7 @@ def test_a_run_writes_nothing_of_the_environment(data, tmp_path, capsys, monkeyp
         assert b"canary-of-" not in content
 
 
-def test_text_of_a_model_cannot_steer_a_terminal(monkeypatch, capsys):
+def test_generated_control_characters_are_escaped_on_a_terminal(monkeypatch, capsys):
     pieces = [["\x1b]0;x\x07", "\x9b2J"]]
     monkeypatch.setattr(text_stream, "generate_text", lambda *args, **keys: iter(pieces))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

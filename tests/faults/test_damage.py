@@ -1,4 +1,4 @@
-"""Damage to any file of a checkpoint is found, and the run resumes from the one before."""
+"""Test that checkpoint damage is detected and the run resumes from the step before."""
 
 import json
 import random
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture
 def run(quiet, tmp_path):
-    """A copy of the quiet run, to damage."""
+    """Return a copy of the uninterrupted run, to be damaged."""
     shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
     return quiet.replace(out_dir=str(tmp_path / "run"))
 
@@ -42,12 +42,12 @@ def data_file(step: Path) -> Path:
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_random_faults_are_all_found(quiet, tmp_path, rounds):
+def test_random_checkpoint_damage_is_always_detected(quiet, tmp_path, rounds):
     assert damage_at_random(quiet, tmp_path, rounds, random.Random(rounds)) == ([], [])
 
 
 @pytest.mark.parametrize("target", ["data", "meta.json", "digest.json", "no digest"])
-def test_a_run_resumes_from_the_step_before_with_the_same_digits(quiet, run, capsys, target):
+def test_damaged_newest_step_falls_back_to_bit_exact_previous_step(quiet, run, capsys, target):
     newest = step_of(run, 24)
     if target == "no digest":
         (newest / "digest.json").unlink()
@@ -61,16 +61,16 @@ def test_a_run_resumes_from_the_step_before_with_the_same_digits(quiet, run, cap
     assert newest.with_name("24.corrupt").exists() == (target != "no digest")
 
 
-def test_two_bad_steps_are_both_moved_and_the_third_is_used(run):
+def test_two_damaged_steps_are_quarantined_and_the_third_is_used(run):
     checkpoints = Checkpoints(step_of(run, 24).parent, keep=3)
     shutil.copytree(step_of(run, 21), step_of(run, 22))
     flip(data_file(step_of(run, 24)))
-    checkpoints.quarantine_corrupt()  # 22 is whole, but it says that it is step 21
+    checkpoints.quarantine_corrupt()  # the files of 22 are intact, but name step 21
     assert checkpoints.newest == 21
     assert {p.name for p in checkpoints.damaged()} == {"22.corrupt", "24.corrupt"}
 
 
-def test_when_every_step_is_bad_nothing_is_deleted_unasked(run):
+def test_run_with_all_steps_damaged_is_rejected_and_nothing_is_deleted(run):
     folder = step_of(run, 24).parent
     for step in Checkpoints(folder).steps():
         flip(data_file(folder / str(step)))
@@ -82,7 +82,7 @@ def test_when_every_step_is_bad_nothing_is_deleted_unasked(run):
     assert len(Checkpoints(folder).damaged()) >= 2
 
 
-def test_a_damaged_best_is_moved_and_the_next_evaluation_may_be_best(run):
+def test_damaged_best_step_is_quarantined_and_a_later_step_becomes_best(run):
     folder = step_of(run, 24).parent
     checkpoints, state = Checkpoints(folder), {"params": {"w": np.zeros(2)}}
     earlier = {"step": 20, "best_val_loss": 0.0}  # better than any to come
@@ -96,7 +96,7 @@ def test_a_damaged_best_is_moved_and_the_next_evaluation_may_be_best(run):
 
 
 @pytest.mark.parametrize("checkpoint", ["best", "latest"])
-def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, checkpoint):
+def test_loading_params_skips_a_damaged_step_and_moves_no_files(run, capsys, checkpoint):
     bad, instead = {"best": (16, 24), "latest": (24, 21)}[checkpoint]
     flip(data_file(step_of(run, bad)))
     config = run_dir.load_config(run.out_dir)
@@ -110,8 +110,8 @@ def test_a_sampler_takes_the_newest_sound_step_and_moves_nothing(run, capsys, ch
         run_dir.load_params(config, str(bad), local_mesh())
 
 
-def test_a_best_whose_link_was_never_made_is_found(run):
-    """As after a kill between the digest and the link."""
+def test_best_step_without_a_link_is_found(run):
+    """A kill between writing the digest and making the link leaves such a directory."""
     checkpoints = run_dir.open_checkpoints(run)
     assert checkpoints.best() == 16
     (checkpoints.folder / "best").unlink()
@@ -119,7 +119,7 @@ def test_a_best_whose_link_was_never_made_is_found(run):
     assert checkpoints.best() == 16
 
 
-def test_a_step_of_a_later_format_is_not_damage(run):
+def test_step_of_a_later_format_is_rejected_but_not_quarantined(run):
     step = step_of(run, 24)
     meta = json.loads((step / "meta.json").read_text())
     (step / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
@@ -128,7 +128,7 @@ def test_a_step_of_a_later_format_is_not_damage(run):
     assert step.exists()
 
 
-def test_older_steps_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_old_step_is_kept_until_the_new_step_is_verified(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1)
     state = {"params": {"w": np.arange(1000.0)}}
     checkpoints.save(state, {"step": 1}, best=False)

@@ -1,4 +1,4 @@
-"""A disk that is full, and a run directory that another run writes to."""
+"""Test full disks, and a run directory that another run writes to."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def set_free(monkeypatch, *answers: float) -> None:
-    """What the disk has free each time it is asked; the last answer stays."""
+    """Set the free disk space of successive queries; the last value repeats."""
     left = list(answers)
     usage = lambda path: SimpleNamespace(free=left.pop(0) if len(left) > 1 else left[0])
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -36,7 +36,7 @@ def sound_step(config) -> int | None:
     return checkpoints.newest
 
 
-def test_a_disk_without_room_is_rejected_before_anything_is_compiled(data, tmp_path, monkeypatch):
+def test_full_disk_is_rejected_before_compilation(data, tmp_path, monkeypatch):
     set_free(monkeypatch, 10_000)
     loop, fail = sys.modules["jaxgpt.train"], lambda *args: pytest.fail("compiles")
     monkeypatch.setattr(loop, "make_train_step", fail)
@@ -44,7 +44,7 @@ def test_a_disk_without_room_is_rejected_before_anything_is_compiled(data, tmp_p
     assert re.search(r"the disk has .* nothing is saved yet; expected 0\.000 GB", message)
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_the_step_before_whole(data, tmp_path, monkeypatch):
+def test_disk_filling_up_ends_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
     config = tiny(tmp_path, data)
     set_free(monkeypatch, 1e9, 1e9, 1e9, 10)  # at the start, and at steps 3 and 6; not at step 8
     assert re.search("step 6 is saved; expected .* GB for a checkpoint", refusal(train, config))
@@ -57,7 +57,7 @@ FULL = [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_E
 
 
 @pytest.mark.parametrize("error", FULL)
-def test_a_save_that_fails_is_reported_at_the_next(data, tmp_path, monkeypatch, error):
+def test_failed_save_is_reported_at_the_next_save(data, tmp_path, monkeypatch, error):
     config, write = tiny(tmp_path, data), checkpoint.atomic_write
 
     def full(file, text):
@@ -80,8 +80,8 @@ CAN_MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
     not shutil.which("unshare") or subprocess.run(CAN_MOUNT, capture_output=True).returncode != 0,
     reason="needs user namespaces",
 )
-def test_a_real_disk_that_is_full_in_the_middle_of_a_save(data, tmp_path):
-    """A tmpfs of its own that holds few checkpoints; the check before a save is taken out."""
+def test_disk_full_during_a_save_keeps_earlier_checkpoints_resumable(data, tmp_path):
+    """The run writes to a tmpfs that holds few checkpoints, without the check before a save."""
     config = tiny(tmp_path, data, n_embd=64, keep_checkpoints=50, save_interval=1)
     Path(config.out_dir).mkdir()
     shell = f"mount -t tmpfs -o size=6m none {config.out_dir}; "
@@ -103,7 +103,7 @@ def _lock(out_dir: str, is_locked) -> None:
         time.sleep(60)
 
 
-def test_a_second_run_is_rejected_and_a_dead_one_lets_go(data, tmp_path):
+def test_second_writer_is_rejected_and_a_killed_writer_releases_the_lock(data, tmp_path):
     config, is_locked = tiny(tmp_path, data), FORKS.Event()
     first = FORKS.Process(target=_lock, args=(config.out_dir, is_locked))
     first.start()
@@ -120,8 +120,8 @@ def test_a_second_run_is_rejected_and_a_dead_one_lets_go(data, tmp_path):
 
 
 @pytest.mark.parametrize("nth", [0, 1])
-def test_a_run_killed_while_it_clears_up_can_start_again(quiet, tmp_path, monkeypatch, nth):
-    """Between the files that it writes there: config.json is whole at any moment."""
+def test_run_interrupted_during_setup_can_start_again(quiet, tmp_path, monkeypatch, nth):
+    """The interruption comes between two writes, so config.json is always complete."""
     shutil.copytree(quiet.out_dir, tmp_path / "run", symlinks=True)
     config, left = quiet.replace(out_dir=str(tmp_path / "run")), [nth]
     dataset, write = find_dataset(config, config.block_size), run_dir.atomic_write

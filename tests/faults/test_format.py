@@ -1,4 +1,4 @@
-"""Old checkpoints load; what metadata claims is not believed; nothing in the package runs data."""
+"""Test that old checkpoints load, false metadata is rejected, and no data is run as code."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from .harness import sign_again
 PACKAGE = Path(jaxgpt.__file__).parent
 
 
-def test_a_checkpoint_of_format_1_loads_for_ever():
+def test_format_1_checkpoint_loads():
     config = run_dir.load_config(str(HERE))
     params, step = run_dir.load_params(config, "best", local_mesh())
     assert step == 2
@@ -31,8 +31,8 @@ def test_a_checkpoint_of_format_1_loads_for_ever():
 
 
 @pytest.mark.parametrize("liar", ["config", "array"])
-def test_huge_shapes_are_refused_before_memory_is_taken(tmp_path, liar):
-    """A run whose config asks for terabytes, or whose array says that it has them."""
+def test_huge_shapes_are_rejected_without_allocating_memory(tmp_path, liar):
+    """The config, or the metadata of an array, claims a size of terabytes."""
     shutil.copytree(HERE, tmp_path / "run", symlinks=True)
     config, step = run_dir.load_config(str(tmp_path / "run")), tmp_path / "run/checkpoints/2"
     if liar == "config":
@@ -60,7 +60,7 @@ TEXTS += r"|yaml\.load|os\.system|extractall"
 
 
 def offences(source: str) -> list[str]:
-    """What of a module's source could run data as code."""
+    """Return the parts of a module's source that could run data as code."""
     found = re.findall(TEXTS, source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def offences(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
-def test_nothing_in_the_package_runs_data_as_code(file):
+def test_package_source_has_no_calls_that_run_data_as_code(file):
     assert offences(file.read_text(encoding="utf-8")) == []
 
 
@@ -85,5 +85,5 @@ OFFENCES = [
 
 
 @pytest.mark.parametrize("line", OFFENCES)
-def test_the_search_finds_what_it_is_for(line):
+def test_source_search_detects_forbidden_constructs(line):
     assert offences(line)

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite never reaches the weights, whatever comes next."""
+"""Test that a nonfinite loss or gradient never reaches the weights."""
 
 import json
 import math
@@ -26,7 +26,7 @@ cross_entropy = train_step.cross_entropy
 
 @jax.custom_vjp
 def spoil(x, is_bad):
-    """x, with a gradient of NaN where `is_bad`."""
+    """Return x, with a gradient of NaN where `is_bad`."""
     return x
 
 
@@ -36,7 +36,7 @@ spoil.defvjp(
 
 
 def poisoned(tokens: dict[str, int]):
-    """The loss; it, or its gradient alone, is not finite where the targets hold a kind's token."""
+    """Return a loss with a nonfinite value or gradient where the targets hold a kind's token."""
 
     def loss(logits, targets):
         total, count = cross_entropy(logits, targets)
@@ -61,7 +61,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("mesh", "U", "keys"), CASES)
-def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch, mesh, U, keys):
+def test_nonfinite_step_leaves_weights_and_moments_unchanged(tmp_path, monkeypatch, mesh, U, keys):
     kinds = {"nan": 1, "inf": 2, "gradient": 3}
     monkeypatch.setattr(train_step, "cross_entropy", poisoned(kinds))
     config = tiny(tmp_path, tmp_path, vocab_size=20, mesh=mesh, **keys)
@@ -90,7 +90,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_are(tmp_path, monkeypatch
 
 @pytest.fixture
 def rare(tmp_path, monkeypatch):
-    """A run whose text has the poisoned letter in one place."""
+    """Return the config of a run whose text holds the NaN token once."""
     folder = make_data(tmp_path, TEXT[:600] + "!" + TEXT[600:])
     token = int(load(folder / "tale/tokenizer.json").encode("!")[0])
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"nan": token}))
@@ -99,7 +99,7 @@ def rare(tmp_path, monkeypatch):
 
 
 def is_finite(config) -> bool:
-    """Whether the newest checkpoint is."""
+    """Return whether the newest checkpoint is finite."""
     checkpoints = run_dir.open_checkpoints(config)
     deadline = time.monotonic() + 60
     while not checkpoints.steps() and time.monotonic() < deadline:
@@ -116,14 +116,14 @@ def strict_rows(config) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_a_run_stops_at_the_first_bad_step_and_what_it_saved_is_finite(rare):
+def test_nonfinite_loss_ends_the_run_and_saved_state_is_finite(rare):
     message = refusal(train, rare)
     for part in "step ", "loss is nan", "gradient norm", "learning_rate", "max_nonfinite_steps":
         assert part in message
     assert is_finite(rare)
 
 
-def test_bad_steps_are_skipped_and_counted_when_asked(rare):
+def test_nonfinite_steps_are_skipped_and_counted_if_allowed(rare):
     config = rare.replace(max_nonfinite_steps=2, log_interval=2)
     assert train(config) == 0
     assert is_finite(config)
@@ -133,7 +133,7 @@ def test_bad_steps_are_skipped_and_counted_when_asked(rare):
     assert math.isfinite(rows[-1]["lr"])
 
 
-def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path, monkeypatch):
+def test_exceeding_max_nonfinite_steps_ends_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "cross_entropy", poisoned({"inf": 1}))  # the space
     config = tiny(tmp_path, data, max_nonfinite_steps=3, mesh="data:1", **SMALL)
     assert "step 4: the loss is inf" in refusal(train, config)
@@ -142,8 +142,8 @@ def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(data, tmp_path,
     assert [row["loss"] for row in strict_rows(config) if "loss" in row] == [None] * 3
 
 
-def test_weights_that_overflow_in_an_update_are_not_saved(data, tmp_path):
-    """Loss and gradient of the step are finite; the update is not."""
+def test_overflowing_update_ends_the_run_without_saving_nonfinite_weights(data, tmp_path):
+    """The learning rate of 3e38 makes the first update overflow."""
     keys = {"learning_rate": 3e38, "warmup_iters": 0, "save_interval": 1}
     config = tiny(tmp_path, data, mesh="data:1", **keys | SMALL)
     assert re.search(r"step \d+: (a weight or moment|the loss) is", refusal(train, config))
@@ -151,7 +151,7 @@ def test_weights_that_overflow_in_an_update_are_not_saved(data, tmp_path):
     assert not steps or is_finite(config)
 
 
-def test_a_val_loss_that_is_not_a_number_is_null_and_not_the_best(data, tmp_path, monkeypatch):
+def test_nan_val_loss_is_null_in_metrics_and_never_best(data, tmp_path, monkeypatch):
     set_val_losses(monkeypatch, {0: 2.0, 8: math.nan, 16: 1.0, 24: math.nan})
     config = tiny(tmp_path, data, mesh="data:1", **SMALL)
     assert train(config) == 0

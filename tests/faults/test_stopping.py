@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop, at any moment: nothing is lost, no digit differs."""
+"""Test that killed and stopped runs resume without losing steps or changing any digit."""
 
 import random
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_as_if_left_alone(tmp_path):
+def test_runs_killed_at_random_moments_end_bit_exact(tmp_path):
     killed = kill_at_random(tmp_path, 3, random.Random(0), save_interval=1)
     assert killed.failed == []
     assert killed.runs > 0
@@ -28,12 +28,12 @@ def test_runs_killed_at_random_moments_end_as_if_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_long_run_under_faults_ends_as_if_left_alone(tmp_path, capsys):
+def test_long_run_under_random_faults_ends_bit_exact(tmp_path, capsys):
     assert soak(tmp_path, 0.5, random.Random(0)), capsys.readouterr().out
 
 
 LOOP, EVALUATE = sys.modules["jaxgpt.train"], sys.modules["jaxgpt.evaluate"]
-# what is under way -> what is called then, and at which call the signal comes
+# phase -> owner and name of a function of the phase, and the call that sends the signal
 PHASES = {
     "compile": (LOOP, "make_train_step", 1),
     "step": (Log, "train", 2),
@@ -49,7 +49,7 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
 @pytest.mark.parametrize(("phase", "number"), CASES)
-def test_a_signal_in_any_phase_saves_the_last_step(
+def test_signal_in_any_phase_saves_the_last_step_and_resumes_bit_exact(
     quiet, data, tmp_path, monkeypatch, phase, number
 ):
     stopped = tiny(tmp_path, data, sample_every=int(phase == "sampling"))
@@ -73,8 +73,8 @@ def test_a_signal_in_any_phase_saves_the_last_step(
     assert outcome(stopped) == outcome(quiet)
 
 
-def test_a_signal_in_a_call_of_many_steps_saves_its_last(data, tmp_path, monkeypatch):
-    """The signal comes while the third step of ten is logged, and ten more are on their way."""
+def test_signal_during_a_multi_step_call_saves_the_last_launched_step(data, tmp_path, monkeypatch):
+    """The signal comes while step 3 of 10 is logged and the next 10 steps are in flight."""
     stop_at(monkeypatch, 3)
     config = tiny(tmp_path, data, save_interval=0, eval_interval=24)
     assert train(config) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Writes checkpoint_v1/: a run of format_version 1 that every later version has to load.
+"""Write checkpoint_v1/: a run of format_version 1 that every later version must load.
 
 Made once, from the root: python tests/golden/make_checkpoint_v1.py. Do not make it again when the
 format changes: make another, of the new format, and keep this one.
@@ -37,7 +37,7 @@ KEYS = {
 
 
 def sums(params: dict) -> dict[str, float]:
-    """A number for every parameter, which no permutation of it leaves alone."""
+    """Return a number per parameter that changes if the parameter's elements are permuted."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     weigh = lambda a: float(np.asarray(a, np.float64).ravel() @ np.cos(np.arange(a.size)))
     return {name(path): weigh(a) for path, a in jax.tree.leaves_with_path(params)}

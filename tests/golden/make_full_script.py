@@ -1,4 +1,4 @@
-"""Make full_script.npz: what a small copy of the lecture's full script computes under PyTorch.
+"""Make full_script.npz: results of a small copy of the lecture's full script in PyTorch.
 
 For maintainers, in an environment with torch (the tests need none):
 

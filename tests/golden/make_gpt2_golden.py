@@ -1,4 +1,4 @@
-"""Make gpt2_tiny.npz: what a tiny Hugging Face GPT-2 computes, and how PyTorch trains it.
+"""Make gpt2_tiny.npz: results of a tiny Hugging Face GPT-2, and its training by PyTorch.
 
 For maintainers, in an environment with torch and transformers (the tests need neither):
 
@@ -51,7 +51,7 @@ BATCH = 4
 
 
 def make_model(rng: np.random.Generator) -> GPT2LMHeadModel:
-    """Random weights, large enough for logits of order one, in float64 but exact in float16."""
+    """Draw weights large enough for logits of order one, in float64 but exact in float16."""
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's lie outside this vocabulary
     config = GPT2Config(**CONFIG, **dropouts, **special, attn_implementation="eager")
@@ -66,7 +66,7 @@ def make_model(rng: np.random.Generator) -> GPT2LMHeadModel:
 
 
 def make_batches(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens and next-token targets, both [steps, B, T]; about one target in ten is ignored."""
+    """Return tokens and next-token targets [steps, B, T]; about one target in ten is ignored."""
     shape = (HYPER["max_iters"], BATCH, CONFIG["n_positions"] + 1)
     text = rng.integers(0, CONFIG["vocab_size"], shape)
     targets = np.where(rng.random(shape) < 0.1, -1, text)
@@ -76,13 +76,13 @@ def make_batches(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 def logits_and_loss(
     model: GPT2LMHeadModel, tokens: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T, V] and the mean loss. The model's own `labels` would shift the targets once more."""
+    """Return logits [B, T, V] and the mean loss, without `labels`, which shifts targets again."""
     logits = model(tokens).logits
     return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 def lr_at(it: int) -> float:
-    """Linear warm-up, then a half cosine from learning_rate to min_lr."""
+    """Return the learning rate: linear warm-up, then a half cosine to min_lr."""
     h = HYPER
     if it < h["warmup_iters"]:
         return h["learning_rate"] * (it + 1) / (h["warmup_iters"] + 1)
@@ -93,7 +93,7 @@ def lr_at(it: int) -> float:
 
 
 def train(model: GPT2LMHeadModel, tokens: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Train in place, a batch a step; [3, steps]: loss, norm before clipping, learning rate."""
+    """Train in place; return [3, steps]: loss, norm before clipping, learning rate."""
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": HYPER["weight_decay"]},

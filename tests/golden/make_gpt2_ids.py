@@ -1,4 +1,4 @@
-"""Make gpt2_ids.json: the ids that OpenAI's tiktoken gives texts of many kinds with GPT-2's files.
+"""Make gpt2_ids.json: ids of many kinds of text by OpenAI's tiktoken with GPT-2's files.
 
 For maintainers, in an environment with tiktoken (the tests need none), with the folder that holds
 vocab.bpe and encoder.json:

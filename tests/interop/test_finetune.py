@@ -1,4 +1,4 @@
-"""Finetuning: from a run's weights, with frozen parameters, until the loss stops falling."""
+"""Test finetuning: weights of another run, frozen parameters and early stopping."""
 
 import json
 import re
@@ -56,8 +56,8 @@ SCANNED = pytest.param({"scan_layers": True, "mesh": "fsdp:2,tensor:2"}, marks=p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SCANNED], ids=str)
-def test_a_run_begins_with_the_best_weights_of_another_run_and_nothing_else(make_run, options):
-    """The model's keys are theirs; weights to the bit; moments, steps and rates are fresh."""
+def test_finetuning_takes_model_keys_and_best_weights_of_another_run(make_run, options):
+    """Model keys and weights come from the first run; moments, steps and rates start fresh."""
     first = make_run("first", max_iters=12, **options)
     train(first)
     link = Path(first.out_dir, "checkpoints", "best")
@@ -82,7 +82,7 @@ def test_a_run_begins_with_the_best_weights_of_another_run_and_nothing_else(make
 
 
 @pytest.mark.slow
-def test_a_finetuning_run_is_stopped_and_resumed_as_any_other(make_run, monkeypatch):
+def test_stopped_finetuning_run_resumes_bit_exact(make_run, monkeypatch):
     first = make_run("first")
     train(first)
     keys = {"init_from": first.out_dir, "dataset": "song", "freeze": "embed|blocks/0/"}
@@ -99,7 +99,7 @@ def test_a_finetuning_run_is_stopped_and_resumed_as_any_other(make_run, monkeypa
     assert message.endswith("; try --freeze='embed|blocks/0/'")
 
 
-def test_weights_that_do_not_fit_are_refused_before_anything_is_written(make_run, data_dir):
+def test_weights_that_do_not_fit_are_rejected_before_anything_is_written(make_run, data_dir):
     first = make_run("first", max_iters=1)
     train(first)
     second = make_run("second", init_from=first.out_dir)
@@ -126,10 +126,10 @@ PATTERNS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pattern, tie):
-    """Two steps of the reference's AdamW, on the gradients of what learns and no other.
+def test_frozen_parameters_are_unchanged_and_others_match_numpy_adamw(pattern, tie):
+    """Two steps of the NumPy AdamW use only the gradients of trainable parameters.
 
-    Clipping bites, and decay is large: either would show.
+    Clipping is active and weight decay is large, so an error in either would show.
     """
     keys = {"dtype": "float64", "weight_decay": 0.5, "grad_clip": 0.1, "freeze": pattern}
     with jax.enable_x64(True):
@@ -161,8 +161,8 @@ def test_frozen_parameters_stay_to_the_bit_and_the_rest_learns_as_numpy_says(pat
         np.testing.assert_allclose(value, theirs[path], rtol=0, atol=1e-9, err_msg=path)
 
 
-def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed():
-    """Where all but the last block is frozen, so is most of the backward pass."""
+def test_frozen_parameters_have_no_moments_and_reduce_flops():
+    """If only the last block and the output map train, most of the backward pass is skipped."""
 
     def arrays_and_flops(freeze: str) -> tuple[int, float]:
         config = make_config(freeze=freeze, tie_embeddings=False, n_layer=4)
@@ -182,7 +182,7 @@ def test_frozen_parameters_have_no_moments_and_their_gradients_are_not_computed(
 @pytest.mark.parametrize(
     ("mesh", "scan"), [("fsdp:2,tensor:2", False), ("data:2,fsdp:2", True), ("data:4", False)]
 )
-def test_freezing_goes_with_every_mesh(make_run, mesh, scan):
+def test_exactly_the_matching_parameters_are_frozen_on_every_mesh(make_run, mesh, scan):
     config = make_run("run", mesh=mesh, scan_layers=scan, freeze="embed|attn", weight_decay=0.5)
     train(config)
     state = init_state(run_dir.load_config(config.out_dir), local_mesh())
@@ -195,7 +195,7 @@ def test_freezing_goes_with_every_mesh(make_run, mesh, scan):
 
 
 @pytest.mark.parametrize(("pattern", "which"), [("wte", "none"), (".", "all")])
-def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
+def test_freeze_pattern_matching_no_or_all_parameters_is_rejected(make_run, pattern, which):
     config = make_run("run", freeze=pattern)
     said = refusal(train, config)
     start = f"freeze={pattern!r}: matches {which} of the parameters; expected a pattern that "
@@ -204,7 +204,7 @@ def test_a_pattern_must_name_some_and_leave_some(make_run, pattern, which):
     assert not Path(config.out_dir, "config.json").exists()
 
 
-def test_no_pattern_freezes_nothing_and_what_is_none_is_refused():
+def test_empty_freeze_pattern_freezes_nothing_and_invalid_regex_is_rejected():
     params = {"embed": {"kernel": np.zeros(3)}}
     assert not any(jax.tree.leaves(frozen_mask(Config(), params)))
     said = refusal(check_freeze, Config(freeze="("))
@@ -212,13 +212,13 @@ def test_no_pattern_freezes_nothing_and_what_is_none_is_refused():
     assert said.endswith("; expected a regular expression")
 
 
-def test_a_step_of_nothing_but_prompts_has_no_loss_and_no_gradient():
+def test_step_with_only_masked_targets_has_zero_loss_and_gradient():
     config = make_config(weight_decay=0.0)
     _, rows = take_steps(config, [~make_windows(config)])
     assert (rows[0]["loss"], rows[0]["grad_norm"]) == (0, 0)
 
 
-# losses by step, where the run ends, which step is best
+# (losses by step, last step of the run, best step)
 CURVES = [
     ({0: 5.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 2.1, 12: 1.0}, 10, 4),
     ({0: 5.0, 2: 6.0, 4: 5.0, 6: 7.0, 8: 1.0, 10: 1.0, 12: 1.0}, 6, None),
@@ -228,10 +228,10 @@ CURVES = [
 
 @pytest.mark.parametrize(("losses", "end", "best"), CURVES)
 @pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
+def test_early_stopping_counts_evaluations_without_improvement_across_resumes(
     make_run, monkeypatch, losses, end, best, every
 ):
-    """Also when it is stopped at every place, and goes on: the count is not lost."""
+    """A run that is stopped and resumed several times keeps the count."""
     set_val_losses(monkeypatch, losses)
     keys = {"eval_interval": 2, "max_iters": 12, "early_stopping_patience": 3}
     keys |= {"always_save_checkpoint": every}
@@ -249,12 +249,12 @@ def test_the_run_ends_after_so_many_evaluations_without_a_lower_loss(
         assert (last["step"], last["full_val_loss"]) == (end, 9.0)
     assert rows_of(stopped) == rows_of(quiet)
     rows = rows_of(quiet)
-    train(quiet.replace(init_from="resume"))  # it has ended, and stays so
+    train(quiet.replace(init_from="resume"))  # a run that stopped early takes no more steps
     assert rows_of(quiet) == rows
 
 
 @pytest.mark.slow
-def test_without_the_best_checkpoint_the_count_begins_anew(make_run, monkeypatch):
+def test_early_stopping_count_restarts_without_the_best_checkpoint(make_run, monkeypatch):
     set_val_losses(monkeypatch, {step: 1.0 if step == 2 else 5.0 for step in range(0, 20, 2)})
     keys = {"eval_interval": 2, "early_stopping_patience": 3, "keep_checkpoints": 1}
     config = make_run("run", max_iters=6, **keys)
@@ -264,7 +264,7 @@ def test_without_the_best_checkpoint_the_count_begins_anew(make_run, monkeypatch
     assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
 
 
-def test_without_early_stop_a_run_goes_on(make_run, monkeypatch):
+def test_run_without_patience_ignores_rising_val_loss(make_run, monkeypatch):
     set_val_losses(monkeypatch, {step: 1.0 + step for step in range(0, 10, 2)})
     config = make_run("run", eval_interval=2)
     train(config)
@@ -272,7 +272,9 @@ def test_without_early_stop_a_run_goes_on(make_run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_comparison_runs_once_and_says_what_they_did(data_dir, tmp_path, monkeypatch, capsys):
+def test_comparison_trains_each_run_once_and_prints_mean_and_spread(
+    data_dir, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(ROOT / "configs" / "pretrain_then_finetune.py"))
     names = script["compare"].__globals__

@@ -1,4 +1,4 @@
-"""GPT-2's weights, in and out: names, shapes and logits, whole runs, and what is refused."""
+"""Test import and export of GPT-2 weights: names, shapes, logits, runs and rejections."""
 
 import json
 import os
@@ -40,7 +40,7 @@ EXACT = {"dtype": "float32", "attention": "reference"}
 
 
 def write_folder(folder: Path, fields: dict, tensors: dict[str, np.ndarray]) -> Path:
-    """A GPT-2 as transformers would leave it on disk."""
+    """Write a GPT-2 to disk as transformers would; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -48,7 +48,7 @@ def write_folder(folder: Path, fields: dict, tensors: dict[str, np.ndarray]) -> 
 
 
 def golden_case(case: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """config.json, and the state dict in float16."""
+    """Return the fields of config.json and the state dict in float16."""
     prefix = f"{case}/tensor/"
     tensors = {k.removeprefix(prefix): v for k, v in SHAPES.items() if k.startswith(prefix)}
     return json.loads(SHAPES[f"{case}/config"].item()), tensors
@@ -72,9 +72,9 @@ def logits_of(config: Config, params: dict, tokens) -> np.ndarray:
     return np.asarray(logits)[..., : config.vocab_size]
 
 
-# ---- the table -------------------------------------------------------------------------------
+# ---- the table of weights --------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"n_layer": 0}, {"n_head": 1}], ids=str)
-def test_the_table_names_every_parameter_exactly_once(options):
+def test_weight_table_names_every_parameter_exactly_once(options):
     config = Config(**TINY | options)
     _, shapes, _ = model.abstract_model(config)
     table = param_rows(config)
@@ -82,7 +82,7 @@ def test_the_table_names_every_parameter_exactly_once(options):
     assert len({name for name, _ in table.values()}) == len(table)
 
 
-def test_columns_of_the_fused_map_are_query_key_and_value_head_by_head(write_case):
+def test_fused_qkv_columns_are_query_key_and_value_by_head(write_case):
     config, params = load(write_case("padded vocabulary"))
     D, H, N = config.n_embd, config.head_dim, config.n_head
     _, tensors = golden_case("padded vocabulary")
@@ -99,14 +99,14 @@ def test_columns_of_the_fused_map_are_query_key_and_value_head_by_head(write_cas
             np.testing.assert_array_equal(mine, rows)
 
 
-# ---- the same logits -------------------------------------------------------------------------
+# ---- equal logits ----------------------------------------------------------------------------
 LOADED = [(case, {"scan_layers": case == "exact gelu"}) for case in CASES]
 LOADED += [("exact gelu", {"mesh": "fsdp:2,tensor:2", "batch_size": 2})]
 LOADED += [("exact gelu", {"block_size": 5})]  # cuts off later positions
 
 
 @pytest.mark.parametrize(("case", "keys"), LOADED, ids=str)
-def test_logits_are_those_of_transformers(write_case, case, keys):
+def test_loaded_logits_match_transformers(write_case, case, keys):
     config, params = load(write_case(case), **keys)
     T = config.block_size
     assert params["pos_embed"]["kernel"].shape == (T, config.n_embd)
@@ -116,7 +116,7 @@ def test_logits_are_those_of_transformers(write_case, case, keys):
     np.testing.assert_allclose(logits, SHAPES[f"{case}/logits"][:, :T], rtol=0, atol=1e-4)
 
 
-def test_logits_are_those_of_the_model_that_the_reference_agrees_with(tmp_path):
+def test_weights_in_hub_layout_give_the_logits_of_golden_gpt2(tmp_path):
     golden = Golden(GOLDEN / "gpt2_tiny.npz")
     config = {k: v.item() for k, v in golden.arrays.items() if k.startswith("config/")}
     fields = {k.removeprefix("config/"): v for k, v in config.items()} | {"model_type": "gpt2"}
@@ -132,10 +132,10 @@ def test_logits_are_those_of_the_model_that_the_reference_agrees_with(tmp_path):
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=1e-4)
 
 
-# ---- there and back --------------------------------------------------------------------------
+# ---- import and export -----------------------------------------------------------------------
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_in_and_out_again_gives_every_tensor_to_the_bit(write_case, case, scan_layers):
+def test_import_then_export_returns_identical_tensors(write_case, case, scan_layers):
     config, params = load(write_case(case), scan_layers=scan_layers)
     fields, tensors = golden_case(case)
     again = to_tensors(config, params)
@@ -149,7 +149,7 @@ def test_in_and_out_again_gives_every_tensor_to_the_bit(write_case, case, scan_l
     assert (written["n_inner"] or 4 * config.n_embd) == config.mlp_hidden_dim
 
 
-def test_rows_that_pad_the_vocabulary_are_zero(write_case):
+def test_vocabulary_padding_rows_are_zero(write_case):
     _, params = load(write_case("padded vocabulary"))
     embed_VD = np.asarray(params["embed"]["kernel"])
     assert embed_VD.shape[0] == 256
@@ -158,7 +158,7 @@ def test_rows_that_pad_the_vocabulary_are_zero(write_case):
 
 
 def noisy_run(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **options) -> Config:
-    """A run directory with a checkpoint of random weights, step 7."""
+    """Write a run directory with a checkpoint of random weights at step 7; return the config."""
     config = Config(**TINY | EXACT | {"out_dir": str(folder)} | options)
     params = model.init_params(config, jax.random.key(3))
     noise = lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
@@ -175,7 +175,7 @@ EXPORTED = [
 
 
 @pytest.mark.parametrize("options", EXPORTED, ids=str)
-def test_a_run_that_is_exported_says_the_same(tmp_path, options):
+def test_exported_run_gives_the_same_logits_and_weights(tmp_path, options):
     config = noisy_run(tmp_path / "run", **options)
     assert export(config.out_dir, "best", str(tmp_path / "out")) == 7
     params, _ = run_dir.load_params(config, "best", local_mesh())
@@ -195,7 +195,7 @@ def test_a_run_that_is_exported_says_the_same(tmp_path, options):
 @pytest.mark.parametrize(
     "tokenizer", [tokenizers.CharTokenizer("\n abcdef"), tokenizers.ByteTokenizer()]
 )
-def test_a_tokenizer_that_transformers_cannot_read_goes_by_another_name(tmp_path, tokenizer):
+def test_char_and_byte_tokenizers_are_exported_as_jaxgpt_tokenizer_json(tmp_path, tokenizer):
     size = tokenizer.vocab_size
     config = noisy_run(tmp_path / "run", tokenizer, vocab_size=size)
     export(config.out_dir, "best", str(tmp_path / "out"))
@@ -216,7 +216,7 @@ def gpt2():
     return tokenizers.gpt2(DATA)
 
 
-def test_gpt2s_tokenizer_is_written_for_transformers_and_found_again(tmp_path, gpt2):
+def test_gpt2_tokenizer_is_exported_for_transformers_and_loaded_again(tmp_path, gpt2):
     config = noisy_run(tmp_path / "run", gpt2, vocab_size=50257)
     export(config.out_dir, "best", str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -234,7 +234,7 @@ def test_gpt2s_tokenizer_is_written_for_transformers_and_found_again(tmp_path, g
         (tmp_path / "out" / name).unlink()
 
 
-def test_a_tokenizer_must_be_there_and_fit(write_case):
+def test_missing_or_mismatched_tokenizer_is_rejected(write_case):
     folder = write_case("small")
     weights = open_weights(str(folder))
     message = refusal(weights.tokenizer, "data")
@@ -245,9 +245,9 @@ def test_a_tokenizer_must_be_there_and_fit(write_case):
     assert message == f"{said}try another {folder / 'tokenizer.json'}"
 
 
-# ---- what is refused on the way in -----------------------------------------------------------
+# ---- rejected imports ------------------------------------------------------------------------
 QKV = "transformer.h.0.attn.c_attn.weight"
-BAD = [  # tensors, fields of config.json, what is said
+BAD = [  # (changes of tensors, fields of config.json, words of the message)
     ({QKV: lambda qkv: qkv.T.copy()}, {}, "tensor h.0.attn.c_attn.weight has shape (24, 8); "
                                           "expected (8, 24)"),
     ({QKV: None}, {}, "no tensor h.0.attn.c_attn.weight"),
@@ -266,7 +266,7 @@ BAD = [  # tensors, fields of config.json, what is said
 
 
 @pytest.mark.parametrize(("changes", "others", "message"), BAD)
-def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, changes, others, message):
+def test_weights_that_are_not_gpt2_are_rejected_with_the_reason(tmp_path, changes, others, message):
     fields, tensors = golden_case("small")
     for name, change in changes.items():
         tensor = tensors.pop(name, None)
@@ -277,7 +277,7 @@ def test_weights_that_are_not_a_gpt2_are_refused_in_one_line(tmp_path, changes, 
     assert message in said
 
 
-def test_files_that_are_missing_or_cut_short_are_refused(write_case):
+def test_missing_or_truncated_weight_files_are_rejected(write_case):
     folder = write_case("small")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -293,7 +293,7 @@ def test_files_that_are_missing_or_cut_short_are_refused(write_case):
     assert "config.json: not the config of a GPT-2" in refusal(open_weights, str(folder))
 
 
-def test_weights_in_several_files_are_read_as_one(write_case):
+def test_weights_in_several_files_load_as_one_model(write_case):
     folder = write_case("small")
     tensors = load_file(folder / "model.safetensors")
     _, whole = load(folder)
@@ -308,7 +308,7 @@ def test_weights_in_several_files_are_read_as_one(write_case):
 
 # ---- the hub ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "me/my-gpt2"])
-def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch, name):
+def test_hub_weights_are_downloaded_without_pickle_files(write_case, monkeypatch, name):
     folder, asked = write_case("small"), []
 
     def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
@@ -329,14 +329,14 @@ def test_a_name_of_the_hub_is_downloaded_without_pickles(write_case, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["resum", "gpt3", "./nowhere", "/no/where", "a/b/c"])
-def test_a_name_of_nothing_is_refused_without_asking_the_hub(monkeypatch, name):
+def test_invalid_weight_names_are_rejected_without_asking_the_hub(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     said = refusal(open_weights, name)
     assert said.startswith(f"init_from={name!r}: no such weights; expected resume")
     assert "gpt2-xl" in said
 
 
-def test_without_the_extra_its_name_is_said(write_case, monkeypatch):
+def test_missing_hf_packages_error_names_the_pip_extra(write_case, monkeypatch):
     folder = write_case("small")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "; try pip install 'jaxgpt[hf]'" in refusal(open_weights, str(folder))
@@ -346,7 +346,7 @@ def test_without_the_extra_its_name_is_said(write_case, monkeypatch):
 
 # ---- nanoGPT's ckpt.pt -----------------------------------------------------------------------
 class FakeTensor:
-    """As much of a torch.Tensor as there is to reading one."""
+    """A stand-in for torch.Tensor with the methods that the import needs."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.ndim, self.shape = array, array.ndim, array.shape
@@ -363,7 +363,7 @@ class FakeTensor:
 
 @pytest.fixture
 def fake_torch(monkeypatch):
-    """torch.load gives what is put here."""
+    """Replace torch with a stub; return the dict that the stub's torch.load returns."""
     held: dict = {}
 
     def load(file, map_location, weights_only):
@@ -378,7 +378,7 @@ def fake_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_maps_of_a_nanogpt_checkpoint_are_transposed(tmp_path, fake_torch, bias):
+def test_nanogpt_checkpoint_gives_the_logits_of_the_huggingface_weights(tmp_path, fake_torch, bias):
     fields, tensors = golden_case("exact gelu")
     fields["n_inner"] = 64  # nanoGPT's is always 4 n_embd
     rng = np.random.default_rng(0)
@@ -406,7 +406,9 @@ def test_linear_maps_of_a_nanogpt_checkpoint_are_transposed(tmp_path, fake_torch
         np.testing.assert_allclose(logits, logits_of(hf_config, hf, tokens), rtol=0, atol=1e-5)
 
 
-def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path, fake_torch, monkeypatch):
+def test_invalid_nanogpt_checkpoint_or_missing_pytorch_is_rejected(
+    tmp_path, fake_torch, monkeypatch
+):
     file = tmp_path / "ckpt.pt"
     file.write_bytes(b"")
     said = f"{file}: not a checkpoint of nanoGPT (RuntimeError); expected "
@@ -417,7 +419,7 @@ def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path, fake_torch, monke
     assert "needs PyTorch; try pip" in refusal(open_weights, str(file))
 
 
-# ---- what is refused on the way out ----------------------------------------------------------
+# ---- rejected exports ------------------------------------------------------------------------
 INEXPRESSIBLE = {
     "norm": "rmsnorm", "norm_position": "post", "position": "rope", "tie_embeddings": False,
     "qk_norm": True, "logit_softcap": 30.0, "sliding_window": 4, "causal": False,
@@ -425,12 +427,12 @@ INEXPRESSIBLE = {
 }  # fmt: skip
 
 
-def test_every_key_that_the_format_lacks_is_tried():
+def test_inexpressible_cases_cover_every_required_key():
     assert INEXPRESSIBLE.keys() == REQUIRED_KEYS.keys() | {"n_kv_head", "mlp"}
 
 
 @pytest.mark.parametrize("key", INEXPRESSIBLE)
-def test_a_model_that_the_format_cannot_say_is_refused(tmp_path, capsys, key):
+def test_export_rejects_models_that_gpt2_format_cannot_express(tmp_path, capsys, key):
     write_run(Config(**TINY | {key: INEXPRESSIBLE[key], "out_dir": str(tmp_path)}), {})
     argv = [f"--out_dir={tmp_path}", f"--to={tmp_path / 'out'}"]
     assert exit_code(cli.run, cli.export, argv) == 2
@@ -440,7 +442,7 @@ def test_a_model_that_the_format_cannot_say_is_refused(tmp_path, capsys, key):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_ones_own_is_refused(tmp_path, monkeypatch):
+def test_export_rejects_user_defined_models(tmp_path, monkeypatch):
     class Mine(Config):
         def make_model(self, rngs):
             raise AssertionError
@@ -450,7 +452,7 @@ def test_a_model_of_ones_own_is_refused(tmp_path, monkeypatch):
     assert said == "Mine: not a GPT-2; expected a config without a make_model"
 
 
-def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
+def test_rejected_export_writes_nothing(tmp_path):
     config = noisy_run(tmp_path / "run")
     for to in tmp_path / "run", tmp_path / "run" / "config.json":
         assert refusal(export, config.out_dir, "best", str(to)).startswith(f"to={str(to)!r}: ")
@@ -459,7 +461,7 @@ def test_an_export_does_not_touch_a_folder_in_use(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---- whole runs ------------------------------------------------------------------------------
+# ---- complete runs ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
     text = "abcdefghijk" * 60 + "kjihgfedcba" * 60
@@ -477,7 +479,9 @@ def make_config(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
+def test_val_loss_is_preserved_by_loading_exporting_and_reloading(
+    write_case, make_config, tmp_path
+):
     folder = write_case("small")
     config = make_config(init_from=str(folder), scan_layers=True, dropout=0.1)
     assert train(config) == 0
@@ -503,7 +507,7 @@ def test_from_weights_to_a_run_to_weights(write_case, make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, make_config):
+def test_run_started_from_weights_resumes_bit_exact(write_case, make_config):
     config = make_config(init_from=str(write_case("small")))
     whole = config.replace(out_dir=f"{config.out_dir}-whole", max_iters=6)
     train(config.replace(max_iters=2))
@@ -515,7 +519,7 @@ def test_a_run_from_weights_goes_on_with_the_config_that_began_it(write_case, ma
     assert "holds a run of 6 steps" in refusal(train, config)
 
 
-def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
+def test_model_keys_that_conflict_with_the_weights_are_rejected(write_case, make_config):
     folder = write_case("small")
     for key, value, there in [
         ("n_layer", 3, 1), ("n_embd", 16, 8), ("bias", False, True), ("mlp", "gelu", "gelu_tanh"),
@@ -531,7 +535,7 @@ def test_what_the_user_asked_for_is_not_overruled(write_case, make_config):
     assert said == f"n_layer=12: differs from {folder}; expected 1; try --n_layer=1"
 
 
-def test_sampling_from_weights(write_case, capsys, monkeypatch):
+def test_greedy_sampling_from_weights_follows_the_largest_logits(write_case, capsys, monkeypatch):
     folder = write_case("small")
     (folder / "tokenizer.json").write_text(tokenizers.CharTokenizer("abcdefghijk").to_json())
     argv = [f"--init_from={folder}", "--device=cpu", "--start=ab", "--temperature=0"]
@@ -546,9 +550,9 @@ def test_sampling_from_weights(write_case, capsys, monkeypatch):
     assert err.startswith(f"{folder}, float32")
 
 
-# ---- transformers itself ---------------------------------------------------------------------
+# ---- comparison with transformers ------------------------------------------------------------
 def torch_python() -> str | None:
-    """A Python that has torch and transformers, if there is one."""
+    """Return the path of a Python with torch and transformers, or None."""
     python = os.environ.get("JAXGPT_TORCH_PYTHON", sys.executable)
     find = "from importlib.util import find_spec as f; assert f('torch') and f('transformers')"
     works = shutil.which(python) and subprocess.run([python, "-c", find], capture_output=True)
@@ -556,8 +560,8 @@ def torch_python() -> str | None:
 
 
 @pytest.mark.slow
-def test_transformers_agrees_both_ways(tmp_path, request):
-    """Logits within 1e-4, both of what transformers wrote and of what it reads from us."""
+def test_logits_match_transformers_for_import_and_export(tmp_path, request):
+    """Logits agree within 1e-4 for weights that transformers wrote and weights that we wrote."""
     python = torch_python()
     if not python:
         pytest.skip("needs torch and transformers, here or in the Python of JAXGPT_TORCH_PYTHON")
@@ -602,7 +606,7 @@ def test_transformers_agrees_both_ways(tmp_path, request):
 
 # ---- nanoGPT's configs -----------------------------------------------------------------------
 EVALUATION = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
-CONFIGS = {  # what nanoGPT's files of these names say
+CONFIGS = {  # the values in nanoGPT's files of these names
     name.replace("gpt2", "eval_gpt2").replace("-", "_"): EVALUATION | {"init_from": name}
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 } | {
@@ -616,10 +620,10 @@ CONFIGS = {  # what nanoGPT's files of these names say
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_of_nanogpt_say_what_they_say_there(name):
+def test_nanogpt_config_files_keep_the_original_values(name):
     variants = load_config_file(str(ROOT / "configs" / f"{name}.py"))
     assert variants.keys() == {"config"}
     keys = variants["config"].to_dict()
     assert {key: keys[key] for key in CONFIGS[name]} == CONFIGS[name]
-    defaults = Config().to_dict()  # and nothing about the model, which the weights decide
+    defaults = Config().to_dict()  # model keys stay at the defaults, because the weights set them
     assert all(keys[key] == defaults[key] for key in vars(ModelConfig()))

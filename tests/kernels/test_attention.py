@@ -1,4 +1,4 @@
-"""Attention against the NumPy equations: every implementation and option, values and gradients."""
+"""Test values and gradients of every attention implementation and option against NumPy."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sharding import BATCH, use_mesh
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-OWN = [  # those whose gradients are written by hand or by JAX's rules, not by a library
+OWN = [  # gradients are written by hand or derived by JAX, not by a library
     attention.attention_reference,
     attention.attention_saved_weights,
     attention.attention_cpu,
@@ -39,14 +39,14 @@ interpreted = partial(attention.attention_splash, interpret=True)
 
 
 def operands(dtype: str = "float32", kv_heads: int = 4, length: int = 9, width: int = 8) -> list:
-    """q, k and v, and weights of the output."""
+    """Return q, k, v and the weights of the output."""
     rng = np.random.default_rng(0)
     shapes = [(2, length, heads, width) for heads in (4, kv_heads, kv_heads, 4)]
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
 def check(implementation, arrays, atol, *, causal=True, window=0, documents=False) -> None:
-    """Compare the output and the gradients with NumPy's; `documents` are three to a sequence."""
+    """Compare output and gradients with NumPy; `documents` splits sequences into documents."""
     *qkv, weights = arrays
     length, scale = qkv[0].shape[1], qkv[0].shape[-1] ** -0.5
     segments_BT = mask_BTS = None
@@ -68,14 +68,14 @@ def check(implementation, arrays, atol, *, causal=True, window=0, documents=Fals
     ids=name_of,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_and_its_gradients_are_numpys(case, implementation, dtype):
+def test_attention_and_gradients_match_numpy(case, implementation, dtype):
     options = dict(case)
     with jax.enable_x64(dtype == "float64"):
         arrays = operands(dtype, options.pop("kv_heads", 4))
         check(implementation, arrays, TOLERANCE[dtype], **options)
 
 
-def test_cudnn_is_asked_for_what_xla_computes(monkeypatch):
+def test_cudnn_call_run_by_xla_matches_numpy(monkeypatch):
     def without_cudnn(*args, implementation: str, call=jax.nn.dot_product_attention, **options):
         assert implementation == "cudnn"
         return call(*args, implementation="xla", **options)
@@ -84,7 +84,7 @@ def test_cudnn_is_asked_for_what_xla_computes(monkeypatch):
     check(attention.attention_cudnn, operands(), 1e-5, window=3)
 
 
-def test_every_implementation_of_the_table_is_compared():
+def test_every_attention_implementation_in_the_table_is_tested():
     others = {attention.attention_xla, attention.attention_cudnn, attention.attention_splash}
     in_table = {function for (name, _), function in TABLE.items() if name.startswith("attention")}
     assert in_table == others | set(OWN)
@@ -92,14 +92,14 @@ def test_every_implementation_of_the_table_is_compared():
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}], ids=str)
-def test_the_tpu_kernel_interpreted_is_numpys(options, documents):
+def test_interpreted_splash_attention_and_gradients_match_numpy(options, documents):
     arrays = operands(kv_heads=2, length=256, width=64)
     check(interpreted, arrays, 1e-4, documents=documents, **options)
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_tpu_kernel_maps_over_a_mesh(documents):
-    """On two devices, each of which sees the documents of its own sequences."""
+def test_splash_attention_on_a_mesh_equals_one_device(documents):
+    """Each of the two devices gets the documents of its own sequences."""
     *arrays, _ = operands(length=128, width=64)
     if documents:
         arrays.append(np.array([np.arange(128) // 50, np.arange(128) // 70], np.int32))
@@ -112,7 +112,7 @@ def test_the_tpu_kernel_maps_over_a_mesh(documents):
 
 
 @pytest.mark.parametrize("implementation", OWN, ids=name_of)
-def test_half_width_operands_keep_their_type_and_are_summed_in_float32(implementation):
+def test_bfloat16_attention_keeps_the_dtype_and_stays_close_to_numpy(implementation):
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in operands()[:3]]
     got = implementation(*qkv, None, None, AttentionOptions(True, 0, 8**-0.5))
     assert got.dtype == jnp.bfloat16
@@ -120,7 +120,7 @@ def test_half_width_operands_keep_their_type_and_are_summed_in_float32(implement
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
 
 
-# ---- dropout of the weights ------------------------------------------------------------------
+# ---- attention dropout -----------------------------------------------------------------------
 
 
 def make_dropout(rate: float = 0.25) -> Partial:
@@ -129,7 +129,7 @@ def make_dropout(rate: float = 0.25) -> Partial:
 
 
 @pytest.mark.parametrize("implementation", OWN, ids=name_of)
-def test_gradients_drop_what_the_equations_drop(implementation):
+def test_attention_dropout_and_gradients_match_the_equations(implementation):
     *qkv, weights = operands(kv_heads=2)
     dropout = make_dropout()
 
@@ -145,7 +145,7 @@ def test_gradients_drop_what_the_equations_drop(implementation):
     assert_all_close(got, want, atol=1e-5)
 
 
-# ---- the choice ------------------------------------------------------------------------------
+# ---- choice of the implementation ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,9 @@ def test_gradients_drop_what_the_equations_drop(implementation):
     ],
     ids=str,
 )
-def test_the_reference_takes_the_place_of_what_lacks_an_option(backend, case, taken, monkeypatch):
+def test_attention_falls_back_to_reference_for_unsupported_options(
+    backend, case, taken, monkeypatch
+):
     called = []
     for operation in [name for name, platform in TABLE if platform == ANY]:
         if operation.startswith("attention"):

@@ -1,4 +1,4 @@
-"""Linear maps against NumPy, by matrix products, by parts of one row, and by packed weights."""
+"""Test linear maps against NumPy: matrix products, single rows and packed weights."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from jaxgpt.kernels.embedding import embed_cpu
 from jaxgpt.kernels.linear import linear_cpu, linear_in_order, linear_reference, pack_bf16
 
 VARIANTS = [linear_reference, *(TABLE[row] for row in TABLE if row[0] == "linear_map")]
-LARGE = [  # sizes that eight parts divide and ones that they do not
+LARGE = [  # sizes that are divisible into eight parts and sizes that are not
     ("BTD,DCNH->BTCNH", [(1, 1, 96), (96, 3, 20, 60)]),
     ("BTNH,NHD->BTD", [(1, 1, 20, 60), (20, 60, 250)]),
     ("BTD,VD->BTV", [(1, 1, 100), (2777, 100)]),
@@ -34,7 +34,7 @@ def operands(shapes: list[tuple]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("equation", "shapes"), SMALL + LARGE, ids=str)
-def test_a_linear_map_and_its_gradients_are_numpys(equation, shapes, variant):
+def test_linear_map_and_gradients_match_numpy(equation, shapes, variant):
     x, weight = operands(shapes)
     if (equation, shapes) in LARGE:
         assert weight.nbytes > linear.GEMV_MIN_BYTES
@@ -51,7 +51,7 @@ def test_a_linear_map_and_its_gradients_are_numpys(equation, shapes, variant):
 
 
 @pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
-def test_a_sum_over_axes_in_the_middle_is_refused(variant):
+def test_sum_over_middle_axes_is_rejected(variant):
     with pytest.raises(ValueError, match="'D' must lead or end both operands"):
         variant("BTD,NDH->BTNH", jnp.ones((1, 1, 2)), jnp.ones((3, 2, 4)))
 
@@ -70,7 +70,7 @@ def test_a_sum_over_axes_in_the_middle_is_refused(variant):
     ],
     ids=str,
 )
-def test_one_row_by_a_packed_weight_is_the_product_of_its_numbers(
+def test_product_with_packed_weight_matches_bfloat16_rounded_weight(
     equation, shapes, summed_first, monkeypatch
 ):
     monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
@@ -86,13 +86,13 @@ def test_one_row_by_a_packed_weight_is_the_product_of_its_numbers(
 
 
 @pytest.mark.parametrize(("width", "min_bytes"), [(40, 0), (48, 1 << 17)])
-def test_a_weight_that_is_small_or_uneven_stays_as_it_is(width, min_bytes, monkeypatch):
+def test_small_or_uneven_weights_are_not_packed(width, min_bytes, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_MIN_BYTES", min_bytes)
     weight = jnp.ones((width, 8))
     assert pack_bf16("BTD,DF->BTF", weight) is weight
 
 
-def test_a_packed_table_is_looked_up_as_it_was(monkeypatch):
+def test_lookup_in_a_packed_table_equals_the_original_rows(monkeypatch):
     monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
     table_VD = operands([(65, 32)])[0].astype(jnp.bfloat16).astype(np.float32)
     tokens_BT = np.array([[3, 64, 0], [3, 3, 7]])

@@ -1,4 +1,4 @@
-"""The platform that is traced for, and what the mesh changes in a trace."""
+"""Test the target platform of a trace, and the effect of the mesh on a trace."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sharding import BATCH, constrain, constrain_batch, use_mesh
 
 
-def test_the_platform_is_the_one_named_last_and_jaxs_default_outside():
+def test_target_platform_nests_and_defaults_to_the_jax_backend():
     assert current_platform() == "cpu"
     with target_platform("gpu"):
         assert current_platform() == "gpu"
@@ -26,7 +26,7 @@ def test_the_platform_is_the_one_named_last_and_jaxs_default_outside():
 
 
 @pytest.mark.parametrize(("platform", "row"), [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", "tpu")])
-def test_a_call_takes_the_tables_row_of_its_platform(platform, row, monkeypatch):
+def test_kernel_call_uses_the_table_row_of_the_target_platform(platform, row, monkeypatch):
     taken = []
     for key in [key for key in TABLE if key[0] == "normalize"]:
         spy = lambda x, scale_D, centered, key=key: taken.append(key[1]) or x
@@ -39,7 +39,7 @@ def test_a_call_takes_the_tables_row_of_its_platform(platform, row, monkeypatch)
 @pytest.mark.parametrize(
     ("mesh", "is_split"), [("data:1", False), ("data:2", True), ("tensor:2", True)]
 )
-def test_a_function_is_traced_for_its_mesh_and_constrained_where_arrays_are_split(mesh, is_split):
+def test_use_mesh_sets_platform_and_adds_constraints_only_if_partitioned(mesh, is_split):
     mesh = make_mesh(make_config(mesh=mesh))
     seen = []
 
@@ -54,7 +54,7 @@ def test_a_function_is_traced_for_its_mesh_and_constrained_where_arrays_are_spli
     assert not is_partitioned()
 
 
-def test_inside_shard_map_an_array_is_a_devices_own():
+def test_constraints_are_skipped_inside_shard_map():
     mesh = make_mesh(make_config(mesh="data:2"))
     seen = []
 

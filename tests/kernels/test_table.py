@@ -1,4 +1,4 @@
-"""Every row of the kernels' table, and other small operations: values and gradients."""
+"""Test values and gradients of every row of the kernels' table and of small operations."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def variants(operation: str) -> list:
     return [pytest.param(row, id=": ".join(row)) for row in TABLE if row[0] == operation]
 
 
-# ---- value and gradients by NumPy ------------------------------------------------------------
+# ---- values and gradients against NumPy ------------------------------------------------------
 
 
 def norm(kind: str, dy, x, scale) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def add_positions(dy, x, table) -> list[np.ndarray]:
     return [x + table, dy, dy.sum(0)]
 
 
-CASES = [  # operation, options, operands, and its value and gradients from dy
+CASES = [  # (operation, options, operands, NumPy function for value and gradients)
     ("normalize", {"centered": True}, [draw(2, 3, 64), draw(64)], partial(norm, "layernorm")),
     ("normalize", {"centered": False}, [draw(2, 3, 64), draw(64)], partial(norm, "rmsnorm")),
     ("embed", {"tokens_BT": TOKENS_BT}, [draw(11, 8)], embed),
@@ -71,8 +71,8 @@ CASES = [  # operation, options, operands, and its value and gradients from dy
 ]
 
 
-def test_every_operation_of_the_table_is_compared():
-    """In all of its rows, because the tests take these from the table."""
+def test_every_table_operation_is_listed_in_a_test():
+    """The tests read the rows of an operation from the table, so every row is covered."""
     assert {row[0] for row in TABLE} == {case[0] for case in CASES} | ELSEWHERE | OTHERWISE
 
 
@@ -86,7 +86,7 @@ def test_every_operation_of_the_table_is_compared():
         if row[0] == case[0]
     ],
 )
-def test_values_and_gradients_are_numpys(row, case, dtype, atol):
+def test_kernel_values_and_gradients_match_numpy(row, case, dtype, atol):
     _, options, arrays, numpys = case
     arrays = [array.astype(dtype) for array in arrays]
     with jax.enable_x64(dtype == "float64"):
@@ -99,8 +99,8 @@ def test_values_and_gradients_are_numpys(row, case, dtype, atol):
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("row", variants("normalize"))
-def test_statistics_of_a_norm_are_float32_whatever_its_input(row, kind):
-    """A mean of 100 and a deviation of one: sums in bfloat16 would lose the deviation."""
+def test_norm_statistics_of_bfloat16_input_are_float32(row, kind):
+    """The mean is 100 and the deviation is 1; sums in bfloat16 would lose the deviation."""
     x = jnp.asarray(100 + draw(8, 512), jnp.bfloat16)
     y = TABLE[row](x, jnp.ones(512), centered=kind == "layernorm")
     assert y.dtype == jnp.float32
@@ -109,7 +109,7 @@ def test_statistics_of_a_norm_are_float32_whatever_its_input(row, kind):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_and_its_gradient_are_numpys(name):
+def test_activation_and_gradient_match_numpy(name):
     x = np.linspace(-8, 8, 300, dtype=np.float32)
     got = value_and_grads(ACTIVATIONS[name], [x], np.ones_like(x))
     assert_all_close(got, ref.ACTIVATIONS[name](x), 1e-5)
@@ -117,8 +117,8 @@ def test_an_activation_and_its_gradient_are_numpys(name):
 
 @pytest.mark.parametrize("row", [None, *variants("log_sum_exp")])
 @pytest.mark.parametrize("shift", [0, 1e4, -1e4])
-def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(row, shift):
-    """Also with numbers that are -inf; the gradient is the softmax."""
+def test_logsumexp_and_gradient_match_numpy_for_extreme_values(row, shift):
+    """Some inputs are -inf; the gradient is the softmax."""
     x = 10 * draw(5, 300) + np.float32(shift)
     x[1, ::2], x[2, :299], x[3, 1:] = -np.inf, -np.inf, -np.inf
     x_f64 = x.astype(np.float64)
@@ -130,7 +130,7 @@ def test_the_logarithm_of_a_sum_is_numpys_however_large_the_numbers(row, shift):
 
 
 @pytest.mark.parametrize("positions", [[[0, 1, 2, 3]], [[3, 9, 2, 0], [5, 5, 5, 5]]])
-def test_rotation_is_that_of_complex_numbers(positions):
+def test_rope_equals_complex_rotation(positions):
     x = draw(2, 4, 3, 8)
     pairs = x[..., :4] + 1j * x[..., 4:]
     angle = np.array(positions)[..., None, None] * 10_000.0 ** (-np.arange(4) / 4)
@@ -139,13 +139,13 @@ def test_rotation_is_that_of_complex_numbers(positions):
     np.testing.assert_allclose(apply_rope(x, jnp.array(positions)), want, atol=1e-5)
 
 
-# ---- parts of the training step, which take no gradient --------------------------------------
+# ---- parts of the training step without gradients --------------------------------------------
 
 
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("row", variants("accumulation"))
-def test_accumulation_is_the_sum_of_all_sequences(row, micro):
-    """On a mesh of a CPU's devices, too, where half-width gradients are summed in float32."""
+def test_accumulated_loss_and_gradients_sum_over_all_sequences(row, micro):
+    """The mesh has two CPU devices; bfloat16 gradients are summed in float32."""
     windows_GT = jnp.asarray(draw(8, 3))
     params = {"a": jnp.asarray(draw(3)), "b": jnp.asarray(draw(2), jnp.bfloat16)}
     mesh = make_mesh(make_config(mesh="data:2", batch_size=8))
@@ -166,7 +166,7 @@ def test_accumulation_is_the_sum_of_all_sequences(row, micro):
 
 
 @pytest.mark.parametrize("row", variants("adam_direction"))
-def test_adams_direction_and_moments_are_optaxs(row):
+def test_adam_direction_matches_optax_and_keeps_the_moments(row):
     params = {"a": draw(4, 5), "b": draw(3)}
     optimizer = optax.scale_by_adam(0.8, 0.9, eps=ADAM_EPSILON)
     state = optimizer.init(params)

@@ -1,1 +1,1 @@
-"""Independent references the tests compare jaxgpt with: written from the papers, free of JAX."""
+"""Provide independent references for the tests, written from the papers and without JAX."""

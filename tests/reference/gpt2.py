@@ -1,4 +1,4 @@
-"""The golden GPT-2 (see tests/golden/make_gpt2_golden.py) under the names and shapes used here."""
+"""Read the golden GPT-2 (see tests/golden/make_gpt2_golden.py) with our names and shapes."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ BLOCK = {
 
 
 class Golden:
-    """`arrays` as they are in the file, `sizes` and `hyper` by the names of config keys."""
+    """The golden file: `arrays` as stored, `sizes` and `hyper` by the names of config keys."""
 
     def __init__(self, file: Path):
         with np.load(file) as archive:
@@ -40,7 +40,7 @@ class Golden:
         self.hyper = {k: v.item() for k, v in hyper.items() if k != "eps"}  # 1e-8, as everywhere
 
     def params(self, kind: str) -> dict:
-        """The tree of param, grad or final; rows that pad the vocabulary are zero."""
+        """Return the tree of `kind` (param, grad or final), with zero rows of padding."""
         D, N, F = (self.sizes[key] for key in ("n_embd", "n_head", "mlp_dim"))
         sizes = {
             "3": 3,

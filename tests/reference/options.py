@@ -1,4 +1,4 @@
-"""Option sets that together use every model option at least once."""
+"""Define option sets that together use every model option at least once."""
 
 DEFAULTS = {
     "vocab_size": 11,

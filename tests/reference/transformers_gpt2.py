@@ -1,4 +1,4 @@
-"""What transformers makes of a folder, for tests that run it in a Python of its own.
+"""Compute logits and ids of a folder with transformers, for tests that use another Python.
 
     python transformers_gpt2.py JOBS.json
 

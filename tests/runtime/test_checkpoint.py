@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, or an error; and who may use a run directory."""
+"""Test that checkpoints restore what was saved or fail, and the rules of run directories."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ITEMS = ("params", "opt_state")
 
 
 def train_some(config: Config, state: TrainState, steps: int) -> TrainState:
-    """Takes that many training steps on random tokens; `state` itself is used up."""
+    """Take `steps` training steps on random tokens; `state` is donated."""
     step = make_train_step(config, make_mesh(config))
     shape = (1, 1, config.batch_size, config.block_size + 1)
     windows = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
@@ -40,7 +40,7 @@ def items_of(state: TrainState) -> dict:
 
 
 def wanted(config: Config) -> dict:
-    """What to restore for a config: shapes, types, and shardings on its mesh."""
+    """Return the shapes, dtypes and shardings to restore for a config on its mesh."""
     return items_of(abstract_state(config, make_mesh(config)))
 
 
@@ -52,20 +52,20 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def trained(config) -> TrainState:
-    """A training state, on the host, with no array left at zero by chance."""
+    """Return a training state on the host, after two steps so that moments are not zero."""
     return jax.device_get(train_some(config, init_state(config, make_mesh(config)), 2))
 
 
 @pytest.fixture
 def state(config, trained) -> TrainState:
-    """The same state on the mesh."""
+    """Return the trained state on the mesh."""
     mesh = make_mesh(config)
     return jax.device_put(trained, jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh)))
 
 
 @pytest.fixture(scope="module")
 def written(config, trained, tmp_path_factory) -> Path:
-    """A folder with the trained state as step 3, to copy from."""
+    """Return a folder with the trained state as step 3, for the tests to copy."""
     folder = tmp_path_factory.mktemp("written")
     save(Checkpoints(folder), 3, items_of(trained), best=True, config=config.to_dict())
     return folder
@@ -73,28 +73,28 @@ def written(config, trained, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def saved(written, tmp_path) -> Checkpoints:
-    """Checkpoints of one's own that hold the trained state as step 3."""
+    """Return a private copy of the checkpoints with the trained state as step 3."""
     shutil.copytree(written, tmp_path / "checkpoints", symlinks=True)
     return Checkpoints(tmp_path / "checkpoints")
 
 
 def save(checkpoints: Checkpoints, step: int, items: dict, *, best: bool = False, **meta) -> None:
-    """Saves, and waits until the step is on disk."""
+    """Save a step and wait until the step is on disk."""
     checkpoints.save(items, {"step": step} | meta, best=best)
     checkpoints.wait()
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
-    """Compares arrays bit by bit, in trees of the same shape."""
+    """Assert that two trees have the same structure and bit-identical arrays."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), path
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
-# ---- there and back --------------------------------------------------------------------------
+# ---- saving and restoring --------------------------------------------------------------------
 @pytest.mark.parametrize("mesh", ["data:2", "fsdp:4,tensor:2", "data:8", "tensor:2", "data:1"])
-def test_every_mesh_restores_what_was_saved(config, state, trained, tmp_path, mesh):
+def test_checkpoint_restores_bit_exact_on_every_mesh(config, state, trained, tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 2, items_of(state))
     abstract = wanted(config.replace(mesh=mesh))
@@ -104,14 +104,14 @@ def test_every_mesh_restores_what_was_saved(config, state, trained, tmp_path, me
         assert array.sharding == like.sharding
 
 
-def test_a_restored_state_trains_on_as_if_it_had_not_been_saved(config, state, saved):
+def test_training_from_a_restored_state_is_bit_exact(config, state, saved):
     restored = TrainState(**saved.restore(wanted(config), 3), step=state.step + 0)
     ours, theirs = train_some(config, restored, 2), train_some(config, state, 2)
     assert_same(items_of(ours), items_of(theirs))
 
 
-def test_a_step_taken_during_a_save_does_not_change_the_checkpoint(config, state, tmp_path):
-    """The training step donates its state: soon after, other numbers are in the same memory."""
+def test_training_during_a_save_does_not_change_the_checkpoint(config, state, tmp_path):
+    """The training step donates the state, so the memory of the state is soon overwritten."""
     checkpoints = Checkpoints(tmp_path)
     for step in 10, 20:
         before = jax.tree.map(np.array, items_of(state))
@@ -122,7 +122,7 @@ def test_a_step_taken_during_a_save_does_not_change_the_checkpoint(config, state
         assert_same(checkpoints.restore(wanted(config), step), before)
 
 
-def test_the_meta_comes_back_with_what_wrote_it(config, tmp_path):
+def test_checkpoint_meta_round_trips_with_package_versions(config, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     meta = {"config": config.to_dict(), "best_val_loss": None, "note": "é"}
     save(checkpoints, 7, small(), **meta)
@@ -132,13 +132,13 @@ def test_the_meta_comes_back_with_what_wrote_it(config, tmp_path):
     assert set(found) - set(meta) == {"step", "format_version", "versions", "best"}
 
 
-# ---- which ones are kept ---------------------------------------------------------------------
+# ---- which steps are kept --------------------------------------------------------------------
 def small(value: float = 0.0) -> dict:
     return {"params": {"w": np.full(3, value, np.float32)}}
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_and_the_best_are_kept_and_the_link_follows_the_best(tmp_path, keep):
+def test_newest_and_best_steps_are_kept_and_the_best_link_is_current(tmp_path, keep):
     checkpoints, steps, best = Checkpoints(tmp_path, keep), [], None
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
     for step, is_best in (1, False), (5, True), (9, False), (12, False), (100, True), (101, False):
@@ -158,7 +158,7 @@ def test_the_newest_and_the_best_are_kept_and_the_link_follows_the_best(tmp_path
         assert_same(checkpoints.restore(small(), step), small(step))
 
 
-def test_a_step_saved_again_is_replaced(tmp_path):
+def test_step_saved_again_is_replaced(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for value in 1.0, 2.0:
         save(checkpoints, 4, small(value), best=True, value=value)
@@ -167,7 +167,7 @@ def test_a_step_saved_again_is_replaced(tmp_path):
     assert_same(checkpoints.restore(small(), 4), small(2.0))
 
 
-def test_a_step_without_its_digest_does_not_exist_and_is_cleared_away(saved):
+def test_step_without_digest_is_ignored_and_deleted_at_the_next_save(saved):
     shutil.copytree(saved.folder / "3", saved.folder / "8")
     (saved.folder / "8" / "digest.json").unlink()
     (saved.folder / "9").mkdir()
@@ -177,12 +177,12 @@ def test_a_step_without_its_digest_does_not_exist_and_is_cleared_away(saved):
     assert {path.name for path in saved.folder.iterdir()} == {"3", "10", "best"}
 
 
-def test_a_best_whose_step_is_gone_is_none(saved):
+def test_best_link_to_a_missing_step_is_ignored(saved):
     shutil.rmtree(saved.folder / "3")
     assert (saved.best(), saved.latest()) == (None, None)
 
 
-def test_what_is_not_a_step_is_left_alone(saved):
+def test_files_that_are_not_steps_are_kept(saved):
     shutil.copytree(saved.folder / "3", saved.folder / "3.backup")
     shutil.copytree(saved.folder / "3", saved.folder / "old")
     (saved.folder / "notes.txt").touch()
@@ -193,7 +193,7 @@ def test_what_is_not_a_step_is_left_alone(saved):
     assert left == {"3.backup", "old", "notes.txt", "10", "best"}
 
 
-def test_a_copy_with_a_folder_in_place_of_the_link_still_works(saved, tmp_path):
+def test_copy_with_a_folder_instead_of_the_best_link_works(saved, tmp_path):
     """Some archives and object stores make such copies."""
     shutil.copytree(saved.folder, tmp_path / "copy", symlinks=False)
     copy = Checkpoints(tmp_path / "copy")
@@ -208,8 +208,8 @@ def files_of(checkpoints: Checkpoints, step: int = 3) -> list[Path]:
     return sorted(p for p in (checkpoints.folder / str(step)).rglob("*") if p.is_file())
 
 
-def test_damage_to_any_file_is_refused_by_its_name(config, saved):
-    """A flipped byte, a missing last byte, a missing file."""
+def test_damage_to_any_checkpoint_file_is_rejected_with_the_file_name(config, saved):
+    """The damages are a flipped bit, a missing last byte and a missing file."""
     abstract, files = wanted(config), files_of(saved)
     assert {"digest.json", "meta.json", "manifest.ocdbt"} <= {file.name for file in files}
     for file in files:
@@ -217,7 +217,7 @@ def test_damage_to_any_file_is_refused_by_its_name(config, saved):
         for place in {0, len(data) // 2, len(data) - 1} if data else ():
             file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
             message = refusal(saved.restore, abstract, 3)
-            if file.name != "digest.json":  # where a number that is off blames its own file
+            if file.name != "digest.json":  # a wrong number in the digest blames another file
                 assert message.startswith(f"{file}: ")
         if data:
             file.write_bytes(data[:-1])
@@ -229,8 +229,8 @@ def test_damage_to_any_file_is_refused_by_its_name(config, saved):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "digest.json"])
-def test_no_flipped_bit_of_the_json_files_gets_through(saved, name):
-    """Neither as another content nor as a traceback."""
+def test_flipped_bits_in_json_files_never_change_the_metadata(saved, name):
+    """Each flip gives the original metadata or a `UserError`."""
     file = saved.folder / "3" / name
     data, meta = file.read_bytes(), saved.meta(3)
     for place in range(0, len(data), 5):
@@ -241,15 +241,15 @@ def test_no_flipped_bit_of_the_json_files_gets_through(saved, name):
             except UserError:
                 continue
             assert found == meta
-            assert name == "digest.json"  # which may be hurt where it speaks of other files
+            assert name == "digest.json"  # its entries for other files do not affect the metadata
 
 
-def test_a_step_that_is_not_there_is_refused(config, saved):
+def test_missing_step_is_rejected(config, saved):
     for message in refusal(saved.restore, wanted(config), 4), refusal(saved.meta, 4):
         assert str(saved.folder / "4") in message
 
 
-def test_a_newer_format_is_refused(config, run):
+def test_newer_checkpoint_format_is_rejected(config, run):
     saved = run_dir.open_checkpoints(run)
     file, digest = saved.folder / "3/meta.json", saved.folder / "3/digest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
@@ -261,7 +261,7 @@ def test_a_newer_format_is_refused(config, run):
     assert messages == 3 * [said]
 
 
-def test_a_meta_that_is_none_is_refused_by_its_name(saved):
+def test_invalid_meta_json_is_rejected_with_the_file_name(saved):
     file, version = saved.folder / "3" / "meta.json", '{"format_version": '
     for text in "", "{", "[]", "null", "3", "{}", version + "null}", version + "[]}":
         file.write_text(text)
@@ -276,19 +276,19 @@ OTHER_SHAPES = [
 
 
 @pytest.mark.parametrize("other", OTHER_SHAPES, ids=str)
-def test_arrays_of_another_shape_are_refused(config, saved, other):
+def test_checkpoint_arrays_of_another_shape_are_rejected(config, saved, other):
     message = refusal(saved.restore, wanted(config.replace(**other)), 3)
     assert message.startswith(f"{saved.folder / '3'}: the shape of params.")
 
 
-# ---- the writer in the background ------------------------------------------------------------
+# ---- background writer -----------------------------------------------------------------------
 class Broken(Exception):
     pass
 
 
 @pytest.mark.parametrize("name", ["atomic_write", "make_digest"])
 @pytest.mark.parametrize("asks", ["save", "wait"])
-def test_an_error_in_the_background_is_raised_at_the_next_call(tmp_path, monkeypatch, name, asks):
+def test_background_save_error_is_raised_once_at_the_next_call(tmp_path, monkeypatch, name, asks):
     checkpoints = Checkpoints(tmp_path)
     launch = lambda step: checkpoints.save(small(step), {"step": step}, best=True)
     with monkeypatch.context() as broken_disk:
@@ -303,7 +303,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(tmp_path, monkeyp
     assert_same(checkpoints.restore(small(), 3), small(3))
 
 
-def test_a_step_counts_when_all_of_it_is_on_disk_and_not_before(tmp_path, monkeypatch):
+def test_step_is_visible_to_readers_only_after_the_complete_write(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, small(1.0), best=True)
     digest, arrived, go = checkpoint.make_digest, threading.Event(), threading.Event()
@@ -327,7 +327,7 @@ def test_a_step_counts_when_all_of_it_is_on_disk_and_not_before(tmp_path, monkey
 # ---- the run directory -----------------------------------------------------------------------
 @pytest.fixture
 def run(config, written, tmp_path) -> Config:
-    """The config of a run whose directory holds a checkpoint of step 3."""
+    """Return the config of a run whose directory holds a checkpoint of step 3."""
     shutil.copytree(written, tmp_path / "run" / "checkpoints", symlinks=True)
     return config.replace(out_dir=str(tmp_path / "run"))
 
@@ -340,7 +340,7 @@ def first_step(config: Config) -> int:
     return run_dir.resume_step(config, run_dir.open_checkpoints(config))
 
 
-def test_a_run_starts_at_step_0_where_there_is_none_unless_it_resumes(config, tmp_path):
+def test_run_without_checkpoint_starts_at_step_0_and_resume_is_rejected(config, tmp_path):
     for folder in map(str, (tmp_path, tmp_path / "new" / "folder")):
         for init_from in "scratch", "auto":
             assert first_step(config.replace(init_from=init_from, out_dir=folder)) == 0
@@ -349,7 +349,7 @@ def test_a_run_starts_at_step_0_where_there_is_none_unless_it_resumes(config, tm
         assert message == said
 
 
-def test_scratch_refuses_a_directory_in_use_and_names_the_ways_out(run):
+def test_scratch_rejects_a_used_directory_and_names_resume_and_overwrite(run):
     message = refusal(first_step, run)
     for part in (
         f"out_dir={run.out_dir!r}",
@@ -361,7 +361,7 @@ def test_scratch_refuses_a_directory_in_use_and_names_the_ways_out(run):
     assert first_step(run.replace(overwrite=True)) == 0
 
 
-def test_a_run_resumes_from_its_newest_checkpoint_also_with_other_keys_than_the_models(run):
+def test_run_resumes_from_the_newest_checkpoint_with_changed_training_keys(run):
     other = {"dropout": 0.1, "learning_rate": 1e-4, "batch_size": 16, "max_iters": 9, "mesh": ""}
     for init_from in "resume", "auto":
         for keys in {}, {"overwrite": True}, other:
@@ -378,12 +378,12 @@ OTHER = {
 }  # fmt: skip
 
 
-def test_every_key_of_the_model_has_another_value_to_try():
+def test_other_values_cover_every_model_key():
     assert OTHER.keys() == (set(vars(ModelConfig())) | {"scan_layers", "optimizer"}) - {"dropout"}
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_a_run_is_not_resumed_as_another_model(run, key):
+def test_resuming_with_a_changed_model_key_is_rejected(run, key):
     message = refusal(first_step, run.replace(init_from="resume", **{key: OTHER[key]}))
     before = getattr(run, key)
     assert message == (
@@ -392,7 +392,7 @@ def test_a_run_is_not_resumed_as_another_model(run, key):
     )
 
 
-def test_a_file_is_no_run_directory(config, tmp_path):
+def test_out_dir_that_is_a_file_is_rejected(config, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for folder, problem in (file, "is a file"), (file / "run", "not a directory"):
@@ -403,7 +403,7 @@ def test_a_file_is_no_run_directory(config, tmp_path):
 
 
 def fill(folder: Path) -> set[str]:
-    """Leaves in a folder what a run leaves, and some files of the user's -> the latter."""
+    """Write files of a run and files of a user into a folder; return the user's file names."""
     for name in "metrics.jsonl", "loss.png", "log.txt", "tokenizer.json", "tensorboard/events.1":
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
@@ -418,7 +418,7 @@ def tree(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
+def test_fresh_run_deletes_old_run_files_and_keeps_user_files(run):
     folder = Path(run.out_dir)
     theirs = fill(folder)
     (folder / "config.json").write_text(json.dumps(run.to_dict()))
@@ -429,8 +429,8 @@ def test_a_fresh_run_clears_away_what_an_old_one_left_and_nothing_else(run):
 
 
 @pytest.mark.parametrize("config_json", [None, "{}", "3", '{"compilerOptions": {}}', "not JSON"])
-def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_json):
-    """Somebody may name their project's folder as out_dir."""
+def test_fresh_run_in_a_foreign_folder_is_rejected_and_deletes_nothing(run, config_json):
+    """A user may set out_dir to a project folder by mistake."""
     folder = Path(run.out_dir)
     folder.mkdir(exist_ok=True)
     (folder / "log.txt").write_text("mine")
@@ -444,7 +444,7 @@ def test_a_fresh_run_deletes_nothing_that_only_looks_like_a_runs(run, config_jso
     assert tree(folder) == before
 
 
-def test_a_resumed_run_keeps_its_files(run):
+def test_resumed_run_keeps_existing_files(run):
     folder = Path(run.out_dir)
     fill(folder)
     before = tree(folder)
@@ -454,7 +454,7 @@ def test_a_resumed_run_keeps_its_files(run):
     assert run_dir.open_checkpoints(run).latest() == 3
 
 
-def test_a_run_directory_says_what_the_run_is(config, tmp_path):
+def test_run_directory_restores_config_and_tokenizer_also_after_a_move(config, tmp_path):
     run = config.replace(out_dir=str(tmp_path / "a" / "b"), learning_rate=0.125)
     create(run, CharTokenizer("cab"))
     assert run_dir.load_config(run.out_dir) == run
@@ -468,12 +468,12 @@ DAMAGED = ["", "{", "[]", "[1]", "null", "3", '{"n_layers": 2}', '{"n_layer": -2
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_a_config_that_is_damaged_is_refused_by_its_name(tmp_path, text):
+def test_damaged_config_json_is_rejected_with_the_file_name(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     assert refusal(run_dir.load_config, str(tmp_path)).startswith(f"{tmp_path / 'config.json'}: ")
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_directory_without_a_run_is_rejected(tmp_path):
     for folder in tmp_path, tmp_path / "nowhere":
         message = refusal(run_dir.load_config, str(folder))
         assert message.startswith(f"out_dir={str(folder)!r}: no run in it; expected ")
@@ -494,7 +494,7 @@ def test_parameters_are_loaded_by_name_or_step(run, trained):
     assert run_dir.load_params(run, "best", mesh)[1] == 4
 
 
-def test_parameters_that_are_not_there_are_refused(run, config, tmp_path):
+def test_missing_checkpoint_is_rejected_with_the_available_names(run, config, tmp_path):
     mesh = local_mesh()
     message = refusal(run_dir.load_params, run, "5", mesh)
     assert message == "checkpoint='5': no such step; expected one of best, latest, 3"

@@ -1,4 +1,4 @@
-"""Several processes over loopback train one run; when one is gone the rest leave."""
+"""Test that several processes train one run, and that all exit if one process dies."""
 
 import json
 import os
@@ -28,7 +28,7 @@ config = Config(
 """
 
 
-# ---- who takes part --------------------------------------------------------------------------
+# ---- joining processes -----------------------------------------------------------------------
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "16",
@@ -39,7 +39,7 @@ GKE = {"TPU_WORKER_HOSTNAMES": "tpu-0.pod,tpu-1.pod", "TPU_WORKER_ID": "1"}
 
 @pytest.fixture
 def joined(monkeypatch) -> list[tuple]:
-    """What JAX would be told, or finds by itself: the coordinator, how many, and which."""
+    """Record the coordinator, process count and process id that JAX is given or detects."""
     calls = []
 
     def initialize(coordinator=None, count=None, number=None, **_):
@@ -65,7 +65,7 @@ def joined(monkeypatch) -> list[tuple]:
 
 @pytest.fixture
 def on_tpu_vm(monkeypatch):
-    """A host on which JAX has seen a TPU's chips."""
+    """Simulate a host on which JAX has found TPU chips."""
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     before = jax.config.values["jax_platforms"]
     jax.config.update("jax_platforms", "tpu,cpu")
@@ -82,28 +82,28 @@ NO_PROCESSES = ({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"})
 
 
 @pytest.mark.parametrize("env", NO_PROCESSES, ids=["no launcher", "a Slurm step of one process"])
-def test_a_process_alone_asks_nobody(joined, set_env, env):
+def test_single_process_does_not_initialize_distributed(joined, set_env, env):
     set_env(env)
     init_distributed()
     assert joined == []
 
 
-def test_slurms_processes_find_each_other(joined, set_env):
+def test_slurm_processes_find_the_coordinator(joined, set_env):
     set_env(SLURM)
     init_distributed()
     assert joined == [("node3:61447", 16, 9)]
 
 
 @pytest.mark.parametrize("endpoints", ["a:0:10.0.0.5,b:1:10.0.0.6", "10.0.0.5,10.0.0.6"])
-def test_the_hosts_of_a_tpu_pod_find_each_other(joined, on_tpu_vm, monkeypatch, endpoints):
-    """By the metadata server of Cloud TPU VMs, in both of its forms."""
+def test_tpu_pod_hosts_find_the_coordinator(joined, on_tpu_vm, monkeypatch, endpoints):
+    """The metadata server of Cloud TPU VMs lists the hosts in two forms."""
     said = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": ""}
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said[key], 200))
     init_distributed()
     assert joined == [("10.0.0.5:8482", 2, 1)]
 
 
-def test_the_tpu_hosts_of_gke_find_each_other(joined, on_tpu_vm, monkeypatch, set_env):
+def test_gke_tpu_hosts_find_the_coordinator(joined, on_tpu_vm, monkeypatch, set_env):
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
     set_env(GKE)
     init_distributed()
@@ -113,32 +113,34 @@ def test_the_tpu_hosts_of_gke_find_each_other(joined, on_tpu_vm, monkeypatch, se
 @pytest.mark.parametrize(
     ("env", "device"), [({"TPU_SKIP_MDS_QUERY": "1"}, "auto"), ({}, "cpu")], ids=["no pod", "CPU"]
 )
-def test_a_tpu_host_without_a_pod_or_on_its_cpu_is_alone(joined, on_tpu_vm, set_env, env, device):
+def test_tpu_host_without_pod_or_with_cpu_device_runs_alone(
+    joined, on_tpu_vm, set_env, env, device
+):
     set_env(env)
     init_distributed(device=device)
     assert joined == []
 
 
-def test_a_metadata_server_that_does_not_answer_is_an_error_with_a_way_out(joined, on_tpu_vm):
+def test_unreachable_metadata_server_error_suggests_coordinator_flag(joined, on_tpu_vm):
     with pytest.raises(UserError, match=r"the metadata server was asked.*--coordinator"):
         init_distributed()
 
 
-def test_a_launcher_that_jax_cannot_read_is_an_error_with_a_way_out(joined, set_env):
+def test_unknown_launcher_error_suggests_coordinator_flag(joined, set_env):
     set_env({"OMPI_COMM_WORLD_SIZE": "2"})
     with pytest.raises(UserError, match=r"cannot find .*--coordinator"):
         init_distributed()
 
 
 @pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
-def test_a_number_that_no_process_has_is_rejected(joined, count, number):
+def test_process_id_out_of_range_is_rejected(joined, count, number):
     with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
         init_distributed("10.0.0.5:8476", count, number)
     init_distributed("10.0.0.5:8476", 2, 1)
     assert joined == [("10.0.0.5:8476", 2, 1)]
 
 
-# ---- one run ---------------------------------------------------------------------------------
+# ---- runs of several processes ---------------------------------------------------------------
 
 
 class Run:
@@ -160,7 +162,7 @@ class Run:
             self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
 
     def wait(self) -> list[int]:
-        """-> the exit codes."""
+        """Wait for all processes; return the exit codes."""
         self.errors = [process.communicate(timeout=240)[1] for process in self.processes]
         return [process.returncode for process in self.processes]
 
@@ -176,7 +178,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the corpus and all runs are."""
+    """Return the folder of the dataset and all runs."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "data").mkdir()
     make_data(folder / "data", "the quality of mercy is not strained\n" * 40, "verse")
@@ -191,14 +193,14 @@ def run(folder: Path, out: str, count: int, *flags: str, devices: int = 2) -> di
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    """The losses of a run on one device."""
+    """Return the losses of a run on one device."""
     losses = run(folder, "alone", 1, devices=1)
     assert len(losses) == 6 + 3 * 2 + 1
     return losses
 
 
 @pytest.mark.slow
-def test_several_processes_train_as_one_does(folder, alone):
+def test_four_processes_train_to_the_same_losses_as_one_process(folder, alone):
     four = run(folder, "four", 4, "--mesh=data:2,fsdp:4", "--data_on_device=never")
     assert four == pytest.approx(alone, abs=1e-9)
     files = {p.name for p in (folder / "four").iterdir()}
@@ -206,14 +208,14 @@ def test_several_processes_train_as_one_does(folder, alone):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_processes_and_mesh(folder, alone):
+def test_run_resumes_with_another_process_count_and_mesh(folder, alone):
     run(folder, "moved", 2, "--max_iters=3", "--lr_decay_iters=6")
     moved = run(folder, "moved", 4, "--init_from=auto", "--mesh=fsdp:4,tensor:2")
     assert {k: v for k, v in moved.items() if k in alone} == pytest.approx(alone, abs=1e-9)
 
 
-def test_a_mistake_that_the_first_process_sees_ends_every_process(folder):
-    """They have joined, and heard of it in a collective."""
+def test_user_error_in_process_0_ends_every_process(folder):
+    """The processes have joined, and a collective reports the failure of process 0."""
     nothing = Run(folder, "nothing", 2, "--init_from=resume")
     assert nothing.wait() == [2, 2]
     assert "no checkpoint in" in nothing.errors[0]
@@ -221,7 +223,7 @@ def test_a_mistake_that_the_first_process_sees_ends_every_process(folder):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_of_them_at_one_step(folder):
+def test_signal_to_one_process_stops_all_processes_with_a_checkpoint(folder):
     endless = endless_run(folder, "stopped")
     endless.processes[1].send_signal(signal.SIGTERM)
     assert endless.wait() == [128 + signal.SIGTERM] * 2
@@ -231,7 +233,7 @@ def test_a_signal_to_one_process_stops_all_of_them_at_one_step(folder):
 
 
 def endless_run(folder: Path, out: str) -> Run:
-    """Two processes that would train for ever, once they have saved."""
+    """Start two processes that train without end; return after the first checkpoint."""
     endless = Run(folder, out, 2, "--max_iters=100000", "--log_interval=50", "--sample_every=0")
     endless.wait_for("checkpoints/3/digest.json")
     return endless
@@ -239,7 +241,7 @@ def endless_run(folder: Path, out: str) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 1])
-def test_when_a_process_dies_the_others_leave_within_a_minute(folder, gone):
+def test_death_of_one_process_ends_the_other_within_a_minute(folder, gone):
     out = f"without_{gone}"
     endless = endless_run(folder, out)
     endless.processes[gone].kill()

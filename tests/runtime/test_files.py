@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all."""
+"""Test that files are replaced completely or not at all."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from jaxgpt.runtime.files import atomic_path, atomic_write, sha256_of
 
 
 @pytest.mark.parametrize("data", ["", "Größe\n", b"\x00\xff"])
-def test_write_replaces_the_file_and_leaves_nothing_else(data, tmp_path):
+def test_atomic_write_replaces_the_file_and_leaves_no_other_file(data, tmp_path):
     file = tmp_path / "a.json"
     file.write_text("old")
     atomic_write(file, data)
@@ -20,13 +20,13 @@ def test_write_replaces_the_file_and_leaves_nothing_else(data, tmp_path):
 
 def write_half(file, error: type[BaseException]) -> None:
     with atomic_path(file) as partial:
-        assert partial.suffix == ".png"  # writers choose a format by it
+        assert partial.suffix == ".png"  # writers choose the format by the suffix
         partial.write_text("half of the n")
         raise error
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_interrupted_write_leaves_the_old_file(error, tmp_path):
+def test_interrupted_write_keeps_the_old_file(error, tmp_path):
     file = tmp_path / "loss.png"
     file.write_text("old")
     with pytest.raises(error):
@@ -35,7 +35,7 @@ def test_an_interrupted_write_leaves_the_old_file(error, tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
-def test_writers_of_a_shared_file_have_their_own_paths(tmp_path):
+def test_writers_of_a_shared_file_get_different_temporary_paths(tmp_path):
     file = tmp_path / "a"
     with atomic_path(file, shared=True) as first, atomic_path(file, shared=True) as second:
         assert first != second

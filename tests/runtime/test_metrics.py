@@ -1,4 +1,4 @@
-"""What a run says: the rows on disk, the lines for people, the picture and the trackers."""
+"""Test the output of a run: metric rows, console lines, the loss plot and trackers."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from jaxgpt.runtime.metrics import Log, draw_losses, escape_controls, read_metri
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch):
-    """What the terminal of whoever runs the tests says of itself must not matter."""
+    """Remove terminal variables, so that the tester's terminal does not affect the results."""
     for name in "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS":
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -57,7 +57,7 @@ with Log(Config(out_dir=sys.argv[1]), 0) as log:
 """
 
 
-def test_a_run_goes_on_when_its_reader_leaves(tmp_path):
+def test_run_continues_after_the_output_pipe_closes(tmp_path):
     command = [sys.executable, "-c", LOUD, tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talk:
         assert talk.stdout.readline() == b"line 0\n"
@@ -74,7 +74,7 @@ def tell(log: Log, row: dict) -> None:
     log.train(row, 60.0) if "loss" in row else log.eval(row)
 
 
-def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
+def test_every_row_is_written_immediately_as_a_json_line(config, tmp_path):
     with Log(config, 0) as log:
         for i, row in enumerate(TOLD, 1):
             tell(log, row)
@@ -84,7 +84,7 @@ def test_every_row_is_a_line_of_json_as_soon_as_it_is_told(config, tmp_path):
 
 @pytest.mark.parametrize("first_step", [0, 3, 5, 9])
 @pytest.mark.parametrize("torn", ["", '{"step": 6, "lo', '{"step": 6}', "\0\0\0"], ids=repr)
-def test_rows_of_steps_that_are_taken_again_are_deleted(config, tmp_path, first_step, torn):
+def test_rows_after_the_resumed_step_are_deleted(config, tmp_path, first_step, torn):
     rows = [eval_row(0), *map(train_row, range(1, 6)), eval_row(5)]
     text = "".join(json.dumps(row) + "\n" for row in rows) + torn  # as when a process is killed
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -96,7 +96,7 @@ def test_rows_of_steps_that_are_taken_again_are_deleted(config, tmp_path, first_
     assert found == read_metrics(tmp_path / "metrics.jsonl") == [*kept, train_row(first_step + 1)]
 
 
-def test_a_log_that_is_not_enabled_writes_nothing(config, tmp_path, capsys):
+def test_disabled_log_writes_nothing(config, tmp_path, capsys):
     with Log(config.replace(tensorboard=True), 0, enabled=False) as log:
         log.info("text")
         log.train(train_row(1), 1.0)
@@ -106,7 +106,7 @@ def test_a_log_that_is_not_enabled_writes_nothing(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("mfu", "told"), [(None, "mfu n/a"), (0.4125, "mfu 41.2%"), (0, "0.0%")])
-def test_without_a_terminal_a_row_is_one_plain_line(config, tmp_path, capsys, mfu, told):
+def test_row_is_one_plain_line_without_a_terminal(config, tmp_path, capsys, mfu, told):
     with Log(config, 0) as log:
         log.train(train_row(40, mfu=mfu, grad_norm=1e9), 83.0)
         log.train(train_row(50), 73.0)
@@ -132,7 +132,7 @@ def test_text_is_printed_unchanged_and_appended_to_the_log(config, tmp_path, cap
     assert lines(tmp_path, "log.txt") == [*told[:2], "two", "lines"]
 
 
-def test_control_characters_are_spelled_out_on_a_terminal_alone():
+def test_control_characters_are_escaped_only_on_a_terminal():
     text = "a\x1b[2J\\ é\r\n\t\x00\x9b"
     assert escape_controls(text, on_terminal=True) == "a\\x1b[2J\\ é\\r\n\t\\x00\\x9b"
     assert escape_controls(text, on_terminal=False) == text
@@ -146,14 +146,16 @@ def on_a_terminal(monkeypatch, width: int = 80) -> io.StringIO:
 
 
 def frames(screen: io.StringIO) -> list[str]:
-    """What was drawn, one line at a time, without colours and movements of the cursor."""
+    """Return the drawn lines without colours and cursor movements."""
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
     return [line for line in re.split(r"[\r\n]+", text) if line]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize(("left_s", "left"), [(5, "0:05"), (83.9, "1:23"), (7384, "2:03:04")])
-def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width, left_s, left):
+def test_terminal_shows_the_last_row_live_with_time_left(
+    config, tmp_path, monkeypatch, width, left_s, left
+):
     screen = on_a_terminal(monkeypatch, width)
     with Log(config, 0) as log:
         assert "compiling" in frames(screen)[-1]
@@ -174,7 +176,7 @@ def test_on_a_terminal_the_last_row_is_live(config, tmp_path, monkeypatch, width
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [40, 50]
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(config, monkeypatch):
+def test_dumb_terminal_gets_plain_lines(config, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     screen = on_a_terminal(monkeypatch)
     with Log(config, 0) as log:
@@ -198,7 +200,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_picture_is_a_png_whatever_rows_there_are(tmp_path, monkeypatch, kind):
+def test_loss_plot_is_a_valid_png_for_any_rows(tmp_path, monkeypatch, kind):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # which would look for a display
     folder = tmp_path / r"5$ \frac 5$"  # a name that looks like mathematics
@@ -212,7 +214,7 @@ def test_the_picture_is_a_png_whatever_rows_there_are(tmp_path, monkeypatch, kin
 
 
 @pytest.mark.parametrize("key", ["loss", "train_loss", "val_loss"])
-def test_the_picture_shows_every_kind_of_loss(tmp_path, key):
+def test_loss_plot_depends_on_every_kind_of_loss(tmp_path, key):
     rows = ROWS["train"] + ROWS["eval"]
     picture = draw(tmp_path, rows)
     assert draw(tmp_path, rows) == picture
@@ -220,7 +222,7 @@ def test_the_picture_shows_every_kind_of_loss(tmp_path, key):
     assert draw(tmp_path, [*others, rows[-1]]) != picture  # whose title's best is the same
 
 
-def test_an_evaluation_redraws_the_picture(config, tmp_path):
+def test_evaluation_redraws_the_loss_plot(config, tmp_path):
     with Log(config, 0) as log:
         log.train(train_row(1), 1.0)
         assert not (tmp_path / "loss.png").exists()
@@ -231,7 +233,7 @@ def test_an_evaluation_redraws_the_picture(config, tmp_path):
 
 
 def read_events(folder) -> list[Event]:
-    """The events of every TensorBoard file in a folder: records of length, CRC, bytes, CRC."""
+    """Return the events of all TensorBoard files in a folder (length, CRC, bytes, CRC each)."""
     events = []
     for file in sorted(folder.iterdir(), key=lambda path: path.name):
         data = file.read_bytes()
@@ -242,7 +244,7 @@ def read_events(folder) -> list[Event]:
     return events
 
 
-def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
+def test_tensorboard_holds_every_number_at_the_right_step(config, tmp_path):
     with Log(config.replace(tensorboard=True), 0) as log:
         for row in TOLD:
             tell(log, row)
@@ -254,7 +256,7 @@ def test_tensorboard_holds_every_number_at_its_step(config, tmp_path):
 
 
 @pytest.mark.parametrize("first_step", [0, 20])
-def test_tensorboard_is_told_which_steps_are_taken_again(config, tmp_path, first_step):
+def test_tensorboard_session_starts_after_the_resumed_step(config, tmp_path, first_step):
     with Log(config.replace(tensorboard=True), first_step):
         pass
     events = read_events(tmp_path / "tensorboard")
@@ -263,7 +265,7 @@ def test_tensorboard_is_told_which_steps_are_taken_again(config, tmp_path, first
 
 
 class FakeWandb(ModuleType):
-    """Stands in for the package: remembers what it is told."""
+    """A stand-in for the wandb package that records all calls."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -297,7 +299,7 @@ def test_weights_and_biases_gets_the_config_and_every_row(config, tmp_path, monk
     assert wandb.finished
 
 
-def test_a_missing_tracker_is_the_users_to_install_if_it_is_asked_for(config, monkeypatch):
+def test_missing_tracker_package_is_an_error_only_if_enabled(config, monkeypatch):
     for key, package in ("tensorboard", "tensorboardX"), ("wandb_log", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
         message = refusal(Log, config.replace(**{key: True}), 0)

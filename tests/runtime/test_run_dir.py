@@ -1,4 +1,4 @@
-"""A run's config class: it is recorded by name, and loaded by the config file that defines it."""
+"""Test that a run records its config class and loads the class from a named config file."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ config = {name}(width=9)
 
 @pytest.fixture
 def own_run(tmp_path, monkeypatch):
-    """A run whose config class is in mine.py."""
+    """Create a run whose config class is defined in mine.py; return the config."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(FILE.format(name="WideConfig", raises=0))
     config = load_config_file("mine.py")["config"].replace(out_dir="run", n_layer=1)
@@ -38,7 +38,7 @@ def own_run(tmp_path, monkeypatch):
     return config
 
 
-def test_a_run_records_its_config_class_and_file(own_run):
+def test_run_records_config_class_and_file(own_run):
     saved = json.loads(Path("run/config.json").read_text())
     assert saved == {"config_file": "mine.py", "config_class": "WideConfig"} | own_run.to_dict()
     again = run_dir.load_config("run", "mine.py")
@@ -46,7 +46,7 @@ def test_a_run_records_its_config_class_and_file(own_run):
     assert (type(again).__name__, again.config_file) == ("WideConfig", "mine.py")
 
 
-def test_a_config_class_is_never_imported_unasked(own_run):
+def test_user_config_file_is_imported_only_if_named(own_run):
     Path("mine.py").write_text(FILE.format(name="WideConfig", raises="1 / 0"))
     with pytest.raises(UserError) as raised:
         run_dir.load_config("run")
@@ -58,7 +58,7 @@ def test_a_config_class_is_never_imported_unasked(own_run):
         run_dir.load_config("run", "mine.py")
 
 
-def test_a_config_file_of_another_class_is_refused(own_run):
+def test_config_file_of_another_class_is_rejected(own_run):
     Path("other.py").write_text(FILE.format(name="OtherConfig", raises=0))
     with pytest.raises(UserError, match=r"its config class is WideConfig; try --config mine\.py"):
         run_dir.load_config("run", "other.py")
@@ -69,7 +69,7 @@ def test_a_config_file_of_another_class_is_refused(own_run):
         run_dir.load_config("plain", "mine.py")
 
 
-def test_an_existing_models_keys_are_taken_over_unless_the_user_set_them(own_run):
+def test_existing_model_keys_are_adopted_and_conflicting_user_keys_rejected(own_run):
     unset = own_run.replace(width=8)
     assert run_dir.merge_model_keys(unset, {"width": 5}, "it", frozenset()).width == 5
     for config, cli_keys in (own_run, frozenset()), (unset, frozenset({"width"})):

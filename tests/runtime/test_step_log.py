@@ -1,4 +1,4 @@
-"""The clock and the rows of training steps."""
+"""Test the stopwatch and the logged rows of training steps."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog, Stopwatch
 
 
-def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
+def test_stopwatch_measures_steps_without_pauses(monkeypatch):
     now = 0.0
     monkeypatch.setattr(step_log, "time", SimpleNamespace(perf_counter=lambda: now))
     watch = Stopwatch()
@@ -36,7 +36,7 @@ def test_the_stopwatch_counts_steps_and_no_pauses(monkeypatch):
         assert watch.read() == pytest.approx(7 / 4)
 
 
-def test_steps_are_logged_a_call_later_at_their_interval(tmp_path):
+def test_steps_are_logged_one_call_later_at_log_interval(tmp_path):
     config = make_config(out_dir=str(tmp_path), log_interval=2)
     with Log(config, 0) as log:
         steps = StepLog(config, log, StopSignal(), tokens=1000, peak=None)

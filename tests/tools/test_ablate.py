@@ -1,4 +1,4 @@
-"""Ablations: runs that are trained once, resumed, and compared seed by seed."""
+"""Test ablations: runs are trained once, resumed, and compared by seed."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def config(tmp_path_factory) -> Config:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The runs that are trained, as <feature>/<seed>; steps are not timed."""
+    """Record the trained runs as <feature>/<seed>, without timing steps."""
     names = []
 
     def noted(config, *rest):
@@ -43,7 +43,9 @@ def trained(monkeypatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_path, monkeypatch):
+def test_ablation_trains_each_run_once_and_resumes_a_stopped_run(
+    config, trained, tmp_path, monkeypatch
+):
     stops, log = [5], Log.train
 
     def stop(self, row, left_s):
@@ -75,8 +77,8 @@ def test_a_run_is_trained_once_and_a_stopped_run_resumes(config, trained, tmp_pa
 
 
 @pytest.mark.slow
-def test_seeds_change_weights_and_order_and_features_share_the_order(config, tmp_path):
-    """Without a learning rate the weights stay as they began, and losses tell batches apart."""
+def test_seeds_change_weights_and_data_order_and_features_share_both(config, tmp_path):
+    """Without a learning rate the weights stay constant, so losses distinguish the batches."""
     still = config.replace(learning_rate=0.0, min_lr=0.0, max_iters=4, log_interval=1)
 
     def rows(name: str, seed: int) -> tuple[float, list[float]]:
@@ -119,7 +121,7 @@ def test_losses_are_compared_by_seed_at_equal_steps_and_at_equal_time(config, mo
     assert "beyond" in rows["| muon"]
 
 
-def test_a_difference_beyond_three_standard_errors_is_bold(config, monkeypatch):
+def test_difference_beyond_three_standard_errors_is_bold(config, monkeypatch):
     losses = {("baseline", s): [2.0, 2.0, 2.0] for s in (0.75, 1.0, 1.5)}
     losses |= {("rope", 1.0): [1.9, 1.91, 1.92], ("relu2", 1.0): [1.9, 2.0, 1.95]}
     fake_losses(losses, monkeypatch)
@@ -129,7 +131,7 @@ def test_a_difference_beyond_three_standard_errors_is_bold(config, monkeypatch):
     assert "**" not in rows[4]
 
 
-def test_the_speedup_is_where_the_combined_curve_meets_the_baselines_end(config, monkeypatch):
+def test_speedup_is_measured_where_combined_loss_reaches_baseline_loss(config, monkeypatch):
     law = lambda share: 2.0 - math.log(share)
     losses = {("baseline", s): [law(s)] * 2 for s in (0.75, 1.0, 1.5)}
     losses |= {("together", s): [law(2 * s)] * 2 for s in (0.2, 0.4, 1.0)}
@@ -139,7 +141,7 @@ def test_the_speedup_is_where_the_combined_curve_meets_the_baselines_end(config,
     assert "after 50% ± 0% of the steps, which take 70% of the time" in text
 
 
-def test_a_step_is_timed_in_turn_with_the_baselines_and_remembered(config, tmp_path, monkeypatch):
+def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "REPEATS", 2)
     monkeypatch.setattr(ablate, "ROUND_STEPS", 2)
     (tmp_path / "muon").mkdir()
@@ -151,7 +153,7 @@ def test_a_step_is_timed_in_turn_with_the_baselines_and_remembered(config, tmp_p
     assert ablate.step_cost(config, "muon", str(tmp_path)) == cost
 
 
-def test_an_unknown_feature_is_refused(config, tmp_path):
+def test_unknown_feature_is_rejected_with_nearest_name(config, tmp_path):
     with pytest.raises(
         UserError, match=r"^features='rop': unknown feature; .*; try --features rope$"
     ):
@@ -159,7 +161,7 @@ def test_an_unknown_feature_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config", "cpu_config"])
-def test_the_speedrun_is_the_quick_start_with_the_winners(name):
+def test_speedrun_config_is_the_quick_start_with_the_combined_features(name):
     speedrun = load_config_file(str(CONFIGS / "speedrun.py"))[name].to_dict()
     quick = load_config_file(str(CONFIGS / "shakespeare.py"))[name].to_dict()
     differing = {key: value for key, value in speedrun.items() if value != quick[key]}

@@ -1,7 +1,7 @@
-"""What the training step compiles to, on hardware that is not here; and on the CPU that is.
+"""Test the compiled training step for hardware that is not present, and for the CPU.
 
-With the extra `cuda` or `tpu` XLA compiles for an H100 or a TPU on any machine. What is asserted
-is the structure of the real step: no time, and nothing that the tuning of matmuls would change.
+With the extra `cuda` or `tpu` XLA compiles for an H100 or a TPU on any machine. The tests check
+the structure of the real step, but no times and nothing that matmul tuning would change.
 """
 
 import math
@@ -32,7 +32,7 @@ B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
 
 @dataclass
 class Step:
-    """A compiled step: its program, and what it says of its memory."""
+    """A compiled step with its program and memory analysis."""
 
     config: Config
     program: Program
@@ -52,7 +52,7 @@ def compile_for(devices: list, config: Config) -> Step:
 
 @cache
 def compiled(topology: str, layers: int, mesh: str = "") -> Step:
-    """GPT-2's step with two micro-batches a device, or a skip where its compiler is missing."""
+    """Compile GPT-2's step with two micro-batches per device; skip if the compiler is missing."""
     over_batch = len(find(topology).devices) // (2 if "tensor:2" in mesh else 1)
     return absent_step(topology, MICRO * over_batch, n_layer=layers, mesh=mesh)
 
@@ -62,7 +62,7 @@ def gpt2(**keys) -> Config:
 
 
 def absent_step(topology: str, accumulation: int = 1, **keys) -> Step:
-    """GPT-2's step with these keys and micro-batches; a skip where its compiler is missing."""
+    """Compile GPT-2's step with these keys; skip the test if the compiler is missing."""
     there = find(topology)
     config = gpt2(gradient_accumulation_steps=accumulation, **keys)
     config, _ = plan.resolve(config, there.chip)
@@ -79,7 +79,7 @@ def find(topology: str) -> plan.Topology:
 
 @contextmanager
 def optimized():
-    """As users have it; conftest.py does without."""
+    """Turn on XLA's optimisations, as users have them; conftest.py turns them off."""
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield
@@ -100,7 +100,7 @@ on_eight = pytest.mark.parametrize(("topology", "layers"), EIGHT)
 
 @aot
 @on_all
-def test_attention_is_a_flash_kernel_in_both_directions(topology, layers):
+def test_attention_compiles_to_flash_kernels_forward_and_backward(topology, layers):
     calls, runs = Counter(), layers * MICRO
     for op, times in compiled(topology, layers).program.executed():
         calls[op.target] += times
@@ -113,7 +113,7 @@ def test_attention_is_a_flash_kernel_in_both_directions(topology, layers):
 @aot
 @pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
 @pytest.mark.parametrize("topology", ["h100:8", "v5e:2x4"])
-def test_a_flash_kernel_works_on_a_devices_own_sequences_and_heads(topology, mesh):
+def test_flash_kernels_process_only_local_sequences_and_heads(topology, mesh):
     step = compiled(topology, 1, mesh)
     flash = [
         (op, times)
@@ -129,17 +129,17 @@ def test_a_flash_kernel_works_on_a_devices_own_sequences_and_heads(topology, mes
 
 @aot
 @on_all
-def test_no_array_is_as_large_as_wide_logits_or_attention_weights(topology, layers):
+def test_no_float32_logits_or_full_attention_weights_are_materialised(topology, layers):
     arrays = compiled(topology, layers).program.arrays()
     assert not [a for a in arrays if a[0] == "f32" and math.prod(a[1]) >= B * T * V]
     assert not [a for a in arrays if a[1].count(T) > 1 and math.prod(a[1]) >= B * N * T * T]
-    assert [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == B * T * V]  # it looks
+    assert [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == B * T * V]  # a control
 
 
 @aot
 @on_all
-def test_weights_are_cast_once(topology, layers):
-    """In the loop over micro-batches nothing turns a float32 array into one of half the width."""
+def test_weights_are_cast_outside_the_micro_batch_loop(topology, layers):
+    """No kernel in the loop over micro-batches casts a float32 weight to bfloat16."""
     program = compiled(topology, layers).program
     casts = {name: count_casts(program, name) for name in program.execution_counts}
     loops = [name for name, times in program.execution_counts.items() if times == MICRO]
@@ -149,7 +149,7 @@ def test_weights_are_cast_once(topology, layers):
 
 
 def count_casts(program: Program, name: str) -> int:
-    """Kernels of a computation that read a large float32 array and return a bfloat16 one of it."""
+    """Count the kernels that read a large float32 array and return its bfloat16 cast."""
     ops = program.computations[name]
 
     def is_cast(op: Op) -> bool:
@@ -162,7 +162,7 @@ def count_casts(program: Program, name: str) -> int:
 
 
 @aot
-def test_a_gpu_reads_logits_once_for_the_loss_and_once_for_its_gradient():
+def test_gpu_reads_logits_once_for_the_loss_and_once_for_the_gradient():
     program = compiled("h100:1", 2).program
     readers = [
         op
@@ -186,22 +186,22 @@ def size_of(program: Program, computation: str, name: str) -> tuple[str, int]:
 
 
 @aot
-def test_a_gpus_norms_hold_no_float32_array_of_the_streams_size():
+def test_gpu_norms_materialise_no_float32_residual_stream():
     arrays = compiled("h100:1", 2).program.arrays()
     assert not [a for a in arrays if a[0] == "f32" and math.prod(a[1]) == B * T * 768]
-    assert [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == B * T * 768]  # it looks
+    assert [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == B * T * 768]  # a control
 
 
 @aot
-def test_gelu_by_tanh_moves_no_more_on_a_gpu_than_by_erf():
+def test_tanh_gelu_has_no_more_gpu_memory_traffic_than_erf_gelu():
     erf, tanh = (absent_step("h100:1", n_layer=1, mlp=mlp) for mlp in ("gelu", "gelu_tanh"))
     assert tanh.program.traffic() < 1.001 * erf.program.traffic()
 
 
 @aot
 @pytest.mark.parametrize(("batch", "keys"), [(32, {}), (48, BABY)], ids=["GPT-2", "the baby GPT"])
-def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
-    """Of 32 sequences and more XLA would like to have the batch there."""
+def test_gpu_residual_stream_never_has_the_batch_axis_innermost(batch, keys):
+    """From 32 sequences on, XLA's default choice is to put the batch innermost."""
     step = absent_step("h100:1", n_layer=1, batch_size=batch, **keys)
     shapes = {dims for _, dims in step.program.arrays() if len(dims) > 1}
     stream = batch * step.config.block_size * step.config.n_embd
@@ -211,7 +211,7 @@ def test_the_stream_on_a_gpu_has_its_width_innermost(batch, keys):
 
 
 @aot
-def test_attention_with_dropout_holds_scores_alone_in_float32_on_a_gpu():
+def test_gpu_attention_with_dropout_keeps_only_scores_in_float32():
     step = absent_step("h100:1", **BABY, n_layer=2, dropout=0.2)
     kernels = [op for op, _ in step.program.executed() if op.is_kernel]
     made = [kind for op in kernels for kind, dims in op.shapes if dims.count(256) == 2]
@@ -221,8 +221,8 @@ def test_attention_with_dropout_holds_scores_alone_in_float32_on_a_gpu():
 
 @aot
 @on_eight
-def test_gradients_cross_the_links_once(topology, layers):
-    """Each all-reduce runs once a step, and in all they sum the gradients and the tied table's."""
+def test_gradients_are_all_reduced_once_per_step(topology, layers):
+    """All-reduces run once per step; they sum the gradients and the tied table's gradient."""
     step = compiled(topology, layers)
     reduces = step.program.collectives()
     assert {c.kind for c in reduces} == {"all-reduce"}
@@ -234,14 +234,14 @@ def test_gradients_cross_the_links_once(topology, layers):
 
 @aot
 @on_all
-def test_the_state_is_updated_in_place(topology, layers):
+def test_train_state_is_updated_in_place_on_accelerators(topology, layers):
     assert_donated(compiled(topology, layers))
 
 
 @aot
 @pytest.mark.slow
-def test_memory_kernels_and_traffic_of_gpt2_on_an_h100():
-    """Bounds a tenth above what it is now, with two micro-batches."""
+def test_gpt2_on_an_h100_stays_below_memory_kernel_and_traffic_bounds():
+    """The bounds are a tenth above the current figures, with two micro-batches."""
     step = compiled("h100:1", 12)
     assert step.memory.temp_size_in_bytes < 6.4e9
     assert step.program.kernels().total() < 1470
@@ -249,13 +249,13 @@ def test_memory_kernels_and_traffic_of_gpt2_on_an_h100():
 
 
 @aot
-def test_decoding_a_token_writes_no_cache_and_launches_few_kernels():
+def test_decoding_a_token_rewrites_no_cache_and_launches_few_kernels():
     layers = 2
     chunk = decoding("h100:1", layers)
     past = N, T + sample.CHUNK, 64
     names = [name for name, times in chunk.execution_counts.items() if times == sample.CHUNK]
     loop = [op for name in names for op in chunk.computations[name].values() if op.is_kernel]
-    assert past in [dims for _, dims in chunk.arrays()]  # it looks
+    assert past in [dims for _, dims in chunk.arrays()]  # a control
     assert past not in [dims for op in loop for _, dims in op.shapes]
     assert 10 * layers < len(loop) < 11 * layers + 25
 
@@ -305,13 +305,13 @@ def on_cpu(mesh: str) -> Step:
 
 
 @pytest.mark.parametrize("mesh", ["data:1", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
-def test_the_state_is_updated_in_place_on_a_cpu(mesh):
+def test_train_state_is_updated_in_place_on_a_cpu(mesh):
     assert_donated(on_cpu(mesh))
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:4"])
-def test_no_device_holds_more_than_its_share_of_the_batch(mesh):
-    """The MLP's hidden layer, [B, T, 4D], of a device's 8 sequences, and of no more."""
+def test_no_device_holds_mlp_activations_beyond_the_local_batch(mesh):
+    """The MLP's hidden layer [B, T, 4D] holds the 8 sequences of a device and no more."""
     share = 8 * 32 * 4 * 64
     sizes = {math.prod(dims) for _, dims in on_cpu(mesh).program.arrays() if {256, 32} <= {*dims}}
     assert share in sizes

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, that both sides get the same work, and what it writes."""
+"""Test the benchmark: statistics, equal work for both sides, and output."""
 
 import json
 import os
@@ -29,11 +29,11 @@ RESOLVED = Config(**TINY, dtype="float32", attention="reference")
 # --- Statistics ---------------------------------------------------------------------------------
 
 
-def test_quartiles():
+def test_quartiles_of_unsorted_samples_are_correct():
     assert report.quartiles([4.0, 0.0, 3.0, 1.0, 2.0]) == {"median": 2, "q1": 1, "q3": 3}
 
 
-def test_interleaved_runs_take_turns(monkeypatch):
+def test_interleaved_runs_alternate_and_give_paired_ratios(monkeypatch):
     monkeypatch.setattr(report, "REST_S", 0)
     turns, seconds = [], iter([1.0, 2.0, 3.0, 2.0, 4.0, 2.0, 1.0, 2.0, 8.0])
 
@@ -53,7 +53,7 @@ def test_interleaved_runs_take_turns(monkeypatch):
 # --- Presets ------------------------------------------------------------------------------------
 
 
-def test_presets_are_the_quick_start_at_nanogpts_learning_rate():
+def test_presets_equal_the_quick_start_with_nanogpt_learning_rate():
     quick = load_config_file(str(ROOT / "configs" / "shakespeare.py"))
     own = {*RunConfig.__dataclass_fields__, "lr_decay_iters"} - {"max_iters"}
     shared = lambda c: {key: value for key, value in c.to_dict().items() if key not in own}
@@ -72,7 +72,7 @@ def test_gpt2_presets_have_as_many_parameters_as_gpt2(name, millions):
 
 
 def nanogpt_loss(w: dict, tokens_BT: np.ndarray, heads: int) -> float:
-    """Run nanoGPT's forward pass in NumPy, from its state dict -> the mean cross-entropy."""
+    """Run nanoGPT's forward pass in NumPy from a state dict; return the mean cross-entropy."""
     x_BT, y_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     (B, T), D = x_BT.shape, w["transformer.wpe.weight"].shape[1]
 
@@ -98,7 +98,7 @@ def nanogpt_loss(w: dict, tokens_BT: np.ndarray, heads: int) -> float:
 
 
 class NumpyNanoGPT:
-    """nanoGPT's process without a process: it computes the loss of the first step asked for."""
+    """A stand-in for nanoGPT's process that computes the loss of the first requested step."""
 
     def __init__(self):
         self.asked, self.closed = [], False
@@ -130,7 +130,7 @@ def tiny_dataset(folder: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("keys", [{}, {"scan_layers": True, "bias": False, "dropout": 0.5}])
-def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, keys):
+def test_jaxgpt_and_nanogpt_get_the_same_weights_and_windows(tmp_path, monkeypatch, keys):
     monkeypatch.setattr(report, "REST_S", 0)
     monkeypatch.setattr(training, "ROUND_S", 0.001)
     monkeypatch.setattr(training, "PARITY_STEPS", 3)
@@ -162,7 +162,7 @@ def test_both_sides_get_the_same_weights_and_windows(tmp_path, monkeypatch, keys
         {"causal": False},
     ],
 )
-def test_a_config_that_nanogpt_cannot_run_is_refused(keys):
+def test_config_that_nanogpt_cannot_run_is_rejected(keys):
     nanogpt.check_comparable(RESOLVED)
     nanogpt.check_comparable(RESOLVED.replace(n_kv_head=2, mlp_dim=64))
     key = next(iter(keys))
@@ -170,7 +170,7 @@ def test_a_config_that_nanogpt_cannot_run_is_refused(keys):
         nanogpt.check_comparable(RESOLVED.replace(**keys))
 
 
-def test_a_subclass_of_config_is_not_compared_with_nanogpt():
+def test_config_subclass_is_rejected_for_comparison_with_nanogpt():
     class Bigram(Config):
         pass
 
@@ -188,10 +188,10 @@ def test_synthetic_data_is_reproducible_and_can_be_learnt(tmp_path):
     assert entropy(pairs) - entropy(alone) < entropy(alone) - 0.01  # a token tells of the next
 
 
-# --- Mistakes and the whole command -------------------------------------------------------------
+# --- User errors and the command ----------------------------------------------------------------
 
 
-def test_a_nanogpt_that_cannot_start_is_refused(tmp_path):
+def test_nanogpt_that_cannot_start_is_rejected_with_the_reason(tmp_path):
     with pytest.raises(UserError, match=r"^compare_to=.*: has no model\.py; .*; try git clone "):
         nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
     (tmp_path / "model.py").write_text("raise ImportError('nothing here')\n")
@@ -201,7 +201,7 @@ def test_a_nanogpt_that_cannot_start_is_refused(tmp_path):
         nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
 
 
-def test_a_preset_beside_a_config_file_is_refused():
+def test_preset_together_with_a_config_file_is_rejected():
     args = BenchArgs(config="configs/shakespeare.py", preset="cpu")
     with pytest.raises(UserError, match=r"^preset='cpu': given with --config; expected one"):
         command.choose(args)
@@ -217,7 +217,7 @@ def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_the_command_prints_a_table_and_writes_every_sample(tmp_path):
+def test_bench_command_prints_a_table_and_writes_every_sample(tmp_path):
     done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--repeats=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train, tiny.py: ")
@@ -232,7 +232,7 @@ def test_the_command_prints_a_table_and_writes_every_sample(tmp_path):
     assert sum(mine["kernels"].values()) > 10
 
 
-def test_gpt2_on_a_cpu_is_refused_in_one_line(tmp_path):
+def test_gpt2_preset_on_a_cpu_is_rejected(tmp_path):
     done = run_bench(tmp_path, "--preset=gpt2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(
@@ -245,7 +245,7 @@ def test_gpt2_on_a_cpu_is_refused_in_one_line(tmp_path):
     reason="needs a Python with torch and a checkout: JAXGPT_TORCH_PYTHON, JAXGPT_NANOGPT",
 )
 @pytest.mark.parametrize("what", ["train", "sample"])
-def test_beside_the_real_nanogpt(tmp_path, what):
+def test_benchmark_with_real_nanogpt_completes_and_losses_agree(tmp_path, what):
     torch = f"--torch_python={os.environ['JAXGPT_TORCH_PYTHON']}"
     vs = f"--compare_to={os.environ['JAXGPT_NANOGPT']}"
     flags = (

@@ -1,4 +1,4 @@
-"""`jaxgpt eval`: HellaSwag against a scorer written out in NumPy, and the losses of weights."""
+"""Test `jaxgpt eval`: HellaSwag against a NumPy scorer, and the losses of weights."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SIZES = {"vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_dim": 
 
 @pytest.fixture(scope="module")
 def case() -> tuple[Config, dict]:
-    """A config, and random weights that have strong opinions about bytes."""
+    """Return a config and random weights with large logits."""
     keys = DEFAULTS | SIZES | {"block_size": 192, "mlp": "gelu_tanh"}
     config = Config(**keys, dtype="float32")
     params = ref.init_params(config, np.random.default_rng(5), np.dtype("float32"))
@@ -49,7 +49,7 @@ def folder(case, tmp_path_factory) -> Path:
 
 
 def token_losses(case, context: bytes, ending: bytes) -> list[float]:
-    """The loss of every token of the ending, from the reference's logits, one text at a time."""
+    """Return the loss of every token of the ending, from the reference's logits."""
     config, params = case
     text = list(context + ending)
     logits_TV = ref.forward(params, np.array([text[:-1]]), config)[0][0].astype(np.float64)
@@ -61,7 +61,7 @@ def token_losses(case, context: bytes, ending: bytes) -> list[float]:
 
 
 def score(case, questions: list[dict]) -> dict[str, list[int]]:
-    """The ending that each way to score picks."""
+    """Return the endings that each scoring method picks."""
     picks: dict[str, list[int]] = {"acc": [], "acc_norm": []}
     for question in questions:
         losses = [
@@ -80,7 +80,7 @@ def read(file: Path) -> list[dict]:
 
 
 def relabelled(picks: list[int], right: int, file: Path) -> Path:
-    """The questions with labels such that `picks` has so many right."""
+    """Write questions whose labels make `right` of the `picks` correct; return the file."""
     questions = read(QUESTIONS)
     for n, (question, pick) in enumerate(zip(questions, picks, strict=True)):
         question["label"] = pick if n < right else (pick + 1) % 4
@@ -88,7 +88,7 @@ def relabelled(picks: list[int], right: int, file: Path) -> Path:
     return file
 
 
-def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_path):
+def test_acc_and_acc_norm_match_a_numpy_scorer(case, folder, tmp_path):
     picks = score(case, read(QUESTIONS))
     assert picks["acc"] != picks["acc_norm"]
     total = len(picks["acc"])
@@ -105,7 +105,9 @@ def test_acc_and_acc_norm_are_those_of_the_written_out_scorer(case, folder, tmp_
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
 @pytest.mark.parametrize("mesh", ["", "data:2"])
-def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, mesh, batch_tokens):
+def test_ending_losses_match_numpy_for_any_batch_size_and_mesh(
+    case, monkeypatch, mesh, batch_tokens
+):
     config, params = case
     config = config.replace(mesh=mesh, attention="xla", gradient_accumulation_steps=1)
     devices = make_mesh(config) if mesh else local_mesh()
@@ -127,7 +129,7 @@ def test_the_loss_of_an_ending_does_not_depend_on_its_batch(case, monkeypatch, m
     np.testing.assert_allclose(sums, [sum(losses) for losses in want], rtol=1e-4)
 
 
-def test_what_is_longer_than_the_block_loses_its_beginning(case, tmp_path):
+def test_long_contexts_are_truncated_at_the_start(case, tmp_path):
     config, params = case
     short = config.replace(block_size=12)
     cut = params | {"pos_embed": {"kernel": params["pos_embed"]["kernel"][:12]}}
@@ -166,7 +168,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_line_that_is_no_question_is_named(tmp_path, kind):
+def test_invalid_question_file_is_rejected_with_the_reason(tmp_path, kind):
     text, message = BAD_LINES[kind]
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
@@ -182,7 +184,7 @@ def run_eval(*argv: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_the_command_prints_the_figures(folder, capsys):
+def test_eval_command_prints_hellaswag_accuracies(folder, capsys):
     argv = [f"--init_from={folder}", "--task=hellaswag", f"--hellaswag_file={QUESTIONS}"]
     assert run_eval(*argv) == 0
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
@@ -190,7 +192,7 @@ def test_the_command_prints_the_figures(folder, capsys):
     assert lines["questions"] == "8"
 
 
-def test_without_the_file_one_line_says_where_it_comes_from(folder, tmp_path, capsys):
+def test_missing_hellaswag_file_error_names_url_and_checksum(folder, tmp_path, capsys):
     argv = [f"--init_from={folder}", "--task=hellaswag", f"--data_dir={tmp_path}"]
     assert run_eval(*argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -201,7 +203,7 @@ def test_without_the_file_one_line_says_where_it_comes_from(folder, tmp_path, ca
     assert hellaswag.QUESTIONS.sha256 in line
 
 
-def test_the_loss_of_weights_is_that_of_the_reference(case, folder, tmp_path, capsys):
+def test_val_loss_of_weights_matches_numpy(case, folder, tmp_path, capsys):
     block_size = case[0].block_size
     text = "To be, or not to be: that is the question.\n" * 60
     make_data(tmp_path, text, "bytes", tokenizer="byte")
@@ -220,7 +222,7 @@ def test_the_loss_of_weights_is_that_of_the_reference(case, folder, tmp_path, ca
     assert "error: dataset=''" in capsys.readouterr().err
 
 
-def test_a_dataset_with_more_ids_than_the_model_is_rejected(folder, tmp_path):
+def test_dataset_with_more_ids_than_the_model_is_rejected(folder, tmp_path):
     chars = "".join(map(chr, range(300, 600)))
     make_data(tmp_path, chars * 12, "many")
     with pytest.raises(UserError, match=r"dataset='many': has 300 ids.*vocab_size=256"):

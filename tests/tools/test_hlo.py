@@ -1,4 +1,4 @@
-"""Reading programs: written by hand, and compiled by XLA for eight CPU devices."""
+"""Test reading HLO programs: handwritten, and compiled for eight CPU devices."""
 
 from functools import partial
 
@@ -57,29 +57,29 @@ ENTRY %main (p: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
 """
 
 
-def test_a_loop_by_hand():
+def test_handwritten_loop_has_expected_kernels_traffic_and_collectives():
     program = Program(BY_HAND)
     assert (program.entry, program.devices, program.execution_counts["body"]) == ("main", 4, 7)
     assert program.kernels().total() == 7 * 3
-    # slice: reads and writes a row, and reads the number of it; sum: likewise; update: likewise
+    # slice and update: read a row, write a row, read the row number; sum: read and write a row
     assert program.traffic() == 7 * ((400 + 400 + 4) + (400 + 400) + (400 + 400 + 4))
     assert ("f32", (10, 100)) in program.arrays()
     (found,) = program.collectives()
     assert (found.kind, found.times, found.bytes, found.group) == ("all-reduce", 7, 400, (0, 1))
 
 
-def test_memory_beside_the_cores_is_no_traffic():
-    """A TPU's layouts say S(1) of what is there."""
+def test_on_chip_tpu_memory_is_not_counted_as_traffic():
+    """Layouts of a TPU mark on-chip memory by S(1)."""
     text = BY_HAND.replace("%summed = f32[1,100]{1,0}", "%summed = f32[1,100]{1,0:T(1,128)S(1)}")
     assert Program(text).traffic() == Program(BY_HAND).traffic() - 7 * (400 + 400)
 
 
-def test_xlas_own_note_of_a_trip_count_is_believed():
+def test_known_trip_count_overrides_the_loop_bound():
     noted = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     assert Program(BY_HAND.replace("body=%body", noted)).execution_counts["body"] == 3
 
 
-def test_a_bound_that_is_not_in_the_program_counts_once():
+def test_loop_with_unknown_bound_counts_once():
     assert Program(BY_HAND.replace("direction=LT", "direction=NE")).execution_counts["body"] == 1
 
 
@@ -97,16 +97,16 @@ def test_a_bound_that_is_not_in_the_program_counts_once():
         ("replica_groups={}, x", [[0, 1, 2, 3]]),
     ],
 )
-def test_groups(attributes, want):
+def test_replica_groups_are_parsed_from_every_known_form(attributes, want):
     np.testing.assert_array_equal(replica_groups(attributes, 4), want)
 
 
-def test_a_form_of_groups_that_is_new_is_refused():
+def test_unknown_form_of_replica_groups_is_rejected():
     with pytest.raises(ValueError, match="unknown form"):
         replica_groups("replica_groups=<new>", 4)
 
 
-def test_starts_and_ends_of_collectives_count_once():
+def test_asynchronous_start_and_done_count_as_one_collective():
     text = """HloModule m, num_partitions=4
 ENTRY %main (p: bf16[8]) -> bf16[32] {
   %p = bf16[8]{0} parameter(0)
@@ -119,8 +119,8 @@ ENTRY %main (p: bf16[8]) -> bf16[32] {
     assert Program(text).kernels().total() == 1
 
 
-def test_a_tpus_fusions_hold_collectives():
-    """One that several fusions carry on counts once; one whose result is sliced is a part's."""
+def test_collectives_inside_tpu_fusions_are_counted_once():
+    """A collective in several fusions counts once; a sliced all-reduce is a reduce-scatter."""
     text = """HloModule m, num_partitions=4
 %start (p: bf16[8]) -> bf16[32] {
   %p = bf16[8]{0} parameter(0)
@@ -157,7 +157,7 @@ ENTRY %main (x: bf16[8], n: s32[]) -> bf16[8] {
         ("collective-permute", 4096),
     ],
 )
-def test_collectives_that_xla_compiles(kind, sent):
+def test_compiled_collectives_have_expected_kind_count_and_bytes(kind, sent):
     """Each of eight devices has 1024 floats, 4096 bytes, and communicates five times."""
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
     function = {

@@ -1,4 +1,4 @@
-"""Plans: what can be said without a compiler for other hardware (test_aot.py has the rest)."""
+"""Test plans without a compiler for other hardware (test_aot.py has the rest)."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ HERE = Topology("here:8", CHIPS["h100"], jax.devices(), 4)  # eight CPU devices,
 @pytest.mark.parametrize(
     "name", ["h100", "h100:0", "h100:2x2x2", "v5e:8", "v5p:2x2x2x2", "x:8", "h100:8 ", ""]
 )
-def test_an_unknown_topology_is_refused(name):
+def test_unknown_topology_is_rejected(name):
     with pytest.raises(
         UserError, match=r"^topology=.*: unknown chip or shape; expected CHIP:SHAPE .*; try "
     ):
@@ -34,7 +34,7 @@ def test_an_unknown_topology_is_refused(name):
 
 
 @pytest.mark.parametrize(("name", "extra"), [("h100:8", "cuda"), ("v5e:2x4", "tpu")])
-def test_a_missing_compiler_is_named(name, extra, monkeypatch, capsys):
+def test_missing_compiler_error_names_the_pip_extra(name, extra, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         commands.run(commands.plan, ["--config", "configs/gpt2.py", f"--topology={name}"])
@@ -54,13 +54,13 @@ def test_a_missing_compiler_is_named(name, extra, monkeypatch, capsys):
         ("tpu", {"block_size": 100}, "xla"),
     ],
 )
-def test_attention_is_chosen_for_hardware_that_is_not_here(platform, keys, attention):
+def test_attention_backend_is_chosen_for_the_target_platform(platform, keys, attention):
     config, _ = device.resolve_auto(Config(vocab_size=300, **keys), platform)
     assert config.attention == attention
     assert config.dtype == keys.get("dtype", "bfloat16")
 
 
-def test_every_chip_has_its_peak():
+def test_every_chip_has_a_peak_flops_entry():
     assert all(chip.kind in device.PEAK_FLOPS for chip in CHIPS.values())
 
 
@@ -69,8 +69,8 @@ def found() -> plan.Plan:
     return plan.make_plan(TINY, HERE)
 
 
-def test_a_plan_adds_up(found):
-    """On eight CPU devices: state, the sum of all gradients once, and the larger time."""
+def test_plan_figures_are_consistent(found):
+    """Check state, temporaries, gradient sums and communication time on eight CPU devices."""
     mesh = make_mesh(TINY, HERE.devices)
     one = sum(p.size * 4 for p in jax.tree.leaves(abstract_params(TINY, mesh)))
     assert found.params == one
@@ -88,8 +88,8 @@ def test_a_plan_adds_up(found):
     assert min(found.work_seconds) > 0
 
 
-def test_rings_use_all_ports_of_a_machine_and_pairs_one():
-    """Of devices 0 to 3 and 4 to 7 in two machines: within one, across both, across by fours."""
+def test_rings_use_all_network_ports_of_a_machine_and_pairs_use_one():
+    """Devices 0 to 3 and 4 to 7 are two machines; groups lie within a machine or span both."""
     chip = CHIPS["h100"]
     link, network = (rate * EFFICIENCY["links"] for rate in (chip.link_rate, chip.network_rate))
     sends = lambda kind, *group: plan.seconds_to_send(Collective(kind, 1, 10**9, group), HERE)
@@ -100,13 +100,13 @@ def test_rings_use_all_ports_of_a_machine_and_pairs_one():
     assert sends("collective-permute", 0, 1) == pytest.approx(1e9 / link)
 
 
-def test_fsdp_splits_the_state():
+def test_fsdp_splits_state_bytes_over_devices():
     whole = plan.state_bytes(TINY, make_mesh(TINY, HERE.devices))
     split = plan.state_bytes(TINY, make_mesh(TINY.replace(mesh="fsdp:8"), HERE.devices))
     assert whole[0] / 8 < split[0] < whole[0] / 6  # norms and biases stay whole
 
 
-def test_recomputation_costs_a_third_at_most():
+def test_full_recomputation_costs_one_third_more_flops():
     flops = [plan.flops_per_step(TINY.replace(remat=remat)) for remat in ("none", "dots", "full")]
     assert flops[0] < flops[1] < flops[2] == pytest.approx(flops[0] * 4 / 3)
 
@@ -114,7 +114,7 @@ def test_recomputation_costs_a_third_at_most():
 @pytest.mark.parametrize(
     ("memory", "want"), [(1000, ("none", 4)), (250, ("none", 1)), (60, ("full", 2)), (10, None)]
 )
-def test_fit_recomputes_the_least_and_then_takes_the_largest_batch(memory, want, monkeypatch):
+def test_fit_prefers_least_recomputation_then_largest_batch(memory, want, monkeypatch):
     cost = {"none": 200, "dots": 100, "full": 30}
 
     def make_plan(config, topology):
@@ -133,7 +133,7 @@ def test_fit_recomputes_the_least_and_then_takes_the_largest_batch(memory, want,
         assert (best.remat, best.batch_size) == want
 
 
-def test_the_printed_plan_names_every_part(found):
+def test_formatted_plan_names_every_part(found):
     text = plan.format_plan(found)
     for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
         assert word in text
@@ -141,10 +141,8 @@ def test_the_printed_plan_names_every_part(found):
 
 @pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_state_that_does_not_fit_is_split_unless_the_user_names_a_mesh(
-    compiles, mesh, fits, monkeypatch
-):
-    """Either XLA gives up, or (as for a GPU) it compiles what does not fit."""
+def test_oversized_state_is_split_by_fsdp_unless_a_mesh_is_given(compiles, mesh, fits, monkeypatch):
+    """XLA either fails, or (as for a GPU) compiles a program that does not fit."""
 
     def make_plan(config, topology):
         if config.mesh != "fsdp:8" and not compiles:
