@@ -15,8 +15,9 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs that are not ours; the tests check ours only.
 OTHER_PROGRAMS = {
-    "cd", "cp", "export", "git", "kill", "ls", "mkdir", "mkdocs", "mpirun", "pip", "pytest",
-    "rm", "ruff", "scp", "srun", "sbatch", "tail", "tar", "tensorboard", "source", "status=$?", "unshare", "unzip", "wget", "gcloud", "scontrol", "exit", "head", "[",
+    "[", "cd", "cp", "exit", "export", "gcloud", "git", "head", "kill", "ls", "mkdir", "mkdocs",
+    "mpirun", "pip", "pytest", "rm", "ruff", "sbatch", "scontrol", "scp", "source", "srun",
+    "status=$?", "tail", "tar", "tensorboard", "unshare", "unzip", "wget",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Run a config file, which is Python of the user's own, and return the configs that it builds."""
 
+import difflib
 import importlib
 import re
 import sys
@@ -22,9 +23,10 @@ def load_config_file(path: str) -> dict[str, Config]:
     Raises `UserError`, which names the wrong line of the file.
     """
     if not Path(path).is_file():
-        files = ", ".join(str(file) for file in sorted(Path("configs").rglob("*.py")))
-        expected = f"one of {files}, or a file of your own" if files else "a Python file"
-        raise UserError(f"config={path!r}: no such file; expected {expected}")
+        files = [str(file) for file in sorted(Path("configs").rglob("*.py"))]
+        nearest = difflib.get_close_matches(path, files, n=1, cutoff=0.5) or files[:1]
+        hint = f"; try {nearest[0]}" if nearest else ""
+        raise UserError(f"config={path!r}: no such file; expected a Python file{hint}")
     file = Path(path).resolve()
     # Dataclasses, type hints and --help look a class up in the module that defines it.
     name = "jaxgpt_config_" + re.sub(r"\W", "_", str(file))

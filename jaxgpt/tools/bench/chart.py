@@ -1,6 +1,7 @@
 """Draw the README's picture from results that earlier benchmarks wrote, and from a run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ LABELS = {
 }
 
 
-def draw_chart(results: list[str], out_dir: str, file: str) -> list[str]:
-    """Draw a run's losses beside the speed-ups in `results`, the JSON files of benchmarks.
+def draw_chart(results: Sequence[str], out_dir: str, file: str) -> list[str]:
+    """Draw a run's losses beside the speed-ups in `results`, JSON files of comparisons.
 
-    Return one line per speed-up. Raises `UserError` for a file without speed-ups.
+    Returns one line per speed-up. Raises `UserError` for a file without speed-ups.
     """
     from matplotlib.figure import Figure
 
+    if not results:
+        raise UserError("results: missing; expected JSON files that --compare_to and --json wrote")
     bars = [bar for path in results for bar in read_speedups(Path(path))]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))

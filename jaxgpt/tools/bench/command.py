@@ -17,6 +17,7 @@ from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
 from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import Bench, Report, describe_machine, show
@@ -48,10 +49,13 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 
 def bench(args: BenchArgs) -> None:
     """Run the benchmark that the flags ask for, and print a report. Raises `UserError`."""
-    for file in filter(None, (args.json, args.plot)):
+    for file in filter(None, (args.json, args.plot, args.chart)):
         folder = Path(file).parent
         if not folder.is_dir():
             raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
+    if args.chart:
+        print("\n".join(draw_chart(args.results, args.out_dir, args.chart)))
+        return
     load_before = os.getloadavg()[0]
     name, config = choose(args)
     with TemporaryDirectory() as folder:

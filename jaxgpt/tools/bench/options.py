@@ -26,3 +26,7 @@ class BenchArgs:
     json: str = ""  # JSON file for all measurements, with every sample.
     # PNG file for the plot of both sides' losses. Empty means beside the JSON file, or bench.png.
     plot: str = ""
+    # PNG file for a chart of earlier results: time nothing, and draw --results and --out_dir.
+    chart: str = ""
+    results: tuple[str, ...] = ()  # JSON files of earlier comparisons, for --chart.
+    out_dir: str = "out/shakespeare"  # Run whose losses --chart draws.
