@@ -1,8 +1,8 @@
-"""Define what a run is: one flat table of keys, each with its type, range, default and help.
+"""Define the config of a run: one flat table of keys with types, ranges, defaults and help.
 
-The keys live in five frozen dataclasses, and a `Config` is all five at once: a function that needs
-only the model's keys takes a `ModelConfig`. Keys that nanoGPT has too mean the same here. The text
-under a key is its `--help`. A config file may subclass `Config`; docs/extending.md shows how.
+Five frozen dataclasses hold the keys, and `Config` inherits from all five. A function that needs
+only the model's keys takes a `ModelConfig`. nanoGPT's keys keep their names and meaning. The text
+under a key is its `--help`. A config file may subclass `Config` (docs/extending.md).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: shown as one line, exit code 2, no traceback."""
+    """A mistake that the user can fix. Commands print it as one line and exit with code 2."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ Name = Annotated[str, Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joi
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run is kept, how long it trains, and what it logs and saves."""
+    """The run directory, the length of the run, and what it logs and saves."""
 
     out_dir: NonEmptyStr = "out"
     """The run directory: config, metrics, picture, log and checkpoints."""
     init_from: InitFrom = "scratch"
-    """`scratch` starts anew; `resume` continues from the newest checkpoint; `auto` resumes if there
-    is a checkpoint. Else the weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
-    folder of a GPT-2 or of a run."""
+    """`scratch` starts a new run; `resume` continues from the newest checkpoint; `auto` resumes if
+    there is a checkpoint. Other values name the initial weights: gpt2, gpt2-medium, gpt2-large,
+    gpt2-xl, a folder of a GPT-2 or of a run, or nanoGPT's ckpt.pt."""
     overwrite: bool = False
     """Allow `scratch` to delete the run that is in `out_dir`."""
     max_iters: NonNegativeInt = 600_000
@@ -93,7 +93,7 @@ class RunConfig:
     save_interval: NonNegativeInt = 0
     """Steps between saves, in addition to those at evaluations; 0 adds none."""
     keep_checkpoints: PositiveInt = 2
-    """Number of newest checkpoints to keep on disk, in addition to the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
     tensorboard: bool = False
@@ -108,7 +108,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which tokens to train on, and how many per step."""
+    """The tokens to train on, and how many per step."""
 
     dataset: Name = "openwebtext"
     """Folder in `data_dir` with token files; a known corpus is prepared on first use. `adder` and
@@ -118,9 +118,10 @@ class DataConfig:
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
     batch_size: PositiveInt = 12
-    """Sequences in a micro-batch."""
+    """Sequences per device in a micro-batch, at most. A step has batch_size x
+    gradient_accumulation_steps sequences on any number of devices."""
     gradient_accumulation_steps: PositiveInt = 40
-    """Micro-batches per step, summed over all devices."""
+    """Micro-batches of batch_size sequences per step, summed over all devices."""
     batch_tokens: NonNegativeInt = 0
     """Tokens per step; sets `gradient_accumulation_steps`. 0 uses that key as given."""
     data_on_device: Literal["auto", "always", "never"] = "auto"
@@ -176,7 +177,7 @@ class ModelConfig:
     document_mask: bool = False
     """In training and evaluation, let tokens attend only within their own document."""
     eot_id: Annotated[int, Range(-1)] = -1
-    """Token id that starts a document, for document_mask; -1 means the dataset's end-of-text."""
+    """Token id that starts a document, for document_mask; -1 means the tokenizer's end-of-text."""
     zero_init_projections: bool = False
     """Initialise the last layer of each residual branch to zero, so blocks start as identity."""
 
@@ -242,12 +243,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Hardware and how to use it. Nothing here changes the results beyond rounding."""
+    """The hardware and how to use it. These keys change results only by rounding."""
 
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """Device to run on; `auto` takes an accelerator if JAX finds one."""
     use_cpu_variant: bool = True
-    """Without an accelerator, run the config file's `cpu_config` if it has one."""
+    """On a CPU, run the config file's `cpu_config` if it has one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype; weights and statistics stay float32. `auto`: bfloat16, on a CPU float32."""
     mesh: Annotated[str, Pattern(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
@@ -255,7 +256,7 @@ class ParallelConfig:
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest that this device and model support."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What to recompute in the backward pass to save memory: nothing, all but matmuls, or all."""
+    """What the backward pass recomputes to save memory: nothing, all but matmuls, or everything."""
     scan_layers: bool = False
     """Compile one block and loop over it: faster to compile, often slower to run."""
     coordinator: Annotated[str, Pattern(r"([^:\s]+:\d+)?", "host:port")] = ""
@@ -285,10 +286,10 @@ LECTURE_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig):
-    """A whole run. Raises `UserError`, naming key, value and allowed values, for a bad key."""
+    """The config of a run. Raises `UserError` for an invalid key or value."""
 
     config_file: ClassVar[str] = ""
-    """The file that built this config. It is no key: two configs may be equal without it."""
+    """The file that built this config. It is not a key, so it does not take part in comparisons."""
 
     def __post_init__(self):
         check(self)
@@ -296,9 +297,9 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any]) -> Self:
-        """Build a config from these keys, which may have old names, and perhaps `config_file`.
+        """Return a config with these keys, which may have old names, and perhaps a `config_file`.
 
-        Raises `UserError` for an unknown key, and suggests the nearest name.
+        Raises `UserError` for an unknown key, with the nearest name.
         """
         current = {}
         for key, value in keys.items():
@@ -332,12 +333,12 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
     @classmethod
     def model_keys(cls) -> list[str]:
-        """List the keys that describe the model: those of `ModelConfig` and a subclass's own."""
+        """Return the keys that describe the model: those of `ModelConfig` and of a subclass."""
         others = key_types(Config).keys() - key_types(ModelConfig).keys()
         return [key for key in key_types(cls) if key not in others]
 
     def validate(self) -> None:
-        """Raise `UserError` for keys that do not fit together. A subclass may add checks."""
+        """Raise `UserError` for keys that contradict each other. A subclass may add checks."""
         c = self
         step_size = c.batch_size * c.block_size
         if c.n_embd % c.n_head:
@@ -370,7 +371,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
                 f"batch_size x block_size = {step_size}"
             )
 
-    # What a subclass in a config file may override; docs/extending.md.
+    # A subclass in a config file may override these (docs/extending.md).
 
     def make_model(self, rngs: Any) -> Any:
         """Build the model: an `nnx.Module`, called as `model(tokens_BT, dropout) -> logits_BTV`."""
@@ -379,7 +380,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         return GPT(self, rngs=rngs)
 
     def weight_decay_mask(self, params: Any) -> Any:
-        """Return a tree of bools like `params`: which of them decay. Here, every `kernel`."""
+        """Return a tree of bools like `params`: whether weight decay applies. Here, to every `kernel`."""
         import jax
 
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -393,13 +394,13 @@ def key_types(keys_class: type) -> dict[str, Any]:
 
 
 def check(keys: Any) -> None:
-    """Raise `UserError` for the first field of a dataclass that its annotation does not allow."""
+    """Raise `UserError` for the first field whose value its annotation does not allow."""
     for key, hint in key_types(type(keys)).items():
         object.__setattr__(keys, key, check_value(key, getattr(keys, key), hint))
 
 
 def check_value(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` if the annotation `hint` allows it; an int may stand for a float."""
+    """Return `value` if the annotation `hint` allows it; an int is converted for a float."""
     kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     rules: list[Any] = [note for note in notes if isinstance(note, Range | Pattern)]
     if typing.get_origin(kind) is tuple:

@@ -46,9 +46,10 @@ class ResolvedRun:
 
 @contextmanager
 def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Iterator[ResolvedRun]:
-    """Lock the run directory and resolve the run; nothing is written before all checks pass.
+    """Lock the run directory, check the run, fill in its keys, and write config.json.
 
-    `cli_keys` are the keys set on the command line. Raises `UserError`.
+    `cli_keys` are the keys set on the command line. Raises `UserError` before the run directory
+    changes, if a key does not fit the data, the weights, the devices or the run that is resumed.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
         distributed.on_process_0(partial(prepare_if_missing, config))

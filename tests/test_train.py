@@ -124,12 +124,12 @@ def test_steps_per_call_mesh_and_data_placement_change_only_rounding(make_run, o
 
 def test_best_and_last_steps_are_kept_without_always_save_checkpoint(make_run, monkeypatch):
     set_val_losses(monkeypatch, {0: 3.0, 2: 2.0, 4: 2.5, 6: 1.5, 8: 1.9, 10: 1.8})
-    keys = {"always_save_checkpoint": False, "keep_checkpoints": 1}
+    keys = {"always_save_checkpoint": False, "keep_checkpoints": 5}
     config = make_run(max_iters=10, eval_interval=2, **keys)
     train(config)
     checkpoints = run_dir.open_checkpoints(config)
     assert checkpoints.best() == 6
-    assert checkpoints.steps() == [6, 10]
+    assert checkpoints.steps() == [2, 6, 10]
 
 
 def test_eval_only_evaluates_and_takes_no_step(make_run):

@@ -122,10 +122,9 @@ def parse_flags(
     except SystemExit as end:
         if end.code == 0:
             raise
-    missing = [field.name for field in fields(args_type) if field.default is MISSING]
-    raise flag_error(args, types) or UserError(
-        f"--{missing[0]}: missing; expected a value; try {prog} --help"
-    )
+    required = [f.name for f in fields(args_type) if f.default is MISSING and f.name in types]
+    subject = f"--{required[0]}: missing" if required else f"{prog}: a flag does not parse"
+    raise flag_error(args, types) or UserError(f"{subject}; expected a value; try {prog} --help")
 
 
 def flag_types(args_type: type) -> dict[str, Any]:
@@ -273,4 +272,5 @@ def choose_config(command_line: CommandLine) -> tuple[Config, list[str]]:
         return command_line.config.replace(**overrides), []
     config = cpu_config.replace(**overrides)
     changed = [f"{key}={v}" for key, v in config.to_dict().items() if keys.get(key) != v]
-    return config, ["no accelerator, so cpu_config is used: " + ", ".join(changed)]
+    reason = "no accelerator" if keys["device"] == "auto" else f"device={keys['device']}"
+    return config, [f"{reason}, so cpu_config is used: " + ", ".join(changed)]

@@ -182,7 +182,8 @@ def resolve_init(
     weights = run_dir.open_weights(config) if is_run else open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
-    config = run_dir.merge_model_keys(config, REQUIRED_KEYS | theirs, config.init_from, given)
+    required = REQUIRED_KEYS | {"n_kv_head": 0} | theirs
+    config = run_dir.merge_model_keys(config, required, config.init_from, given)
     model_keys = ", ".join(f"{key}={value}" for key, value in theirs.items())
     notes = [f"weights of {config.init_from}: {model_keys}"]
     if config.block_size < positions:

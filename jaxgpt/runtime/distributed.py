@@ -38,6 +38,11 @@ def init_distributed(
     counts = [env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     on_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     launched = any(int(count) > 1 for count in counts) or on_kubernetes
+    if num_processes > 1 and not (coordinator or launched or on_tpu):
+        raise UserError(
+            f"num_processes={num_processes}: no coordinator; expected the host:port of process 0; "
+            "try --coordinator=HOST:PORT"
+        )
     if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
         return
     if coordinator and not 0 <= process_id < num_processes:

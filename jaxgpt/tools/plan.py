@@ -376,7 +376,7 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         plan = fit(config, topology, say)
     say(format_plan(plan))
     if search:
-        keys = "mesh", "remat", "batch_size", "gradient_accumulation_steps"
+        keys = "mesh", "remat", "scan_layers", "batch_size", "gradient_accumulation_steps"
         found = [(key, getattr(plan.config, key)) for key in keys]
         say("use: " + " ".join(f"--{key}={value}" for key, value in found if value))
     return plan.fits

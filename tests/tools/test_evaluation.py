@@ -134,15 +134,22 @@ def test_long_contexts_are_truncated_at_the_start(case, tmp_path):
     short = config.replace(block_size=12)
     cut = params | {"pos_embed": {"kernel": params["pos_embed"]["kernel"][:12]}}
     write_weights(tmp_path, short, cut)
-    question = {"ctx": "x" * 90 + "He is on", "label": 0, "endings": ["abc", "zz"]}
+    questions = []
+    for text, endings in (
+        ("He is on", ["abc", "zz", "q", "it"]),
+        ("The sea", ["is", "of", "rose", "x"]),
+        ("Now go and", ["see", "ox", "a", "why"]),
+    ):
+        context, losses = "x" * 90 + text, []
+        for ending in endings:
+            kept = context[len(ending) + 1 - 13 :]  # 12 inputs, and the last target
+            losses.append(sum(token_losses((short, cut), kept.encode(), f" {ending}".encode())))
+        label = int(np.argmin(losses))
+        questions.append({"ctx": context, "label": label, "endings": endings})
     file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps(question))
+    file.write_text("\n".join(map(json.dumps, questions)))
     found = hellaswag.hellaswag("", "best", file=str(file), init_from=str(tmp_path))
-    losses = [
-        sum(token_losses((short, cut), context, ending))
-        for context, ending in ((b"xHe is on", b" abc"), (b"xxHe is on", b" zz"))
-    ]
-    assert found["acc"] == (losses[0] < losses[1])
+    assert found["acc"] == 1
 
 
 FORMAT = '; expected {"ctx": TEXT, "label": NUMBER, "endings": [TEXT, ...]}'

@@ -59,7 +59,7 @@ def draw_losses(axes: Any, run_dir: Path) -> None:
     start = rows[0]["time"]
     for key, style, label in (
         ("loss", "0.75", "training steps"),
-        ("val_loss", "C1.-", "val split"),
+        ("val_loss", "C1.-", "validation split"),
     ):
         some = [row for row in rows if row.get(key) is not None]
         axes.plot(
