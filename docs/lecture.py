@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from jaxgpt import model
+from jaxgpt import model, resolve
 from jaxgpt.data.text_stream import generate_text
 from jaxgpt.interop.huggingface import Trained, load_trained
 from jaxgpt.kernels.attention import attention_mask
@@ -73,7 +73,7 @@ def print_table(runs: dict[str, list[dict[str, Any]]], trained: dict[str, Traine
     """Print a row per stage: name, parameters, loss on the whole validation split, seconds."""
     for stage, rows in runs.items():
         seconds = rows[-1]["time"] - rows[0]["time"]
-        count = model.count_params(trained[stage].config)
+        count = resolve.count_params(trained[stage].config)
         print(
             f"| {STAGES[stage]} | {count:,} | {rows[-1]['full_val_loss']:.3f} | {seconds:.0f} s |"
         )

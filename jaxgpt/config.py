@@ -73,7 +73,7 @@ class RunConfig:
     there is a checkpoint. Other values name the initial weights: gpt2, gpt2-medium, gpt2-large,
     gpt2-xl, a folder of a GPT-2 or of a run, or nanoGPT's ckpt.pt."""
     overwrite: bool = False
-    """Allow `scratch` to delete the run that is in `out_dir`."""
+    """Allow a new run to delete the run that is in `out_dir`."""
     max_iters: NonNegativeInt = 600_000
     """Optimizer steps in total."""
     eval_interval: PositiveInt = 2000
@@ -89,7 +89,7 @@ class RunConfig:
     always_save_checkpoint: bool = True
     """Save at every evaluation; False saves only when the validation loss improves."""
     early_stopping_patience: NonNegativeInt = 0
-    """Stop after this many evaluations in a row without a lower validation loss; 0 never does."""
+    """Stop after this many evaluations in a row without a lower validation loss; 0 means never."""
     save_interval: NonNegativeInt = 0
     """Steps between saves, in addition to those at evaluations; 0 adds none."""
     keep_checkpoints: PositiveInt = 2
@@ -118,14 +118,14 @@ class DataConfig:
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
     batch_size: PositiveInt = 12
-    """Sequences per device in a micro-batch, at most. A step has batch_size x
-    gradient_accumulation_steps sequences on any number of devices."""
+    """Largest number of sequences that a device processes at a time."""
     gradient_accumulation_steps: PositiveInt = 40
-    """Micro-batches of batch_size sequences per step, summed over all devices."""
+    """A step has batch_size x gradient_accumulation_steps sequences, on any number of devices."""
     batch_tokens: NonNegativeInt = 0
     """Tokens per step; sets `gradient_accumulation_steps`. 0 uses that key as given."""
     data_on_device: Literal["auto", "always", "never"] = "auto"
-    """Keep the token files in device memory; `auto` does if they take at most an eighth of it."""
+    """Keep the tokens in device memory; `auto` keeps them there if they need at most an eighth of
+    it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,8 @@ class ModelConfig:
     """The network; the defaults are GPT-2 124M."""
 
     vocab_size: NonNegativeInt = 0
-    """Number of token ids; 0 takes the dataset's. Rows are padded to a multiple of 128."""
+    """Number of token ids; 0 takes the dataset's. The embedding's rows are padded to a multiple of
+    128."""
     block_size: PositiveInt = 1024
     """Context length in tokens."""
     n_layer: NonNegativeInt = 12
@@ -177,7 +178,8 @@ class ModelConfig:
     document_mask: bool = False
     """In training and evaluation, let tokens attend only within their own document."""
     eot_id: Annotated[int, Range(-1)] = -1
-    """Token id that starts a document, for document_mask; -1 means the tokenizer's end-of-text."""
+    """Token id of the end-of-text, which separates documents for document_mask; -1 means the
+    tokenizer's."""
     zero_init_projections: bool = False
     """Initialise the last layer of each residual branch to zero, so blocks start as identity."""
 
@@ -218,7 +220,7 @@ class OptimizerConfig:
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
     """Shape of the decay: a cosine, or constant and linear over the last steps (wsd)."""
     decay_fraction: Annotated[float, Range(0, 1)] = 0.2
-    """Fraction of all steps in which wsd decays."""
+    """wsd decays over this fraction of lr_decay_iters, at the end."""
     warmup_iters: NonNegativeInt = 2000
     """Warm-up steps."""
     lr_decay_iters: NonNegativeInt = 0
@@ -238,21 +240,23 @@ class OptimizerConfig:
     embed|blocks/[0-3]/. A path looks like blocks/0/attn/qkv/kernel. Empty freezes none."""
     max_nonfinite_steps: NonNegativeInt = 0
     """Steps in a row that may be skipped because their loss or gradient is not finite; one more
-    ends the run. With 0 the first one does."""
+    ends the run. 0 means that the first such step ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The hardware and how to use it. These keys change results only by rounding."""
+    """The hardware and how to use it."""
 
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"
     """Device to run on; `auto` takes an accelerator if JAX finds one."""
     use_cpu_variant: bool = True
     """On a CPU, run the config file's `cpu_config` if it has one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute dtype; weights and statistics stay float32. `auto`: bfloat16, on a CPU float32."""
+    """Compute dtype; weights and statistics stay float32. `auto` is float32 on a CPU and bfloat16
+    elsewhere."""
     mesh: Annotated[str, Pattern(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
-    """Devices per axis (data, fsdp, tensor), as in data:2,fsdp:4; empty puts all on data."""
+    """Devices per axis (data, fsdp, tensor), as in data:2,fsdp:4; empty puts all devices on
+    data."""
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest that this device and model support."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -260,7 +264,8 @@ class ParallelConfig:
     scan_layers: bool = False
     """Compile one block and loop over it: faster to compile, often slower to run."""
     coordinator: Annotated[str, Pattern(r"([^:\s]+:\d+)?", "host:port")] = ""
-    """Address of process 0 in a multi-process run; Slurm, Open MPI 4 and TPU pods need none."""
+    """Address of process 0 in a multi-process run; Slurm, Open MPI 4, Kubernetes and TPU pods need
+    none."""
     num_processes: NonNegativeInt = 0
     """Number of processes, if `coordinator` is given."""
     process_id: Annotated[int, Range(-1)] = -1
@@ -380,7 +385,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         return GPT(self, rngs=rngs)
 
     def weight_decay_mask(self, params: Any) -> Any:
-        """Return a tree of bools like `params`: whether weight decay applies. Here, to every `kernel`."""
+        """Return which parameters decay, a tree of bools like `params`; here, every `kernel`."""
         import jax
 
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import sharding
 from jaxgpt.config import Config
+from jaxgpt.data import batch_size
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.train_step import make_eval_step
@@ -24,7 +25,7 @@ class Evaluator:
 
     def __init__(self, config: Config, mesh: Mesh, train: Batches, val: Batches):
         self.config, self.mesh, self.splits = config, mesh, {"train": train, "val": val}
-        self.num_batches, _ = sharding.eval_batches(config, mesh)
+        self.num_batches, _ = batch_size.eval_batches_and_size(config, mesh)
         self.eval_step = make_eval_step(config, mesh)
 
     def losses(self, params: dict[str, Any], step: int) -> dict[str, float]:
@@ -39,10 +40,9 @@ class Evaluator:
 
     def full_loss(self, params: dict[str, Any], split: str = "val") -> float:
         """Return the exact loss of a whole split, in nats per token."""
-        batches = self.splits[split]
-        size = batches.shape_UMB[2]
-        every = full_split(batches.tokens, self.mesh, size, batches.block_size)
-        return mean_loss(self.eval_step, params, every)
+        b = self.splits[split]
+        calls = full_split(b.tokens, self.mesh, b.shape_UMB[2], b.block_size)
+        return mean_loss(self.eval_step, params, calls)
 
 
 def mean_loss(

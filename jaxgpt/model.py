@@ -1,4 +1,4 @@
-"""The GPT: token ids in, logits out.
+"""Define the GPT: token ids in, logits out.
 
 Array names end with their axes: B batch, T length, D embedding, N heads, K key-value heads,
 H head width, F MLP width, V vocabulary (padded), L layers, C parts of a fused map (query, key and
@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import register_dataclass
 
 from jaxgpt import kernels
 from jaxgpt.config import Config, ModelConfig
@@ -28,15 +27,16 @@ from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.sharding import constrain, constrain_batch
 
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
+OUTPUT_EQUATION = "BTD,VD->BTV"
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda x: kernels.gelu_tanh(x),  # at import the platform is not known yet
     "relu": jax.nn.relu,
     "relu2": relu2,
 }
-SAVED = "linear"  # the name of a linear map's output, which remat="dots" keeps
+LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -49,11 +49,9 @@ class Context:
     dropout: Dropout
     layer: int | jax.Array = 0
     segment_ids_BT: jax.Array | None = None
-    first_v_BTKH: jax.Array | None = None
-    """Values of the first layer, for `value_residual`."""
-    cache: KVCache | None = None
-    """This layer's KV cache. Training has none; prefill has a cache but no `position`."""
-    position: DecodePosition | None = None
+    first_v_BTKH: jax.Array | None = None  # values of the first layer, for `value_residual`
+    cache: KVCache | None = None  # of this layer; training has none
+    position: DecodePosition | None = None  # only in decoding, with one new token per sequence
 
 
 class Linear(nnx.Module):
@@ -70,14 +68,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = checkpoint_name(kernels.linear_map(self.equation, x, self.kernel[...]), SAVED)
+        y: Any = kernels.linear_map(self.equation, x, self.kernel[...])
+        y = checkpoint_name(y, LINEAR_OUTPUT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):
     """A table with a row of width D for each token or position."""
 
-    equation = ""  # the einsum of the output layer, if this table is its kernel
+    equation = ""  # the einsum of the output layer, if it shares this table
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
@@ -137,12 +136,15 @@ class Attention(nnx.Module):
         if c.value_residual:
             v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
         ctx = replace(ctx, cache=append(ctx.cache, k_BTKH, v_BTKH, ctx.position))
+        options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
         if ctx.cache is not None and ctx.position is not None:
-            o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, c.sliding_window)
+            o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, options)
         else:
-            dropout, T = self.weights_dropout(ctx), x_BTD.shape[1]
+            T = x_BTD.shape[1]
+            dropout = None
+            if c.attention_dropout:
+                dropout = ctx.dropout.bind(ctx.layer, DropoutSite.ATTENTION_WEIGHTS)
             attend = kernels.select_attention(c.attention, T, T, dropout)
-            options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
             o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, dropout, options)
         o_BTD = self.out(o_BTNH)
         return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
@@ -150,17 +152,11 @@ class Attention(nnx.Module):
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Map x to query [B, T, N, H], key and value [B, T, K, H]."""
         if self.config.kv_heads == self.config.n_head:
-            q, k, v = jnp.split(self.qkv(x_BTD), 3, axis=2)
-            return q.squeeze(2), k.squeeze(2), v.squeeze(2)
-        k, v = jnp.split(self.kv(x_BTD), 2, axis=2)
-        return self.q(x_BTD), k.squeeze(2), v.squeeze(2)
-
-    def weights_dropout(self, context: Context) -> Partial | None:
-        """Return the dropout of attention weights as a pytree, or None if it is off."""
-        if not self.config.attention_dropout or not context.dropout.rate:
-            return None
-        site = DropoutSite.ATTENTION_WEIGHTS
-        return Partial(Dropout.__call__, context.dropout, layer=context.layer, site=site)
+            q_BTNH, k_BTKH, v_BTKH = jnp.unstack(self.qkv(x_BTD), axis=2)
+        else:
+            k_BTKH, v_BTKH = jnp.unstack(self.kv(x_BTD), axis=2)
+            q_BTNH = self.q(x_BTD)
+        return q_BTNH, k_BTKH, v_BTKH
 
     def mix_first_values(self, v_BTKH: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix in the first layer's values (Zhou et al. 2024, "Value Residual Learning")."""
@@ -186,8 +182,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         h = self.up(x_BTD)
         if self.kind == "swiglu":
-            gate_BTCF, up_BTCF = jnp.split(h, 2, axis=2)
-            h_BTF = (jax.nn.silu(gate_BTCF) * up_BTCF).squeeze(2)
+            gate_BTF, up_BTF = jnp.unstack(h, axis=2)
+            h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         else:
             h_BTF = ACTIVATIONS[self.kind](h)
         return context.dropout(self.down(h_BTF), context.layer, DropoutSite.MLP_OUTPUT)
@@ -232,19 +228,19 @@ class GPT(nnx.Module):
         self.embed = Embedding("VD", V, D, rngs=rngs)
         if c.position == "learned":
             self.pos_embed = Embedding("TD", c.block_size, D, rngs=rngs)
-        make_block = Block if c.norm_position == "pre" else PostNormBlock
-        make = lambda key: make_block(c, rngs=nnx.Rngs(params=key))
+        block_class = Block if c.norm_position == "pre" else PostNormBlock
+        new_block = lambda key: block_class(c, rngs=nnx.Rngs(params=key))
         keys = jax.random.split(rngs.params(), c.n_layer)
-        self.blocks: Any = stacked_block(make, keys) if c.scan_layers else nnx.List(map(make, keys))
+        if c.scan_layers:
+            self.blocks: Any = stacked_block(new_block, keys)
+        else:
+            self.blocks = nnx.List(map(new_block, keys))
         if c.norm_position == "pre":
             self.ln_f = Norm(c.norm, D, bias=c.bias)
-        if not c.tie_embeddings:
-            self.lm_head = Embedding("VD", V, D, rngs=rngs)
-        self.output_map.equation = "BTD,VD->BTV"
-
-    @property
-    def output_map(self) -> Embedding:
-        return self.embed if self.config.tie_embeddings else self.lm_head
+        if c.tie_embeddings:
+            self.embed.equation = OUTPUT_EQUATION
+        else:
+            self.lm_head = Linear(OUTPUT_EQUATION, V, D, bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -300,8 +296,8 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
-        head = self.output_map
-        logits_BTV: Any = kernels.linear_map(head.equation, x_BTD, head.kernel[...])
+        head = self.embed if c.tie_embeddings else self.lm_head
+        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
         if c.logit_softcap:  # Gemma team 2024
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
@@ -336,10 +332,7 @@ class GPT(nnx.Module):
 
 
 def residual_std(c: ModelConfig) -> float:
-    """Return the initial deviation of a branch's last map, so that 2L branches sum as one (GPT-2).
-
-    It is 0 with `zero_init_projections` (Zhang et al. 2019, "Fixup").
-    """
+    """Return the initial deviation of a branch's last map: GPT-2's, or 0 as in Fixup (2019)."""
     return 0.0 if c.zero_init_projections else INIT_STD / math.sqrt(2 * c.n_layer)
 
 
@@ -365,6 +358,8 @@ def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 
 
 # ---- a model as a function of its parameters -------------------------------------------------
+# nnx.split(model) gives (graphdef, state): the tree of modules without arrays, and the arrays.
+# nnx.merge(graphdef, params) makes the model again. param[...] is a parameter's array.
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
@@ -383,11 +378,6 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def ties_embedding(config: Config, graphdef: nnx.GraphDef, shapes: dict) -> bool:
-    """Return whether this abstract model is a GPT whose embedding is also its output layer."""
-    return config.tie_embeddings and isinstance(nnx.merge(graphdef, shapes), GPT)
-
-
 def init_params(config: Config, key: jax.Array) -> dict:
     """Return fresh parameters: nested dicts of float32 arrays."""
     return nnx.to_pure_dict(nnx.split(config.make_model(nnx.Rngs(params=key)))[1])
@@ -398,29 +388,3 @@ def unstack_layers(params: dict) -> dict:
     layers = len(jax.tree.leaves(params["blocks"])[0])
     blocks = {i: jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(layers)}
     return params | {"blocks": blocks}
-
-
-def stack_layers(params: dict) -> dict:
-    """Convert NumPy parameters of a model without `scan_layers` to those of a model with it."""
-    blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
-    return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
-
-
-def count_params(config: Config) -> int:
-    """Count parameters as nanoGPT does: without position embeddings and without padding."""
-    _, shapes, axes = abstract_model(config)
-    shapes.pop("pos_embed", None)
-    axes.pop("pos_embed", None)
-
-    def unpadded_size(shape: Any, letters: str) -> int:
-        size = math.prod(shape.shape)
-        padded = config.padded_vocab_size
-        return size // padded * config.vocab_size if "V" in letters else size
-
-    return sum(jax.tree.leaves(jax.tree.map(unpadded_size, shapes, axes)))
-
-
-def flops_per_token(config: Config) -> int:
-    """Return training FLOPs per token by nanoGPT's formula: 6 P + 12 L D T, P parameters."""
-    c = config
-    return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size

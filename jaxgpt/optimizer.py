@@ -1,6 +1,5 @@
 """The optimizer: AdamW or Muon, gradient clipping, learning-rate schedules, frozen parameters."""
 
-import math
 import re
 from collections.abc import Hashable
 from functools import partial
@@ -8,12 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax.contrib import scale_by_muon
 
 from jaxgpt import kernels, model
 from jaxgpt.config import Config
-
-MUON_RMS = 0.2  # of an update's elements, about AdamW's (Liu et al. 2025, "Muon is Scalable")
+from jaxgpt.kernels import muon
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -52,9 +50,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     if it is False, the moments do not change.
     """
     c = config
+    # wrap every transformation that has moments in `skip_if_nonfinite`, or they keep a NaN
     direction = scale_by_adam(c.beta1, c.beta2)
     if c.optimizer == "muon" or c.freeze:
         direction = partition_by_kind(c, direction)
+    # the nesting is the structure of checkpoints, so it stays
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
         optax.chain(
@@ -93,24 +93,27 @@ def where_finite(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array
     return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
-def partition_by_kind(config: Config, adam: optax.GradientTransformation):
-    """Apply Muon to the blocks' matrices if it is chosen, and no update to frozen parameters."""
+def partition_by_kind(
+    config: Config, adam: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Apply Muon to the blocks' matrices if it is chosen; keep no moments for frozen parameters."""
     _, shapes, letters = model.abstract_model(config)
-    is_frozen = frozen_mask(config, shapes)
-    axes = muon_dimension_numbers(config, letters, is_frozen)
-    kinds: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
-    if config.optimizer == "muon":
-        muon = skip_if_nonfinite(scale_by_muon(weight_dimension_numbers=axes))
-        kinds["muon"] = optax.chain(muon, consistent_rms(axes))
-    if config.freeze:
-        kinds["frozen"] = optax.set_to_zero()
 
-    def label(frozen: bool, axes: MuonDimensionNumbers | optax.MaskedNode) -> str:
-        if frozen:
+    def kind(path: tuple, letters: str, is_frozen: bool) -> str:
+        if is_frozen:
             return "frozen"
-        return "muon" if isinstance(axes, MuonDimensionNumbers) else "adamw"
+        in_blocks = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
+        return "muon" if config.optimizer == "muon" and in_blocks else "adamw"
 
-    return optax.partition(kinds, jax.tree.map(label, is_frozen, axes))
+    kinds = jax.tree.map_with_path(kind, letters, frozen_mask(config, shapes))
+    transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
+    if config.optimizer == "muon":
+        axes = muon.matrix_axes(letters, kinds)
+        direction = skip_if_nonfinite(scale_by_muon(weight_dimension_numbers=axes))
+        transforms["muon"] = optax.chain(direction, muon.consistent_rms(axes))
+    if config.freeze:
+        transforms["frozen"] = optax.set_to_zero()
+    return optax.partition(transforms, kinds)
 
 
 def frozen_mask(config: Config, params: dict) -> dict:
@@ -121,31 +124,3 @@ def frozen_mask(config: Config, params: dict) -> dict:
         return bool(config.freeze) and re.search(config.freeze, path) is not None
 
     return jax.tree.map_with_path(is_frozen, params)
-
-
-def muon_dimension_numbers(config: Config, letters: dict, is_frozen: dict) -> dict:
-    """Return the input and output axes of every kernel that Muon updates; a blank for others.
-
-    D is one side of the matrix; heads or hidden units are the other side. Each layer (L) and each
-    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused.
-    """
-
-    def numbers(path: tuple, letters: str, frozen: bool) -> MuonDimensionNumbers | optax.MaskedNode:
-        in_blocks = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
-        if config.optimizer != "muon" or frozen or not in_blocks:
-            return optax.MaskedNode()
-        width = (letters.index("D"),)
-        other = tuple(i for i, letter in enumerate(letters) if letter not in "LCD")
-        return MuonDimensionNumbers(*sorted((width, other)))
-
-    return jax.tree.map_with_path(numbers, letters, is_frozen)
-
-
-def consistent_rms(axes: dict) -> optax.GradientTransformation:
-    """Scale orthogonal updates to the RMS of AdamW's, so that both share a learning rate."""
-
-    def scale(update: jax.Array, sides: tuple[tuple[int, ...], ...]) -> jax.Array:
-        longer = max(math.prod(update.shape[i] for i in side) for side in sides)
-        return MUON_RMS * math.sqrt(longer) * update
-
-    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))

@@ -10,10 +10,11 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import batch_size
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tokens import Dataset
@@ -79,7 +80,31 @@ def data_fits_on_device(config: Config, dataset: Dataset) -> bool:
 
 
 def tokens_per_step(config: Config) -> int:
-    return sharding.global_batch_size(config) * config.block_size
+    return batch_size.global_batch_size(config) * config.block_size
+
+
+def count_params(config: Config) -> int:
+    """Count parameters as nanoGPT does: without position embeddings and without padding."""
+    _, shapes, axes = model.abstract_model(config)
+    padded = config.padded_vocab_size
+
+    def unpadded_size(shape: jax.ShapeDtypeStruct, letters: str) -> int:
+        return shape.size // padded * config.vocab_size if "V" in letters else shape.size
+
+    sizes = jax.tree.map(unpadded_size, shapes, axes)
+    return sum(jax.tree.leaves(sizes | {"pos_embed": {}}))
+
+
+def flops_per_token(config: Config) -> int:
+    """Return training FLOPs per token by nanoGPT's formula: 6 P + 12 L D T, P parameters."""
+    c = config
+    return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:
+    """Return the tokens per second at the devices' peak FLOP/s, or None if the peak is unknown."""
+    peak = device.peak_flops() if config.dtype == "bfloat16" else None
+    return peak and peak * mesh.size / flops_per_token(config)
 
 
 def steps_per_call(config: Config, dataset: Dataset) -> int:
@@ -89,7 +114,7 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
     """
     if config.steps_per_call:
         return config.steps_per_call
-    flops = model.flops_per_token(config) * tokens_per_step(config)
+    flops = flops_per_token(config) * tokens_per_step(config)
     is_slow = device.is_cpu() and flops > SLOW_FLOPS
     is_fast = data_fits_on_device(config, dataset) and not is_slow
     return FAST_STEPS if is_fast else 1
@@ -142,14 +167,14 @@ def summary(run: ResolvedRun) -> list[str]:
     config, data = run.config, run.dataset
     train_tokens = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
     place = ", held on the device" if data_fits_on_device(config, data) else ""
-    sequences = sharding.global_batch_size(config)
-    num_micro_batches = sharding.num_microbatches(config, run.mesh)
+    sequences = batch_size.global_batch_size(config)
+    num_micro_batches = batch_size.num_microbatches(config, run.mesh)
     lines = [
         f"device: {run.mesh.size} x {jax.devices()[0].device_kind}, {config.dtype}, "
         f"{config.attention} attention",
         f"data: {data.source}; {train_tokens} train and {len(data.val):,} val tokens, "
         f"vocabulary {data.vocab_size}{place}",
-        f"model: {model.count_params(config) / 1e6:.2f}M parameters; "
+        f"model: {count_params(config) / 1e6:.2f}M parameters; "
         f"step: {tokens_per_step(config):,} tokens = {sequences} x {config.block_size} "
         f"in {num_micro_batches} micro-batch{'es' if num_micro_batches > 1 else ''}",
     ]
@@ -166,10 +191,10 @@ def summary(run: ResolvedRun) -> list[str]:
 
 def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batches]:
     """Return the batches of each stream: training, and evaluation on either split."""
-    num_micro_batches = sharding.num_microbatches(config, mesh)
-    micro_batch_size = sharding.global_batch_size(config) // num_micro_batches
+    num_micro_batches = batch_size.num_microbatches(config, mesh)
+    micro_batch_size = batch_size.global_batch_size(config) // num_micro_batches
     train_shape = steps_per_call(config, dataset), num_micro_batches, micro_batch_size
-    num_eval_batches, eval_batch_size = sharding.eval_batches(config, mesh)
+    num_eval_batches, eval_batch_size = batch_size.eval_batches_and_size(config, mesh)
     eval_shape = min(BATCHES_PER_CALL, num_eval_batches), 1, eval_batch_size
     make = partial(Batches, mesh=mesh, block_size=config.block_size, seed=config.seed)
     train, val, train_tokens, val_tokens = dataset.train, dataset.val, None, None
@@ -186,7 +211,7 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
 class Best:
     """The lowest validation loss so far, and its step."""
 
-    patience: int  # steps without a lower loss after which the run stops; 0 means never
+    patience_steps: int  # the run stops after so many steps without a lower loss; 0 means never
     val_loss: float = math.inf
     step: int = 0
 
@@ -197,15 +222,15 @@ class Best:
         self.step, self.val_loss = step, val_loss
         return True
 
-    def is_too_old(self, step: int) -> bool:
-        """Return whether the run should stop early."""
-        return 0 < self.patience <= step - self.step
+    def stops_early(self, step: int) -> bool:
+        """Return whether the run stops at this step, because its loss no longer improves."""
+        return 0 < self.patience_steps <= step - self.step
 
 
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    best = Best(patience=config.early_stopping_patience * config.eval_interval, step=step)
+    best = Best(config.early_stopping_patience * config.eval_interval, step=step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:
@@ -225,10 +250,10 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
         best.update(best_step, best_val_loss)
     abstract = abstract_state(config, mesh)
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
-    return TrainState(**checkpoints.restore(items, step), step=replicated(mesh, step)), best
+    return TrainState(**checkpoints.restore(items, step), step=replicated_int(mesh, step)), best
 
 
-def replicated(mesh: Mesh, value: int) -> jax.Array:
-    """Return an int32 that is replicated on every device of the mesh."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback((), everywhere, lambda _: np.array(value, np.int32))
+def replicated_int(mesh: Mesh, value: int) -> jax.Array:
+    """Return an int32 that every device of the mesh holds."""
+    whole = sharding.replicated(mesh)
+    return jax.make_array_from_callback((), whole, lambda _: np.array(value, np.int32))

@@ -38,7 +38,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # makes tokens seen before less likely; Keskar et al. 2019
 
 
-def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> jax.Array:
+def sample_token(logits_BV, uniform_B, sampling: SamplingParams, seen_BV=None) -> jax.Array:
     """Draw one token id per sequence, int32 [B], by inverse CDF from uniform draws in (0, 1].
 
     Padded ids are never drawn, because their logits are -inf. `seen_BV` marks the tokens that the
@@ -46,23 +46,23 @@ def sample_token(logits_BV, uniform_B, params: SamplingParams, seen_BV=None) -> 
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if seen_BV is not None:
-        penalty = min(params.repetition_penalty, 1e30)  # within float32
+        penalty = min(sampling.repetition_penalty, 1e30)  # within float32
         penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV[:, : logits_BV.shape[1]], penalized_BV, logits_BV)
-    if params.temperature == 0:
+    if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV -= logits_BV.max(-1, keepdims=True)
-    logits_BV /= min(max(params.temperature, 1e-30), 1e30)
-    if params.min_p:
-        logits_BV = jnp.where(logits_BV >= math.log(params.min_p), logits_BV, -jnp.inf)
+    logits_BV /= min(max(sampling.temperature, 1e-30), 1e30)
+    if sampling.min_p:
+        logits_BV = jnp.where(logits_BV >= math.log(sampling.min_p), logits_BV, -jnp.inf)
     V = logits_BV.shape[-1]
-    k = min(params.top_k or V, V)
-    if k == V and params.top_p == 1:  # no sort needed
+    k = min(sampling.top_k or V, V)
+    if k == V and sampling.top_p == 1:  # no sort needed
         return decode.inverse_cdf(jnp.exp(logits_BV), uniform_B)
     values_Bk, ids_Bk = jax.lax.top_k(logits_BV, k)
     probs_Bk = jax.nn.softmax(values_Bk)
     likelier_Bk = probs_Bk.cumsum(-1) - probs_Bk  # the probability of all likelier tokens
-    is_kept_Bk = (likelier_Bk < params.top_p).at[:, 0].set(True)
+    is_kept_Bk = (likelier_Bk < sampling.top_p).at[:, 0].set(True)
     choice_B = decode.inverse_cdf(jnp.where(is_kept_Bk, probs_Bk, 0), uniform_B)
     return jnp.take_along_axis(ids_Bk, choice_B[:, None], axis=1)[:, 0]
 
@@ -87,7 +87,7 @@ class DecodeState:
         return self.tokens_BS.shape[1] - CHUNK
 
 
-def initial_state(prompts, params: SamplingParams, seed: int, config: Config, longest: int):
+def initial_state(prompts, sampling: SamplingParams, seed: int, config: Config, longest: int):
     """Return the state before the first draw.
 
     A prompt of more than `block_size` tokens keeps its last `longest` tokens.
@@ -102,7 +102,7 @@ def initial_state(prompts, params: SamplingParams, seed: int, config: Config, lo
         seen_BV[row, prompt] = True
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
     keys_B = jax.random.key_data(keys_B)  # with typed keys, JAX would compile everything twice
-    seen = seen_BV if params.repetition_penalty != 1 else None
+    seen = seen_BV if sampling.repetition_penalty != 1 else None
     arrays: Any = keys_B, np.zeros(B, np.int32), seen, tokens_BS, lengths_B
     return DecodeState(*arrays)
 
@@ -128,7 +128,9 @@ def prefill(network: Any, state: DecodeState, length: int) -> tuple[DecodeState,
     return replace(state, tokens_BS=tokens_BS, lengths_B=lengths_B), [kv.past for kv in cache]
 
 
-def decode_chunk(network: Any, state: DecodeState, past, active_B, params: SamplingParams, kv_len):
+def decode_chunk(
+    network: Any, state: DecodeState, past, active_B, sampling: SamplingParams, kv_len
+):
     """Draw n = CHUNK tokens per sequence; return state, past and tokens [B, n].
 
     A sequence draws fewer if its text gets full. Queries attend to `kv_len` positions of the past
@@ -146,7 +148,7 @@ def decode_chunk(network: Any, state: DecodeState, past, active_B, params: Sampl
         last_B1 = jnp.maximum(last_B, 0)[:, None]
         logits_B1V, cache = network(last_B1, cache=cache, position=position)
         is_drawing_B = active_B & (state.lengths_B <= state.block_size)
-        state, token_B = draw(state, logits_B1V[:, 0], uniform_B, is_drawing_B, params)
+        state, token_B = draw(state, logits_B1V[:, 0], uniform_B, is_drawing_B, sampling)
         return (state, [kv.chunk for kv in cache], token_B), token_B
 
     inputs = jnp.arange(CHUNK), decode.uniform_draws(state.keys_B, state.num_drawn_B, CHUNK)
@@ -158,7 +160,7 @@ def decode_chunk(network: Any, state: DecodeState, past, active_B, params: Sampl
     return replace(state, tokens_BS=tokens_BS), past, tokens_nB.T
 
 
-def decode_uncached(network: Any, state: DecodeState, active_B, params: SamplingParams):
+def decode_uncached(network: Any, state: DecodeState, active_B, sampling: SamplingParams):
     """Draw n = CHUNK tokens, each by a forward pass of the last block; return state, tokens."""
 
     def decode_one_token(state: DecodeState, uniform_B: jax.Array):
@@ -169,7 +171,7 @@ def decode_uncached(network: Any, state: DecodeState, active_B, params: Sampling
         length_B = jnp.minimum(state.lengths_B, size)
         logits_BV = logits_at(network, tokens_BS[:, :size], length_B - 1)
         state = replace(state, lengths_B=length_B)
-        state, token_B = draw(state, logits_BV, uniform_B, active_B, params)
+        state, token_B = draw(state, logits_BV, uniform_B, active_B, sampling)
         tokens_BS = tokens_BS.at[jnp.arange(len(token_B)), length_B].set(jnp.maximum(token_B, 0))
         return replace(state, tokens_BS=tokens_BS), token_B
 
@@ -185,9 +187,9 @@ def logits_at(network: Any, tokens_BT: jax.Array, position_B: jax.Array) -> jax.
     return jnp.take_along_axis(network(tokens_BT), position_B[:, None, None], axis=1)[:, 0]
 
 
-def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, params: SamplingParams):
+def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, sampling: SamplingParams):
     """Draw a token where `is_drawing_B`, NO_TOKEN elsewhere; return state and ids, int32 [B]."""
-    token_B = sample_token(logits_BV, uniform_B, params, state.seen_BV)
+    token_B = sample_token(logits_BV, uniform_B, sampling, state.seen_BV)
     token_B = jnp.where(is_drawing_B, token_B, NO_TOKEN).astype(jnp.int32)
     num_drawn_B = state.num_drawn_B + is_drawing_B
     lengths_B = state.lengths_B + is_drawing_B
@@ -232,7 +234,7 @@ class Sampler:
 
     def generate(
         self, prompts: list[np.ndarray], *, max_new_tokens: int,
-        params: SamplingParams = SamplingParams(), seed: int = 1337, overflow: str = "truncate",
+        sampling: SamplingParams = SamplingParams(), seed: int = 1337, overflow: str = "truncate",
         active: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Yield chunks of new token ids, int32 [B, n], NO_TOKEN where a sequence drew none.
@@ -245,7 +247,7 @@ class Sampler:
         active = np.ones(len(prompts), bool) if active is None else active
         missing_B = np.full(len(prompts), max_new_tokens)
         self.num_generated = 0
-        chunks = self._launch(prompts, max_new_tokens, params, seed, overflow, active)
+        chunks = self._launch(prompts, max_new_tokens, sampling, seed, overflow, active)
         pending = next(chunks, None)
         while pending is not None:
             following = next(chunks, None)  # the device computes it while the host reads below
@@ -257,7 +259,7 @@ class Sampler:
             yield tokens_Bn
             pending = following if (active & (missing_B > 0)).any() else None
 
-    def _launch(self, prompts, max_new_tokens, params, seed, overflow, active):
+    def _launch(self, prompts, max_new_tokens, sampling, seed, overflow, active):
         """Launch chunks without reading tokens: the host knows each text's length in advance."""
         size = self.config.block_size
         uses_cache = self._has_cache
@@ -265,7 +267,7 @@ class Sampler:
         mesh, weights = self._replicate(len(prompts))
         row_weights = self.row_params if len(prompts) == 1 else weights
         longest = truncated_len(size) if truncates else size
-        state = initial_state(prompts, params, seed, self.config, longest)
+        state = initial_state(prompts, sampling, seed, self.config, longest)
         past = None
         lengths_B = np.array(state.lengths_B)
         left_B = np.full(len(prompts), max_new_tokens)
@@ -280,13 +282,13 @@ class Sampler:
             if uses_cache:
                 kv_len = decode.kv_len(lengths_B[active_B], size)
                 state, past, tokens_Bn = self.decode_chunk(
-                    mesh, (params, kv_len), row_weights, (state, past), active_B
+                    mesh, (sampling, kv_len), row_weights, (state, past), active_B
                 )
                 grown_B = np.minimum(lengths_B + CHUNK, size + 1)
             else:
                 past = None  # free its memory
                 state, tokens_Bn = self.decode_uncached(
-                    mesh, (params,), weights, (state,), active_B
+                    mesh, (sampling,), weights, (state,), active_B
                 )
                 grown_B = lengths_B + CHUNK
             left_B = left_B - (grown_B - lengths_B)

@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.text_stream import generate_text
@@ -23,16 +21,18 @@ from jaxgpt.resolve import (
     ResolvedRun,
     init_or_restore,
     make_batches,
-    replicated,
+    peak_tokens_per_s,
+    replicated_int,
     resolve_run,
     summary,
     tokens_per_step,
 )
-from jaxgpt.runtime import device, distributed
+from jaxgpt.runtime import distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
 from jaxgpt.sample import Sampler
+from jaxgpt.sharding import replicated
 from jaxgpt.train_step import TrainState, make_train_step
 
 SAMPLE_TOKENS = 200
@@ -49,34 +49,35 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         config, step = run.config, run.resume_step
         batches = make_batches(config, run.mesh, run.dataset)
         state, best = init_or_restore(run)
-        events = Events(run, batches, best, log)
+        periodic = PeriodicWork(run, batches, best, log)
         if step == 0 or config.eval_only:
-            events.evaluate(state, step, is_last=config.eval_only)
+            periodic.evaluate(state, step, with_full_loss=config.eval_only)
         if config.eval_only or step >= config.max_iters:
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         began = time.perf_counter()
         train_step = make_train_step(config, run.mesh)
-        arguments = state, batches[TRAIN].get(step), replicated(run.mesh, 1)
+        arguments = state, batches[TRAIN].get(step), replicated_int(run.mesh, 1)
+        # compile now, to log the time, and to keep it out of the first step's time
         train_step = train_step.lower(*arguments).compile()
         log.info(f"compiled in {time.perf_counter() - began:.1f} s")
         peak = peak_tokens_per_s(config, run.mesh)
         step_log = StepLog(config, log, stop, tokens_per_step(config), peak)
 
-        next_event = step + steps_to_next_event(config, step)
-        while step < config.max_iters and not stop.signal and not best.is_too_old(step):
-            count = min(config.steps_per_call, next_event - step)
+        next_pause = step + steps_to_next_pause(config, step)
+        while step < config.max_iters and not stop.signal and not best.stops_early(step):
+            count = min(config.steps_per_call, next_pause - step)
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
-            state, metrics = train_step(state, windows_UMBT, replicated(run.mesh, count))
-            step_log.launched(step, count, metrics)
+            state, metrics = train_step(state, windows_UMBT, replicated_int(run.mesh, count))
+            step_log.launched(step, count, metrics)  # logs the previous call, and updates `stop`
             step += count
-            if step == next_event:
+            if step == next_pause:
                 step_log.flush()
-                events.evaluate_and_save(state, step)
-                step_log.stopwatch.resume()
-                next_event = step + steps_to_next_event(config, step)
+                periodic.evaluate_and_save(state, step)
+                step_log.stopwatch.resume()  # evaluations are not step time
+                next_pause = step + steps_to_next_pause(config, step)
         step_log.flush()
-        events.finish(state, step)
+        periodic.finish(state, step)
         return stop.exit_code
 
 
@@ -91,56 +92,50 @@ def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
     return log
 
 
-def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:
-    """Return the tokens per second at the devices' peak FLOP/s, or None if the peak is unknown."""
-    peak = device.peak_flops() if config.dtype == "bfloat16" else None
-    return peak and peak * mesh.size / model.flops_per_token(config)
-
-
 # ---- between two steps -----------------------------------------------------------------------
 
 
-def is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-def steps_to_next_event(config: Config, step: int) -> int:
+def steps_to_next_pause(config: Config, step: int) -> int:
     """Return the number of steps until the next evaluation, save or the end."""
     intervals = [n for n in (config.eval_interval, config.save_interval) if n]
     return min(config.max_iters - step, *(n - step % n for n in intervals))
 
 
-class Events:
-    """Evaluates, logs samples, and saves between two steps."""
+class PeriodicWork:
+    """The evaluations, samples and saves of a run, which happen between two steps."""
 
     def __init__(self, run: ResolvedRun, batches: dict[int, Batches], best: Best, log: Log):
         self.run, self.config, self.best, self.log = run, run.config, best, log
         self.evaluator = Evaluator(run.config, run.mesh, batches[EVAL_TRAIN], batches[EVAL_VAL])
         self.sampler: Sampler | None = None
-        everywhere = NamedSharding(run.mesh, PartitionSpec())
-        self.replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
-        self.all_finite = jax.jit(all_finite, out_shardings=everywhere)
+        whole = replicated(run.mesh)
+        self.replicate = jax.jit(lambda tree: tree, out_shardings=whole)
+        self.all_finite = jax.jit(all_finite, out_shardings=whole)
 
     def evaluate_and_save(self, state: TrainState, step: int) -> None:
         """Evaluate, log a sample and save, each if it is due at this step."""
-        config, improved = self.config, False
-        is_last, is_eval = step == config.max_iters, is_due(step, config.eval_interval)
+        c = self.config
+        is_last = step == c.max_iters
+        is_eval = step % c.eval_interval == 0
+        is_save = c.save_interval > 0 and step % c.save_interval == 0
+        improved = False
         if is_eval or is_last:
-            improved = self.evaluate(state, step, is_last=is_last)
-            if config.sample_every and step // config.eval_interval % config.sample_every == 0:
+            improved = self.evaluate(state, step, with_full_loss=is_last)
+            if c.sample_every and step // c.eval_interval % c.sample_every == 0:
                 self.log_sample(state)
-        is_routine = is_eval and config.always_save_checkpoint
-        if improved or is_last or is_routine or is_due(step, config.save_interval):
+        is_routine = is_eval and c.always_save_checkpoint
+        if improved or is_last or is_routine or is_save:
             self.save(state, step, is_best=improved)
 
-    def evaluate(self, state: TrainState, step: int, *, is_last: bool) -> bool:
+    def evaluate(self, state: TrainState, step: int, *, with_full_loss: bool) -> bool:
         """Log both losses, and return whether the validation loss is the lowest so far.
 
-        The last evaluation adds the exact loss over the whole validation split.
+        `with_full_loss`, and where the run stops early, also log the exact loss of the whole
+        validation split.
         """
         row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
-        if (is_last or self.best.is_too_old(step)) and self.config.eval_iters:
+        if (with_full_loss or self.best.stops_early(step)) and self.config.eval_iters:
             row["full_val_loss"] = self.evaluator.full_loss(state.params)
         self.log.eval(row | {"time": time.time()})
         return improved
@@ -165,11 +160,10 @@ class Events:
                 f"step {step}: a weight or moment is not finite, so the state is not saved; try a "
                 "lower learning_rate, then --init_from=resume"
             )
-        best_val_loss = self.best.val_loss if math.isfinite(self.best.val_loss) else None
         meta = {
             "step": step,
             "config": self.config.to_dict(),
-            "best_val_loss": best_val_loss,
+            "best_val_loss": self.best.val_loss if math.isfinite(self.best.val_loss) else None,
             "best_step": self.best.step,
             "dataset": self.config.dataset,
             "data": self.run.dataset.fingerprint,
@@ -182,7 +176,7 @@ class Events:
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)
         self.run.checkpoints.wait()
-        if self.best.is_too_old(step):
+        if self.best.stops_early(step):
             self.log.info(
                 f"early stop: {self.config.early_stopping_patience} evaluations since the lowest "
                 f"validation loss, {self.best.val_loss:.4f} at step {self.best.step}"

@@ -13,44 +13,40 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import stages
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.tree_util import register_dataclass
 
 from jaxgpt import kernels
 from jaxgpt.config import Config
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
-from jaxgpt.model import abstract_model, init_params, ties_embedding
+from jaxgpt.model import GPT, abstract_model, init_params
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
-from jaxgpt.sharding import param_sharding, use_mesh
+from jaxgpt.sharding import param_sharding, replicated, use_mesh
 
 
-@partial(register_dataclass, data_fields=["opt_state", "params", "step"], meta_fields=[])
+@register_dataclass
 @dataclass
 class TrainState:
     """Everything that a training step changes."""
 
-    params: dict[str, Any]
     opt_state: Any
-    step: jax.Array
-    """Updates taken so far, int32."""
+    params: dict[str, Any]
+    step: jax.Array  # updates taken so far, int32
 
 
 def create_state(config: Config) -> TrainState:
     """Return the state before the first step, drawn from `config.seed`."""
     params = init_params(config, jax.random.fold_in(jax.random.key(config.seed), 0))
-    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(opt_state, params, step=jnp.zeros((), jnp.int32))
 
 
 def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Return the parameters' shapes, dtypes and shardings, without the arrays."""
     _, shapes, axes = abstract_model(config)
-
-    def describe(shape: jax.ShapeDtypeStruct, letters: str) -> jax.ShapeDtypeStruct:
-        sharding = param_sharding(mesh, letters)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    return jax.tree.map(describe, shapes, axes)
+    place = lambda shape, letters: shape.update(sharding=param_sharding(mesh, letters))
+    return jax.tree.map(place, shapes, axes)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -61,12 +57,12 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     keystr = jax.tree_util.keystr
     params = jax.tree.leaves_with_path(abstract_params(config, mesh))
     shardings = {keystr(path): param.sharding for path, param in params}
-    replicated = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
 
     def describe(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         tails = (keystr(path[i:]) for i in range(len(path)))
-        sharding = next((shardings[tail] for tail in tails if tail in shardings), replicated)
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        sharding = next((shardings[tail] for tail in tails if tail in shardings), whole)
+        return array.update(sharding=sharding)
 
     return jax.tree.map_with_path(describe, jax.eval_shape(partial(create_state, config)))
 
@@ -82,43 +78,46 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
-    """Return the jitted `(state, windows_UMBT, count) -> (state, metrics)`; it donates the state.
+    """Return the jitted `(state, windows_UMBT, count) -> (state, metrics)`.
 
-    `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps.
-    Metrics are arrays [U]: `loss` (the mean over the step's targets, in nats), `grad_norm` (before
-    clipping) and `lr`. If loss or norm is not finite, weights and moments do not change, but the
-    step counts.
+    `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps. It
+    reuses the memory of the old state, which must not be read afterwards. Metrics are arrays [U]:
+    `loss` (the mean over the step's targets, in nats), `grad_norm` (before clipping) and `lr`. To
+    log another number, add it to `metrics`. If loss or norm is not finite, weights and moments do
+    not change, but the step counts.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     graphdef, shapes, _ = abstract_model(config)
     is_frozen = frozen_mask(config, shapes)
-    is_tied = ties_embedding(config, graphdef, shapes)
+    is_tied = config.tie_embeddings and isinstance(nnx.merge(graphdef, shapes), GPT)
     loss_fn = make_loss_fn(config, graphdef, is_frozen, is_tied)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
+    def one_step(state: TrainState, windows_MBT: jax.Array):
+        keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
+        # a tied embedding becomes two weights here; the step adds their gradients below
+        weights = weights_by_use(state.params, config.dtype, is_tied)
+        # sums of losses, target counts and gradients over the M micro-batches
+        accumulate = kernels.accumulation(mesh)
+        (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+        num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
+        if is_tied:
+            grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
+        grads = jax.tree.map(lambda g: g / num_targets, grads)
+        loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
+        lr = learning_rate(state.step)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        state = apply_update(optimizer, is_frozen, state, grads, is_finite)
+        return state, {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
+
+    @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
         if len(windows_UMBT) > 1:
-            return repeat_step(train_step, state, windows_UMBT, count)
-        with use_mesh(mesh):
-            windows_MBT = windows_UMBT[0]
-            keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-            # a tied embedding becomes two weights here; the step adds their gradients below
-            weights = weights_by_use(state.params, config.dtype, is_tied)
-            # sums of losses, target counts and gradients over the M micro-batches
-            accumulate = kernels.accumulation(mesh)
-            (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
-            num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
-            if is_tied:
-                grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
-            grads = jax.tree.map(lambda g: g / num_targets, grads)
-            loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
-            lr = learning_rate(state.step)
-            is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            state = apply_update(optimizer, is_frozen, state, grads, is_finite)
-            metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
-            return state, jax.tree.map(lambda value: value[None], metrics)
+            return repeat_step(one_step, state, windows_UMBT, count)
+        state, metrics = one_step(state, windows_UMBT[0])
+        return state, jax.tree.map(lambda value: value[None], metrics)
 
-    shardings = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    shardings = state_shardings(config, mesh), replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
@@ -134,10 +133,10 @@ def apply_update(
     updates, opt_state = optimizer.update(grads, state.opt_state, old, is_finite=is_finite)
 
     def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if frozen else where_finite(is_finite, new, old)
+        return old if frozen else where_finite(is_finite, new, old)  # decay reaches frozen ones
 
     params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(old, updates), old)
-    return TrainState(params, opt_state, state.step + 1)
+    return TrainState(opt_state, params, state.step + 1)
 
 
 def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
@@ -145,11 +144,10 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         state, metrics_U = carry
-        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_UMBT, i, 1)
-        state, metrics_1 = step(state, windows_1MBT, 1)
-        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m[0]), metrics_U, metrics_1)
+        state, metrics = step(state, jax.lax.dynamic_index_in_dim(windows_UMBT, i, keepdims=False))
+        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m), metrics_U, metrics)
 
-    _, shapes = jax.eval_shape(step, state, windows_UMBT[:1], 1)
+    _, shapes = jax.eval_shape(step, state, windows_UMBT[0])
     U = len(windows_UMBT)
     metrics_U = jax.tree.map(lambda one: jnp.zeros(U, one.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))
@@ -167,7 +165,7 @@ def make_loss_fn(
         graphdef, _, _ = abstract_model(config.replace(tie_embeddings=False))
 
     def stop_frozen(frozen: bool, weight: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(weight) if frozen else weight
+        return jax.lax.stop_gradient(weight) if frozen else weight  # computes no gradient
 
     def loss_fn(weights: dict, windows_BT: jax.Array, keys_B: jax.Array) -> tuple:
         model = nnx.merge(graphdef, jax.tree.map(stop_frozen, is_frozen, weights))
@@ -184,6 +182,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """
     graphdef, _, _ = abstract_model(config)
 
+    @use_mesh(mesh)
     def eval_step(params: dict, windows_UMBT: jax.Array, count: jax.Array):
         model = nnx.merge(graphdef, cast_params(params, config.dtype))
 
@@ -191,11 +190,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             inputs_BT, targets_BT = inputs_and_targets(windows_UMBT[i, 0])
             return jax.tree.map(jnp.add, totals, cross_entropy(model(inputs_BT), targets_BT))
 
-        shapes = jax.eval_shape(body, 0, (jnp.zeros(()), jnp.zeros((), jnp.int32)))
-        zeros = jax.tree.map(jnp.zeros_like, shapes)
-        return jax.lax.fori_loop(0, count, body, zeros)
+        return jax.lax.fori_loop(0, count, body, (jnp.zeros(()), jnp.zeros((), int)))
 
-    return jax.jit(use_mesh(mesh)(eval_step))
+    return jax.jit(eval_step)
 
 
 def cast_params(params: dict, dtype: str) -> dict:
@@ -223,9 +220,11 @@ def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return tokens, and the token after each. In a window, `~id` is a token but no target."""
+    """Return tokens, and the token after each.
+
+    In a window `~id`, a negative number, is a token but no target: `cross_entropy` skips it.
+    """
     windows_BT = windows_BT.astype(jnp.int32)
-    # ~id is negative: the model reads the id, and cross_entropy skips negative targets
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)
     return tokens_BT[:, :-1], windows_BT[:, 1:]
 

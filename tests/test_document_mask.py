@@ -10,6 +10,7 @@ from reference import numpy_gpt as ref
 
 from jaxgpt import model
 from jaxgpt.config import Config, UserError
+from jaxgpt.interop import huggingface
 from jaxgpt.runtime import device
 
 EOT = 0
@@ -72,7 +73,7 @@ CASES = [
 def test_masked_loss_and_gradients_match_separate_documents(options):
     config = make_config(**options)
     params = random_params(config)
-    ours = model.stack_layers(params) if config.scan_layers else params
+    ours = huggingface.stack_layers(params) if config.scan_layers else params
     loss, grads = loss_and_grads(config, ours, TOKENS, TARGETS)
     grads = model.unstack_layers(grads) if config.scan_layers else grads
     want_loss, want = one_by_one(config, params)

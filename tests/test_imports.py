@@ -21,7 +21,7 @@ ALLOWED = {
     "config": set(),
     "kernels": set(),
     "sharding": {"config", "kernels"},
-    "data": {"config", "sharding", "runtime.files"},
+    "data": {"config", "kernels", "sharding", "runtime.files"},
     "runtime": {"config", "sharding", "kernels", "data"},
     "core": {"config", "sharding", "kernels", "data", "runtime"},
     "interop": {"config", "sharding", "kernels", "data", "runtime", "core"},
@@ -32,9 +32,7 @@ ALLOWED = {
 EXCEPTIONS = {
     "config": {"core"},  # inside Config.make_model, whose default is a GPT
     "runtime.run_dir": {"core"},  # the shapes of the parameters that it loads
-    "train": {"interop"},  # what `init_from` names
-    "resolve": {"interop"},
-    "evaluate": {"interop"},
+    "resolve": {"interop"},  # what `init_from` names
 }
 
 

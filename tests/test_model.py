@@ -16,8 +16,9 @@ from helpers import reference_config as make_config
 from reference import numpy_gpt as ref
 from reference.options import MODEL_CASES
 
-from jaxgpt import model
+from jaxgpt import model, resolve
 from jaxgpt.config import Config
+from jaxgpt.interop import huggingface
 from jaxgpt.kernels import TABLE
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.kv_cache import KV, DecodePosition, KVCache, flush_chunk
@@ -61,7 +62,7 @@ def test_scan_layers_and_remat_keep_loss_and_gradients(options, remat):
     want_loss, want = loss_and_grads(config, params, *windows)
     loss, grads = loss_and_grads(config.replace(remat=remat), params, *windows)
     scanned = config.replace(remat=remat, scan_layers=True)
-    scanned_loss, stacked = loss_and_grads(scanned, model.stack_layers(params), *windows)
+    scanned_loss, stacked = loss_and_grads(scanned, huggingface.stack_layers(params), *windows)
     assert [loss, scanned_loss] == pytest.approx([float(want_loss)] * 2, rel=1e-6)
     assert_trees_close(grads, want, atol=1e-5)
     assert_trees_close(model.unstack_layers(stacked), want, atol=1e-5)
@@ -98,7 +99,7 @@ def test_dropout_is_equal_for_scanned_and_unscanned_layers():
         return jax.jit(lambda p: build_model(config, p)(tokens, dropout))(params)
 
     plain = hidden(config, params, Dropout(0.3, keys))
-    stacked = model.stack_layers(params)
+    stacked = huggingface.stack_layers(params)
     scanned = hidden(config.replace(scan_layers=True), stacked, Dropout(0.3, keys))
     np.testing.assert_allclose(plain, scanned, atol=1e-5)
     assert not np.allclose(plain, hidden(config, params, Dropout(0.3, keys[::-1])))
@@ -186,10 +187,10 @@ def test_padded_ids_have_no_probability_and_no_gradient():
 )
 def test_parameter_and_flop_counts_match_nanogpt(options, millions):
     config = Config(**{"bias": False} | options)
-    count = model.count_params(config)
+    count = resolve.count_params(config)
     assert round(count / 1e6, 2) == millions
     per_token = 6 * count + 12 * config.n_layer * config.n_embd * config.block_size
-    assert model.flops_per_token(config) == per_token
+    assert resolve.flops_per_token(config) == per_token
 
 
 # ---- KV cache --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from reference import numpy_gpt as ref
 
 from jaxgpt import model
 from jaxgpt.config import Config
+from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import make_optimizer, schedule
 
 PARAMS = {
@@ -129,7 +130,7 @@ def test_muon_steps_match_numpy(options, scan):
         draw = lambda: jax.tree.map(lambda p: rng.standard_normal(p.shape), shapes)
         start, grads = draw(), [draw(), draw()]
         optimizer = make_optimizer(config)
-        lay = model.stack_layers if config.scan_layers else lambda tree: tree
+        lay = huggingface.stack_layers if config.scan_layers else lambda tree: tree
         ours = lay(start)
         state, update = optimizer.init(ours), jax.jit(optimizer.update)
         for grad in grads:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import sharding
 from jaxgpt.config import Config
+from jaxgpt.data import batch_size
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
@@ -47,7 +48,7 @@ SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ("data:8", "fsdp
 def batch(config: Config, step: int) -> jax.Array:
     """Return the windows of a step, sharded over the mesh, with equal values on every mesh."""
     mesh = make_mesh(config)
-    rng, micro = np.random.default_rng(step), sharding.num_microbatches(config, mesh)
+    rng, micro = np.random.default_rng(step), batch_size.num_microbatches(config, mesh)
     windows = rng.integers(0, config.vocab_size, (SEQUENCES, T + 1), np.int32)
     windows = windows.reshape(1, micro, SEQUENCES // micro, T + 1)
     place = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
@@ -161,7 +162,7 @@ class Compiled:
         self.over_batch = mesh.shape["data"] * mesh.shape["fsdp"]
         keys = {"batch_size": B, "gradient_accumulation_steps": MICRO * self.over_batch}
         config = config.replace(**keys)
-        assert sharding.num_microbatches(config, mesh) == MICRO
+        assert batch_size.num_microbatches(config, mesh) == MICRO
         self.program = Program(plan.compile_step(config, mesh).as_text() or "")
         params = jax.tree.leaves(abstract_state(config, mesh).params)
         self.whole = Counter(p.shape for p in params)

@@ -116,7 +116,7 @@ def check_logits(logits: list, params, sampler, sampling=GREEDY, atol=1e-4, leng
     new = c.block_size + 1 - max(lengths)
     prompts = random_prompts(*lengths, vocab_size=c.vocab_size)
     logits.clear()
-    texts = generate(sampler, prompts, max_new_tokens=new, params=sampling)
+    texts = generate(sampler, prompts, max_new_tokens=new, sampling=sampling)
     jax.effects_barrier()
     assert [of_all.shape for of_all in logits] == new * [(len(lengths), c.padded_vocab_size)]
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -173,7 +173,7 @@ def test_loading_parameters_replaces_earlier_parameters():
     other = jax.tree.map(lambda p: -p, params)
     sampler, texts = Sampler(config), []
     for tree in (params, other, params):
-        texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, params=GREEDY)
+        texts += generate(sampler.load(tree), [[1]], max_new_tokens=10, sampling=GREEDY)
     assert texts[0] == texts[2] != texts[1]
 
 
@@ -221,7 +221,7 @@ def test_generation_beyond_block_size_equals_a_plain_loop(options, penalty, over
     prompts, new = random_prompts(1, 2, 5, 7, 8, 9, 17), 23
     sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = Sampler(config).load(params)
-    got = generate(sampler, prompts, max_new_tokens=new, params=sampling, overflow=overflow)
+    got = generate(sampler, prompts, max_new_tokens=new, sampling=sampling, overflow=overflow)
     logits_after = partial(next_logits, config, params)
     for prompt, text in zip(prompts, got, strict=True):
         want = greedy_loop(logits_after, prompt, new, config.block_size, overflow, penalty)
@@ -234,8 +234,8 @@ def test_sample_depends_on_prompt_and_index_but_not_on_other_prompts(overflow):
     config, params = lively_case(n_layer=1, position="rope")
     sampler, prompts = Sampler(config).load(params), random_prompts(1, 6, 8, 12)
     run = partial(generate, sampler, max_new_tokens=25, overflow=overflow)
-    assert run(prompts, params=GREEDY) == [run([p], params=GREEDY)[0] for p in prompts]
-    run = partial(run, params=SamplingParams(repetition_penalty=1.3, top_p=0.9))
+    assert run(prompts, sampling=GREEDY) == [run([p], sampling=GREEDY)[0] for p in prompts]
+    run = partial(run, sampling=SamplingParams(repetition_penalty=1.3, top_p=0.9))
     texts = run(prompts)
     for index, prompt in enumerate(prompts):
         others = random_prompts(5, 3, 1, 2)
@@ -287,7 +287,7 @@ def test_model_without_a_cache_is_sampled_like_numpy(overflow, penalty):
     params = nnx.to_pure_dict(nnx.split(MeanModel(config, nnx.Rngs(0)))[1])
     prompts, sampler = random_prompts(1, 5, 8, 12), Sampler(config).load(params)
     sampling = SamplingParams(temperature=0, repetition_penalty=penalty)
-    got = generate(sampler, prompts, max_new_tokens=25, params=sampling, overflow=overflow)
+    got = generate(sampler, prompts, max_new_tokens=25, sampling=sampling, overflow=overflow)
     embed, head = np.array(params["embed"]["embedding"]), jax.tree.map(np.array, params["head"])
 
     def logits_after(text: list[int]) -> np.ndarray:
@@ -427,7 +427,7 @@ def test_samples_repeat_for_the_same_seed_and_differ_between_seeds():
 
 @each_overflow
 def test_tokens_do_not_depend_on_sample_count_length_or_chunk_size(overflow, monkeypatch):
-    options = {"params": SamplingParams(top_k=9, repetition_penalty=1.2), "overflow": overflow}
+    options = {"sampling": SamplingParams(top_k=9, repetition_penalty=1.2), "overflow": overflow}
     run = partial(generate, small_sampler(), **options)
     prompts = 5 * [[1, 2, 3]]
     texts = run(prompts, max_new_tokens=45)
@@ -481,7 +481,7 @@ def test_one_compiled_program_serves_each_bucket_of_prompt_lengths(placed, penal
     sampler = Sampler(config).load(params)
     programs = [sampler.prefill, sampler.decode_chunk, sampler.decode_uncached]
     compiled = lambda: [program._cache_size() for program in programs]
-    run = partial(generate, sampler, params=SamplingParams(repetition_penalty=penalty))
+    run = partial(generate, sampler, sampling=SamplingParams(repetition_penalty=penalty))
     for lengths, new in [((5, 9), 1), ((6, 5), 20), ((7, 1), 50), ((8, 8), 21)]:
         run(random_prompts(*lengths), max_new_tokens=new, seed=new)
         assert compiled() == [1, 1, 0], (lengths, new)
@@ -537,7 +537,7 @@ def alphabet() -> Sampler:
 
 
 def say(sampler: Sampler, tokenizer, prompts: list[str], new: int, **options) -> list[str]:
-    pieces = generate_text(sampler, tokenizer, prompts, new, params=GREEDY, **options)
+    pieces = generate_text(sampler, tokenizer, prompts, new, sampling=GREEDY, **options)
     return [*map("".join, zip(*pieces, strict=True))]
 
 
@@ -664,7 +664,7 @@ def test_sample_command_options_match_the_library_parameters(command, options):
     names = vars(SamplingParams()).keys()
     sampling = {"temperature": 0.8, "top_k": 200} | {k: options[k] for k in names & options.keys()}
     rest = {k: options[k] for k in options.keys() - names}
-    rest["params"] = SamplingParams(**sampling)
+    rest["sampling"] = SamplingParams(**sampling)
     pieces = generate_text(Sampler(config).load(params), SIXTY_FIVE, ["abc"] * 2, **rest)
     texts = map("".join, zip(*pieces, strict=True))
     assert (code, out) == (0, "".join(f"abc{text}\n{SEPARATOR}" for text in texts))

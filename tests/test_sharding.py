@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.config import Config, UserError
+from jaxgpt.data.batch_size import global_batch_size, num_microbatches
 from jaxgpt.runtime.mesh import AXES, local_mesh, make_mesh
-from jaxgpt.sharding import global_batch_size, num_microbatches, param_sharding
+from jaxgpt.sharding import param_sharding
 
 DEVICES = 8  # see conftest.py
 SIZES = st.integers(1, 60)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import Partial
 
 from jaxgpt import kernels
 from jaxgpt.config import ModelConfig
@@ -47,14 +46,12 @@ class CrossAttention(nnx.Module):
         dropout: Dropout = Dropout(),
     ) -> jax.Array:
         """Return the output [B, T, D] for queries from x [B, T, D] and a source [B, S, D]."""
-        c, weights_dropout = self.config, None
+        c = self.config
         q_BTNH = self.q(x_BTD)
-        k_BSCKH, v_BSCKH = jnp.split(self.kv(source_BSD), 2, axis=2)
-        k_BSKH, v_BSKH = k_BSCKH.squeeze(2), v_BSCKH.squeeze(2)
+        k_BSKH, v_BSKH = jnp.unstack(self.kv(source_BSD), axis=2)
         if c.qk_norm:
             q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
-        if c.attention_dropout and dropout.rate:
-            weights_dropout = Partial(Dropout.__call__, dropout, layer=layer, site=WEIGHTS_SITE)
+        weights_dropout = dropout.bind(layer, WEIGHTS_SITE) if c.attention_dropout else None
         heads_BTNH = kernels.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, causal=False, dropout=weights_dropout, backend=c.attention
         )

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import Partial
 
 from examples.lecture.config import LectureConfig
 from jaxgpt import kernels
@@ -93,10 +92,10 @@ class MultiHeadAttention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, layer: int, dropout: Dropout) -> jax.Array:
         """Return the attention output, [B, T, D]."""
-        c, weights_dropout = self.config, None
-        if c.attention_dropout and dropout.rate:
-            site = DropoutSite.ATTENTION_WEIGHTS
-            weights_dropout = Partial(Dropout.__call__, dropout, layer=layer, site=site)
+        c = self.config
+        weights_dropout = None
+        if c.attention_dropout:
+            weights_dropout = dropout.bind(layer, DropoutSite.ATTENTION_WEIGHTS)
         heads_BTNH = kernels.dot_product_attention(
             *self.project(x_BTD),
             causal=True,

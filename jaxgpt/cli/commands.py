@@ -194,10 +194,11 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
 
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    sampling = SamplingParams(**{name: getattr(args, name) for name in names})
     show = partial(escape_controls, on_terminal=sys.stdout.isatty())
     texts, began = list(prompts), time.perf_counter()
-    options = {"params": params, "stop": args.stop, "seed": args.seed, "overflow": args.overflow}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("stop", "seed", "overflow")}
+    options["sampling"] = sampling
     stream = generate_text(sampler, tokenizer, prompts, args.max_new_tokens, **options)
     print(show(texts[0]), end="", flush=True)  # after generate_text has accepted the prompts
     for pieces in stream:

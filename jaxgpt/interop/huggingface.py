@@ -21,7 +21,6 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.kernels.norm import NORM_EPSILON
-from jaxgpt.model import stack_layers
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.files import import_extra
@@ -141,6 +140,12 @@ class Weights:
             advice = f"expected at most the {vocab_size} of the weights; try another {file}"
             raise UserError(f"{self.source}: {problem}; {advice}")
         return tokenizer
+
+
+def stack_layers(params: dict) -> dict:
+    """Convert NumPy parameters of a model without `scan_layers` to those of a model with it."""
+    blocks = [params["blocks"][i] for i in range(len(params["blocks"]))]
+    return params | {"blocks": jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
 def param_rows(c: ModelConfig) -> dict[str, tuple[str, str]]:

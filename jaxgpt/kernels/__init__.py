@@ -1,8 +1,9 @@
 """The operations that the core calls, and the one table of their implementations per platform.
 
-Each file of this folder begins with a plain reference, which documents the operation and is the
-oracle of the tests. Faster variants follow; each has a row in docs/performance.md. The variant is
-chosen while a function is traced, for `platform.current_platform`.
+`kernels.NAME(...)` calls the row of `TABLE` for NAME and for `platform.current_platform`, while a
+function is traced. To find the code of an operation, search its name in `TABLE`. A file begins
+with a plain reference, which documents the operation and is the oracle of the tests. Faster
+variants follow; each has a row in docs/performance.md.
 """
 
 from collections.abc import Callable

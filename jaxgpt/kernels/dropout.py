@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+from jax.tree_util import Partial, register_dataclass
 
 
 class DropoutSite:
@@ -39,6 +39,12 @@ class Dropout:
         keys_B = fold_in(fold_in(self.keys_B, layer), site)
         bits = jax.vmap(partial(random_bits_hashed, shape=x.shape[1:]))(keys_B)
         return jnp.where(bits >= jnp.uint32(self.rate * 2**32), x / (1 - self.rate), 0)
+
+    def bind(self, layer: int | jax.Array, site: int) -> Partial | None:
+        """Return this dropout at one site as a pytree `f(x)`, or None if the rate is 0."""
+        if not self.rate:
+            return None
+        return Partial(Dropout.__call__, self, layer=layer, site=site)
 
 
 def random_bits_hashed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.attention import accum_dtype, attention_mask
+from jaxgpt.kernels.attention import AttentionOptions, accum_dtype, attention_mask
 
 
 class KV(NamedTuple):
@@ -85,11 +85,11 @@ def flush_chunk(cache: KVCache, start_B: jax.Array) -> KV:
 
 
 def decode_attention(
-    q_B1NH: jax.Array, cache: KVCache, position: DecodePosition, window: int
+    q_B1NH: jax.Array, cache: KVCache, position: DecodePosition, options: AttentionOptions
 ) -> jax.Array:
     """Attend from one query per sequence to its past, and to the chunk up to `position`.
 
-    `window` is as in `AttentionOptions`. Return [B, 1, N, H] in the cache's dtype.
+    Return [B, 1, N, H] in the cache's dtype.
     """
     B, _, N, H = q_B1NH.shape
     R, S, _ = cache.past.k_RSH.shape
@@ -99,9 +99,9 @@ def decode_attention(
     # Cached positions after the chunk's start are unused or stale, so no query may attend to them.
     past_RS = jnp.where(past_RS < start_R1, past_RS, jnp.iinfo(past_RS.dtype).max)
     key_RS = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
-    mask_RS = attention_mask(start_R1 + position.step, key_RS, True, window)
+    mask_RS = attention_mask(start_R1 + position.step, key_RS, options.causal, options.window)
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_B1NH))
-    q_RQH = q_B1NH.reshape(R, -1, H) * H**-0.5
+    q_RQH = q_B1NH.reshape(R, -1, H) * options.scale
     scores = [product("RQH,RSH->RQS", q_RQH, part.k_RSH) for part in cache]
     scores_RQS = jnp.where(mask_RS[:, None], jnp.concatenate(scores, axis=2), -jnp.inf)
     weights_RQS = jnp.exp(scores_RQS - scores_RQS.max(-1, keepdims=True))

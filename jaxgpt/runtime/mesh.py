@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.sharding import global_batch_size
+from jaxgpt.data.batch_size import global_batch_size
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import sharding
 from jaxgpt.config import UserError
+from jaxgpt.data import batch_size
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
 from jaxgpt.data.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
         expected = "expected a dataset prepared with the model's tokenizer"
         raise UserError(f"dataset={config.dataset!r}: {problem}; {expected}")
     params, step = trained.load(mesh)
-    sequences = sharding.global_batch_size(config) // sharding.num_microbatches(config, mesh)
+    sequences = batch_size.global_batch_size(config) // batch_size.num_microbatches(config, mesh)
     batches = full_split(data.val, mesh, sequences, config.block_size)
     loss = mean_loss(make_eval_step(config, mesh), params, batches)
     result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
@@ -122,7 +122,7 @@ def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np
     answers = []
     for start in range(0, len(prompts), PROBLEMS_PER_BATCH):
         batch = prompts[start : start + PROBLEMS_PER_BATCH]
-        chunks = sampler.generate(batch, max_new_tokens=task.longest_answer, params=greedy)
+        chunks = sampler.generate(batch, max_new_tokens=task.longest_answer, sampling=greedy)
         answers.append(np.concatenate(list(chunks), axis=1)[:, : task.longest_answer])
     tokens = np.concatenate(answers)
     return np.where(tokens == NO_TOKEN, 0, tokens)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import batch_size
 from jaxgpt.data.text import Download
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
@@ -106,7 +107,7 @@ def sequence_losses(
 
     step = jax.jit(sharding.use_mesh(mesh)(losses))
     by_batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    num_shards = sharding.batch_shards(mesh)
+    num_shards = batch_size.batch_shards(mesh)
     order = sorted(range(len(windows)), key=lambda n: len(windows[n]))
     calls = []
     while order:

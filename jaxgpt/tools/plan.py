@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import model, sharding
+from jaxgpt import sharding
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import batch_size
 from jaxgpt.data.tokens import GPT2_VOCAB
+from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.hlo import Collective, Program
@@ -184,7 +186,7 @@ def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     """Compile a resolved config's step for batches from disk. Raises `DoesNotFitError`."""
-    micro, total = sharding.num_microbatches(config, mesh), sharding.global_batch_size(config)
+    micro, total = batch_size.num_microbatches(config, mesh), batch_size.global_batch_size(config)
     everywhere = NamedSharding(mesh, PartitionSpec())
     over_batch = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH))
     shape_UMBT = (1, micro, total // micro, config.block_size + 1)
@@ -224,7 +226,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         config,
         topology,
         *state_bytes(config, mesh),
-        micro_batches=sharding.num_microbatches(config, mesh),
+        micro_batches=batch_size.num_microbatches(config, mesh),
         temporaries=memory.temp_size_in_bytes,
         peak_memory=inside + arguments + memory.output_size_in_bytes,
         flops=flops_per_step(config) / mesh.size,
@@ -259,9 +261,9 @@ def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 def flops_per_step(config: Config) -> float:
     """Return a step's FLOPs on all devices: MFU's formula, and what `remat` computes twice."""
-    tokens = sharding.global_batch_size(config) * config.block_size
+    tokens = batch_size.global_batch_size(config) * config.block_size
     attention = 4 * config.n_layer * config.n_embd * config.block_size  # forward pass, per token
-    once = model.flops_per_token(config)
+    once = flops_per_token(config)
     again = {"none": 0, "dots": attention, "full": once / 3}[config.remat]
     return tokens * (once + again)
 
@@ -277,8 +279,8 @@ def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
 
     The sequences per step stay the same. Raises `UserError` if no micro-batch fits.
     """
-    total = sharding.global_batch_size(config)
-    share = total // sharding.batch_shards(make_mesh(config, topology.devices))
+    total = batch_size.global_batch_size(config)
+    share = total // batch_size.batch_shards(make_mesh(config, topology.devices))
     sizes = [n for n in range(1, share + 1) if share % n == 0]
 
     def attempt(remat: str, size: int) -> Plan | None:
@@ -313,16 +315,16 @@ def format_plan(plan: Plan) -> str:
     """Return the plan as lines of text."""
     c, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     gib = lambda count: f"{count / GIB:10.3f} GiB"
-    tokens = sharding.global_batch_size(c) * c.block_size
+    tokens = batch_size.global_batch_size(c) * c.block_size
     peak = devices * device.PEAK_FLOPS[chip.kind]
     fast, slow = max(plan.work_seconds), sum(plan.work_seconds)
-    fast_mfu, slow_mfu = (tokens * model.flops_per_token(c) / peak / s for s in (fast, slow))
+    fast_mfu, slow_mfu = (tokens * flops_per_token(c) / peak / s for s in (fast, slow))
     compute, memory, links = (1000 * seconds for seconds in plan.work_seconds)
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
         f"{devices} x {chip.kind}, mesh {c.mesh or 'data'}, {c.dtype}, {c.attention} attention, "
         f"remat={c.remat}, scan_layers={c.scan_layers}",
-        f"model: {model.count_params(c) / 1e6:,.1f}M parameters; step: {tokens:,} tokens in "
+        f"model: {count_params(c) / 1e6:,.1f}M parameters; step: {tokens:,} tokens in "
         f"{plan.micro_batches} micro-batches",
         "per device:",
         f"  parameters        {gib(plan.params)}",

@@ -13,7 +13,7 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS, LECTURE_CASES
 
 from examples.lecture.config import LectureConfig
-from jaxgpt import model
+from jaxgpt import model, resolve
 from jaxgpt.config import Config, UserError
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.runtime.config_file import load_config_file
@@ -235,7 +235,7 @@ PARAMS = {
 @pytest.mark.parametrize("stage", PARAMS)
 def test_lecture_stages_have_expected_parameter_counts(stage):
     config = CONFIGS[stage]["config"].replace(vocab_size=65)
-    assert model.count_params(config) == PARAMS[stage]
+    assert resolve.count_params(config) == PARAMS[stage]
 
 
 # ---- initialisation of PyTorch's modules -----------------------------------------------------

@@ -123,9 +123,9 @@ def test_bfloat16_attention_keeps_the_dtype_and_stays_close_to_numpy(implementat
 # ---- attention dropout -----------------------------------------------------------------------
 
 
-def make_dropout(rate: float = 0.25) -> Partial:
+def make_dropout(rate: float = 0.25) -> Partial | None:
     dropout = Dropout(rate, jax.random.split(jax.random.key(0), 2))
-    return Partial(Dropout.__call__, dropout, layer=0, site=DropoutSite.ATTENTION_WEIGHTS)
+    return dropout.bind(0, DropoutSite.ATTENTION_WEIGHTS)
 
 
 @pytest.mark.parametrize("implementation", OWN, ids=name_of)

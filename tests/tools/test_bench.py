@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from jaxgpt import model
+from jaxgpt import resolve
 from jaxgpt.config import Config, RunConfig, UserError
 from jaxgpt.data.tokens import Dataset, TokenSplit
 from jaxgpt.runtime.config_file import load_config_file
@@ -65,7 +65,7 @@ def test_presets_equal_the_quick_start_with_nanogpt_learning_rate():
 @pytest.mark.parametrize(("name", "millions"), [("gpt2", 124), ("gpt2-xl", 1557)])
 def test_gpt2_presets_have_as_many_parameters_as_gpt2(name, millions):
     c = command.PRESETS[name]
-    assert round((model.count_params(c) + c.block_size * c.n_embd) / 1e6) == millions
+    assert round((resolve.count_params(c) + c.block_size * c.n_embd) / 1e6) == millions
 
 
 # --- Side by side -------------------------------------------------------------------------------

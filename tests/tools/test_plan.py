@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxgpt import sharding
 from jaxgpt.cli import commands
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import batch_size
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
@@ -76,7 +76,7 @@ def test_plan_figures_are_consistent(found):
     assert found.params == one
     assert 2 * one <= found.opt_state <= 2 * one + 16
     assert found.params + found.opt_state + found.temporaries <= found.peak_memory
-    assert found.micro_batches == sharding.num_microbatches(TINY, mesh) == 2
+    assert found.micro_batches == batch_size.num_microbatches(TINY, mesh) == 2
     ring, table = 2 * 7 / 8, 384 * 64 * 4  # the tied table has two gradients
     once = ring * one
     reduced = sum(c.times * c.bytes for c in found.collectives if c.kind == "all-reduce")
@@ -121,7 +121,7 @@ def test_fit_prefers_least_recomputation_then_largest_batch(memory, want, monkey
         needs = config.batch_size * cost[config.remat]
         if needs > 2 * memory:
             raise DoesNotFitError("too much")
-        assert sharding.global_batch_size(config) == sharding.global_batch_size(TINY)
+        assert batch_size.global_batch_size(config) == batch_size.global_batch_size(TINY)
         return SimpleNamespace(peak_memory=needs, fits=needs <= memory, config=config)
 
     monkeypatch.setattr(plan, "make_plan", make_plan)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt import model, sharding
+from jaxgpt import model
 from jaxgpt.config import Config, UserError
+from jaxgpt.data import batch_size
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime import device
@@ -84,9 +85,10 @@ def make_samplers(config: Config) -> dict[str, Sampler]:
 
 def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[float, float]:
     """Generate `NEW_TOKENS`; return the seconds until the first tokens, and until the last."""
-    prompts, params = [np.zeros(1, np.int32)] * batch, SamplingParams(**OPTIONS)
+    prompts = [np.zeros(1, np.int32)] * batch
+    options: Any = {"sampling": SamplingParams(**OPTIONS), "overflow": overflow}
     began = time.perf_counter()
-    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, params=params, overflow=overflow)
+    chunks = sampler.generate(prompts, max_new_tokens=NEW_TOKENS, **options)
     next(chunks)
     first = time.perf_counter() - began
     list(chunks)
@@ -139,14 +141,14 @@ def read_bandwidth() -> float:
 def bench_data(b: Bench) -> Report:
     """Time making batches, from tokens on the device and from tokens on disk."""
     c, mesh, data = b.config, make_mesh(b.config), b.dataset.train
-    M = sharding.num_microbatches(c, mesh)
-    shape_UMB = 1, M, sharding.global_batch_size(c) // M
+    M = batch_size.num_microbatches(c, mesh)
+    shape_UMB = 1, M, batch_size.global_batch_size(c) // M
     rows, results = [], {}
     for name, resident in ("resident", make_resident(data, mesh)), ("read from disk", None):
         keys = {"block_size": c.block_size, "seed": c.seed, "stream": TRAIN, "ahead": 2}
         batches, steps = Batches(data, mesh, shape_UMB, resident=resident, **keys), count()
         ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
-        windows = 1000 * sharding.global_batch_size(c) / quartiles(ms)["median"]
+        windows = 1000 * batch_size.global_batch_size(c) / quartiles(ms)["median"]
         tokens = windows * c.block_size
         results[name] = {"samples_ms": ms, "windows_per_s": windows, "tokens_per_s": tokens}
         rows.append([name, f"{windows:,.0f}", f"{tokens:,.0f}"])

@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgpt import sharding
 from jaxgpt.config import Config
+from jaxgpt.data import batch_size
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.optimizer import schedule
+from jaxgpt.resolve import TRAIN, make_batches, peak_tokens_per_s
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError
 from jaxgpt.tools.bench.report import Bench, Report, format_ratios, interleaved, quartiles
 from jaxgpt.tools.hlo import Program
-from jaxgpt.train import TRAIN, make_batches, peak_tokens_per_s
 from jaxgpt.train_step import init_state, make_train_step
 
 ROUND_S = 1.5  # approximate duration of a timed round of steps
@@ -41,7 +41,7 @@ class JaxGPT:
         step = make_train_step(config, mesh)
         self.step = step.lower(self.state, self.batches.get(0), self.count).compile()
         self.compile_s = time.perf_counter() - began
-        self.tokens_per_step = sharding.global_batch_size(config) * config.block_size
+        self.tokens_per_step = batch_size.global_batch_size(config) * config.block_size
         self.peak_tokens_per_s = peak_tokens_per_s(config, mesh)
 
     def train(self, steps: int) -> tuple[float, list[float]]:
