@@ -7,7 +7,7 @@ instructions. An instruction outside a fusion is a kernel, a library call, a cop
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,11 @@ FREE = CONTROL | {  # these do no work of their own
 }  # fmt: skip
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # TPU annotations
 SLICES = {"dynamic-slice", "gather", "slice"}
+# Flash kernels: the kind, and operations per B N T T H of causal attention, half of the square.
+FLASH_KERNELS = {
+    "__cudnn$fmhaSoftmax": ("attention, forward", 2.0),
+    "__cudnn$fmhaSoftmaxBackward": ("attention, backward", 5.0),
+}
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -75,6 +80,16 @@ class Op:
         """Return whether the device launches it; asynchronous operations count at their start."""
         is_end = self.opcode.endswith("-done")
         return not (is_end or self.opcode in FREE or self.target in FREE_CALLS)
+
+
+@dataclass
+class KernelGroup:
+    """All kernels of one kind in one call: their number, and the work of all of them together."""
+
+    kernels: int = 0
+    bytes: int = 0
+    flops: float = 0
+    seconds: float = 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,41 @@ class Program:
                 read += size
         return read + max(0, written)
 
+    def breakdown(self, seconds_of: Callable[[str, float, int], float]) -> dict[str, KernelGroup]:
+        """Group the kernels of one call by kind: attention, matmuls, collectives, or memory.
+
+        A kernel of kind "memory" computes no product. `seconds_of(kind, flops, bytes)` estimates
+        the time of one kernel.
+        """
+        groups: dict[str, KernelGroup] = {}
+        for name, times in self.execution_counts.items():
+            ops = self.computations[name]
+            for op in ops.values():
+                if not op.is_kernel:
+                    continue
+                kind, flops = self._work(ops, op)
+                traffic = self._traffic(ops, op)
+                group = groups.setdefault(kind, KernelGroup())
+                group.kernels += times
+                group.bytes += times * traffic
+                group.flops += times * flops
+                group.seconds += times * seconds_of(kind, flops, traffic)
+        return groups
+
+    def _work(self, ops: dict[str, Op], op: Op) -> tuple[str, float]:
+        """Return the kind of a kernel, and its floating-point operations in products."""
+        if op.opcode.removesuffix("-start") in COLLECTIVES:
+            return "collectives", 0
+        if attention := FLASH_KERNELS.get(op.target):
+            (_, dims), *_ = (shape for shape in op.shapes if len(shape[1]) == 4)
+            B, N, T, H = dims
+            return attention[0], attention[1] * B * N * T * T * H
+        inside = self.computations[op.called[0]] if op.opcode == "fusion" else {op.name: op}
+        scope = inside if op.opcode == "fusion" else ops
+        products = [o for o in inside.values() if o.opcode in ("dot", "convolution")]
+        flops = sum(product_flops(o, scope) for o in products)
+        return ("matmuls" if products else "memory"), flops
+
     def collectives(self) -> list[Collective]:
         """Return the collectives of one call, with the bytes that a device sends in each.
 
@@ -217,6 +267,19 @@ class Program:
                 key = channel if is_shared else f"{name} {op.name}"
                 found[key] = Collective(kind, times, bytes_sent(kind, op, len(group)), group)
         return [c for c in found.values() if len(c.group) > 1]
+
+
+def product_flops(op: Op, ops: dict[str, Op]) -> float:
+    """Return the operations of a product: two per element of the output and summed index."""
+    output = math.prod(op.shapes[0][1])
+    if op.opcode == "dot":
+        summed = _ints(_search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes))
+        lhs = ops[op.operands[0]].shapes[0][1]
+        return 2 * output * math.prod(lhs[i] for i in summed)
+    # A TPU's product is a convolution: dim_labels=bf_io->bf names batch, feature, input, output.
+    kernel_labels = _search(r"dim_labels=\w+?_(\w+?)->", op.attributes)
+    kernel = ops[op.operands[1]].shapes[0][1]
+    return 2 * output * math.prod(kernel) / kernel[kernel_labels.index("o")]
 
 
 def bytes_sent(kind: str, op: Op, n: int) -> int:
