@@ -23,6 +23,7 @@ from jaxgpt.kernels.activation import gelu, relu2
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
+from jaxgpt.kernels.linear import LINEAR_OUTPUT
 from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.sharding import constrain, constrain_batch
 
@@ -34,7 +35,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": relu2,
 }
-LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -71,6 +71,11 @@ class Linear(nnx.Module):
         y: Any = kernels.linear_map(self.equation, x, self.kernel[...])
         y = checkpoint_name(y, LINEAR_OUTPUT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """Return the C parts of a fused map, such as query, key and value."""
+        bias = None if self.bias is None else self.bias[...]
+        return kernels.linear_parts(self.equation, x, self.kernel[...], bias)
 
 
 class Embedding(nnx.Module):
@@ -152,9 +157,9 @@ class Attention(nnx.Module):
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Map x to query [B, T, N, H], key and value [B, T, K, H]."""
         if self.config.kv_heads == self.config.n_head:
-            q_BTNH, k_BTKH, v_BTKH = jnp.unstack(self.qkv(x_BTD), axis=2)
+            q_BTNH, k_BTKH, v_BTKH = self.qkv.parts(x_BTD)
         else:
-            k_BTKH, v_BTKH = jnp.unstack(self.kv(x_BTD), axis=2)
+            k_BTKH, v_BTKH = self.kv.parts(x_BTD)
             q_BTNH = self.q(x_BTD)
         return q_BTNH, k_BTKH, v_BTKH
 

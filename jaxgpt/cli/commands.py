@@ -342,6 +342,7 @@ class PlanArgs:
     topology: str = ""
     # Find the least recomputation that fits, and then the largest batch_size.
     search: bool = False
+    breakdown: bool = False  # Also print a table of the step's kernels by kind.
 
 
 def plan(argv: list[str]) -> int:
@@ -354,7 +355,7 @@ def plan(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     from jaxgpt.tools import plan
 
-    return 0 if plan.run(config, args.topology, args.search, print) else 1
+    return 0 if plan.run(config, args.topology, args.search, print, args.breakdown) else 1
 
 
 COMMANDS = {

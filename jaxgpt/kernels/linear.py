@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.kernels.platform import is_partitioned
 
@@ -71,6 +72,45 @@ def _axes(equation: str) -> tuple[str, str, str]:
         if not axes.startswith(summed) and not axes.endswith(summed):
             raise ValueError(f"{equation!r}: {summed!r} must lead or end both operands")
     return x_axes, y_axes, summed
+
+
+LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
+
+
+def linear_parts_reference(
+    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> list[jax.Array]:
+    """Compute a fused map, "BTD,DCNH->BTCNH" with a bias [C, N, H], and return its C parts."""
+    return _unstacked(linear_in_order(equation, x, weight), bias)
+
+
+def linear_parts_cpu(
+    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> list[jax.Array]:
+    """Compute `linear_parts_reference` by products of two matrices."""
+    return _unstacked(linear_cpu(equation, x, weight), bias)
+
+
+def _unstacked(y: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
+    y = checkpoint_name(y, LINEAR_OUTPUT)
+    return list(jnp.unstack(y if bias is None else y + bias.astype(y.dtype), axis=2))
+
+
+def linear_parts_gpu(
+    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> list[jax.Array]:
+    """Compute each part by a product of its own, with a slice of the weight.
+
+    Otherwise the GPU splits the output of one product, and concatenates the gradients of the
+    parts, which are activations and so much larger than the weight
+    (docs/performance.md, "A product per part").
+    """
+    parts = []
+    for i in range(weight.shape[1]):
+        y = linear_in_order(equation.replace("C", ""), x, weight[:, i])
+        y = checkpoint_name(y, LINEAR_OUTPUT)
+        parts.append(y if bias is None else y + bias[i].astype(y.dtype))
+    return parts
 
 
 # ---- CPU: products of two matrices -----------------------------------------------------------

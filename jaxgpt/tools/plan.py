@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
-from jaxgpt.tools.hlo import Collective, Program
+from jaxgpt.tools.hlo import Collective, KernelGroup, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
 # Assumed fractions of the data sheets' figures that a step reaches.
 EFFICIENCY = {"matmuls": 0.7, "memory": 0.8, "links": 0.8}
+ATTENTION_EFFICIENCY = {"attention, forward": 0.28, "attention, backward": 0.23}  # cuDNN, H100
+LAUNCH_S = 2e-6  # assumed time to start a kernel
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Plan:
     traffic: int
     kernels: int
     collectives: list[Collective]
+    breakdown: dict[str, KernelGroup]
 
     @property
     def fits(self) -> bool:
@@ -233,7 +237,15 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         traffic=program.traffic(),
         kernels=program.kernels().total(),
         collectives=program.collectives(),
+        breakdown=program.breakdown(partial(kernel_seconds, topology.chip)),
     )
+
+
+def kernel_seconds(chip: Chip, kind: str, flops: float, traffic: int) -> float:
+    """Estimate the time of one kernel by a roofline: its launch, and its FLOPs or its bytes."""
+    share = ATTENTION_EFFICIENCY.get(kind, EFFICIENCY["matmuls"])
+    compute = flops / (device.PEAK_FLOPS[chip.kind] * share)
+    return LAUNCH_S + max(compute, traffic / (chip.memory_rate * EFFICIENCY["memory"]))
 
 
 def seconds_to_send(c: Collective, topology: Topology) -> float:
@@ -350,7 +362,28 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config, topology_name: str, search: bool, say: Callable[[str], None]) -> bool:
+def format_breakdown(plan: Plan) -> str:
+    """Return a table of the step's kernels by kind; the times are estimates by a roofline."""
+    lines = [f"{'kernels by kind':<20} {'kernels':>8} {'GB':>9} {'TFLOPs':>8} {'ms':>8}"]
+    for kind, group in sorted(plan.breakdown.items(), key=lambda item: -item[1].seconds):
+        numbers = f"{group.kernels:>8,} {group.bytes / GB:>9.2f} {group.flops / 1e12:>8.3f}"
+        lines.append(f"{kind:<20} {numbers} {1000 * group.seconds:>8.2f}")
+    total = sum(group.seconds for group in plan.breakdown.values())
+    tokens = batch_size.global_batch_size(plan.config) * plan.config.block_size
+    devices = len(plan.topology.devices)
+    peak = device.PEAK_FLOPS[plan.topology.chip.kind]
+    mfu = tokens / devices * flops_per_token(plan.config) / (peak * total)
+    lines.append(f"one after the other: {1000 * total:,.2f} ms per step, MFU {100 * mfu:.1f}%")
+    return "\n".join(lines)
+
+
+def run(
+    config: Config,
+    topology_name: str,
+    search: bool,
+    say: Callable[[str], None],
+    breakdown: bool = False,
+) -> bool:
     """Print a config's plan, and return whether it fits. Raises `UserError`.
 
     If copies of the whole state do not fit and the config names no mesh, the printed plan is what
@@ -377,6 +410,8 @@ def run(config: Config, topology_name: str, search: bool, say: Callable[[str], N
         say(f"searching with --mesh={config.mesh}:")
         plan = fit(config, topology, say)
     say(format_plan(plan))
+    if breakdown:
+        say(format_breakdown(plan))
     if search:
         keys = "mesh", "remat", "scan_layers", "batch_size", "gradient_accumulation_steps"
         found = [(key, getattr(plan.config, key)) for key in keys]

@@ -50,6 +50,35 @@ def test_linear_map_and_gradients_match_numpy(equation, shapes, variant):
     assert_all_close(got, wants, atol)
 
 
+PARTS = [TABLE[row] for row in TABLE if row[0] == "linear_parts"]
+
+
+@pytest.mark.parametrize("variant", PARTS)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_parts_of_a_fused_map_and_gradients_match_numpy(variant, has_bias):
+    x, weight, bias = operands([(2, 3, 4), (4, 3, 2, 5), (3, 2, 5)])
+    want = np.einsum("BTD,DCNH->CBTNH", x, weight)
+    wants = [
+        np.einsum("CBTNH,DCNH->BTD", want, weight),
+        np.einsum("CBTNH,BTD->DCNH", want, x),
+        want.sum((1, 2)),
+    ]
+    args = (x, weight, bias) if has_bias else (x, weight)
+    call = lambda x, weight, bias=None: jnp.stack(variant("BTD,DCNH->BTCNH", x, weight, bias))
+    got, pull_back = jax.vjp(call, *args)
+    shift = bias[:, None, None] if has_bias else 0
+    assert_all_close([got, *pull_back(want)], [want + shift, *wants[: len(args)]], 1e-4)
+
+
+@pytest.mark.parametrize("variant", PARTS)
+def test_parts_of_a_fused_map_keep_bfloat16(variant):
+    x, weight, bias = operands([(2, 3, 64), (64, 3, 2, 5), (3, 2, 5)])
+    want = np.einsum("BTD,DCNH->CBTNH", x, weight) + bias[:, None, None]
+    got = variant("BTD,DCNH->BTCNH", jnp.asarray(x, jnp.bfloat16), weight, bias)
+    assert {part.dtype for part in got} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(np.stack(got).astype(np.float32), want, atol=0.2)
+
+
 @pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
 def test_sum_over_middle_axes_is_rejected(variant):
     with pytest.raises(ValueError, match="'D' must lead or end both operands"):

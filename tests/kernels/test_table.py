@@ -20,6 +20,7 @@ RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))
 ELSEWHERE = {
     "linear_map",
+    "linear_parts",
     *(f"attention_{b}" for b in ("cpu", "cudnn", "reference", "splash", "xla")),
 }
 OTHERWISE = {

@@ -249,6 +249,14 @@ def test_gpt2_on_an_h100_stays_below_memory_kernel_and_traffic_bounds():
 
 
 @aot
+def test_gpu_neither_splits_nor_concatenates_query_key_and_value():
+    """Each part has a product of its own, so nothing has the shape of all three together."""
+    arrays = compiled("h100:1", 2).program.arrays()
+    fused = B * T * 3 * N * 64
+    assert not [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == fused]
+
+
+@aot
 def test_decoding_a_token_rewrites_no_cache_and_launches_few_kernels():
     layers = 2
     chunk = decoding("h100:1", layers)

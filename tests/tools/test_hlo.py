@@ -68,6 +68,49 @@ def test_handwritten_loop_has_expected_kernels_traffic_and_collectives():
     assert (found.kind, found.times, found.bytes, found.group) == ("all-reduce", 7, 400, (0, 1))
 
 
+PRODUCTS = """HloModule products
+
+%fused_dot (a: f32[5,7], b: f32[7,3]) -> f32[5,3] {
+  %a = f32[5,7]{1,0} parameter(0)
+  %b = f32[7,3]{1,0} parameter(1)
+  ROOT %dot = f32[5,3]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[5,7], w: f32[7,3]) -> f32[5,3] {
+  %x = f32[5,7]{1,0} parameter(0)
+  %w = f32[7,3]{1,0} parameter(1)
+  %y = f32[5,3]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused_dot
+  %z = f32[5,3]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %q = bf16[2,4,16,8]{3,2,1,0} custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %sum = f32[5,3]{1,0} add(%y, %z)
+}
+"""
+
+
+def test_breakdown_groups_kernels_by_kind_and_counts_their_flops():
+    """A product takes two operations per element and summed index; causal attention half of 4."""
+    groups = Program(PRODUCTS).breakdown(lambda kind, flops, traffic: flops + traffic)
+    assert {kind: group.kernels for kind, group in groups.items()} == {
+        "matmuls": 2, "attention, forward": 1, "memory": 1
+    }  # fmt: skip
+    assert groups["matmuls"].flops == 2 * (2 * 5 * 3 * 7)
+    assert groups["matmuls"].bytes == 2 * 4 * (5 * 7 + 7 * 3 + 5 * 3)
+    assert groups["attention, forward"].flops == 2 * 2 * 4 * 16 * 16 * 8
+    assert groups["memory"].flops == 0
+    total = sum(group.bytes for group in groups.values())
+    assert total == Program(PRODUCTS).traffic()
+    for group in groups.values():
+        assert group.seconds == group.flops + group.bytes
+
+
+def test_breakdown_of_a_loop_counts_every_turn():
+    groups = Program(BY_HAND).breakdown(lambda kind, flops, traffic: 1)
+    assert {kind: group.kernels for kind, group in groups.items()} == {
+        "memory": 14, "collectives": 7
+    }  # fmt: skip
+    assert sum(group.seconds for group in groups.values()) == 21
+
+
 def test_on_chip_tpu_memory_is_not_counted_as_traffic():
     """Layouts of a TPU mark on-chip memory by S(1)."""
     text = BY_HAND.replace("%summed = f32[1,100]{1,0}", "%summed = f32[1,100]{1,0:T(1,128)S(1)}")

@@ -133,6 +133,17 @@ def test_fit_prefers_least_recomputation_then_largest_batch(memory, want, monkey
         assert (best.remat, best.batch_size) == want
 
 
+def test_breakdown_covers_all_kernels_and_counts_the_flops_of_the_model(found):
+    groups = found.breakdown
+    assert sum(group.kernels for group in groups.values()) == found.kernels
+    assert sum(group.bytes for group in groups.values()) == found.traffic
+    matmul_flops = sum(group.flops for group in groups.values())
+    assert 0.5 * found.flops < matmul_flops < 2 * found.flops
+    text = plan.format_breakdown(found)
+    assert all(f"\n{kind} " in text for kind in groups)
+    assert "ms per step, MFU" in text.splitlines()[-1]
+
+
 def test_formatted_plan_names_every_part(found):
     text = plan.format_plan(found)
     for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
