@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt.kernels.platform import is_partitioned
 
 GEMV_MIN_BYTES = 1 << 20  # a smaller weight may stay in a core's cache between its uses
+PARTS_MIN_SIZE = 1 << 24  # elements of x; more kernels cost more than a smaller map gains
 PACKED_MIN_BYTES = 1 << 17  # reading a smaller weight takes less time than starting both cores
 
 
@@ -22,6 +23,8 @@ def linear_reference(equation: str, x: jax.Array, weight: jax.Array) -> jax.Arra
     """Compute the einsum of `equation` in x's dtype."""
     return jnp.einsum(equation, x, weight.astype(x.dtype))
 
+
+LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
 
 # ---- every platform: sum over axes in memory order -------------------------------------------
 
@@ -74,9 +77,6 @@ def _axes(equation: str) -> tuple[str, str, str]:
     return x_axes, y_axes, summed
 
 
-LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
-
-
 def linear_parts_reference(
     equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
 ) -> list[jax.Array]:
@@ -99,12 +99,14 @@ def _unstacked(y: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
 def linear_parts_gpu(
     equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
 ) -> list[jax.Array]:
-    """Compute each part by a product of its own, with a slice of the weight.
+    """Compute each part of a large map by a product of its own, with a slice of the weight.
 
     Otherwise the GPU splits the output of one product, and concatenates the gradients of the
     parts, which are activations and so much larger than the weight
     (docs/performance.md, "A product per part").
     """
+    if x.size < PARTS_MIN_SIZE:
+        return linear_parts_reference(equation, x, weight, bias)
     parts = []
     for i in range(weight.shape[1]):
         y = linear_in_order(equation.replace("C", ""), x, weight[:, i])

@@ -55,7 +55,8 @@ PARTS = [TABLE[row] for row in TABLE if row[0] == "linear_parts"]
 
 @pytest.mark.parametrize("variant", PARTS)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_parts_of_a_fused_map_and_gradients_match_numpy(variant, has_bias):
+def test_parts_of_a_fused_map_and_gradients_match_numpy(variant, has_bias, monkeypatch):
+    monkeypatch.setattr(linear, "PARTS_MIN_SIZE", 1)
     x, weight, bias = operands([(2, 3, 4), (4, 3, 2, 5), (3, 2, 5)])
     want = np.einsum("BTD,DCNH->CBTNH", x, weight)
     wants = [
@@ -71,7 +72,8 @@ def test_parts_of_a_fused_map_and_gradients_match_numpy(variant, has_bias):
 
 
 @pytest.mark.parametrize("variant", PARTS)
-def test_parts_of_a_fused_map_keep_bfloat16(variant):
+def test_parts_of_a_fused_map_keep_bfloat16(variant, monkeypatch):
+    monkeypatch.setattr(linear, "PARTS_MIN_SIZE", 1)
     x, weight, bias = operands([(2, 3, 64), (64, 3, 2, 5), (3, 2, 5)])
     want = np.einsum("BTD,DCNH->CBTNH", x, weight) + bias[:, None, None]
     got = variant("BTD,DCNH->BTCNH", jnp.asarray(x, jnp.bfloat16), weight, bias)
