@@ -80,11 +80,9 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """Return the jitted `(state, windows_UMBT, count) -> (state, metrics)`.
 
-    `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps. It
-    reuses the memory of the old state, which must not be read afterwards. Metrics are arrays [U]:
-    `loss` (the mean over the step's targets, in nats), `grad_norm` (before clipping) and `lr`. To
-    log another number, add it to `metrics`. If loss or norm is not finite, weights and moments do
-    not change, but the step counts.
+    `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps, and
+    reuses the old state's memory. Metrics [U]: `loss` (nats per target), `grad_norm` (unclipped),
+    `lr`. A step whose loss or norm is not finite counts, but changes no weights and moments.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     graphdef, shapes, _ = abstract_model(config)
@@ -105,10 +103,10 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
         grads = jax.tree.map(lambda g: g / num_targets, grads)
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
-        lr = learning_rate(state.step)
+        # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
+        metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        state = apply_update(optimizer, is_frozen, state, grads, is_finite)
-        return state, {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr)}
+        return apply_update(optimizer, is_frozen, state, grads, is_finite), metrics
 
     @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
