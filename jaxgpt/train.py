@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import stages
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
@@ -56,7 +55,11 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         if config.eval_only or step >= config.max_iters:
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
-        train_step = compile_train_step(run, state, batches[TRAIN].get(step), log)
+        began = time.perf_counter()
+        train_step = make_train_step(config, run.mesh)
+        arguments = state, batches[TRAIN].get(step), replicated_int(run.mesh, 1)
+        train_step = train_step.lower(*arguments).compile()  # now, not within the first step's time
+        log.info(f"compiled in {time.perf_counter() - began:.1f} s")
         peak = peak_tokens_per_s(config, run.mesh)
         step_log = StepLog(config, log, stop, tokens_per_step(config), peak)
 
@@ -86,17 +89,6 @@ def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
     for line in (*notes, *summary(run)):
         log.info(line)
     return log
-
-
-def compile_train_step(
-    run: ResolvedRun, state: TrainState, windows_UMBT: jax.Array, log: Log
-) -> stages.Compiled:
-    """Compile the step now, to log the time and to keep it out of the first step's time."""
-    began = time.perf_counter()
-    train_step = make_train_step(run.config, run.mesh)
-    compiled = train_step.lower(state, windows_UMBT, replicated_int(run.mesh, 1)).compile()
-    log.info(f"compiled in {time.perf_counter() - began:.1f} s")
-    return compiled
 
 
 # ---- between two steps -----------------------------------------------------------------------

@@ -91,7 +91,11 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     loss_fn = make_loss_fn(config, graphdef, is_frozen, is_tied)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def one_step(state: TrainState, windows_MBT: jax.Array):
+    @use_mesh(mesh)
+    def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
+        if len(windows_UMBT) > 1:  # call this function for each of the steps
+            return repeat_step(train_step, state, windows_UMBT, count)
+        windows_MBT = windows_UMBT[0]
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         # a tied embedding becomes two weights here; the step adds their gradients below
         weights = weights_by_use(state.params, config.dtype, is_tied)
@@ -106,13 +110,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        return apply_update(optimizer, is_frozen, state, grads, is_finite), metrics
-
-    @use_mesh(mesh)
-    def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
-        if len(windows_UMBT) > 1:
-            return repeat_step(one_step, state, windows_UMBT, count)
-        state, metrics = one_step(state, windows_UMBT[0])
+        state = apply_update(optimizer, is_frozen, state, grads, is_finite)
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     shardings = state_shardings(config, mesh), replicated(mesh)
@@ -142,10 +140,11 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         state, metrics_U = carry
-        state, metrics = step(state, jax.lax.dynamic_index_in_dim(windows_UMBT, i, keepdims=False))
-        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m), metrics_U, metrics)
+        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_UMBT, i, 1)
+        state, metrics_1 = step(state, windows_1MBT, 1)
+        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m[0]), metrics_U, metrics_1)
 
-    _, shapes = jax.eval_shape(step, state, windows_UMBT[0])
+    _, shapes = jax.eval_shape(step, state, windows_UMBT[:1], 1)
     U = len(windows_UMBT)
     metrics_U = jax.tree.map(lambda one: jnp.zeros(U, one.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))

@@ -65,20 +65,12 @@ def attention_reference(
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
-    return _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, options.scale)[0]
-
-
-def _attend(
-    q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Return the output, and the attention weights before dropout, [B, N, T, S] in v's dtype."""
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
-    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * options.scale, k_BSNH)
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
     dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
-    return o_BTNH, weights_BNTS
+    return product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
 
 
 # ---- GPU without flash attention: a gradient from weights in v's dtype -----------------------
@@ -100,11 +92,17 @@ def attention_saved_weights(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _saved_weights(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    return _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
+    return _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)[0]
 
 
 def _saved_weights_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: float):
-    o_BTNH, weights_BNTS = _attend(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout, scale)
+    # the equations of the reference, once more, so that the reference can be read alone
+    product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
+    scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH)
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
+    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    o_BTNH = product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
     return o_BTNH, (q_BTNH, k_BSNH, v_BSNH, weights_BNTS, dropout)
 
 
