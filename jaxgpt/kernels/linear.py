@@ -99,13 +99,13 @@ def _unstacked(y: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
 def linear_parts_gpu(
     equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
 ) -> list[jax.Array]:
-    """Compute each part of a large map by a product of its own, with a slice of the weight.
+    """On one GPU, compute each part of a large map by a product of its own.
 
-    Otherwise the GPU splits the output of one product, and concatenates the gradients of the
-    parts, which are activations and so much larger than the weight
-    (docs/performance.md, "A product per part").
+    Each product takes a slice of the weight. Otherwise the GPU splits the output of one product,
+    and concatenates the gradients of the parts, which are much larger than the weight. Several
+    GPUs would have to sum the gradient of each slice (docs/performance.md, "A product per part").
     """
-    if x.size < PARTS_MIN_SIZE:
+    if x.size < PARTS_MIN_SIZE or is_partitioned():
         return linear_parts_reference(equation, x, weight, bias)
     parts = []
     for i in range(weight.shape[1]):
