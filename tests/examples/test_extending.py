@@ -87,6 +87,7 @@ def test_missing_config_file_error_names_the_class_and_the_flag(run, name):
         commands.COMMANDS[name](["--out_dir=run"])
 
 
+@pytest.mark.slow
 def test_plan_and_bench_accept_a_user_model(folder, monkeypatch, capsys):
     config = load_config_file("my_model.py")["config"].replace(
         vocab_size=31, n_layer=1, n_embd=16, batch_size=8, block_size=8, dtype="float32"

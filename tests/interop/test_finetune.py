@@ -161,6 +161,7 @@ def test_frozen_parameters_are_unchanged_and_others_match_numpy_adamw(pattern, t
         np.testing.assert_allclose(value, theirs[path], rtol=0, atol=1e-9, err_msg=path)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_moments_and_reduce_flops():
     """If only the last block and the output map train, most of the backward pass is skipped."""
 
@@ -228,6 +229,7 @@ CURVES = [
 
 @pytest.mark.parametrize(("losses", "end", "best"), CURVES)
 @pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
 def test_early_stopping_counts_evaluations_without_improvement_across_resumes(
     make_run, monkeypatch, losses, end, best, every
 ):
@@ -264,6 +266,7 @@ def test_early_stopping_count_restarts_without_the_best_checkpoint(make_run, mon
     assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
 
 
+@pytest.mark.slow
 def test_run_without_patience_ignores_rising_val_loss(make_run, monkeypatch):
     set_val_losses(monkeypatch, {step: 1.0 + step for step in range(0, 10, 2)})
     config = make_run("run", eval_interval=2)

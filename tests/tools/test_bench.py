@@ -130,6 +130,7 @@ def tiny_dataset(folder: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("keys", [{}, {"scan_layers": True, "bias": False, "dropout": 0.5}])
+@pytest.mark.slow
 def test_jaxgpt_and_nanogpt_get_the_same_weights_and_windows(tmp_path, monkeypatch, keys):
     monkeypatch.setattr(report, "REST_S", 0)
     monkeypatch.setattr(training, "ROUND_S", 0.001)
@@ -217,6 +218,7 @@ def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_bench_command_prints_a_table_and_writes_every_sample(tmp_path):
     done = run_bench(tmp_path, "--config=tiny.py", "--json=out.json", "--repeats=2")
     assert done.returncode == 0, done.stderr
