@@ -93,6 +93,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
+        """Take the steps of one call; return the new state and the metrics, [U]."""
         if len(windows_UMBT) > 1:  # call this function for each of the steps
             return repeat_step(train_step, state, windows_UMBT, count)
         windows_MBT = windows_UMBT[0]

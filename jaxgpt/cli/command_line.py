@@ -155,8 +155,8 @@ def join_values(argv: Sequence[str]) -> list[str]:
     """Join each flag with the value that follows it: `--key value` becomes `--key=value`."""
     joined: list[str] = []
     for arg in argv:
-        is_value = joined and joined[-1].startswith("--") and "=" not in joined[-1]
-        if is_value and not arg.startswith("--"):
+        takes_value = joined and joined[-1].startswith("--") and joined[-1] != "--help"
+        if takes_value and "=" not in joined[-1] and not arg.startswith("--"):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)

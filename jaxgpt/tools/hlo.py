@@ -233,10 +233,12 @@ class Program:
             (_, dims), *_ = (shape for shape in op.shapes if len(shape[1]) == 4)
             B, N, T, H = dims
             return attention[0], attention[1] * B * N * T * T * H
-        inside = self.computations[op.called[0]] if op.opcode == "fusion" else {op.name: op}
-        scope = inside if op.opcode == "fusion" else ops
-        products = [o for o in inside.values() if o.opcode in ("dot", "convolution")]
-        flops = sum(product_flops(o, scope) for o in products)
+        body = [op]
+        if op.opcode == "fusion":
+            ops = self.computations[op.called[0]]
+            body = list(ops.values())
+        products = [o for o in body if o.opcode in ("dot", "convolution")]
+        flops = sum(product_flops(o, ops) for o in products)
         return ("matmuls" if products else "memory"), flops
 
     def collectives(self) -> list[Collective]:

@@ -335,6 +335,8 @@ def test_config_subclass_keys_become_flags_with_help(write, capsys):
     assert parse(path, "--seed=2", accelerator=False).width == 4
     message = "width=65: invalid value; expected a whole number from 1 to 64"
     assert refusal(parse, path, "--width=65") == message
+    assert exit_code(parse, "--help", path) == 0
+    capsys.readouterr()
     assert exit_code(parse, path, "--help") == 0
     words = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().out).split())
     assert "wide options" in words
