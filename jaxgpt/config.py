@@ -157,6 +157,8 @@ class ModelConfig:
     """Biases in linear layers and layer norms. GPT-2 has them; nanoGPT's default is False."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Type of normalisation."""
+    norm_gain: bool = True
+    """Learned gains of the norms of the residual stream; norms without gains have no bias."""
     norm_position: Literal["pre", "post"] = "pre"
     """Normalise the input of each branch (GPT-2) or the sum after it (the 2017 paper)."""
     position: Literal["learned", "sinusoidal", "rope", "none"] = "learned"

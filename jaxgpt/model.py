@@ -95,14 +95,17 @@ class Embedding(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis. Statistics are at least float32."""
 
-    def __init__(self, kind: str, width: int, axes: str = "D", *, bias: bool = False):
+    def __init__(
+        self, kind: str, width: int, axes: str = "D", *, gain: bool = True, bias: bool = False
+    ):
         self.centered = kind == "layernorm"
-        self.scale = nnx.Param(jnp.ones(width), axes=axes)
-        has_bias = bias and self.centered
+        self.scale = nnx.Param(jnp.ones(width), axes=axes) if gain else None
+        has_bias = bias and gain and self.centered
         self.bias = nnx.Param(jnp.zeros(width), axes=axes) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = kernels.normalize(x, self.scale[...], centered=self.centered)
+        scale = jnp.ones(x.shape[-1]) if self.scale is None else self.scale[...]
+        y: Any = kernels.normalize(x, scale, centered=self.centered)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
@@ -198,15 +201,17 @@ class Block(nnx.Module):
     """Attention and MLP, each with a norm before it, added to the residual stream."""
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
-        self.ln_1 = Norm(c.norm, c.n_embd, bias=c.bias)
+        self.ln_1 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
         self.attn = Attention(c, rngs=rngs)
         self.mlp = MLP(c, rngs=rngs)
-        self.ln_2 = Norm(c.norm, c.n_embd, bias=c.bias)
+        self.ln_2 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        attn_BTD, context = self.attn(self.ln_1(x_BTD), context)
+        x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_1)
+        attn_BTD, context = self.attn(h_BTD, context)
         x_BTD = x_BTD + attn_BTD
-        x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), context)
+        x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_2)
+        x_BTD = x_BTD + self.mlp(h_BTD, context)
         return constrain_batch(x_BTD), context
 
 
@@ -241,7 +246,7 @@ class GPT(nnx.Module):
         else:
             self.blocks = nnx.List(map(new_block, keys))
         if c.norm_position == "pre":
-            self.ln_f = Norm(c.norm, D, bias=c.bias)
+            self.ln_f = Norm(c.norm, D, gain=c.norm_gain, bias=c.bias)
         if c.tie_embeddings:
             self.embed.equation = OUTPUT_EQUATION
         else:
@@ -279,7 +284,7 @@ class GPT(nnx.Module):
         if at_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         if c.norm_position == "pre":
-            x_BTD = self.ln_f(x_BTD)
+            _, x_BTD = kernels.branch(x_BTD, self.ln_f)
         logits_BTV = self.logits(x_BTD)
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
@@ -305,8 +310,11 @@ class GPT(nnx.Module):
         logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
         if c.logit_softcap:  # Gemma team 2024
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
+        if c.padded_vocab_size == c.vocab_size:
+            return logits_BTV
+        # a sum and not a choice, because cuBLAS adds a vector as it writes a product
         is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return jnp.where(is_token_V, logits_BTV, -jnp.inf)
+        return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
 
     def scan_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Apply all blocks in a loop over the stacked layers, so that one block is compiled."""
@@ -386,6 +394,34 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
 def init_params(config: Config, key: jax.Array) -> dict:
     """Return fresh parameters: nested dicts of float32 arrays."""
     return nnx.to_pure_dict(nnx.split(config.make_model(nnx.Rngs(params=key)))[1])
+
+
+def fold_gains(params: dict) -> dict:
+    """Multiply the gain of each norm into the kernel of the map after it.
+
+    Returns the parameters of the same GPT with norm_gain=False. It must have an untied head.
+    """
+    blocks = params["blocks"]
+    is_stacked = "attn" in blocks
+    blocks = fold_block(blocks) if is_stacked else {i: fold_block(b) for i, b in blocks.items()}
+    head = {"kernel": params["ln_f"]["scale"] * params["lm_head"]["kernel"]}
+    return {k: p for k, p in params.items() if k != "ln_f"} | {"blocks": blocks, "lm_head": head}
+
+
+def fold_block(block: dict) -> dict:
+    """Fold both gains of one block, or of the stacked blocks."""
+
+    def scaled(branch: dict, gain: jax.Array, names: tuple[str, ...]) -> dict:
+        folded = dict(branch)
+        for name in names:
+            if name in branch:
+                kernel = branch[name]["kernel"]
+                over_inputs = gain.reshape(gain.shape + (1,) * (kernel.ndim - gain.ndim))
+                folded[name] = branch[name] | {"kernel": over_inputs * kernel}
+        return folded
+
+    attn = scaled(block["attn"], block["ln_1"]["scale"], ("qkv", "q", "kv"))
+    return {"attn": attn, "mlp": scaled(block["mlp"], block["ln_2"]["scale"], ("up",))}
 
 
 def unstack_layers(params: dict) -> dict:

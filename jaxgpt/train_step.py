@@ -20,7 +20,7 @@ from jaxgpt import kernels
 from jaxgpt.config import Config
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
-from jaxgpt.model import GPT, abstract_model, init_params
+from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
 from jaxgpt.sharding import param_sharding, replicated, use_mesh
 
@@ -85,11 +85,10 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     `lr`. A step whose loss or norm is not finite counts, but changes no weights and moments.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
-    graphdef, shapes, _ = abstract_model(config)
-    is_frozen = frozen_mask(config, shapes)
-    is_tied = config.tie_embeddings and isinstance(nnx.merge(graphdef, shapes), GPT)
-    loss_fn = make_loss_fn(config, graphdef, is_frozen, is_tied)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    is_frozen = frozen_mask(config, abstract_model(config)[1])
+    with use_mesh(mesh):
+        used = config_in_use(config)
+    grad_fn = jax.value_and_grad(make_loss_fn(config, used), has_aux=True)
 
     @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
@@ -98,14 +97,14 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             return repeat_step(train_step, state, windows_UMBT, count)
         windows_MBT = windows_UMBT[0]
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        # a tied embedding becomes two weights here; the step adds their gradients below
-        weights = weights_by_use(state.params, config.dtype, is_tied)
+        # the weights of `used`, and the map of their gradients to those of the parameters
+        weights, to_params = jax.vjp(partial(weights_in_use, config, used), state.params)
+        weights = cast_weights(weights, config.dtype)
         # sums of losses, target counts and gradients over the M micro-batches
         accumulate = kernels.accumulation(mesh)
         (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
         num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
-        if is_tied:
-            grads["embed"] = jax.tree.map(jnp.add, grads["embed"], grads.pop("lm_head"))
+        (grads,) = to_params(grads)
         grads = jax.tree.map(lambda g: g / num_targets, grads)
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
@@ -151,16 +150,36 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))
 
 
-def make_loss_fn(
-    config: Config, graphdef: nnx.GraphDef, is_frozen: dict, is_tied: bool
-) -> Callable:
+def config_in_use(config: Config) -> Config:
+    """Return the config of the model that the step differentiates, which computes the same.
+
+    A tied embedding becomes a weight per use: the step adds their gradients after the last
+    micro-batch, because XLA would otherwise sum them over all devices in every micro-batch. Gains
+    of norms may become part of the maps after them.
+    """
+    graphdef, shapes, _ = abstract_model(config)
+    if not isinstance(nnx.merge(graphdef, shapes), GPT):
+        return config
+    norm_gain = config.norm_gain and not kernels.folds_gains(config)
+    return config.replace(tie_embeddings=False, norm_gain=norm_gain)
+
+
+def weights_in_use(config: Config, used: Config, params: dict) -> dict:
+    """Convert the parameters of `config` to those of `config_in_use`."""
+    if config.tie_embeddings != used.tie_embeddings:
+        params = params | {"lm_head": params["embed"]}
+    return fold_gains(params) if config.norm_gain != used.norm_gain else params
+
+
+def make_loss_fn(config: Config, used: Config) -> Callable:
     """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`.
 
-    The weights are those of `weights_by_use`, which are never tied.
+    The weights are those of `used`.
     """
-    if is_tied:
-        is_frozen = is_frozen | {"lm_head": is_frozen["embed"]}
-        graphdef, _, _ = abstract_model(config.replace(tie_embeddings=False))
+    graphdef, shapes, _ = abstract_model(used)
+    is_frozen = frozen_mask(config, shapes)
+    if config.tie_embeddings != used.tie_embeddings:
+        is_frozen["lm_head"] = is_frozen["embed"]
 
     def stop_frozen(frozen: bool, weight: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(weight) if frozen else weight  # computes no gradient
@@ -202,19 +221,13 @@ def cast_params(params: dict, dtype: str) -> dict:
     return jax.tree.map_with_path(cast, params)
 
 
-def weights_by_use(params: dict, dtype: str, is_tied: bool) -> dict:
-    """Return the weights to compute with; a tied embedding becomes one weight per use.
+def cast_weights(weights: dict, dtype: str) -> dict:
+    """Cast kernels to the compute dtype, except that the lookup of tokens stays in float32.
 
-    The step adds its two gradients after the last micro-batch, because XLA would otherwise sum
-    them over all devices in every micro-batch. The lookup stays in float32, because its gradient
-    sums many small contributions to the row of a frequent token.
+    Its gradient sums many small contributions to the row of a frequent token.
     """
-    weights = cast_params(params, dtype)
-    if is_tied:
-        weights["lm_head"] = weights["embed"]
-    if "embed" in params:
-        weights["embed"] = params["embed"]
-    return weights
+    cast = cast_params(weights, dtype)
+    return cast | {"embed": weights["embed"]} if "embed" in weights else cast
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

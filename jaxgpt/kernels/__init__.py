@@ -16,10 +16,10 @@ from jaxgpt.kernels import (
     activation,
     adamw,
     attention,
+    cross_entropy,
     decode,
     embedding,
     linear,
-    logsumexp,
     norm,
 )
 from jaxgpt.kernels.adamw import ADAM_EPSILON as ADAM_EPSILON
@@ -40,10 +40,14 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("attention_reference", "gpu"): attention.attention_saved_weights,
     ("attention_splash", ANY): attention.attention_splash,
     ("attention_xla", ANY): attention.attention_xla,
+    ("branch", ANY): norm.branch_reference,
+    ("branch", "gpu"): norm.branch_gpu,
     ("compute_dtype", ANY): decode.compute_dtype_reference,
     ("compute_dtype", "cpu"): decode.compute_dtype_cpu,
     ("embed", ANY): embedding.embed_reference,
     ("embed", "cpu"): embedding.embed_cpu,
+    ("folds_gains", ANY): norm.folds_gains_reference,
+    ("folds_gains", "gpu"): norm.folds_gains_gpu,
     ("gelu_tanh", ANY): activation.gelu_tanh_reference,
     ("gelu_tanh", "gpu"): activation.gelu_tanh_gpu,
     ("linear_map", ANY): linear.linear_in_order,
@@ -51,14 +55,14 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear_parts", ANY): linear.linear_parts_reference,
     ("linear_parts", "cpu"): linear.linear_parts_cpu,
     ("linear_parts", "gpu"): linear.linear_parts_gpu,
-    ("log_sum_exp", ANY): logsumexp.logsumexp_default,
-    ("log_sum_exp", "gpu"): logsumexp.logsumexp_gpu,
     ("max_replicas", ANY): decode.max_replicas_reference,
     ("max_replicas", "cpu"): decode.max_replicas_cpu,
     ("normalize", ANY): norm.norm_reference,
     ("normalize", "cpu"): norm.norm_cpu,
     ("normalize", "gpu"): norm.norm_gpu,
     ("normalize", "tpu"): norm.norm_tpu,
+    ("token_losses", ANY): cross_entropy.token_losses_reference,
+    ("token_losses", "gpu"): cross_entropy.token_losses_gpu,
 }
 
 

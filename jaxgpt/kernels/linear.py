@@ -108,11 +108,34 @@ def linear_parts_gpu(
     if x.size < PARTS_MIN_SIZE or is_partitioned():
         return linear_parts_reference(equation, x, weight, bias)
     parts = []
-    for i in range(weight.shape[1]):
-        y = linear_in_order(equation.replace("C", ""), x, weight[:, i])
+    for i, y in enumerate(_separate_products(equation.replace("C", ""), x, weight.astype(x.dtype))):
         y = checkpoint_name(y, LINEAR_OUTPUT)
         parts.append(y if bias is None else y + bias[i].astype(y.dtype))
     return parts
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _separate_products(equation: str, x: jax.Array, weight: jax.Array) -> list[jax.Array]:
+    """Return the product of x with each part of the weight, "BTD,DNH->BTNH"."""
+    return [linear_in_order(equation, x, weight[:, i]) for i in range(weight.shape[1])]
+
+
+def _separate_fwd(equation: str, x: jax.Array, weight: jax.Array):
+    return _separate_products(equation, x, weight), (x, weight)
+
+
+def _separate_bwd(equation: str, saved: tuple, dys: list[jax.Array]):
+    x, weight = saved
+    dx, d_weight = None, []
+    for i, dy in enumerate(dys):
+        term, d_part = _contract_bwd(_product, equation, (x, weight[:, i]), dy)
+        # in this order, cuBLAS adds each term to the sum as it writes the term
+        dx = term if dx is None else term + dx
+        d_weight.append(d_part)
+    return dx, jnp.stack(d_weight, axis=1)
+
+
+_separate_products.defvjp(_separate_fwd, _separate_bwd)
 
 
 # ---- CPU: products of two matrices -----------------------------------------------------------

@@ -5,9 +5,12 @@ D is the width of the last axis.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxgpt.kernels.platform import over_batch
 
 NORM_EPSILON = 1e-5
 
@@ -22,6 +25,16 @@ def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.A
         x = x - x.mean(-1, keepdims=True)
     variance = jnp.square(x).mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D
+
+
+def branch_reference(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
+    """Return x for the residual stream, and its norm (a model.Norm) for a branch."""
+    return x, norm(x)
+
+
+def folds_gains_reference(config: Any) -> bool:
+    """Return whether the training step multiplies the gains of norms into the maps after them."""
+    return False
 
 
 # ---- a gradient written by hand, with a choice of how rows are summed ------------------------
@@ -97,3 +110,56 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
     (docs/performance.md, "Row means divided last").
     """
     return _normalize(_mean_divided_last, False, centered, x, scale_D)
+
+
+# ---- GPU: norms without gains ----------------------------------------------------------------
+
+
+def folds_gains_gpu(config: Any) -> bool:
+    """Fold gains, so that a norm's result is also the input of the map after it.
+
+    A bias of a norm would have to become a bias of that map, and a frozen map would have to stay
+    apart from a gain that is trained (docs/performance.md, "Gains folded into linear maps").
+    """
+    is_plain = config.norm_gain and not config.bias and not config.freeze
+    return is_plain and config.norm_position == "pre" and config.n_layer > 0
+
+
+def branch_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
+    """Compute a norm without a gain by one kernel, and its gradient by another.
+
+    The gradient is computed from the result, so x is not kept. It includes the gradient of the
+    residual stream (docs/performance.md, "One kernel per norm and direction").
+    """
+    return branch_reference(x, norm) if norm.scale is not None else _branch(x, norm.centered)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _branch(x: jax.Array, centered: bool) -> tuple[jax.Array, jax.Array]:
+    ones_D = jnp.ones(x.shape[-1], x.dtype)
+    return x, norm_reference(x, ones_D, centered=centered).astype(x.dtype)
+
+
+def _branch_fwd(x: jax.Array, centered: bool) -> tuple[tuple, tuple]:
+    from jaxgpt.kernels import triton
+
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y_RD, inverse_std_R1 = triton.normalize(x.reshape(-1, x.shape[-1]), centered, NORM_EPSILON)
+        return y_RD.reshape(x.shape), inverse_std_R1.reshape(*x.shape[:-1], 1)
+
+    y, inverse_std = over_batch(run)(x)
+    return (x, y), (y, inverse_std)
+
+
+def _branch_bwd(centered: bool, saved: tuple, gradients: tuple) -> tuple[jax.Array]:
+    from jaxgpt.kernels import triton
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
+        return triton.normalize_gradient(*rows, centered).reshape(arrays[0].shape)
+
+    dx, dy = gradients
+    return (over_batch(run)(dy, *saved, dx),)
+
+
+_branch.defvjp(_branch_fwd, _branch_bwd)

@@ -1,11 +1,11 @@
 """The platform that a function is traced for, and whether its mesh splits arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 _TARGET: ContextVar[str] = ContextVar("target_platform", default="")
 
@@ -29,3 +29,21 @@ def is_partitioned() -> bool:
     """Return whether XLA splits arrays over the current mesh; inside shard_map it does not."""
     mesh = jax.sharding.get_abstract_mesh()
     return not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types)
+
+
+def splits(axis: str) -> bool:
+    """Return whether XLA splits arrays over this axis of the current mesh."""
+    return is_partitioned() and jax.sharding.get_abstract_mesh().shape[axis] > 1
+
+
+def over_batch(function: Callable, last_axis: str | None = None) -> Callable:
+    """Return `function` as each device applies it to its own sequences, [B, T, ...].
+
+    XLA cannot split a Pallas kernel over devices. The mesh axis `last_axis` splits the last axis of
+    arrays [B, T, D].
+    """
+    if not is_partitioned():
+        return function
+    batch = ("data", "fsdp")
+    spec = PartitionSpec(batch, None, last_axis) if last_axis else PartitionSpec(batch)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

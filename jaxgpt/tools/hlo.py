@@ -188,6 +188,8 @@ class Program:
         else:
             inside, body, arguments = ops, [op], {name: name for name in op.operands}
         read, written = 0, op.main_bytes
+        if op.target == "__cublas$lt$matmul":  # its last result is scratch memory
+            written -= array_bytes(op.shapes[-1])
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
             users = [o for o in body if name in o.operands]
@@ -229,6 +231,8 @@ class Program:
         """Return the kind of a kernel, and its floating-point operations in products."""
         if op.opcode.removesuffix("-start") in COLLECTIVES:
             return "collectives", 0
+        if op.target == "__cublas$lt$matmul":
+            return "matmuls", product_flops(op, ops)
         if attention := FLASH_KERNELS.get(op.target):
             (_, dims), *_ = (shape for shape in op.shapes if len(shape[1]) == 4)
             B, N, T, H = dims
@@ -274,8 +278,9 @@ class Program:
 def product_flops(op: Op, ops: dict[str, Op]) -> float:
     """Return the operations of a product: two per element of the output and summed index."""
     output = math.prod(op.shapes[0][1])
-    if op.opcode == "dot":
-        summed = _ints(_search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes))
+    if op.opcode != "convolution":
+        dims = r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)"
+        summed = _ints(_search(dims, op.attributes).replace('"', ""))
         lhs = ops[op.operands[0]].shapes[0][1]
         return 2 * output * math.prod(lhs[i] for i in summed)
     # A TPU's product is a convolution: dim_labels=bf_io->bf names batch, feature, input, output.

@@ -1,0 +1,156 @@
+"""Kernels for NVIDIA GPUs, written in Pallas and compiled by Triton.
+
+Each computes one operation of this package with less memory traffic than XLA's kernels; the
+operation's own file has its equations. R rows, D or V columns, F elements.
+On a CPU the kernels run in Pallas' interpreter, which is how the tests run them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+TILE = 4096  # elements that a program holds at a time
+
+
+def _call(kernel: Any, name: str, programs: int, results: Any, **options) -> Callable:
+    parameters = triton.CompilerParams(num_warps=4, num_stages=1)
+    keys = {"name": name, "grid": (programs,), "out_shape": results, "compiler_params": parameters}
+    compiled = pl.pallas_call(kernel, **keys, **options)
+    interpreted = pl.pallas_call(kernel, **keys, **options, interpret=True)
+    return partial(jax.lax.platform_dependent, cpu=interpreted, default=compiled)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# ---- norms -----------------------------------------------------------------------------------
+
+
+def normalize(x_RD: jax.Array, centered: bool, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return the normalised rows, and the inverse deviation of each row [R, 1]."""
+    R, D = x_RD.shape
+    statistic = jax.ShapeDtypeStruct((R, 1), jnp.promote_types(x_RD.dtype, jnp.float32))
+    kernel = partial(_normalize, centered, epsilon)
+    return _call(kernel, "norm", _row_programs(R, D), [x_RD, statistic])(x_RD)
+
+
+def _normalize(centered: bool, epsilon: float, x_ref, y_ref, inverse_std_ref) -> None:
+    D = x_ref.shape[1]
+    tile, column, inside, inside_column = _row_tile(x_ref)
+    x = _float32(triton.load(x_ref.at[tile], mask=inside, other=0))
+    if centered:
+        x = jnp.where(inside, x - x.sum(1, keepdims=True) / D, 0)
+    inverse_std = jax.lax.rsqrt((x * x).sum(1, keepdims=True) / D + epsilon)
+    triton.store(y_ref.at[tile], (x * inverse_std).astype(y_ref.dtype), mask=inside)
+    triton.store(inverse_std_ref.at[column], inverse_std, mask=inside_column)
+
+
+def normalize_gradient(
+    dy_RD: jax.Array, y_RD: jax.Array, inverse_std_R1: jax.Array, dx_RD: jax.Array, centered: bool
+) -> jax.Array:
+    """Return the gradient of x, of which `normalize` made y, added to `dx`."""
+    R, D = y_RD.shape
+    call = _call(partial(_gradient, centered), "norm_gradient", _row_programs(R, D), dx_RD)
+    return call(dy_RD, y_RD, inverse_std_R1, dx_RD)
+
+
+def _gradient(centered: bool, dy_ref, y_ref, inverse_std_ref, dx_ref, out_ref) -> None:
+    D = y_ref.shape[1]
+    tile, column, inside, inside_column = _row_tile(y_ref)
+    dy, y, dx = (
+        _float32(triton.load(ref.at[tile], mask=inside, other=0)) for ref in (dy_ref, y_ref, dx_ref)
+    )
+    inverse_std = triton.load(inverse_std_ref.at[column], mask=inside_column, other=0)
+    d = dy - y * (dy * y).sum(1, keepdims=True) / D
+    if centered:  # the mean of y is 0
+        d = d - dy.sum(1, keepdims=True) / D
+    triton.store(out_ref.at[tile], (dx + d * inverse_std).astype(out_ref.dtype), mask=inside)
+
+
+def _row_programs(R: int, D: int) -> int:
+    return pl.cdiv(R, _rows_per_program(D))
+
+
+def _rows_per_program(D: int) -> int:
+    return max(1, TILE // pl.next_power_of_2(D))
+
+
+def _row_tile(ref) -> tuple[tuple, tuple, jax.Array, jax.Array]:
+    """Return the indices of this program's rows and of their first column, with masks."""
+    R, D = ref.shape
+    rows = _rows_per_program(D)
+    row = (pl.program_id(0) * rows + jnp.arange(rows))[:, None]
+    column = jnp.arange(pl.next_power_of_2(D))[None]
+    return (row, column), (row, jnp.zeros_like(row)), (row < R) & (column < D), row < R
+
+
+# ---- gradients of elementwise functions ------------------------------------------------------
+
+
+def scaled(function: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return y times an elementwise function of x, for arrays of any shape."""
+    programs = pl.cdiv(x.size, TILE // 2)
+    call = _call(partial(_scaled, function), "scaled", programs, x.ravel())
+    return call(x.ravel(), y.ravel()).reshape(x.shape)
+
+
+def _scaled(function: Callable, x_ref, y_ref, out_ref) -> None:
+    tile = pl.program_id(0) * (TILE // 2) + jnp.arange(TILE // 2)
+    inside = tile < x_ref.shape[0]
+    x, y = (_float32(triton.load(ref.at[tile], mask=inside, other=0)) for ref in (x_ref, y_ref))
+    triton.store(out_ref.at[tile], (y * function(x)).astype(out_ref.dtype), mask=inside)
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------
+
+
+def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each row [R], and the gradient of their sum, which replaces the logits.
+
+    A row with a negative target has no loss and no gradient.
+    """
+    R, _ = logits_RV.shape
+    loss = jax.ShapeDtypeStruct((R,), jnp.promote_types(logits_RV.dtype, jnp.float32))
+    call = _call(
+        _cross_entropy, "cross_entropy", R, [loss, logits_RV], input_output_aliases={0: 1}
+    )
+    return call(logits_RV, targets_R)
+
+
+def _cross_entropy(logits_ref, targets_ref, loss_ref, gradient_ref) -> None:
+    """Process one row: a sum of exponentials, and then the gradient, from the GPU's cache."""
+    V, dtype = logits_ref.shape[1], loss_ref.dtype
+    row = pl.program_id(0)
+    target = targets_ref[row]
+    width = TILE // 4
+
+    def sum_tile(i: jax.Array, carry: tuple) -> tuple:
+        maximum, total = carry  # of each of `width` interleaved columns
+        column = i * TILE + jnp.arange(4)[:, None] * width + jnp.arange(width)
+        x = triton.load(logits_ref.at[row, column], mask=column < V, other=-jnp.inf).astype(dtype)
+        new = jnp.maximum(maximum, x.max(0))
+        return new, total * jnp.exp(maximum - new) + jnp.exp(x - new).sum(0)
+
+    start = jnp.full(width, -1e30, dtype), jnp.zeros(width, dtype)
+    maximum, total = jax.lax.fori_loop(0, pl.cdiv(V, TILE), sum_tile, start)
+    largest = maximum.max()
+    lse = largest + jnp.log((total * jnp.exp(maximum - largest)).sum())
+    is_target_row = target >= 0
+    target_logit = triton.load(logits_ref.at[row, jnp.maximum(target, 0)]).astype(dtype)
+    loss_ref[row] = jnp.where(is_target_row, lse - target_logit, 0)
+
+    def write_tile(i: jax.Array, carry: None) -> None:
+        column = i * TILE + jnp.arange(TILE)
+        tile = row, column
+        x = triton.load(logits_ref.at[tile], mask=column < V, other=-jnp.inf).astype(dtype)
+        gradient = jnp.exp(x - lse) - (column == target).astype(dtype)
+        gradient = jnp.where(is_target_row, gradient, 0).astype(gradient_ref.dtype)
+        triton.store(gradient_ref.at[tile], gradient, mask=column < V)
+
+    jax.lax.fori_loop(0, pl.cdiv(V, TILE), write_tile, None)
