@@ -190,6 +190,8 @@ class Program:
         else:
             inside, body, arguments = ops, [op], {name: name for name in op.operands}
         read, written = 0, op.main_bytes
+        if op.target.startswith(CUBLAS) and len(op.shapes) > 1:
+            written -= array_bytes(op.shapes[-1])  # its workspace
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
             users = [o for o in body if name in o.operands]
@@ -288,7 +290,7 @@ def product_flops(op: Op, ops: dict[str, Op]) -> float:
     """Return the operations of a product: two per element of the output and summed index."""
     output = math.prod(op.shapes[0][1])
     if op.opcode != "convolution":  # cuBLAS has the dimensions in a JSON text
-        listed = r'lhs_contracting_dim(?:s=|ensions":)[{\[]([\d,"]*)[}\]]'
+        listed = r'lhs_contracting_dim(?:s=|ensions": ?)[{\[]([\d,"]*)[}\]]'
         summed = _ints(_search(listed, op.attributes))
         lhs = ops[op.operands[0]].shapes[0][1]
         return 2 * output * math.prod(lhs[i] for i in summed)
