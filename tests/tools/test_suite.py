@@ -27,6 +27,10 @@ def make_suite(folder: Path, sizes=TOY) -> Suite:
     return Suite(sizes, folder / "temporary", folder / "rows.json")
 
 
+def rows_of(suite_here: Suite) -> dict:
+    return suite.read_results(suite_here.file)["rows"]
+
+
 def make_row(name: str, measure) -> Row:
     return Row(name, f"what {name} is", lambda suite: measure())
 
@@ -81,7 +85,7 @@ def test_rows_are_written_at_once_and_not_measured_again(tmp_path, machine, caps
     calls, here = [], make_suite(tmp_path)
 
     def measure():
-        calls.append(suite.read_rows(here.file)["a"]["error"])
+        calls.append(rows_of(here)["a"]["error"])
         return {"ms": 1234.5, "% MFU": 43.21}, {"samples": [1, 2]}
 
     rows = [make_row("a", measure)]
@@ -89,7 +93,7 @@ def test_rows_are_written_at_once_and_not_measured_again(tmp_path, machine, caps
     suite.measure_rows(here, rows, time.time() + 9)
     assert calls == [suite.DID_NOT_END]  # as long as the row is measured
     assert capsys.readouterr().out == "a: 1,234 ms, 43.21 % MFU\na: measured before\n"
-    found = suite.read_rows(here.file)["a"]
+    found = rows_of(here)["a"]
     assert found["values"] == {"ms": 1234.5, "% MFU": 43.21}
     assert (found["details"], found["commit"]) == ({"samples": [1, 2]}, "c" * 40)
     machine["commit"] = "d" * 40
@@ -107,19 +111,19 @@ def test_failed_row_has_its_error_in_one_line_and_is_measured_again(tmp_path, ma
     here, value = make_suite(tmp_path), lambda: ({"ms": 1.0}, {})
     rows = [make_row("a", fail), make_row("b", refuse), make_row("c", value)]
     suite.measure_rows(here, rows, time.time() + 9)
-    found = suite.read_rows(here.file)
+    found = rows_of(here)
     assert found["a"]["error"] == "ValueError: first line"
     assert found["b"]["error"].startswith("attention='cudnn': needs")
     assert found["c"]["values"] == {"ms": 1}
     suite.measure_rows(here, [make_row("a", value)], time.time() + 9)
-    assert suite.read_rows(here.file)["a"]["values"] == {"ms": 1}
-    assert "error" not in suite.read_rows(here.file)["a"]
+    assert rows_of(here)["a"]["values"] == {"ms": 1}
+    assert "error" not in rows_of(here)["a"]
 
 
 def test_no_row_starts_after_the_budget(tmp_path, machine, capsys):
     suite.measure_rows(make_suite(tmp_path), [make_row("a", dict)], time.time() - 1)
     assert capsys.readouterr().out == f"a: {suite.SPENT}\n"
-    assert not (tmp_path / "rows.json").exists()
+    assert suite.read_results(tmp_path / "rows.json")["rows"] == {}
 
 
 def test_table_has_a_line_for_each_value_and_for_a_failure():
@@ -137,7 +141,7 @@ def test_table_has_a_line_for_each_value_and_for_a_failure():
 def test_file_of_something_else_is_rejected(tmp_path):
     file = tmp_path / "b.json"
     file.write_text("[]")
-    assert refusal(suite.read_rows, file).startswith(f"{file}: cannot be read (")
+    assert refusal(suite.read_results, file).startswith(f"{file}: cannot be read (")
 
 
 def test_process_that_ends_early_loses_only_its_row(tmp_path, monkeypatch):
@@ -149,7 +153,8 @@ def test_process_that_ends_early_loses_only_its_row(tmp_path, monkeypatch):
         started.append((names, env["XLA_FLAGS"]))
         for name in names:
             error = {"error": suite.DID_NOT_END}
-            suite.write_row(file, name, {"time": time.time(), **(error if name == "b" else {})})
+            entry = {"time": time.time(), **(error if name == "b" else {})}
+            suite.write_results(file, {name: entry}, {})
             if name == "b":
                 return subprocess.CompletedProcess(command, -6)
         return subprocess.CompletedProcess(command, 0)
@@ -281,5 +286,5 @@ def test_command_measures_rows_in_processes_of_their_own_and_continues(tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("JAX computes on a CPU, so the rows have toy sizes\n")
     assert "| `flag_O1` | train_124m with JAX_OPTIMIZATION_LEVEL=O1 | " in first.stdout
-    assert second.stdout.count(": measured before\n") == 2
+    assert second.stdout.count("toy sizes\n") == 1  # the second process had nothing to do
     assert second.stdout.partition("\n\n")[2] == first.stdout.partition("\n\n")[2]

@@ -55,15 +55,18 @@ def run_suite(args: BenchArgs) -> None:
         raise UserError("suite='gpu': has its own configs; try without --preset and --config")
     rows = select(args.rows, bool(args.compare_to))
     file, deadline = Path(args.json or FILE), time.time() + (args.budget_s or 1e9)
-    read_rows(file)
+    read_results(file)
     settings = {"file": str(file), "deadline": deadline, "compare_to": args.compare_to}
     settings |= {"torch_python": args.torch_python or sys.executable, "repeats": args.repeats}
     settings["modes"] = ["eager", "compiled"] if args.compile == "both" else [args.compile]
+    machine = None  # known once a child process has run
     for env in {json.dumps(row.env): row.env for row in rows}.values():
         names = [row.name for row in rows if row.env == env]
+        names = [name for name in names if not (machine and is_measured(file, name, machine))]
         while names and time.time() < deadline:
             names = run_child(file, names, settings, env)
-    found = read_rows(file)
+        machine = read_results(file)["machine"]
+    found = read_results(file)["rows"]
     print(format_table({row.name: found.get(row.name) for row in rows}))
 
 
@@ -76,7 +79,8 @@ def run_child(file: Path, names: list[str], settings: dict, env: dict[str, str])
     code = subprocess.run(command, env=variables).returncode
     if code == 0:
         return []
-    tried = [name for name in names if read_rows(file).get(name, {}).get("time", 0) >= began]
+    found = read_results(file)["rows"]
+    tried = [name for name in names if found.get(name, {}).get("time", 0) >= began]
     if not tried:
         problem = f"its process ended with code {code} before it measured {names[0]}"
         raise UserError(f"suite='gpu': {problem}; expected a device that JAX can use")
@@ -98,21 +102,28 @@ def main(settings: dict[str, Any]) -> None:
 
 def measure_rows(suite: Suite, rows: list[Row], deadline: float) -> None:
     """Measure rows, write each to the file and print its line; skip those that the file has."""
-    machine = describe_machine()
-    facts = {"device": machine["hardware"]["device"], "commit": machine["commit"]}
-    facts |= {"versions": machine["versions"], "toy": suite.sizes.gpt2 != FULL.gpt2}
+    facts = describe_machine()
+    machine = {"device": facts["hardware"]["device"], "commit": facts["commit"]}
+    machine |= {"versions": facts["versions"], "toy": suite.sizes.gpt2 != FULL.gpt2}
+    write_results(suite.file, {}, machine)
     for row in rows:
-        found = read_rows(suite.file).get(row.name, {"error": "missing"})
-        if "error" not in found and all(found[key] == facts[key] for key in facts):
+        if is_measured(suite.file, row.name, machine):
             print(f"{row.name}: measured before", flush=True)
         elif time.time() > deadline:
             print(f"{row.name}: {SPENT}", flush=True)
         else:
-            entry = facts | {"what": row.what, "time": time.time()}
-            write_row(suite.file, row.name, entry | {"error": DID_NOT_END})  # if a crash ends it
+            entry = machine | {"what": row.what, "time": time.time()}
+            crashed = entry | {"error": DID_NOT_END}  # unless this process lives on
+            write_results(suite.file, {row.name: crashed}, machine)
             entry |= measure(suite, row)
-            write_row(suite.file, row.name, entry)
+            write_results(suite.file, {row.name: entry}, machine)
             print(f"{row.name}: {describe(entry)}", flush=True)
+
+
+def is_measured(file: Path, name: str, machine: dict[str, Any]) -> bool:
+    """Return whether the file has a row's values, measured at this commit on this machine."""
+    found = read_results(file)["rows"].get(name, {})
+    return "values" in found and machine.items() <= found.items()
 
 
 def measure(suite: Suite, row: Row) -> dict[str, Any]:
@@ -129,18 +140,21 @@ def measure(suite: Suite, row: Row) -> dict[str, Any]:
     return found | {"seconds": time.time() - began}
 
 
-def read_rows(file: Path) -> dict[str, Any]:
-    """Return the file's rows by name. Raises `UserError` if it is another file."""
+def read_results(file: Path) -> dict[str, Any]:
+    """Return the file's latest machine, and its rows by name. Raises `UserError`."""
+    if not file.exists():
+        return {"machine": None, "rows": {}}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("machine", "rows")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         expected = "expected a file that --suite wrote, or none; try another --json"
         raise UserError(f"{file}: cannot be read ({error}); {expected}") from error
 
 
-def write_row(file: Path, name: str, entry: dict[str, Any]) -> None:
-    rows = read_rows(file) | {name: entry}
-    atomic_write(file, json.dumps({"rows": rows}, indent=1) + "\n")
+def write_results(file: Path, rows: dict[str, Any], machine: dict[str, Any]) -> None:
+    results = {"machine": machine, "rows": read_results(file)["rows"] | rows}
+    atomic_write(file, json.dumps(results, indent=1) + "\n")
 
 
 def describe(entry: dict[str, Any]) -> str:
