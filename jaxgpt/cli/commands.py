@@ -300,9 +300,14 @@ def export(argv: list[str]) -> None:
 def bench(argv: list[str]) -> None:
     """Time training or sampling, alone or against PyTorch nanoGPT."""
     args = parse(BenchArgs, argv, "jaxgpt bench")
-    from jaxgpt.tools.bench.command import bench
+    if args.suite:
+        from jaxgpt.tools.bench.suite import run_suite
 
-    bench(args)
+        run_suite(args)
+    else:
+        from jaxgpt.tools.bench.command import bench
+
+        bench(args)
 
 
 @dataclass(frozen=True)

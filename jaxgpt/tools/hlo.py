@@ -24,6 +24,8 @@ FREE = CONTROL | {  # these do no work of their own
 }  # fmt: skip
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # TPU annotations
 SLICES = {"dynamic-slice", "gather", "slice"}
+PRODUCTS = ("dot", "convolution")
+CUBLAS = "__cublas$"  # how the targets of its matrix products begin
 # Flash kernels: the kind, and operations per B N T T H of causal attention, half of the square.
 FLASH_KERNELS = {
     "__cudnn$fmhaSoftmax": ("attention, forward", 2.0),
@@ -188,8 +190,8 @@ class Program:
         else:
             inside, body, arguments = ops, [op], {name: name for name in op.operands}
         read, written = 0, op.main_bytes
-        if op.target == "__cublas$lt$matmul":  # its last result is scratch memory
-            written -= array_bytes(op.shapes[-1])
+        if op.target.startswith(CUBLAS) and len(op.shapes) > 1:
+            written -= array_bytes(op.shapes[-1])  # its workspace
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
             users = [o for o in body if name in o.operands]
@@ -227,12 +229,21 @@ class Program:
                 group.seconds += times * seconds_of(kind, flops, traffic)
         return groups
 
+    def kinds(self) -> dict[str, str]:
+        """Return the kind of every kernel by its name: those of `breakdown`, and copies apart."""
+        found = {}
+        for name in self.execution_counts:
+            ops = self.computations[name]
+            for op in filter(lambda op: op.is_kernel, ops.values()):
+                kind = self._work(ops, op)[0]
+                is_copy = kind == "memory" and ("copy" in op.name or "transpose" in op.name)
+                found[op.name] = "copies" if is_copy else kind
+        return found
+
     def _work(self, ops: dict[str, Op], op: Op) -> tuple[str, float]:
         """Return the kind of a kernel, and its floating-point operations in products."""
         if op.opcode.removesuffix("-start") in COLLECTIVES:
             return "collectives", 0
-        if op.target == "__cublas$lt$matmul":
-            return "matmuls", product_flops(op, ops)
         if attention := FLASH_KERNELS.get(op.target):
             (_, dims), *_ = (shape for shape in op.shapes if len(shape[1]) == 4)
             B, N, T, H = dims
@@ -241,7 +252,7 @@ class Program:
         if op.opcode == "fusion":
             ops = self.computations[op.called[0]]
             body = list(ops.values())
-        products = [o for o in body if o.opcode in ("dot", "convolution")]
+        products = [o for o in body if o.opcode in PRODUCTS or o.target.startswith(CUBLAS)]
         flops = sum(product_flops(o, ops) for o in products)
         return ("matmuls" if products else "memory"), flops
 
@@ -278,9 +289,9 @@ class Program:
 def product_flops(op: Op, ops: dict[str, Op]) -> float:
     """Return the operations of a product: two per element of the output and summed index."""
     output = math.prod(op.shapes[0][1])
-    if op.opcode != "convolution":
-        dims = r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)"
-        summed = _ints(_search(dims, op.attributes).replace('"', ""))
+    if op.opcode != "convolution":  # cuBLAS has the dimensions in a JSON text
+        listed = r'lhs_contracting_dim(?:s=|ensions": ?)[{\[]([\d,"]*)[}\]]'
+        summed = _ints(_search(listed, op.attributes))
         lhs = ops[op.operands[0]].shapes[0][1]
         return 2 * output * math.prod(lhs[i] for i in summed)
     # A TPU's product is a convolution: dim_labels=bf_io->bf names batch, feature, input, output.

@@ -103,6 +103,27 @@ def test_breakdown_groups_kernels_by_kind_and_counts_their_flops():
         assert group.seconds == group.flops + group.bytes
 
 
+CUBLAS = """HloModule cublas
+
+ENTRY %main (x: f32[5,7], w: f32[7,3]) -> f32[3,5] {
+  %x = f32[5,7]{1,0} parameter(0)
+  %w = f32[7,3]{1,0} parameter(1)
+  %call = (f32[5,3]{1,0}, s8[1000]{0}) custom-call(%x, %w), \
+custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %y = f32[5,3]{1,0} get-tuple-element(%call), index=0
+  ROOT %transpose.1 = f32[3,5]{1,0} transpose(%y), dimensions={1,0}
+}
+"""
+
+
+def test_cublas_call_counts_as_a_product_without_its_workspace():
+    program = Program(CUBLAS)
+    assert program.kinds() == {"call": "matmuls", "transpose.1": "copies"}
+    group = program.breakdown(lambda kind, flops, traffic: 0)["matmuls"]
+    assert (group.flops, group.bytes) == (2 * 5 * 3 * 7, 4 * (5 * 7 + 7 * 3 + 5 * 3))
+
+
 def test_breakdown_of_a_loop_counts_every_turn():
     groups = Program(BY_HAND).breakdown(lambda kind, flops, traffic: 1)
     assert {kind: group.kernels for kind, group in groups.items()} == {

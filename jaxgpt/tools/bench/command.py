@@ -49,10 +49,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 
 def bench(args: BenchArgs) -> None:
     """Run the benchmark that the flags ask for, and print a report. Raises `UserError`."""
-    for file in filter(None, (args.json, args.plot, args.chart)):
-        folder = Path(file).parent
-        if not folder.is_dir():
-            raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
+    check_folders(args)
     if args.chart:
         print("\n".join(draw_chart(args.results, args.out_dir, args.chart)))
         return
@@ -67,6 +64,14 @@ def bench(args: BenchArgs) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     show(report, facts)
+
+
+def check_folders(args: BenchArgs) -> None:
+    """Raise `UserError` for a file to write whose folder does not exist."""
+    for file in filter(None, (args.json, args.plot, args.chart)):
+        folder = Path(file).parent
+        if not folder.is_dir():
+            raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
 
 
 def choose(args: BenchArgs) -> tuple[str, Config]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxgpt.config import PositiveInt
+from jaxgpt.config import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,13 @@ class BenchArgs:
 
     # What to time: training steps, sampling, making batches, or the attention back ends.
     benchmark: Literal["train", "sample", "data", "attention"] = "train"
+    # Measure a list of rows instead. Each is written to --json (by default bench-gpu.json) once it
+    # is measured, and the same command continues after a stop. On a CPU the rows have toy sizes.
+    suite: Literal["", "gpu"] = ""
+    rows: str = ""  # Rows of the suite, separated by commas: names, or beginnings of names.
+    budget_s: NonNegativeInt = (
+        0  # Seconds after which the suite starts no more rows; 0 is no limit.
+    )
     config: str = ""  # Config file to time instead of a preset.
     # cpu is nanoGPT's recipe for a laptop, baby its baby GPT; gpt2 and gpt2-xl need an accelerator
     # to train. Empty means cpu on a CPU and gpt2 on an accelerator.
