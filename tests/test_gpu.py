@@ -34,6 +34,7 @@ from jaxgpt.config import Config
 from jaxgpt.kernels import ANY, TABLE, attention, linear
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.model import Norm
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.train_step import init_state, make_train_step
@@ -169,20 +170,28 @@ def test_attention_with_dropout_matches_the_equations(name, dtype, platform):
 # ---- other kernels ---------------------------------------------------------------------------
 
 stacked = lambda row: lambda *arrays: jnp.stack(row("BTD,DCNH->BTCNH", *arrays))
+TARGETS_BT = np.arange(256).reshape(4, 64) * 19 - 1
 KERNELS = {  # how to call the row of an operation, and the operands
     "add_positions": (lambda row: row, [draw(32, 64, 48), draw(64, 48, seed=1)]),
+    "branch": (
+        lambda row: lambda x: jnp.stack(row(x, Norm("layernorm", 768, gain=False))),
+        [3 + draw(4, 64, 768)],
+    ),
     "gelu_tanh": (lambda row: row, [4 * draw(8, 1000)]),
     "linear_parts": (
         stacked,
         [draw(4, 64, 128), draw(128, 3, 2, 64, seed=1), draw(3, 2, 64, seed=2)],
     ),
-    "log_sum_exp": (lambda row: row, [8 * draw(16, 1000)]),
+    "token_losses": (
+        lambda row: lambda logits: row(logits, TARGETS_BT),
+        [8 * draw(4, 64, 5000)],
+    ),
     "normalize": (lambda row: partial(row, centered=True), [3 + draw(16, 768), draw(768, seed=1)]),
 }
 
 
 def test_every_gpu_row_is_compared_with_its_reference():
-    assert {*KERNELS, "attention_reference"} == {*GPU_ROWS}
+    assert {*KERNELS, "attention_reference", "folds_gains"} == {*GPU_ROWS}
     in_table = {row for (name, _), row in TABLE.items() if name.startswith("attention")}
     others = {attention.attention_cpu, attention.attention_splash}
     assert in_table == {*IMPLEMENTATIONS.values()} | others

@@ -17,6 +17,8 @@ from helpers import (
 from jax.sharding import PartitionSpec
 from reference.gpt2 import Golden
 
+from jaxgpt.kernels import TABLE
+from jaxgpt.kernels.norm import branch_gpu, folds_gains_gpu
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -45,6 +47,40 @@ def test_twenty_training_steps_match_pytorch():
                 want = arrays[f"train/{theirs}"][it]
                 assert float(metrics[ours][0]) == pytest.approx(want, rel=1e-6), (it, ours)
     assert_trees_close(state.params, golden.params("final"), atol=1e-6)
+
+
+# ---- gains folded into linear maps -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2},
+        {"norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "qk_norm": True},
+        {"scan_layers": True, "tie_embeddings": False},
+        {"mesh": "data:2", "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_folding_gains_changes_no_training_step(options, monkeypatch):
+    """The gains are trained too, so that they differ from 1 after the first step."""
+    config = make_config(**options, bias=False, learning_rate=0.01)
+    batches = [make_windows(config, seed=i) for i in range(4)]
+    want = take_steps(config, batches)
+    monkeypatch.setitem(TABLE, ("folds_gains", "cpu"), folds_gains_gpu)
+    monkeypatch.setitem(TABLE, ("branch", "cpu"), branch_gpu)
+    got = take_steps(config, batches)
+    gain = want[0].params["ln_f"]["scale"]
+    assert np.abs(np.asarray(gain) - 1).max() > 0.01
+    assert_same(got, want, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"freeze": "ln_1"}, {"norm_position": "post"}, {"n_layer": 0}]
+)
+def test_gains_are_not_folded_where_this_would_change_the_model(options):
+    assert folds_gains_gpu(make_config(bias=False))
+    assert not folds_gains_gpu(make_config(**{"bias": False} | options))
 
 
 # ---- equal results in other batch shapes -----------------------------------------------------

@@ -11,13 +11,13 @@ from helpers import assert_all_close, assert_trees_close, make_config, value_and
 from reference import numpy_gpt as ref
 
 from jaxgpt.kernels import ADAM_EPSILON, TABLE
-from jaxgpt.kernels.logsumexp import logsumexp_reference
 from jaxgpt.kernels.position import apply_rope
-from jaxgpt.model import ACTIVATIONS
+from jaxgpt.model import ACTIVATIONS, Norm
 from jaxgpt.runtime.mesh import make_mesh
 
 RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 11, (3, 5))
+TARGETS_BT = np.array([[3, -1, 299], [0, 17, 150]])
 ELSEWHERE = {
     "linear_map",
     "linear_parts",
@@ -26,8 +26,9 @@ ELSEWHERE = {
 OTHERWISE = {
     "accumulation",
     "adam_direction",
-    "log_sum_exp",
+    "branch",
     "compute_dtype",
+    "folds_gains",  # tests/test_train_step.py
     "max_replicas",
 }
 
@@ -63,11 +64,22 @@ def add_positions(dy, x, table) -> list[np.ndarray]:
     return [x + table, dy, dy.sum(0)]
 
 
+def token_losses(dy, logits) -> list[np.ndarray]:
+    is_target = np.arange(logits.shape[-1]) == TARGETS_BT[..., None]
+    counts = (TARGETS_BT >= 0)[..., None]
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    softmax = exponentials / exponentials.sum(-1, keepdims=True)
+    losses = -np.log((softmax * is_target).sum(-1) + (TARGETS_BT < 0))
+    return [losses, counts * dy[..., None] * (softmax - is_target)]
+
+
 CASES = [  # (operation, options, operands, NumPy function for value and gradients)
     ("normalize", {"centered": True}, [draw(2, 3, 64), draw(64)], partial(norm, "layernorm")),
     ("normalize", {"centered": False}, [draw(2, 3, 64), draw(64)], partial(norm, "rmsnorm")),
     ("embed", {"tokens_BT": TOKENS_BT}, [draw(11, 8)], embed),
-    ("gelu_tanh", {}, [draw(300)], gelu_tanh),
+    ("gelu_tanh", {}, [draw(3, 5, 300)], gelu_tanh),
+    ("token_losses", {"targets_BT": TARGETS_BT}, [3 * draw(2, 3, 300)], token_losses),
+    ("token_losses", {"targets_BT": TARGETS_BT}, [3 * draw(2, 3, 9000)], token_losses),
     *(("add_positions", {}, [draw(B, 5, 8), draw(5, 8)], add_positions) for B in (1, 6, 16, 48)),
 ]
 
@@ -116,18 +128,33 @@ def test_activation_and_gradient_match_numpy(name):
     assert_all_close(got, ref.ACTIVATIONS[name](x), 1e-5)
 
 
-@pytest.mark.parametrize("row", [None, *variants("log_sum_exp")])
+@pytest.mark.parametrize("width", [64, 48])
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("row", variants("branch"))
+def test_branch_returns_its_input_and_the_norm(row, kind, width):
+    layer = Norm(kind, width, gain=False)
+    run = lambda x: jnp.stack(TABLE[row](x, layer))
+    x, dy = draw(3, 5, width), draw(2, 3, 5, width)
+    value, dx, _ = norm(kind, dy[1], x, np.ones(width, np.float32))
+    assert_all_close(value_and_grads(run, [x], dy), [np.stack([x, value]), dy[0] + dx], 1e-5)
+
+
+@pytest.mark.parametrize("row", variants("token_losses"))
 @pytest.mark.parametrize("shift", [0, 1e4, -1e4])
-def test_logsumexp_and_gradient_match_numpy_for_extreme_values(row, shift):
-    """Some inputs are -inf; the gradient is the softmax."""
+def test_token_losses_and_gradient_match_numpy_for_extreme_values(row, shift):
+    """Some logits are -inf; the target is the largest."""
     x = 10 * draw(5, 300) + np.float32(shift)
     x[1, ::2], x[2, :299], x[3, 1:] = -np.inf, -np.inf, -np.inf
     x_f64 = x.astype(np.float64)
     largest = x_f64.max(-1, keepdims=True)
     sums = np.exp(x_f64 - largest).sum(-1, keepdims=True)
-    got, grad = value_and_grads(TABLE[row] if row else logsumexp_reference, [x], np.ones(5))
-    np.testing.assert_allclose(got, (np.log(sums) + largest)[:, 0], rtol=1e-6)
-    np.testing.assert_allclose(grad, np.exp(x_f64 - largest) / sums, atol=2e-3 if shift else 1e-5)
+    target = x.argmax(-1)
+    run = lambda x: TABLE[row](x[None], target[None])[0]
+    got, grad = value_and_grads(run, [x], np.ones(5, np.float32))
+    is_target = np.arange(300) == target[:, None]
+    want = np.exp(x_f64 - largest) / sums - is_target
+    np.testing.assert_allclose(got, np.log(sums)[:, 0], atol=2e-3 if shift else 1e-5)
+    np.testing.assert_allclose(grad, want, atol=2e-3 if shift else 1e-5)
 
 
 @pytest.mark.parametrize("positions", [[[0, 1, 2, 3]], [[3, 9, 2, 0], [5, 5, 5, 5]]])
