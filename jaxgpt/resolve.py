@@ -28,7 +28,9 @@ from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # filled in for a run
-SLOW_FLOPS = 1e10  # per step; about a tenth of a second on two cores
+# FLOPs per step and device that make a step slow: a tenth of a second on two cores, or some
+# milliseconds on a GPU.
+SLOW_FLOPS = {"cpu": 1e10, "gpu": 3e12}
 FAST_STEPS = 10  # per call
 
 
@@ -110,12 +112,15 @@ def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:
 def steps_per_call(config: Config, dataset: Dataset) -> int:
     """Return the steps per call of the compiled program: the config's, or a default by speed.
 
-    A signal waits for the end of a call, so slow steps on a CPU are called one by one.
+    Slow steps are called one by one. On a CPU, a signal waits for the end of a call. On a GPU, the
+    host starts each iteration of a loop, which takes longer than a call that overlaps the last one
+    (docs/performance.md, "A call per slow step").
     """
     if config.steps_per_call:
         return config.steps_per_call
-    flops = flops_per_token(config) * tokens_per_step(config)
-    is_slow = device.is_cpu() and flops > SLOW_FLOPS
+    devices = 1 if device.is_cpu() else jax.device_count()
+    flops = flops_per_token(config) * tokens_per_step(config) / devices
+    is_slow = flops > SLOW_FLOPS.get(jax.default_backend(), math.inf)
     is_fast = data_fits_on_device(config, dataset) and not is_slow
     return FAST_STEPS if is_fast else 1
 

@@ -9,6 +9,7 @@ from jaxgpt.kernels.platform import over_batch
 
 GELU_TANH = math.sqrt(2 / math.pi), 0.044715  # GELU is x / 2 (1 + tanh(a (x + b x^3)))
 
+
 def gelu(x: jax.Array) -> jax.Array:
     """Compute exact GELU, x times the normal distribution function (Hendrycks & Gimpel 2016).
 

@@ -126,11 +126,13 @@ def _separate_fwd(equation: str, x: jax.Array, weight: jax.Array):
 
 def _separate_bwd(equation: str, saved: tuple, dys: list[jax.Array]):
     x, weight = saved
-    dx, d_weight = None, []
+    dx: Any = None
+    d_weight = []
     for i, dy in enumerate(dys):
-        term, d_part = _contract_bwd(_product, equation, (x, weight[:, i]), dy)
-        # in this order, cuBLAS adds each term to the sum as it writes the term
-        dx = term if dx is None else term + dx
+        summand: Any
+        summand, d_part = _contract_bwd(_product, equation, (x, weight[:, i]), dy)
+        # in this order, cuBLAS adds the sum so far as it writes the next summand
+        dx = summand if dx is None else summand + dx
         d_weight.append(d_part)
     return dx, jnp.stack(d_weight, axis=1)
 

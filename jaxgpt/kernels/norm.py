@@ -155,8 +155,9 @@ def _branch_bwd(centered: bool, saved: tuple, gradients: tuple) -> tuple[jax.Arr
     from jaxgpt.kernels import triton
 
     def run(*arrays: jax.Array) -> jax.Array:
-        rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
-        return triton.normalize_gradient(*rows, centered).reshape(arrays[0].shape)
+        dy_RD, y_RD, inverse_std_R1, dx_RD = (x.reshape(-1, x.shape[-1]) for x in arrays)
+        dx_RD = triton.normalize_gradient(dy_RD, y_RD, inverse_std_R1, dx_RD, centered)
+        return dx_RD.reshape(arrays[0].shape)
 
     dx, dy = gradients
     return (over_batch(run)(dy, *saved, dx),)

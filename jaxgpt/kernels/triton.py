@@ -117,9 +117,7 @@ def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array
     """
     R, _ = logits_RV.shape
     loss = jax.ShapeDtypeStruct((R,), jnp.promote_types(logits_RV.dtype, jnp.float32))
-    call = _call(
-        _cross_entropy, "cross_entropy", R, [loss, logits_RV], input_output_aliases={0: 1}
-    )
+    call = _call(_cross_entropy, "cross_entropy", R, [loss, logits_RV], input_output_aliases={0: 1})
     return call(logits_RV, targets_R)
 
 
