@@ -152,7 +152,8 @@ class ModelConfig:
     """Fraction of activations zeroed: embeddings, attention weights and the output of each
     residual branch."""
     attention_dropout: bool = True
-    """Also apply dropout to attention weights, as GPT-2 does. Flash kernels do not support it."""
+    """Also apply dropout to attention weights, as GPT-2 does. Of the flash kernels, only
+    attention=flash supports it."""
     bias: bool = True
     """Biases in linear layers and layer norms. GPT-2 has them; nanoGPT's default is False."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -259,8 +260,9 @@ class ParallelConfig:
     mesh: Annotated[str, Pattern(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
     """Devices per axis (data, fsdp, tensor), as in data:2,fsdp:4; empty puts all devices on
     data."""
-    attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
-    """Attention back end; `auto` takes the fastest that this device and model support."""
+    attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "flash", "splash"] = "auto"
+    """Attention back end; `auto` takes the fastest that this device and model support. cudnn and
+    flash are for NVIDIA GPUs, splash is for TPUs."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: nothing, all but matmuls, or everything."""
     scan_layers: bool = False

@@ -31,9 +31,11 @@ def make_config(**options) -> Config:
 
 def test_document_mask_rejects_cudnn_and_auto_selects_another_backend():
     config = make_config(attention="auto", dtype="bfloat16", block_size=128, n_embd=32)
-    chosen, (line,) = device.choose_attention(config, target_platform="gpu")
+    assert device.choose_attention(config, target_platform="gpu") == ("flash", [])
+    in_float32 = config.replace(dtype="float32")
+    chosen, (line,) = device.choose_attention(in_float32, target_platform="gpu")
     assert chosen == "xla"
-    assert "because cudnn cannot keep documents apart, but document_mask=True" in line
+    assert "because flash needs dtype=bfloat16, not float32" in line
     with pytest.raises(UserError, match="attention='cudnn': cannot keep documents apart"):
         device.choose_attention(config.replace(attention="cudnn"), target_platform="gpu")
     assert device.choose_attention(config, target_platform="tpu") == ("splash", [])

@@ -11,6 +11,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,6 @@ from helpers import (
     tiny_run,
     value_and_grads,
 )
-from jax.tree_util import Partial
 from reference import numpy_gpt as ref
 
 from jaxgpt.config import Config
@@ -94,6 +94,7 @@ IMPLEMENTATIONS = {
     "saved weights": TABLE["attention_reference", "gpu"],
     "xla": TABLE["attention_xla", ANY],
     "cudnn": TABLE["attention_cudnn", ANY],
+    "flash": TABLE["attention_flash", ANY],
 }
 CASES = [
     {},
@@ -144,12 +145,12 @@ def test_attention_and_gradients_match_numpy(platform, name, dtype, case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["reference", "saved weights"])
+@pytest.mark.parametrize("name", ["reference", "saved weights", "flash"])
 def test_attention_with_dropout_matches_the_equations(name, dtype, platform):
     """The mask is the same on every platform, because it is a hash of the key and the index."""
     arrays = attention_operands(kv_heads=2)
     dropout = Dropout(0.25, jax.random.split(jax.random.key(0), 2))
-    bound: Partial | None = dropout.bind(0, DropoutSite.ATTENTION_WEIGHTS)
+    bound: Any = dropout.bind(0, DropoutSite.ATTENTION_WEIGHTS)
     keep_BNTS = np.asarray(bound(jnp.ones((2, 4, 128, 128))), np.float32)
     assert abs((keep_BNTS == 0).mean() - 0.25) < 0.01
 

@@ -36,6 +36,7 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("add_positions", "gpu"): embedding.add_positions_gpu,
     ("attention_cpu", ANY): attention.attention_cpu,
     ("attention_cudnn", ANY): attention.attention_cudnn,
+    ("attention_flash", ANY): attention.attention_flash,
     ("attention_reference", ANY): attention.attention_reference,
     ("attention_reference", "gpu"): attention.attention_saved_weights,
     ("attention_splash", ANY): attention.attention_splash,
@@ -92,8 +93,8 @@ def dot_product_attention(
 
     `causal` masks keys after the query. `window` is the number of keys that a query attends to, its
     own included; 0 means all. `segment_ids_BT` masks keys of other segments (not for cudnn).
-    `dropout` acts on the attention weights; it must be linear, and a pytree such as
-    `jax.tree_util.Partial`. Scores are multiplied by `scale`, by default 1 / sqrt(H).
+    `dropout` acts on the attention weights; it must be a `BoundDropout`, or for some back ends any
+    linear function that is a pytree. Scores are multiplied by `scale`, by default 1 / sqrt(H).
     """
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
     options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
@@ -104,10 +105,11 @@ def dot_product_attention(
 def select_attention(backend: str, T: int, S: int, dropout: Callable | None) -> Callable:
     """Return the implementation `backend`, or the reference if the backend cannot be used.
 
-    Flash kernels have no dropout of the weights, and some implementations need certain lengths.
+    Most flash kernels have no dropout of the weights, and some implementations need certain
+    lengths.
     """
-    is_flash = backend in ("xla", "cudnn", "splash")
-    fits_shape = {"cpu": T == S, "splash": T == S and T % 128 == 0}.get(backend, True)
-    if not fits_shape or (is_flash and dropout is not None):
+    is_square = {"cpu": T == S, "flash": T == S, "splash": T == S and T % 128 == 0}
+    lacks_dropout = backend in ("xla", "cudnn", "splash")
+    if not is_square.get(backend, True) or (lacks_dropout and dropout is not None):
         backend = "reference"
     return __getattr__(f"attention_{backend}")

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxgpt.kernels.platform import is_partitioned
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -82,7 +84,7 @@ def attention_saved_weights(
     """Compute `attention_reference` with a gradient from saved weights in v's dtype.
 
     XLA then makes one GPU kernel of softmax and dropout, and one of their gradient, and keeps no
-    other array of that size. `dropout` must be linear, and a pytree such as `jax.tree_util.Partial`
+    other array of that size. `dropout` must be linear and a pytree, as `BoundDropout` is
     (docs/performance.md, "Attention gradient from saved weights").
     """
     k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
@@ -207,6 +209,64 @@ def attention_xla(
 
 
 attention_cudnn = partial(attention_xla, implementation="cudnn")
+
+
+# ---- NVIDIA GPUs: flash attention with dropout and documents ---------------------------------
+
+
+def attention_flash(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout: Any, options: AttentionOptions
+) -> jax.Array:
+    """Compute `attention_reference` without arrays of T x S elements; T must equal S.
+
+    `dropout` is a `BoundDropout`, whose masks the kernels compute themselves
+    (docs/performance.md, "Flash attention with dropout and documents").
+    """
+    extra = {"first_head": jnp.zeros(1, jnp.int32)}
+    if segment_ids_BT is not None:
+        extra["segments"] = segment_ids_BT
+    if dropout is not None:
+        extra["seeds"] = dropout.seeds_B2
+    rate = 0.0 if dropout is None else dropout.rate
+    if not is_partitioned():
+        return _flash(q_BTNH, k_BSKH, v_BSKH, extra, options, rate)
+
+    def local(q_BTNH, k_BSKH, v_BSKH, extra: dict) -> jax.Array:
+        first_head = jax.lax.axis_index("tensor") * q_BTNH.shape[2]
+        extra = extra | {"first_head": first_head[None]}
+        return _flash(q_BTNH, k_BSKH, v_BSKH, extra, options, rate)
+
+    heads = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    per_sequence = {name: PartitionSpec(heads[0]) for name in extra}
+    in_specs = heads, heads, heads, per_sequence | {"first_head": PartitionSpec()}
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return mapped(q_BTNH, k_BSKH, v_BSKH, extra)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate: float):
+    return _flash_fwd(q_BTNH, k_BSKH, v_BSKH, extra, options, rate)[0]
+
+
+def _flash_fwd(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate: float):
+    from jaxgpt.kernels import flash
+
+    settings = flash.Options(options, rate, "segments" in extra)
+    o_BTNH, lse_BNT = flash.forward(q_BTNH, k_BSKH, v_BSKH, extra, settings)
+    return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT)
+
+
+def _flash_bwd(options: AttentionOptions, rate: float, saved: tuple, do_BTNH: jax.Array):
+    from jaxgpt.kernels import flash
+
+    q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT = saved
+    settings = flash.Options(options, rate, "segments" in extra)
+    arrays = q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT, do_BTNH
+    dq_BTNH, dk_BSKH, dv_BSKH = flash.backward(*arrays, settings)
+    return dq_BTNH, dk_BSKH, dv_BSKH, None
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
 
 
 # ---- TPU: splash attention -------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import register_dataclass
 
 
 class DropoutSite:
@@ -33,29 +33,42 @@ class Dropout:
 
     def __call__(self, x: jax.Array, layer: int | jax.Array, site: int) -> jax.Array:
         """Zero a fraction `rate` of x [B, ...] and divide the rest by 1 - rate."""
-        if not self.rate:
-            return x
-        fold_in = jax.vmap(jax.random.fold_in, (0, None))
-        keys_B = fold_in(fold_in(self.keys_B, layer), site)
-        bits = jax.vmap(partial(random_bits_hashed, shape=x.shape[1:]))(keys_B)
-        return jnp.where(bits >= jnp.uint32(self.rate * 2**32), x / (1 - self.rate), 0)
+        dropout = self.bind(layer, site)
+        return x if dropout is None else dropout(x)
 
-    def bind(self, layer: int | jax.Array, site: int) -> Partial | None:
-        """Return this dropout at one site as a pytree `f(x)`, or None if the rate is 0."""
+    def bind(self, layer: int | jax.Array, site: int) -> "BoundDropout | None":
+        """Return the dropout of one site, or None if the rate is 0."""
         if not self.rate:
             return None
-        return Partial(Dropout.__call__, self, layer=layer, site=site)
+        fold_in = jax.vmap(jax.random.fold_in, (0, None))
+        keys_B = fold_in(fold_in(self.keys_B, layer), site)
+        return BoundDropout(self.rate, jax.vmap(jax.random.key_data)(keys_B))
 
 
-def random_bits_hashed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return uint32 random bits: a hash of the key and of each element's index.
+@partial(register_dataclass, data_fields=["seeds_B2"], meta_fields=["rate"])
+@dataclass(frozen=True)
+class BoundDropout:
+    """Dropout of one site, with two uint32 seeds per sequence; linear, and a pytree."""
+
+    rate: float
+    seeds_B2: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Zero a fraction `rate` of x [B, ...] and divide the rest by 1 - rate."""
+        shape = x.shape[1:]
+        index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+        keep = jax.vmap(lambda seeds: keep_mask(self.rate, seeds[0], seeds[1], index))
+        return jnp.where(keep(self.seeds_B2), x / (1 - self.rate), 0)
+
+
+def keep_mask(rate: float, first: jax.Array, second: jax.Array, index: jax.Array) -> jax.Array:
+    """Return which elements of a sequence dropout keeps: a hash of two seeds and of their index.
 
     Masks need no cryptographic quality, and this hash takes a tenth of the work of JAX's generator
     Threefry (docs/performance.md, "Hashed dropout masks").
     """
-    first, second = jax.random.key_data(key)
-    index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return _lowbias32(_lowbias32(index + first) ^ second)
+    bits = _lowbias32(_lowbias32(index + first) ^ second)
+    return bits >= jnp.uint32(rate * 2**32)
 
 
 def _lowbias32(x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxgpt.config import Config, DataConfig, UserError
 from jaxgpt.kernels import dot_product_attention
+from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.runtime.files import cores
 
 MAX_RESIDENT = 2**31  # tokens: their positions on the device are int32
@@ -32,6 +34,10 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12, "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # of half a chip
 }  # fmt: skip
+
+
+# The attention back ends of each platform, the fastest first.
+FASTEST_ATTENTION = {"cpu": ["cpu"], "gpu": ["cudnn", "flash"], "tpu": ["splash"]}
 
 
 def start(device: str = "auto", *, float64: bool = False) -> None:
@@ -68,6 +74,12 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
+def is_hopper() -> bool:
+    """Tell whether the devices are NVIDIA GPUs of the Hopper generation or a later one."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return jax.default_backend() == "gpu" and float(capability) >= 9
+
+
 def memory_bytes() -> int | None:
     """Return the memory of one device that JAX may use, or None if it is unknown."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -99,33 +111,36 @@ def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, lis
 
 
 def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:
-    """Choose the back end for `attention=auto`; return it, and a note if the best one is not used.
+    """Choose the back end for `attention=auto`; return it, and notes if no fast one can be used.
 
     Without a target platform the back end is also tried. Raises `UserError` if a back end that the
     user chose cannot do what the model needs.
     """
     c, platform = config, target_platform or jax.default_backend()
-    best = {"cpu": "cpu", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
-    reason = _unsupported_reason(c, best if c.attention == "auto" else c.attention, platform)
     if c.attention != "auto":
-        if reason:
+        if reason := _unsupported_reason(c, c.attention, platform):
             also = " or" if "; try " in reason else "; try"
             raise UserError(f"attention={c.attention!r}: {reason}{also} --attention=auto")
         return c.attention, []
-    if not reason and not target_platform and platform != "cpu":
-        failure = self_test(c.replace(attention=best))
-        reason = f"failed its test: {failure}" if failure else ""
-    if not reason:
-        return best, []
+    failed, unsupported = [], []
+    for backend in FASTEST_ATTENTION.get(platform, []):
+        if reason := _unsupported_reason(c, backend, platform):
+            unsupported = [f"{backend} {reason}"]
+        elif not target_platform and platform != "cpu" and (failure := self_test(c, backend)):
+            failed = [f"{backend} failed its test: {failure}"]
+        else:
+            return backend, [f"attention='auto': uses {backend}, because {why}" for why in failed]
     fallback = "reference" if c.attention_dropout_rate else "xla"
-    return fallback, [f"attention='auto': uses {fallback}, because {best} {reason}"]
+    reasons = failed or unsupported
+    return fallback, [f"attention='auto': uses {fallback}, because {why}" for why in reasons]
 
 
 def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
     """Return what the model needs and this back end cannot do, or ""."""
     no_dropout = f"has no dropout of attention weights, but dropout={c.dropout}; "
     no_dropout += "try --attention_dropout=False"
-    widths = f"needs a head width that is a multiple of 8 up to 128, not {c.head_dim}"
+    widest = 256 if platform == "gpu" and is_hopper() else 128
+    widths = f"needs a head width that is a multiple of 8 up to {widest}, not {c.head_dim}"
     lengths = f"needs a block_size that is a multiple of 128, not {c.block_size}"
     limits = {
         "cpu": [(platform != "cpu", "runs only on CPUs")],
@@ -134,7 +149,12 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
             (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
             (c.attention_dropout_rate, no_dropout),
             (c.document_mask, "cannot keep documents apart, but document_mask=True"),
-            (c.head_dim % 8 or c.head_dim > 128, widths),
+            (c.head_dim % 8 or c.head_dim > widest, widths),
+        ],
+        "flash": [
+            (platform != "gpu", "needs an NVIDIA GPU"),
+            (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
+            (c.head_dim > 256, f"needs a head width up to 256, not {c.head_dim}"),
         ],
         "splash": [
             (platform != "tpu", "needs a TPU"),
@@ -145,14 +165,16 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
     return next((reason for applies, reason in limits.get(backend, []) if applies), "")
 
 
-def self_test(c: Config) -> str:
-    """Compare this back end with the reference on a small problem; return the failure, or ""."""
+def self_test(c: Config, backend: str) -> str:
+    """Compare a back end with the reference on a small problem; return the failure, or ""."""
     shape = (1, min(c.block_size, 256), c.n_head, c.head_dim)
     q = jax.random.normal(jax.random.key(0), shape, c.dtype)
     k = q[:, :, : c.kv_heads]
     halves_BT = (jnp.arange(shape[1])[None] >= shape[1] // 2).astype(jnp.int32)
-    options = {"causal": c.causal, "window": c.sliding_window}
-    options |= {"segment_ids_BT": halves_BT} if c.document_mask else {}
+    dropout = Dropout(c.attention_dropout_rate, jax.random.split(jax.random.key(1), 1))
+    options: dict[str, Any] = {"causal": c.causal, "window": c.sliding_window}
+    options["dropout"] = dropout.bind(0, DropoutSite.ATTENTION_WEIGHTS)
+    options["segment_ids_BT"] = halves_BT if c.document_mask else None
 
     def loss(q: jax.Array, k: jax.Array, backend: str) -> jax.Array:
         out = dot_product_attention(q, k, k, backend=backend, **options)
@@ -160,7 +182,7 @@ def self_test(c: Config) -> str:
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     try:
-        got, want = gradient(q, k, c.attention), gradient(q, k, "reference")
+        got, want = gradient(q, k, backend), gradient(q, k, "reference")
     except Exception as error:  # drivers, libraries and compilers raise many types
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from helpers import assert_all_close, make_config, value_and_grads
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import Partial
 from reference import numpy_gpt as ref
 
 from jaxgpt.kernels import ANY, TABLE, attention, dot_product_attention
 from jaxgpt.kernels.attention import AttentionOptions
-from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.kernels.dropout import BoundDropout, Dropout, DropoutSite
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sharding import BATCH, use_mesh
 
@@ -64,7 +63,8 @@ def check(implementation, arrays, atol, *, causal=True, window=0, documents=Fals
 # JAX's own softmax is float32 whatever its input, so it cannot meet the float64 tolerance
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [(own, dtype) for own in OWN for dtype in TOLERANCE] + [(attention.attention_xla, "float32")],
+    [(own, dtype) for own in OWN for dtype in TOLERANCE]
+    + [(attention.attention_xla, "float32"), (attention.attention_flash, "float32")],
     ids=name_of,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -87,7 +87,7 @@ def test_cudnn_call_run_by_xla_matches_numpy(monkeypatch):
 def test_every_attention_implementation_in_the_table_is_tested():
     others = {attention.attention_xla, attention.attention_cudnn, attention.attention_splash}
     in_table = {function for (name, _), function in TABLE.items() if name.startswith("attention")}
-    assert in_table == others | set(OWN)
+    assert in_table == others | {*OWN, attention.attention_flash}
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -111,7 +111,29 @@ def test_splash_attention_on_a_mesh_equals_one_device(documents):
     np.testing.assert_allclose(got, run(*map(jnp.asarray, arrays)), atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", OWN, ids=name_of)
+@pytest.mark.parametrize("mesh", ["data:2", "tensor:2"])
+def test_flash_attention_on_a_mesh_equals_one_device(mesh):
+    """Each device computes the documents and the dropout masks of its own sequences and heads."""
+    *arrays, _ = operands(length=40, width=16)
+    arrays.append(np.array([np.arange(40) // 15, np.arange(40) // 22], np.int32))
+    options = AttentionOptions(causal=True, window=0, scale=0.25)
+    run = lambda *arrays: attention.attention_flash(*arrays, make_dropout(), options)
+    want = run(*map(jnp.asarray, arrays))
+    placed = make_mesh(make_config(mesh=mesh))
+    heads = NamedSharding(placed, PartitionSpec(BATCH, None, "tensor"))
+    *qkv, segments = arrays
+    arrays = [*jax.device_put(qkv, heads), jnp.asarray(segments)]
+    np.testing.assert_allclose(jax.jit(use_mesh(placed)(run))(*arrays), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 300])
+@pytest.mark.parametrize("window", [0, 1, 130])
+def test_flash_attention_at_the_ends_of_its_tiles_matches_numpy(length, window):
+    arrays = operands(kv_heads=2, length=length, width=24)
+    check(attention.attention_flash, arrays, 1e-5, documents=length == 300, window=window)
+
+
+@pytest.mark.parametrize("implementation", [*OWN, attention.attention_flash], ids=name_of)
 def test_bfloat16_attention_keeps_the_dtype_and_stays_close_to_numpy(implementation):
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in operands()[:3]]
     got = implementation(*qkv, None, None, AttentionOptions(True, 0, 8**-0.5))
@@ -123,12 +145,12 @@ def test_bfloat16_attention_keeps_the_dtype_and_stays_close_to_numpy(implementat
 # ---- attention dropout -----------------------------------------------------------------------
 
 
-def make_dropout(rate: float = 0.25) -> Partial | None:
+def make_dropout(rate: float = 0.25) -> BoundDropout | None:
     dropout = Dropout(rate, jax.random.split(jax.random.key(0), 2))
     return dropout.bind(0, DropoutSite.ATTENTION_WEIGHTS)
 
 
-@pytest.mark.parametrize("implementation", OWN, ids=name_of)
+@pytest.mark.parametrize("implementation", [*OWN, attention.attention_flash], ids=name_of)
 def test_attention_dropout_and_gradients_match_the_equations(implementation):
     *qkv, weights = operands(kv_heads=2)
     dropout = make_dropout()
@@ -156,6 +178,8 @@ def test_attention_dropout_and_gradients_match_the_equations(implementation):
         ("splash", {"length": 128, "dropout": True}, "reference"),
         ("xla", {"length": 9, "dropout": True}, "reference"),
         ("cudnn", {"length": 9, "dropout": True}, "reference"),
+        ("flash", {"length": 9, "dropout": True}, "flash"),
+        ("flash", {"length": 9, "queries": 4}, "reference"),
         ("cpu", {"length": 9, "dropout": True}, "cpu"),
         ("cpu", {"length": 9, "queries": 4}, "reference"),
     ],
