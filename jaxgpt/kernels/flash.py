@@ -50,14 +50,13 @@ def forward(q_BTNH, k_BTKH, v_BTKH, extra: dict[str, jax.Array], options: Option
 def backward(q_BTNH, k_BTKH, v_BTKH, extra, o_BTNH, lse_BNT, do_BTNH, options: Options) -> tuple:
     """Return the gradients of q, k and v."""
     B, T, N, _ = q_BTNH.shape
-    products = do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32)
-    delta_BNT = jnp.einsum("BTNH->BNT", products)
-    arrays = q_BTNH, k_BTKH, v_BTKH, extra, lse_BNT, delta_BNT, do_BTNH
-    tiles = pl.cdiv(T, LONG)
-    dq = _call(_query_gradient, "flash_dq", (tiles, B * N), q_BTNH, options)(*arrays)
-    grid = tiles, B * k_BTKH.shape[2]
-    dk, dv = _call(_key_gradient, "flash_dkv", grid, [k_BTKH, v_BTKH], options)(*arrays)
-    return dq, dk, dv
+    arrays = q_BTNH, k_BTKH, v_BTKH, extra, lse_BNT, do_BTNH
+    grid = pl.cdiv(T, LONG), B * N
+    call = _call(_query_gradient, "flash_dq", grid, [q_BTNH, lse_BNT], options)
+    dq_BTNH, delta_BNT = call(*arrays, o_BTNH)
+    grid = pl.cdiv(T, LONG), B * k_BTKH.shape[2]
+    call = _call(_key_gradient, "flash_dkv", grid, [k_BTKH, v_BTKH], options)
+    return dq_BTNH, *call(*arrays, delta_BNT)
 
 
 def _call(kernel: Callable, name: str, grid: tuple, results: Any, options: Options) -> Callable:
@@ -99,14 +98,17 @@ def _forward(options: Options, q_ref, k_ref, v_ref, extra: dict, o_ref, lse_ref)
 
 
 def _query_gradient(
-    options: Options, q_ref, k_ref, v_ref, extra: dict, lse_ref, delta_ref, do_ref, dq_ref
+    options: Options, q_ref, k_ref, v_ref, extra: dict, lse_ref, do_ref, o_ref, dq_ref, delta_ref
 ) -> None:
+    """Write dq, and the sum of do * o over H, which the gradient of the softmax subtracts."""
     _, T, N, _ = q_ref.shape
     b, n = jax.lax.div(pl.program_id(1), N), jax.lax.rem(pl.program_id(1), N)
     kv_head = jax.lax.div(n, N // k_ref.shape[2])
     query = pl.program_id(0) * LONG + jnp.arange(LONG)
     q, do = _load(q_ref, b, query, n), _load(do_ref, b, query, n)
-    lse, delta = _load_row(lse_ref, b, n, query), _load_row(delta_ref, b, n, query)
+    lse = _load_row(lse_ref, b, n, query)
+    delta = (do.astype(jnp.float32) * _load(o_ref, b, query, n).astype(jnp.float32)).sum(1)
+    triton.store(delta_ref.at[b, n, query], delta, mask=query < T)
 
     def add_keys(i: jax.Array, dq: jax.Array) -> jax.Array:
         key = i * SHORT + jnp.arange(SHORT)
@@ -124,7 +126,7 @@ def _query_gradient(
 
 
 def _key_gradient(
-    options: Options, q_ref, k_ref, v_ref, extra: dict, lse_ref, delta_ref, do_ref, dk_ref, dv_ref
+    options: Options, q_ref, k_ref, v_ref, extra: dict, lse_ref, do_ref, delta_ref, dk_ref, dv_ref
 ) -> None:
     _, T, N, _ = q_ref.shape
     K = k_ref.shape[2]
