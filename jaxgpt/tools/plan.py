@@ -28,7 +28,7 @@ from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
-from jaxgpt.tools.hlo import Collective, KernelGroup, Program
+from jaxgpt.tools.hlo import Collective, KernelGroup, Overlap, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
@@ -106,6 +106,7 @@ class Plan:
     kernels: int
     collectives: list[Collective]
     breakdown: dict[str, KernelGroup]
+    overlap: dict[str, Overlap]
 
     @property
     def fits(self) -> bool:
@@ -203,19 +204,15 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compile for absent devices. Raises `DoesNotFitError` if XLA runs out of their memory."""
     is_gpu = mesh.devices.flat[0].platform == "gpu"
-    option = "jax_persistent_cache_min_compile_time_secs"
-    seconds = jax.config.values[option]
-    try:  # without the device, autotuning fails, and a cached program cannot be loaded
-        jax.config.update(option, math.inf)
-        return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
+    try:  # without the device, autotuning fails
+        with device.no_compilation_cache():
+            return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needs = re.search(r"([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]
         raise DoesNotFitError(said) from error
-    finally:
-        jax.config.update(option, seconds)
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
@@ -238,6 +235,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         kernels=program.kernels().total(),
         collectives=program.collectives(),
         breakdown=program.breakdown(partial(kernel_seconds, topology.chip)),
+        overlap=program.overlap(
+            partial(kernel_seconds, topology.chip), partial(seconds_to_send, topology=topology)
+        ),
     )
 
 
@@ -281,8 +281,8 @@ def flops_per_step(config: Config) -> float:
 
 
 def usable_memory(chip: Chip) -> float:
-    """Return the bytes of a device that JAX uses for arrays: by default 3/4 of a GPU's memory."""
-    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    """Return the bytes of a device that JAX uses for arrays; see `device.start`."""
+    share = device.memory_fraction() or device.MEMORY_FRACTION
     return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
 
 
@@ -349,9 +349,8 @@ def format_plan(plan: Plan) -> str:
         f"  kernels per step  {plan.kernels:10,}",
     ]
     for kind in sorted({c.kind for c in plan.collectives}):
-        of_kind = [c for c in plan.collectives if c.kind == kind]
-        sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
-        lines.append(f"  {kind:<17} {gib(sent)}  sent per step, in {count:,} calls")
+        sent = sum(c.times * c.bytes for c in plan.collectives if c.kind == kind)
+        lines.append(f"  {kind:<17} {gib(sent)}  sent per step{_in_calls(plan.overlap[kind])}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
         f"estimate: {1000 * fast:,.0f} ms per step if all work overlaps, {1000 * slow:,.0f} ms if "
@@ -360,6 +359,13 @@ def format_plan(plan: Plan) -> str:
         f"fractions of the data sheet's rates: {shares}",
     ]
     return "\n".join(lines)
+
+
+def _in_calls(overlap: Overlap) -> str:
+    """Return how often a kind of collective runs, and how much of its time compute hides."""
+    calls = f", in {overlap.calls:,} calls, {overlap.asynchronous:,} of them asynchronous"
+    share = abs(overlap.hidden / overlap.seconds)  # rounding may make it negative
+    return f"{calls}; {1000 * overlap.seconds:,.1f} ms, {100 * share:.0f}% during compute"
 
 
 def format_breakdown(plan: Plan) -> str:
