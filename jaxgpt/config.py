@@ -259,6 +259,9 @@ class ParallelConfig:
     data."""
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest that this device and model support."""
+    xla: Literal["tuned", "default"] = "tuned"
+    """XLA's options for the training step: `tuned` sets those that help on this hardware, `default`
+    sets none. Options in XLA_FLAGS take precedence."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: nothing, all but matmuls, or everything."""
     scan_layers: bool = False

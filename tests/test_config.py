@@ -51,6 +51,7 @@ KINDS = [
     ("dtype", "float16", "one of auto, float32, bfloat16, float64"),
     ("mesh", "data=2", "axis:size[,axis:size]"),
     ("attention", "flash", "one of auto, reference, cpu, xla, cudnn, splash"),
+    ("xla", True, "one of tuned, default"),
     ("remat", False, "one of none, dots, full"),
     ("coordinator", "localhost", "host:port"),
 ]  # fmt: skip
