@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,11 @@ NO_MERGER = XlaOption(
     "XLA merges products that linear_parts_gpu keeps apart, and pays slices and concatenations",
     "measured: docs/performance.md, \"No merged products\"",
 )  # fmt: skip
+DETERMINISTIC = XlaOption(
+    "xla_gpu_exclude_nondeterministic_ops", True,
+    "scatters and attention's gradient otherwise add in an order that varies",
+    "XLA: Determinism (GPU)",
+)  # fmt: skip
 XLA_OPTIONS = {
     "one GPU": (NO_TRITON, NO_MERGER),
     "several GPUs": (NO_TRITON, NO_MERGER),
@@ -106,21 +112,24 @@ def memory_fraction() -> str | None:
 def compiler_options(config: ParallelConfig, mesh: Mesh) -> dict[str, str | bool]:
     """Return the XLA options of the training step on a mesh, whose devices may be absent.
 
-    They are those of `XLA_OPTIONS` for its kind of program, unless the installed XLA does not know
-    an option or the user has set it in XLA_FLAGS or LIBTPU_INIT_ARGS.
+    They are those of `XLA_OPTIONS` for its kind of program, and `DETERMINISTIC` for that key. Left
+    out are options that the installed XLA does not know, and those that the user has set in
+    XLA_FLAGS or LIBTPU_INIT_ARGS.
     """
     platform = mesh.devices.flat[0].platform
     gpus = "one GPU" if mesh.size == 1 else "several GPUs"
     kind = {"gpu": gpus, "tpu": "TPU"}.get(platform, "CPU")
-    tuned = XLA_OPTIONS[kind] if config.xla == "tuned" else ()
+    chosen = XLA_OPTIONS[kind] if config.xla == "tuned" else ()
+    if config.deterministic and platform == "gpu":
+        chosen = (*chosen, DETERMINISTIC)
     users = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
-    wanted = {o.name: o.value for o in tuned if not re.search(rf"--{o.name}(?![\w])", users)}
+    wanted = {o.name: o.value for o in chosen if not re.search(rf"--{o.name}(?![\w])", users)}
     return known_options(mesh.devices.flat[0], tuple(wanted.items())) if wanted else {}
 
 
 @cache
 def known_options(
-    device: jax.Device, options: tuple[tuple[str, str | bool], ...]
+    device: Any, options: tuple[tuple[str, str | bool], ...]
 ) -> dict[str, str | bool]:
     """Return the options that the installed XLA knows: it rejects others when it compiles."""
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))

@@ -38,6 +38,13 @@ def test_tuned_options_are_those_of_the_table(platform, size):
     assert device.compiler_options(DEFAULT, fake_mesh(platform, size)) == {}
 
 
+@pytest.mark.parametrize(("platform", "has_option"), [("gpu", True), ("tpu", False)])
+@pytest.mark.usefixtures("knows_all")
+def test_deterministic_adds_one_option_on_gpus_alone(platform, has_option):
+    found = device.compiler_options(DEFAULT.replace(deterministic=True), fake_mesh(platform))
+    assert found == ({"xla_gpu_exclude_nondeterministic_ops": True} if has_option else {})
+
+
 @pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 @pytest.mark.usefixtures("knows_all")
 def test_options_of_the_user_are_kept(variable, monkeypatch):
@@ -56,7 +63,7 @@ def test_options_that_xla_does_not_know_are_left_out():
 
 
 def test_every_xla_option_has_a_reason_and_a_source():
-    for options in device.XLA_OPTIONS.values():
+    for options in (*device.XLA_OPTIONS.values(), [device.DETERMINISTIC]):
         assert len({option.name for option in options}) == len(options)
         assert all(option.reason and option.source for option in options)
 
