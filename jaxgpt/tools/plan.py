@@ -10,7 +10,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import sharding
+from jaxgpt import kernels, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import batch_size
 from jaxgpt.data.tokens import GPT2_VOCAB
@@ -119,6 +120,11 @@ class Plan:
         compute = self.flops / (device.PEAK_FLOPS[chip.kind] * EFFICIENCY["matmuls"])
         links = sum(c.times * seconds_to_send(c, self.topology) for c in self.collectives)
         return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"]), links
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds per step for all kernels, one after the other."""
+        return sum(group.seconds for group in self.breakdown.values())
 
 
 def find_topology(name: str) -> Topology:
@@ -374,7 +380,7 @@ def format_breakdown(plan: Plan) -> str:
     for kind, group in sorted(plan.breakdown.items(), key=lambda item: -item[1].seconds):
         numbers = f"{group.kernels:>8,} {group.bytes / GB:>9.2f} {group.flops / 1e12:>8.3f}"
         lines.append(f"{kind:<20} {numbers} {1000 * group.seconds:>8.2f}")
-    total = sum(group.seconds for group in plan.breakdown.values())
+    total = plan.kernel_seconds
     tokens = batch_size.global_batch_size(plan.config) * plan.config.block_size
     devices = len(plan.topology.devices)
     peak = device.PEAK_FLOPS[plan.topology.chip.kind]
@@ -383,12 +389,51 @@ def format_breakdown(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def lever_off(operation: str, platform: str) -> Iterator[None]:
+    """Trace a platform's variant of an operation as the one for platforms without a row."""
+    row = kernels.TABLE.pop((operation, platform))
+    try:
+        yield
+    finally:
+        kernels.TABLE[operation, platform] = row
+
+
+def compare_levers(plan: Plan, say: Callable[[str], None]) -> None:
+    """Compile the step once more per lever without it, and print what each lever saves.
+
+    A lever is an operation that has a variant for the platform, or XLA's options. A line is left
+    out if the step does not use the lever. Raises `DoesNotFitError`.
+    """
+    platform = plan.topology.devices[0].platform
+    row = "{:<20} {:>8} {:>9} {:>14} {:>8} {:>9}".format
+    say(row("without", "kernels", "GB", "temporaries GB", "ms", "change ms"))
+
+    def show(name: str, other: Plan) -> None:
+        ms, change = (
+            1000 * s for s in (other.kernel_seconds, other.kernel_seconds - plan.kernel_seconds)
+        )
+        sizes = f"{other.traffic / GB:,.2f}", f"{other.temporaries / GB:,.2f}"
+        say(row(name, f"{other.kernels:,}", *sizes, f"{ms:,.2f}", f"{change:+,.2f}"))
+
+    show("nothing", plan)
+    for operation in [name for name, where in kernels.TABLE if where == platform]:
+        with lever_off(operation, platform):
+            other = make_plan(plan.config, plan.topology)
+        if other != plan:
+            show(operation, other)
+    if plan.config.xla == "tuned":
+        other = make_plan(plan.config.replace(xla="default"), plan.topology)
+        show("XLA's options", other)
+
+
 def run(
     config: Config,
     topology_name: str,
     search: bool,
     say: Callable[[str], None],
     breakdown: bool = False,
+    levers: bool = False,
 ) -> bool:
     """Print a config's plan, and return whether it fits. Raises `UserError`.
 
@@ -418,6 +463,8 @@ def run(
     say(format_plan(plan))
     if breakdown:
         say(format_breakdown(plan))
+    if levers:
+        compare_levers(plan, say)
     if search:
         keys = "mesh", "remat", "scan_layers", "batch_size", "gradient_accumulation_steps"
         found = [(key, getattr(plan.config, key)) for key in keys]
