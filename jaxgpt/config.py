@@ -263,6 +263,12 @@ class ParallelConfig:
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "flash", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest that this device and model support. cudnn and
     flash are for NVIDIA GPUs, splash is for TPUs."""
+    xla: Literal["tuned", "default"] = "tuned"
+    """XLA's options for the training step: `tuned` sets those that help on this hardware, `default`
+    sets none. Options in XLA_FLAGS take precedence."""
+    deterministic: bool = False
+    """Use only kernels that add in a fixed order, so that a run that resumes on a GPU repeats every
+    bit; slower. CPUs need no such kernels."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: nothing, all but matmuls, or everything."""
     scan_layers: bool = False

@@ -22,6 +22,7 @@ from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
+from jaxgpt.runtime.device import compiler_options
 from jaxgpt.sharding import param_sharding, replicated, use_mesh
 
 
@@ -114,7 +115,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     shardings = state_shardings(config, mesh), replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+    options = compiler_options(config, mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def apply_update(

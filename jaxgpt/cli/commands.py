@@ -348,6 +348,8 @@ class PlanArgs:
     # Find the least recomputation that fits, and then the largest batch_size.
     search: bool = False
     breakdown: bool = False  # Also print a table of the step's kernels by kind.
+    # Also compile the step without each of its variants for this hardware, and print the gains.
+    levers: bool = False
 
 
 def plan(argv: list[str]) -> int:
@@ -360,7 +362,8 @@ def plan(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     from jaxgpt.tools import plan
 
-    return 0 if plan.run(config, args.topology, args.search, print, args.breakdown) else 1
+    options = args.search, print, args.breakdown, args.levers
+    return 0 if plan.run(config, args.topology, *options) else 1
 
 
 COMMANDS = {

@@ -1,14 +1,21 @@
 """Start JAX on the hardware, and replace each `auto` of a config by what suits the hardware."""
 
+import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxgpt.config import Config, DataConfig, UserError
+from jaxgpt.config import Config, DataConfig, ParallelConfig, UserError
 from jaxgpt.kernels import dot_product_attention
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.runtime.files import cores
@@ -35,6 +42,43 @@ PEAK_FLOPS = {
     "TPU7x": 1153.5e12,  # of half a chip
 }  # fmt: skip
 
+# Variables that set the fraction of a GPU's memory that JAX reserves, and our default.
+MEMORY_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MEMORY_FRACTION = "0.9"
+
+
+@dataclass(frozen=True)
+class XlaOption:
+    """An option of XLA's compiler for the training step, why it has this value, and who says so."""
+
+    name: str
+    value: str | bool
+    reason: str
+    source: str
+
+
+NO_TRITON = XlaOption(
+    "xla_gpu_enable_triton_gemm", False,
+    "cuBLASLt multiplies large matrices as fast, and takes GELU into the product",
+    "measured: docs/performance.md, \"Products by cuBLASLt\"",
+)  # fmt: skip
+NO_MERGER = XlaOption(
+    "xla_gpu_dot_merger_threshold_mb", "0",
+    "XLA merges products that linear_parts_gpu keeps apart, and pays slices and concatenations",
+    "measured: docs/performance.md, \"No merged products\"",
+)  # fmt: skip
+DETERMINISTIC = XlaOption(
+    "xla_gpu_exclude_nondeterministic_ops", True,
+    "scatters and attention's gradient otherwise add in an order that varies",
+    "XLA: Determinism (GPU)",
+)  # fmt: skip
+XLA_OPTIONS = {
+    "one GPU": (NO_TRITON, NO_MERGER),
+    "several GPUs": (NO_TRITON, NO_MERGER),
+    "TPU": (),
+    "CPU": (),
+}
+
 
 # The attention back ends of each platform, the fastest first.
 FASTEST_ATTENTION = {"cpu": ["cpu"], "gpu": ["cudnn", "flash"], "tpu": ["splash"]}
@@ -44,7 +88,8 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     """Configure JAX for the `device` of a config; call this before JAX computes anything.
 
     A CPU becomes one virtual device per core, because XLA:CPU runs most elementwise work on one
-    thread per device. The user's own JAX_* and XLA_FLAGS settings are kept. Raises `UserError`.
+    thread per device. JAX reserves nine tenths of a GPU's memory. The user's own JAX_* and XLA_*
+    settings are kept. Raises `UserError`.
     """
     if device != "auto":
         jax.config.update("jax_platforms", device)
@@ -54,12 +99,70 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if memory_fraction() is None:
+        os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)
     try:
         jax.devices()
     except RuntimeError as error:
         problem = f"JAX cannot use it ({str(error).splitlines()[0]})"
         raise UserError(f"device={device!r}: {problem}; try --device=auto") from error
+
+
+def memory_fraction() -> str | None:
+    """Return the fraction of a GPU's memory that the user lets JAX reserve, or None if unset."""
+    return next((os.environ[name] for name in MEMORY_VARIABLES if os.environ.get(name)), None)
+
+
+def compiler_options(config: ParallelConfig, mesh: Mesh) -> dict[str, str | bool]:
+    """Return the XLA options of the training step on a mesh, whose devices may be absent.
+
+    They are those of `XLA_OPTIONS` for its kind of program, and `DETERMINISTIC` for that key. Left
+    out are options that the installed XLA does not know, and those that the user has set in
+    XLA_FLAGS or LIBTPU_INIT_ARGS.
+    """
+    platform = mesh.devices.flat[0].platform
+    gpus = "one GPU" if mesh.size == 1 else "several GPUs"
+    kind = {"gpu": gpus, "tpu": "TPU"}.get(platform, "CPU")
+    chosen = XLA_OPTIONS[kind] if config.xla == "tuned" else ()
+    if config.deterministic and platform == "gpu":
+        chosen = (*chosen, DETERMINISTIC)
+    users = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    wanted = {o.name: o.value for o in chosen if not re.search(rf"--{o.name}(?![\w])", users)}
+    return known_options(mesh.devices.flat[0], tuple(wanted.items())) if wanted else {}
+
+
+@cache
+def known_options(
+    device: Any, options: tuple[tuple[str, str | bool], ...]
+) -> dict[str, str | bool]:
+    """Return the options that the installed XLA knows: it rejects others when it compiles."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x).lower(number)
+
+    def is_known(*some: tuple[str, str | bool]) -> bool:
+        try:
+            lowered.compile(dict(some))
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return False
+        return True
+
+    with no_compilation_cache():
+        return dict(options if is_known(*options) else filter(is_known, options))
+
+
+@contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Write no compiled program to the cache, because JAX cannot load one for an absent device."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    seconds = jax.config.values[option]
+    jax.config.update(option, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(option, seconds)
 
 
 def is_cpu() -> bool:

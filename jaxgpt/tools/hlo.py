@@ -25,12 +25,13 @@ FREE = CONTROL | {  # these do no work of their own
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # TPU annotations
 SLICES = {"dynamic-slice", "gather", "slice"}
 PRODUCTS = ("dot", "convolution")
-CUBLAS = "__cublas$"  # how the targets of its matrix products begin
 # Flash kernels: the kind, and operations per B N T T H of causal attention, half of the square.
 FLASH_KERNELS = {
     "__cudnn$fmhaSoftmax": ("attention, forward", 2.0),
     "__cudnn$fmhaSoftmaxBackward": ("attention, backward", 5.0),
 }
+
+CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")  # products by NVIDIA's library
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -78,6 +79,13 @@ class Op:
         return _search(r'custom_call_target="([^"]*)"', self.attributes)
 
     @property
+    def workspace(self) -> int:
+        """Return the bytes of scratch memory, which cuBLAS and cuDNN return last."""
+        is_library = self.target.startswith("__cu") and len(self.shapes) > 1
+        is_bytes = is_library and self.shapes[-1][0] in ("s8", "u8")
+        return array_bytes(self.shapes[-1]) if is_bytes else 0
+
+    @property
     def is_kernel(self) -> bool:
         """Return whether the device launches it; asynchronous operations count at their start."""
         is_end = self.opcode.endswith("-done")
@@ -102,6 +110,19 @@ class Collective:
     times: int
     bytes: int
     group: tuple[int, ...]
+
+
+@dataclass
+class Overlap:
+    """All collectives of one kind in one call; seconds are estimates.
+
+    `hidden` is the part of `seconds` in which the device computes at the same time.
+    """
+
+    calls: int = 0
+    asynchronous: int = 0  # calls that return before the data has arrived
+    seconds: float = 0
+    hidden: float = 0
 
 
 class Program:
@@ -189,9 +210,7 @@ class Program:
             arguments = {o.name: op.operands[int(o.operands[0])] for o in parameters}
         else:
             inside, body, arguments = ops, [op], {name: name for name in op.operands}
-        read, written = 0, op.main_bytes
-        if op.target.startswith(CUBLAS) and len(op.shapes) > 1:
-            written -= array_bytes(op.shapes[-1])  # its workspace
+        read, written = 0, op.main_bytes - op.workspace
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
             users = [o for o in body if name in o.operands]
@@ -263,41 +282,113 @@ class Program:
         all-reduce of S bytes sends 2 S (n - 1) / n. An all-gather, a reduce-scatter and an
         all-to-all of a whole array of S bytes send S (n - 1) / n, and a permutation sends S.
         """
-        fused: Counter[str] = Counter()
+        found: dict[str, Collective] = {}
+        for name, times in (self.execution_counts + self._fusion_counts).items():
+            for op in self.computations[name].values():
+                if collective := self._collective(name, op, times):
+                    # On a TPU, several fusions continue one collective, which has one channel.
+                    channel = _search(r"\b(channel_id=\d+)", op.attributes)
+                    is_shared = channel and name in self._fusion_counts
+                    found[channel if is_shared else f"{name} {op.name}"] = collective
+        return list(found.values())
+
+    @cached_property
+    def _fusion_counts(self) -> Counter[str]:
+        """Count how often one call runs the computation of each fusion."""
+        counts: Counter[str] = Counter()
         for op, times in self.executed():
             if op.opcode == "fusion":
-                fused[op.called[0]] += times
-        found: dict[str, Collective] = {}
-        for name, times in (self.execution_counts + fused).items():
-            ops = self.computations[name].values()
-            keeps_part = name in fused and any(o.opcode == "dynamic-slice" for o in ops)
-            for op in ops:
-                kind = op.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                if keeps_part:
-                    kind = kind.replace("all-reduce", "reduce-scatter")
-                group = tuple(replica_groups(op.attributes, self.devices)[0])
-                channel = _search(r"\b(channel_id=\d+)", op.attributes)
-                # On a TPU, several fusions continue one collective, which has one channel.
-                is_shared = channel and name in fused
-                key = channel if is_shared else f"{name} {op.name}"
-                found[key] = Collective(kind, times, bytes_sent(kind, op, len(group)), group)
-        return [c for c in found.values() if len(c.group) > 1]
+                counts[op.called[0]] += times
+        return counts
+
+    def _collective(self, name: str, op: Op, times: int) -> Collective | None:
+        """Return the collective that an instruction of computation `name` starts, if any."""
+        kind = op.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return None
+        ops = self.computations[name].values()
+        if name in self._fusion_counts and any(o.opcode == "dynamic-slice" for o in ops):
+            kind = kind.replace("all-reduce", "reduce-scatter")  # each device keeps a part
+        group = tuple(replica_groups(op.attributes, self.devices)[0])
+        sent = bytes_sent(kind, op, len(group))
+        return Collective(kind, times, sent, group) if len(group) > 1 else None
+
+    def overlap(
+        self,
+        seconds_of: Callable[[str, float, int], float],
+        seconds_to_send: Callable[[Collective], float],
+    ) -> dict[str, Overlap]:
+        """Estimate by kind of collective how much of its time one call hides behind compute.
+
+        The device is modelled as two queues that run in the order of the program. One has the
+        kernels; it waits where the program needs the result of a collective. The other has the
+        asynchronous collectives. `seconds_of` is as in `breakdown`.
+        """
+        found: dict[str, Overlap] = {}
+
+        def run(name: str, times: int) -> float:
+            """Add the collectives of `times` runs of a computation; return the time of one run."""
+            ops = self.computations[name]
+            now = links_free = 0.0
+            ends: dict[str, float] = {}  # when each asynchronous collective ends
+            sent: list[tuple[float, float, Overlap]] = []  # when each collective begins and ends
+            for op in ops.values():
+                waits_until = now
+                if op.opcode in CONTROL:
+                    count = self._trip_count(op)
+                    now += count * sum(run(called, times * count) for called in op.called)
+                elif collective := self._collective(name, op, times):
+                    seconds = seconds_to_send(collective)
+                    begin = max(now, links_free)
+                    links_free = begin + seconds
+                    group = found.setdefault(collective.kind, Overlap())
+                    group.calls += times
+                    group.seconds += times * seconds
+                    group.hidden += times * seconds
+                    sent.append((begin, links_free, group))
+                    if op.opcode.endswith("-start"):
+                        group.asynchronous += times
+                        ends[op.name] = links_free
+                    else:
+                        waits_until = links_free
+                elif op.opcode.endswith("-done"):
+                    waits_until = max(now, ends.pop(op.operands[0], now))
+                elif op.is_kernel:
+                    kind, flops = self._work(ops, op)
+                    now += seconds_of(kind, flops, self._traffic(ops, op))
+                if waits_until > now:
+                    for begin, end, group in sent:
+                        group.hidden -= times * max(0.0, min(end, waits_until) - max(begin, now))
+                    now = waits_until
+            return now
+
+        run(self.entry, 1)
+        return found
 
 
 def product_flops(op: Op, ops: dict[str, Op]) -> float:
     """Return the operations of a product: two per element of the output and summed index."""
-    output = math.prod(op.shapes[0][1])
-    if op.opcode != "convolution":  # cuBLAS has the dimensions in a JSON text
-        listed = r'lhs_contracting_dim(?:s=|ensions": ?)[{\[]([\d,"]*)[}\]]'
-        summed = _ints(_search(listed, op.attributes))
-        lhs = ops[op.operands[0]].shapes[0][1]
-        return 2 * output * math.prod(lhs[i] for i in summed)
-    # A TPU's product is a convolution: dim_labels=bf_io->bf names batch, feature, input, output.
-    kernel_labels = _search(r"dim_labels=\w+?_(\w+?)->", op.attributes)
-    kernel = ops[op.operands[1]].shapes[0][1]
-    return 2 * output * math.prod(kernel) / kernel[kernel_labels.index("o")]
+    if op.opcode == "convolution":
+        return 2 * _convolution_terms(op, ops)
+    summed = _ints(
+        _search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        or _search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', op.attributes)
+    )
+    lhs = ops[op.operands[0]].shapes[0][1]
+    return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[i] for i in summed)
+
+
+def _convolution_terms(op: Op, ops: dict[str, Op]) -> int:
+    """Return the multiplications of a convolution, which is a TPU's product.
+
+    dim_labels=bf0_io0->bf0 names batch, feature, input, output and the axes of the window. Along
+    such an axis, terms in the padding do not count.
+    """
+    labels = _search(r"dim_labels=(\w+->\w+)", op.attributes).replace("->", "_").split("_")
+    shapes = (*(ops[name].shapes[0][1] for name in op.operands[:2]), op.shapes[0][1])
+    lhs, kernel, out = (dict(zip(*pair, strict=True)) for pair in zip(labels, shapes, strict=True))
+    windows = [min(lhs[axis], out[axis]) * kernel[axis] for axis in out if axis.isdigit()]
+    return out["b"] * out["f"] * kernel["i"] * math.prod(windows)
 
 
 def bytes_sent(kind: str, op: Op, n: int) -> int:

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt import sharding
+from jaxgpt import kernels, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import batch_size
 from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
-from jaxgpt.tools.hlo import Collective, KernelGroup, Program
+from jaxgpt.tools.hlo import Collective, KernelGroup, Overlap, Program
 from jaxgpt.train_step import abstract_state, make_train_step
 
 GB, GIB = 1e9, 2**30
@@ -106,6 +107,7 @@ class Plan:
     kernels: int
     collectives: list[Collective]
     breakdown: dict[str, KernelGroup]
+    overlap: dict[str, Overlap]
 
     @property
     def fits(self) -> bool:
@@ -118,6 +120,11 @@ class Plan:
         compute = self.flops / (device.PEAK_FLOPS[chip.kind] * EFFICIENCY["matmuls"])
         links = sum(c.times * seconds_to_send(c, self.topology) for c in self.collectives)
         return compute, self.traffic / (chip.memory_rate * EFFICIENCY["memory"]), links
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds per step for all kernels, one after the other."""
+        return sum(group.seconds for group in self.breakdown.values())
 
 
 def find_topology(name: str) -> Topology:
@@ -203,19 +210,15 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
 def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compile for absent devices. Raises `DoesNotFitError` if XLA runs out of their memory."""
     is_gpu = mesh.devices.flat[0].platform == "gpu"
-    option = "jax_persistent_cache_min_compile_time_secs"
-    seconds = jax.config.values[option]
-    try:  # without the device, autotuning fails, and a cached program cannot be loaded
-        jax.config.update(option, math.inf)
-        return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
+    try:  # without the device, autotuning fails
+        with device.no_compilation_cache():
+            return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needs = re.search(r"([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]
         raise DoesNotFitError(said) from error
-    finally:
-        jax.config.update(option, seconds)
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
@@ -238,6 +241,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         kernels=program.kernels().total(),
         collectives=program.collectives(),
         breakdown=program.breakdown(partial(kernel_seconds, topology.chip)),
+        overlap=program.overlap(
+            partial(kernel_seconds, topology.chip), partial(seconds_to_send, topology=topology)
+        ),
     )
 
 
@@ -281,8 +287,8 @@ def flops_per_step(config: Config) -> float:
 
 
 def usable_memory(chip: Chip) -> float:
-    """Return the bytes of a device that JAX uses for arrays: by default 3/4 of a GPU's memory."""
-    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    """Return the bytes of a device that JAX uses for arrays; see `device.start`."""
+    share = device.memory_fraction() or device.MEMORY_FRACTION
     return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
 
 
@@ -349,9 +355,8 @@ def format_plan(plan: Plan) -> str:
         f"  kernels per step  {plan.kernels:10,}",
     ]
     for kind in sorted({c.kind for c in plan.collectives}):
-        of_kind = [c for c in plan.collectives if c.kind == kind]
-        sent, count = sum(c.times * c.bytes for c in of_kind), sum(c.times for c in of_kind)
-        lines.append(f"  {kind:<17} {gib(sent)}  sent per step, in {count:,} calls")
+        sent = sum(c.times * c.bytes for c in plan.collectives if c.kind == kind)
+        lines.append(f"  {kind:<17} {gib(sent)}  sent per step{_in_calls(plan.overlap[kind])}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
         f"estimate: {1000 * fast:,.0f} ms per step if all work overlaps, {1000 * slow:,.0f} ms if "
@@ -362,13 +367,20 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _in_calls(overlap: Overlap) -> str:
+    """Return how often a kind of collective runs, and how much of its time compute hides."""
+    calls = f", in {overlap.calls:,} calls, {overlap.asynchronous:,} of them asynchronous"
+    share = abs(overlap.hidden / overlap.seconds)  # rounding may make it negative
+    return f"{calls}; {1000 * overlap.seconds:,.1f} ms, {100 * share:.0f}% during compute"
+
+
 def format_breakdown(plan: Plan) -> str:
     """Return a table of the step's kernels by kind; the times are estimates by a roofline."""
     lines = [f"{'kernels by kind':<20} {'kernels':>8} {'GB':>9} {'TFLOPs':>8} {'ms':>8}"]
     for kind, group in sorted(plan.breakdown.items(), key=lambda item: -item[1].seconds):
         numbers = f"{group.kernels:>8,} {group.bytes / GB:>9.2f} {group.flops / 1e12:>8.3f}"
         lines.append(f"{kind:<20} {numbers} {1000 * group.seconds:>8.2f}")
-    total = sum(group.seconds for group in plan.breakdown.values())
+    total = plan.kernel_seconds
     tokens = batch_size.global_batch_size(plan.config) * plan.config.block_size
     devices = len(plan.topology.devices)
     peak = device.PEAK_FLOPS[plan.topology.chip.kind]
@@ -377,12 +389,51 @@ def format_breakdown(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def lever_off(operation: str, platform: str) -> Iterator[None]:
+    """Trace a platform's variant of an operation as the one for platforms without a row."""
+    row = kernels.TABLE.pop((operation, platform))
+    try:
+        yield
+    finally:
+        kernels.TABLE[operation, platform] = row
+
+
+def compare_levers(plan: Plan, say: Callable[[str], None]) -> None:
+    """Compile the step once more per lever without it, and print what each lever saves.
+
+    A lever is an operation that has a variant for the platform, or XLA's options. A line is left
+    out if the step does not use the lever. Raises `DoesNotFitError`.
+    """
+    platform = plan.topology.devices[0].platform
+    row = "{:<20} {:>8} {:>9} {:>14} {:>8} {:>9}".format
+    say(row("without", "kernels", "GB", "temporaries GB", "ms", "change ms"))
+
+    def show(name: str, other: Plan) -> None:
+        ms, change = (
+            1000 * s for s in (other.kernel_seconds, other.kernel_seconds - plan.kernel_seconds)
+        )
+        sizes = f"{other.traffic / GB:,.2f}", f"{other.temporaries / GB:,.2f}"
+        say(row(name, f"{other.kernels:,}", *sizes, f"{ms:,.2f}", f"{change:+,.2f}"))
+
+    show("nothing", plan)
+    for operation in [name for name, where in kernels.TABLE if where == platform]:
+        with lever_off(operation, platform):
+            other = make_plan(plan.config, plan.topology)
+        if other != plan:
+            show(operation, other)
+    if plan.config.xla == "tuned":
+        other = make_plan(plan.config.replace(xla="default"), plan.topology)
+        show("XLA's options", other)
+
+
 def run(
     config: Config,
     topology_name: str,
     search: bool,
     say: Callable[[str], None],
     breakdown: bool = False,
+    levers: bool = False,
 ) -> bool:
     """Print a config's plan, and return whether it fits. Raises `UserError`.
 
@@ -412,6 +463,8 @@ def run(
     say(format_plan(plan))
     if breakdown:
         say(format_breakdown(plan))
+    if levers:
+        compare_levers(plan, say)
     if search:
         keys = "mesh", "remat", "scan_layers", "batch_size", "gradient_accumulation_steps"
         found = [(key, getattr(plan.config, key)) for key in keys]

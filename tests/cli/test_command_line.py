@@ -519,7 +519,7 @@ def test_plan_accepts_plan_flags_and_config_flags(write, monkeypatch):
     monkeypatch.setattr(plan, "run", lambda *args: seen.append(args))
     path = write(VARIANTS)
     assert cli.plan([path, "--topology=h100:8", "--n_layer", "3", "--fit", "--breakdown"]) == 1
-    ((config, topology, search, _, breakdown),) = seen
+    ((config, topology, search, _, breakdown, _),) = seen
     assert (config.n_layer, topology, search, breakdown) == (3, "h100:8", True, True)
 
 

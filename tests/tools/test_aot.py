@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -258,6 +258,40 @@ def test_gpu_neither_splits_nor_concatenates_query_key_and_value():
         sizes[batch] = [a for a in arrays if a[0] == "bf16" and math.prod(a[1]) == fused]
     assert sizes[8]  # a control: a small batch has the fused product
     assert not sizes[32]
+
+
+@aot
+@pytest.mark.parametrize("topology", ["h100:1", "h100:8"])
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_deterministic_gpu_step_has_no_scatter_that_adds_in_any_order(topology, is_exact):
+    """A scatter to distinct places adds nothing twice. XLA applies the option to cuDNN itself."""
+    program = absent_step(topology, 8, n_layer=1, deterministic=is_exact).program
+    ops = [op for name in program.computations for op in program.computations[name].values()]
+    scatters = [op for op in ops if op.opcode == "scatter"]
+    assert scatters
+    assert all("unique_indices=true" in op.attributes for op in scatters) == is_exact
+
+
+@aot
+def test_default_xla_options_multiply_by_triton_and_tuned_ones_by_cublas():
+    targets = {}
+    for xla in ("tuned", "default"):
+        step = absent_step("h100:1", n_layer=1, xla=xla)
+        targets[xla] = {op.target for op, _ in step.program.executed() if op.is_kernel}
+    assert "__cublas$lt$matmul" in targets["tuned"]
+    assert "__cublas$lt$matmul" not in targets["default"]
+
+
+@aot
+def test_most_of_the_gradient_sums_on_gpus_hide_behind_compute():
+    """One micro-batch of 32 sequences per GPU, as in docs/performance.md; 2 of GPT-2's layers."""
+    there = find("h100:8")
+    found = absent_step("h100:8", 8, n_layer=2, batch_size=32).program.overlap(
+        partial(plan.kernel_seconds, there.chip), partial(plan.seconds_to_send, topology=there)
+    )
+    reduces = found["all-reduce"]
+    assert reduces.asynchronous == reduces.calls
+    assert reduces.hidden > 0.4 * reduces.seconds
 
 
 @aot

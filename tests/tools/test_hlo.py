@@ -183,6 +183,76 @@ ENTRY %main (p: bf16[8]) -> bf16[32] {
     assert Program(text).kernels().total() == 1
 
 
+OVERLAP = """HloModule m, num_partitions=4
+ENTRY %main (a: f32[8], b: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %one = f32[8]{0} all-reduce-start(%a), replica_groups={}, to_apply=%sum
+  %two = f32[8]{0} all-reduce-start(%b), replica_groups={}, to_apply=%sum
+  %c = f32[8]{0} negate(%a)
+  %d = f32[8]{0} negate(%c)
+  %one.done = f32[8]{0} all-reduce-done(%one)
+  %e = f32[8]{0} negate(%one.done)
+  %two.done = f32[8]{0} all-reduce-done(%two)
+  %whole = f32[32]{0} all-gather(%two.done), replica_groups={}, dimensions={0}
+  %start = (f32[8]{0}, f32[8]{0}) collective-permute-start(%e), source_target_pairs={{0,1},{1,0}}
+  %f = f32[8]{0} negate(%e)
+  ROOT %done = f32[8]{0} collective-permute-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "hidden"),
+    [
+        # the first all-reduce hides behind c and d; the second runs after it, partly behind e
+        (2.0, {"all-reduce": 3.0, "all-gather": 0.0, "collective-permute": 1.0}),
+        (0.5, {"all-reduce": 1.0, "all-gather": 0.0, "collective-permute": 0.5}),
+        (9.0, {"all-reduce": 3.0, "all-gather": 0.0, "collective-permute": 1.0}),
+    ],
+)
+def test_overlap_is_the_time_of_kernels_between_start_and_done(seconds, hidden):
+    """Kernels take one second, and collectives run one after the other."""
+    found = Program(OVERLAP).overlap(lambda *_: 1.0, lambda _: seconds)
+    assert {kind: group.hidden for kind, group in found.items()} == hidden
+    calls = {kind: (group.calls, group.asynchronous) for kind, group in found.items()}
+    assert calls == {"all-reduce": (2, 2), "all-gather": (1, 0), "collective-permute": (1, 1)}
+    assert all(group.seconds == group.calls * seconds for group in found.values())
+
+
+def test_overlap_of_a_loop_counts_every_turn():
+    found = Program(BY_HAND).overlap(lambda *_: 1.0, lambda _: 2.0)
+    assert {kind: (o.calls, o.seconds, o.hidden) for kind, o in found.items()} == {
+        "all-reduce": (7, 14.0, 0.0)
+    }
+
+
+def test_library_products_count_as_matmuls_without_their_scratch_memory():
+    """cuBLASLt returns its scratch memory last."""
+    text = """HloModule m
+ENTRY %main (x: bf16[5,7], w: bf16[7,3]) -> bf16[5,3] {
+  %x = bf16[5,7]{1,0} parameter(0)
+  %w = bf16[7,3]{1,0} parameter(1)
+  ROOT %y = (bf16[5,3]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""  # noqa: E501
+    (group,) = Program(text).breakdown(lambda *_: 0.0).values()
+    assert (group.flops, group.bytes) == (2 * 5 * 3 * 7, 2 * (5 * 7 + 7 * 3 + 5 * 3))
+
+
+def test_padding_of_a_tpu_product_counts_no_flops():
+    """The window walks over the 3 x 12 heads of the weight, and only one place has no padding."""
+    product = """HloModule m
+ENTRY %main (x: bf16[8,768,1,1], w: bf16[768,3,12,64]) -> bf16[8,64,3,12] {
+  %x = bf16[8,768,1,1]{3,2,1,0} parameter(0)
+  %w = bf16[768,3,12,64]{3,2,1,0} parameter(1)
+  ROOT %y = bf16[8,64,3,12]{3,2,1,0} convolution(%x, %w), window={size=3x12 pad=2_2x11_11 rhs_reversal=1x1}, dim_labels=bf01_i01o->bf01
+}
+"""  # noqa: E501
+    (group,) = Program(product).breakdown(lambda *_: 0.0).values()
+    assert group.flops == 2 * 8 * 768 * (3 * 12 * 64)
+
+
 def test_collectives_inside_tpu_fusions_are_counted_once():
     """A collective in several fusions counts once; a sliced all-reduce is a reduce-scatter."""
     text = """HloModule m, num_partitions=4

@@ -148,6 +148,7 @@ def test_formatted_plan_names_every_part(found):
     text = plan.format_plan(found)
     for word in ("parameters", "optimizer state", "peak memory", "all-reduce", "MFU", "assumed"):
         assert word in text
+    assert "calls, 0 of them asynchronous" in text  # on CPUs
 
 
 @pytest.mark.parametrize(("mesh", "fits"), [("", True), ("data:1", False)])
@@ -167,7 +168,20 @@ def test_oversized_state_is_split_by_fsdp_unless_a_mesh_is_given(compiles, mesh,
     monkeypatch.setattr(plan, "resolve", lambda config, chip: (config, []))
     monkeypatch.setattr(plan, "format_plan", lambda plan: "a table")
     assert plan.run(TINY.replace(mesh=mesh), "here", False, lines.append) == fits
-    problem = "needs 70.00 of 55.88 GiB" if compiles else "too much"
+    problem = "needs 70.00 of 67.06 GiB" if compiles else "too much"
     assert lines[0].startswith(f"does not fit: {problem}") == (fits or not compiles)
     assert ("a table" in lines) == (fits or compiles)
     assert any("use: --mesh=fsdp:8" in line for line in lines) == fits
+
+
+def test_levers_compare_the_step_with_the_step_without_each_variant(found):
+    """A CPU's variants that a training step uses are in the table, and others are not."""
+    lines, table = [], dict(plan.kernels.TABLE)
+    plan.compare_levers(found, lines.append)
+    assert table == plan.kernels.TABLE
+    named = [line.split()[0] for line in lines]
+    assert named[:2] == ["without", "nothing"]
+    assert {"normalize", "linear_map", "accumulation"} <= set(named)
+    assert "max_replicas" not in named  # only sampling uses it
+    kernels, traffic = (float(x.replace(",", "")) for x in lines[1].split()[1:3])
+    assert (kernels, traffic) == (found.kernels, pytest.approx(found.traffic / 1e9, abs=0.005))

@@ -1,0 +1,82 @@
+"""Test how JAX is started, and which XLA options the training step gets."""
+
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxgpt.config import Config
+from jaxgpt.runtime import device
+from jaxgpt.runtime.mesh import make_mesh
+
+TUNED, DEFAULT = Config(vocab_size=300), Config(vocab_size=300, xla="default")
+
+
+def fake_mesh(platform: str, size: int = 1) -> SimpleNamespace:
+    one = SimpleNamespace(platform=platform)
+    return SimpleNamespace(devices=SimpleNamespace(flat=[one] * size), size=size)
+
+
+@pytest.fixture
+def knows_all(monkeypatch):
+    """Let XLA know every option, without a compiler for GPUs."""
+    monkeypatch.setattr(device, "known_options", lambda device, options: dict(options))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+def test_training_step_has_no_xla_options_on_a_cpu():
+    assert device.compiler_options(TUNED, make_mesh(TUNED)) == {}
+
+
+@pytest.mark.parametrize(("platform", "size"), [("gpu", 1), ("gpu", 8), ("tpu", 4)])
+@pytest.mark.usefixtures("knows_all")
+def test_tuned_options_are_those_of_the_table(platform, size):
+    kind = {("gpu", 1): "one GPU", ("gpu", 8): "several GPUs", ("tpu", 4): "TPU"}[platform, size]
+    found = device.compiler_options(TUNED, fake_mesh(platform, size))
+    assert found == {option.name: option.value for option in device.XLA_OPTIONS[kind]}
+    assert device.compiler_options(DEFAULT, fake_mesh(platform, size)) == {}
+
+
+@pytest.mark.parametrize(("platform", "has_option"), [("gpu", True), ("tpu", False)])
+@pytest.mark.usefixtures("knows_all")
+def test_deterministic_adds_one_option_on_gpus_alone(platform, has_option):
+    found = device.compiler_options(DEFAULT.replace(deterministic=True), fake_mesh(platform))
+    assert found == ({"xla_gpu_exclude_nondeterministic_ops": True} if has_option else {})
+
+
+@pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
+@pytest.mark.usefixtures("knows_all")
+def test_options_of_the_user_are_kept(variable, monkeypatch):
+    name = "xla_gpu_enable_triton_gemm"
+    monkeypatch.setenv(variable, f"--{name}_int=true")
+    assert name in device.compiler_options(TUNED, fake_mesh("gpu"))
+    for value in ("", "=true"):
+        monkeypatch.setenv(variable, f"--xla_other=1 --{name}{value}")
+        assert name not in device.compiler_options(TUNED, fake_mesh("gpu"))
+
+
+def test_options_that_xla_does_not_know_are_left_out():
+    options = ("xla_cpu_enable_fast_math", False), ("xla_unknown_option", "1")
+    assert device.known_options(jax.devices()[0], options) == dict(options[:1])
+    assert device.known_options(jax.devices()[0], options[:1]) == dict(options[:1])
+
+
+def test_every_xla_option_has_a_reason_and_a_source():
+    for options in (*device.XLA_OPTIONS.values(), [device.DETERMINISTIC]):
+        assert len({option.name for option in options}) == len(options)
+        assert all(option.reason and option.source for option in options)
+
+
+@pytest.mark.parametrize("variable", device.MEMORY_VARIABLES)
+def test_start_reserves_nine_tenths_of_a_gpu_unless_the_user_says_otherwise(variable, monkeypatch):
+    default = device.MEMORY_VARIABLES[-1]
+    for name in device.MEMORY_VARIABLES:
+        monkeypatch.setenv(name, "")
+    device.start("cpu")
+    assert os.environ[default] == device.memory_fraction() == "0.9"
+    monkeypatch.setenv(default, "")
+    monkeypatch.setenv(variable, "0.5")
+    device.start("cpu")
+    assert device.memory_fraction() == "0.5"
+    assert os.environ[default] == ("0.5" if variable == default else "")
