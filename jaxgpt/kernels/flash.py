@@ -25,6 +25,7 @@ from jaxgpt.kernels.dropout import keep_mask
 LOG2E = math.log2(math.e)
 QUERIES, KEYS = 128, 64  # in a tile of the forward pass
 LONG, SHORT = 128, 32  # a program's own tile in the backward pass, and the tile it loops over
+WARPS, STAGES = 4, 3  # of a program, and loads of a loop that are in flight
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def backward(q_BTNH, k_BTKH, v_BTKH, extra, o_BTNH, lse_BNT, do_BTNH, options: O
 
 
 def _call(kernel: Callable, name: str, grid: tuple, results: Any, options: Options) -> Callable:
-    parameters = triton.CompilerParams(num_warps=4, num_stages=3)
+    parameters = triton.CompilerParams(num_warps=WARPS, num_stages=STAGES)
     keys = {"name": name, "grid": grid, "out_shape": results, "compiler_params": parameters}
     compiled = pl.pallas_call(partial(kernel, options), **keys)
     interpreted = pl.pallas_call(partial(kernel, options), **keys, interpret=True)

@@ -15,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 TILE = 4096  # elements that a program holds at a time
+WARPS = 4  # of a program
 
 
 def _call(kernel: Any, name: str, programs: int, results: Any, **options) -> Callable:
-    parameters = triton.CompilerParams(num_warps=4, num_stages=1)
+    parameters = triton.CompilerParams(num_warps=WARPS, num_stages=1)
     keys = {"name": name, "grid": (programs,), "out_shape": results, "compiler_params": parameters}
     compiled = pl.pallas_call(kernel, **keys, **options)
     interpreted = pl.pallas_call(kernel, **keys, **options, interpret=True)

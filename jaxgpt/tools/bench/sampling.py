@@ -160,7 +160,7 @@ def bench_attention(b: Bench) -> Report:
     """Time every attention back end, forward and backward, at three lengths and equal tokens."""
     tokens = b.config.batch_size * b.config.block_size
     rows, notes, results = [], [], {}
-    for backend in ("reference", "cpu", "xla", "cudnn", "splash"):
+    for backend in ("reference", "cpu", "xla", "cudnn", "flash", "splash"):
         for T in (n * b.config.block_size for n in (1, 2, 4)):
             c = b.config.replace(attention=backend, block_size=T, dropout=0.0, batch_tokens=0)
             B = max(1, tokens // T)

@@ -271,10 +271,8 @@ LEVER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LEVERS = [operation for operation, platform in TABLE if platform == "gpu"]
 FLAGS = {
-    "triton_gemm_off": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"},
     "latency_hiding": {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true"},
     "command_buffer_off": {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="},
-    "deterministic": {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=true"},
     "O1": {"JAX_OPTIMIZATION_LEVEL": "O1"},
 }
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # leaves memory to nanoGPT's process
@@ -313,6 +311,12 @@ def flag_row(name: str) -> Row:
 ROWS = [
     steps_row("train_124m", "GPT-2 124M, 32 x 1024", "gpt2"),
     *(lever_row(operation) for operation in LEVERS if operation not in LEVER_CONFIGS),
+    Row("xla_default", "XLA's own options, in turn", partial(time_option, xla="default")),
+    Row(
+        "deterministic",
+        "kernels of a fixed order, in turn",
+        partial(time_option, deterministic=True),
+    ),
     Row("muon", "Muon in place of AdamW, in turn", partial(time_option, optimizer="muon")),
     Row(
         "document_mask",
@@ -331,7 +335,7 @@ ROWS = [
     ),
     Row("run_baby", "a whole run of the baby GPT on Shakespeare", train_baby),
     *map(decode_row, (1, 8, 64)),
-    *map(attention_row, ("cudnn", "xla", "reference")),
+    *map(attention_row, ("cudnn", "flash", "xla", "reference")),
     nanogpt_row("124m", "gpt2"),
     nanogpt_row("124m_batch12", "gpt2_batch12"),
     steps_row("train_xl", "GPT-2 XL, 8 x 1024", "gpt2_xl", LARGE),
