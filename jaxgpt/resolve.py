@@ -28,9 +28,9 @@ from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # filled in for a run
-# FLOPs per step and device that make a step slow: a tenth of a second on two cores, or some
+# FLOPs per step and device that make a step slow: a tenth of a second on two cores, or two
 # milliseconds on a GPU.
-SLOW_FLOPS = {"cpu": 1e10, "gpu": 3e12}
+SLOW_FLOPS = {"cpu": 1e10, "gpu": 5e11}
 FAST_STEPS = 10  # per call
 
 

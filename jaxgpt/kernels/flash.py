@@ -23,8 +23,7 @@ from jaxgpt.kernels.attention import AttentionOptions, attention_mask
 from jaxgpt.kernels.dropout import keep_mask
 
 LOG2E = math.log2(math.e)
-QUERIES, KEYS = 128, 64  # in a tile of the forward pass
-LONG, SHORT = 128, 32  # a program's own tile in the backward pass, and the tile it loops over
+OWN, OTHER = 64, 64  # positions in a program's own tile, and in the tiles that it loops over
 WARPS, STAGES = 4, 3  # of a program, and loads of a loop that are in flight
 
 
@@ -44,7 +43,7 @@ def forward(q_BTNH, k_BTKH, v_BTKH, extra: dict[str, jax.Array], options: Option
     """
     B, T, N, _ = q_BTNH.shape
     results = [q_BTNH, jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
-    call = _call(_forward, "flash", (pl.cdiv(T, QUERIES), B * N), results, options)
+    call = _call(_forward, "flash", (pl.cdiv(T, OWN), B * N), results, options)
     return call(q_BTNH, k_BTKH, v_BTKH, extra)
 
 
@@ -52,10 +51,10 @@ def backward(q_BTNH, k_BTKH, v_BTKH, extra, o_BTNH, lse_BNT, do_BTNH, options: O
     """Return the gradients of q, k and v."""
     B, T, N, _ = q_BTNH.shape
     arrays = q_BTNH, k_BTKH, v_BTKH, extra, lse_BNT, do_BTNH
-    grid = pl.cdiv(T, LONG), B * N
+    grid = pl.cdiv(T, OWN), B * N
     call = _call(_query_gradient, "flash_dq", grid, [q_BTNH, lse_BNT], options)
     dq_BTNH, delta_BNT = call(*arrays, o_BTNH)
-    grid = pl.cdiv(T, LONG), B * k_BTKH.shape[2]
+    grid = pl.cdiv(T, OWN), B * k_BTKH.shape[2]
     call = _call(_key_gradient, "flash_dkv", grid, [k_BTKH, v_BTKH], options)
     return dq_BTNH, *call(*arrays, delta_BNT)
 
@@ -75,12 +74,12 @@ def _forward(options: Options, q_ref, k_ref, v_ref, extra: dict, o_ref, lse_ref)
     _, T, N, _ = q_ref.shape
     b, n = jax.lax.div(pl.program_id(1), N), jax.lax.rem(pl.program_id(1), N)
     kv_head = jax.lax.div(n, N // k_ref.shape[2])
-    query = pl.program_id(0) * QUERIES + jnp.arange(QUERIES)
+    query = pl.program_id(0) * OWN + jnp.arange(OWN)
     q = _load(q_ref, b, query, n)
 
     def add_keys(i: jax.Array, carry: tuple) -> tuple:
         o, maximum, total = carry
-        key = i * KEYS + jnp.arange(KEYS)
+        key = i * OTHER + jnp.arange(OTHER)
         scores = _scores(options, q, _load(k_ref, b, key, kv_head), query, key, b, extra, T)
         new = jnp.maximum(maximum, scores.max(1))
         shrink = jnp.exp2(maximum - new)
@@ -90,9 +89,9 @@ def _forward(options: Options, q_ref, k_ref, v_ref, extra: dict, o_ref, lse_ref)
         v = _load(v_ref, b, key, kv_head)
         return o * shrink[:, None] + triton.dot(weights.astype(v.dtype), v), new, total
 
-    rows = jnp.full(QUERIES, -1e30), jnp.zeros(QUERIES)
-    nothing = jnp.zeros((QUERIES, q.shape[1])), *rows
-    start, end = _key_tiles(options.mask, pl.program_id(0) * QUERIES, QUERIES, KEYS, T)
+    rows = jnp.full(OWN, -1e30), jnp.zeros(OWN)
+    nothing = jnp.zeros((OWN, q.shape[1])), *rows
+    start, end = _key_tiles(options.mask, pl.program_id(0) * OWN, T)
     o, maximum, total = jax.lax.fori_loop(start, end, add_keys, nothing)
     _store(o_ref, b, query, n, o / total[:, None])
     triton.store(lse_ref.at[b, n, query], maximum + jnp.log2(total), mask=query < T)
@@ -105,14 +104,14 @@ def _query_gradient(
     _, T, N, _ = q_ref.shape
     b, n = jax.lax.div(pl.program_id(1), N), jax.lax.rem(pl.program_id(1), N)
     kv_head = jax.lax.div(n, N // k_ref.shape[2])
-    query = pl.program_id(0) * LONG + jnp.arange(LONG)
+    query = pl.program_id(0) * OWN + jnp.arange(OWN)
     q, do = _load(q_ref, b, query, n), _load(do_ref, b, query, n)
     lse = _load_row(lse_ref, b, n, query)
     delta = (do.astype(jnp.float32) * _load(o_ref, b, query, n).astype(jnp.float32)).sum(1)
     triton.store(delta_ref.at[b, n, query], delta, mask=query < T)
 
     def add_keys(i: jax.Array, dq: jax.Array) -> jax.Array:
-        key = i * SHORT + jnp.arange(SHORT)
+        key = i * OTHER + jnp.arange(OTHER)
         k, v = _load(k_ref, b, key, kv_head), _load(v_ref, b, key, kv_head)
         scores = _scores(options, q, k, query, key, b, extra, T)
         weights = jnp.exp2(scores - lse[:, None])
@@ -121,7 +120,7 @@ def _query_gradient(
         d_scores = weights * (d_weights - delta[:, None])
         return dq + triton.dot(d_scores.astype(k.dtype), k)
 
-    start, end = _key_tiles(options.mask, pl.program_id(0) * LONG, LONG, SHORT, T)
+    start, end = _key_tiles(options.mask, pl.program_id(0) * OWN, T)
     dq = jax.lax.fori_loop(start, end, add_keys, jnp.zeros(q.shape))
     _store(dq_ref, b, query, n, dq * options.mask.scale)
 
@@ -132,12 +131,12 @@ def _key_gradient(
     _, T, N, _ = q_ref.shape
     K = k_ref.shape[2]
     b, kv_head = jax.lax.div(pl.program_id(1), K), jax.lax.rem(pl.program_id(1), K)
-    key = pl.program_id(0) * LONG + jnp.arange(LONG)
+    key = pl.program_id(0) * OWN + jnp.arange(OWN)
     k, v = _load(k_ref, b, key, kv_head), _load(v_ref, b, key, kv_head)
 
     def add_queries(n: jax.Array, i: jax.Array, carry: tuple) -> tuple:
         dk, dv = carry
-        query = i * SHORT + jnp.arange(SHORT)
+        query = i * OTHER + jnp.arange(OTHER)
         q, do = _load(q_ref, b, query, n), _load(do_ref, b, query, n)
         lse, delta = _load_row(lse_ref, b, n, query), _load_row(delta_ref, b, n, query)
         # all tiles are transposed here: [keys, queries]
@@ -149,7 +148,7 @@ def _key_gradient(
         d_scores = weights * (d_weights - delta[None])
         return dk + triton.dot(d_scores.astype(q.dtype), q), dv
 
-    start, end = _query_tiles(options.mask, pl.program_id(0) * LONG, T)
+    start, end = _query_tiles(options.mask, pl.program_id(0) * OWN, T)
     carry = jnp.zeros(k.shape), jnp.zeros(v.shape)
     for i in range(N // K):  # the query heads that share these keys
         add = partial(add_queries, kv_head * (N // K) + i)
@@ -188,23 +187,23 @@ def _dropped(
     return jnp.where(keep, x / (1 - options.dropout_rate), 0)
 
 
-def _key_tiles(mask: AttentionOptions, first: jax.Array, queries: int, keys: int, T: int) -> tuple:
+def _key_tiles(mask: AttentionOptions, first: jax.Array, T: int) -> tuple:
     """Return the first tile of keys that queries from `first` attend to, and the end."""
-    start, end = 0, pl.cdiv(T, keys)
+    start, end = 0, pl.cdiv(T, OTHER)
     if mask.causal:
-        end = jnp.minimum(end, jax.lax.div(first + queries + keys - 1, keys))
+        end = jnp.minimum(end, jax.lax.div(first + OWN + OTHER - 1, OTHER))
     if mask.window:
-        start = jax.lax.div(jnp.maximum(first - mask.window + 1, 0), keys)
+        start = jax.lax.div(jnp.maximum(first - mask.window + 1, 0), OTHER)
     return start, end
 
 
 def _query_tiles(mask: AttentionOptions, first: jax.Array, T: int) -> tuple:
     """Return the first tile of queries that attend to keys from `first`, and the end."""
-    start, end = 0, pl.cdiv(T, SHORT)
+    start, end = 0, pl.cdiv(T, OTHER)
     if mask.causal:
-        start = jax.lax.div(first, SHORT)
+        start = jax.lax.div(first, OTHER)
     if mask.window:
-        end = jnp.minimum(end, jax.lax.div(first + LONG + mask.window - 1 + SHORT - 1, SHORT))
+        end = jnp.minimum(end, jax.lax.div(first + OWN + mask.window - 1 + OTHER - 1, OTHER))
     return start, end
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import jax
 
@@ -27,12 +28,18 @@ class StepLog:
         self._skipped = 0  # since the last row
         self._skipped_in_a_row = 0
 
-    def launched(self, step: int, count: int, metrics: dict[str, jax.Array]) -> None:
-        """Note a call that takes `count` steps from `step` on, and log the previous call."""
-        if jax.process_count() > 1:
-            metrics["signal"] = self.stop.highest()
+    def launched(self, step: int, count: int, metrics: dict[str, Any]) -> None:
+        """Note a call that takes `count` steps from `step` on, and log the previous call.
+
+        A call that ends before this is logged at once, so that its time is not the next call's.
+        """
+        is_alone = jax.process_count() == 1
+        if not is_alone:
+            metrics["signal"] = self.stop.highest()  # all processes must read it after one call
         self.flush()
         self._pending = step, count, metrics
+        if is_alone and metrics["loss"].is_ready():
+            self.flush()
 
     def flush(self) -> None:
         """Wait for the last call and log its steps.

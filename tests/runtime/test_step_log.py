@@ -36,14 +36,25 @@ def test_stopwatch_measures_steps_without_pauses(monkeypatch):
         assert watch.read() == pytest.approx(7 / 4)
 
 
-def test_steps_are_logged_one_call_later_at_log_interval(tmp_path):
+class Numbers(np.ndarray):
+    """An array that a device may still compute."""
+
+    has_ended = False
+
+    def is_ready(self) -> bool:
+        return self.has_ended
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_steps_are_logged_at_log_interval_one_call_later_or_once_they_end(tmp_path, has_ended):
     config = make_config(out_dir=str(tmp_path), log_interval=2)
     with Log(config, 0) as log:
         steps = StepLog(config, log, StopSignal(), tokens=1000, peak=None)
         for call in range(3):
-            numbers = np.arange(3.0) + 3 * call + 1  # one more than is taken
+            numbers = (np.arange(3.0) + 3 * call + 1).view(Numbers)  # one more than is taken
+            numbers.has_ended = has_ended
             steps.launched(2 * call, 2, {"loss": numbers, "grad_norm": numbers, "lr": numbers})
-            assert len(all_rows(config)) == (0, 2, 3)[call]
+            assert len(all_rows(config)) == (0, 2, 3, 4)[call + has_ended]
         steps.flush()
     rows = all_rows(config)
     assert [(row["step"], row["tokens"], row["mfu"]) for row in rows] == [

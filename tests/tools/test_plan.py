@@ -48,7 +48,9 @@ def test_missing_compiler_error_names_the_pip_extra(name, extra, monkeypatch, ca
     [
         ("gpu", {}, "cudnn"),
         ("tpu", {}, "splash"),
-        ("gpu", {"dropout": 0.1}, "reference"),
+        ("gpu", {"dropout": 0.1}, "flash"),
+        ("gpu", {"n_embd": 1920}, "flash"),  # heads of 160, wider than cudnn's on an unknown GPU
+        ("gpu", {"n_embd": 3600}, "xla"),  # heads of 300
         ("gpu", {"dropout": 0.1, "attention_dropout": False}, "cudnn"),
         ("gpu", {"dtype": "float32"}, "xla"),
         ("tpu", {"block_size": 100}, "xla"),

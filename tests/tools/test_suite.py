@@ -259,8 +259,9 @@ slow_unless_fast = [
 @pytest.mark.parametrize("row", slow_unless_fast)
 def test_every_row_ends_at_toy_size(row, toy):
     entry = suite.measure(toy, row)
-    if row.name == "attention_cudnn":
-        assert entry["error"].startswith("attention='cudnn': needs an NVIDIA GPU")
+    backend = row.name.removeprefix("attention_")
+    if backend in ("cudnn", "flash"):
+        assert entry["error"].startswith(f"attention={backend!r}: needs an NVIDIA GPU")
     else:
         assert entry.get("error") is None
         assert all(isinstance(value, float | int) for value in entry["values"].values())

@@ -25,7 +25,7 @@ def read_trace(events: list[dict], kinds: dict[str, str]) -> tuple[dict, dict]:
         start, ms = event["ts"], event["dur"] / 1000
         op = event.get("args", {}).get("hlo_op", "")
         by_kind[kinds.get(op) or kind_of_kernel(event["name"])] += ms
-        by_kernel[op or event["name"]] += ms
+        by_kernel[op if op in kinds else event["name"]] += ms  # a CUDA graph has no instruction
         by_kind["gaps"] += max(0, start - (start if end is None else end)) / 1000
         end = max(end or 0, start + event["dur"])
     return dict(by_kind), dict(by_kernel)
