@@ -8,7 +8,7 @@ value; or gate and up). A parameter keeps its letters as `axes`; sharding.py map
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.sharding import constrain, constrain_batch
 
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
+NO_MESH = jax.sharding.AbstractMesh((), ())
 OUTPUT_EQUATION = "BTD,VD->BTV"
 ACTIVATIONS = {
     "gelu": gelu,
@@ -375,13 +376,15 @@ def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 # nnx.merge(graphdef, params) makes the model again. param[...] is a parameter's array.
 
 
+@cache
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     """Return (graphdef, shapes, axes): the model's structure, and two trees like its parameters.
 
     `axes` holds the axis letters of each parameter, or spaces if it has none. The model is a GPT,
     unless the config's class makes another one.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
+    with jax.sharding.use_abstract_mesh(NO_MESH):  # the cached shapes name no mesh
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
 
     def letters(param: Any) -> str:
         axes = getattr(param, "axes", None)

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-import pooch
-
 from jaxgpt.config import UserError
 from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
 
@@ -82,6 +80,8 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
 
 def fetch(download: Download, file: Path) -> None:
     """Download to `file`, unless it is complete. Raises `UserError`, and then leaves no file."""
+    import pooch
+
     http: Any = pooch.HTTPDownloader(timeout=TIMEOUT_S)  # pooch declares too narrow a type
     sha256 = f"sha256:{download.sha256}"
     try:

@@ -67,6 +67,16 @@ NO_MERGER = XlaOption(
     "XLA merges products that linear_parts_gpu keeps apart, and pays slices and concatenations",
     "measured: docs/performance.md, \"No merged products\"",
 )  # fmt: skip
+# XLA otherwise gathers and scatters most layers in one call, which then waits for all of them.
+COMBINED_BYTES = 16 << 20
+SMALL_GATHERS, SMALL_SCATTERS = (
+    XlaOption(
+        f"xla_gpu_{kind}_combine_threshold_bytes", str(COMBINED_BYTES),
+        "under fsdp, more of the communication runs while the device computes",
+        "compiled: docs/performance.md, \"Small collectives under fsdp\"",
+    )
+    for kind in ("all_gather", "reduce_scatter")
+)  # fmt: skip
 DETERMINISTIC = XlaOption(
     "xla_gpu_exclude_nondeterministic_ops", True,
     "scatters and attention's gradient otherwise add in an order that varies",
@@ -74,7 +84,7 @@ DETERMINISTIC = XlaOption(
 )  # fmt: skip
 XLA_OPTIONS = {
     "one GPU": (NO_TRITON, NO_MERGER),
-    "several GPUs": (NO_TRITON, NO_MERGER),
+    "several GPUs": (NO_TRITON, NO_MERGER, SMALL_GATHERS, SMALL_SCATTERS),
     "TPU": (),
     "CPU": (),
 }
@@ -98,7 +108,7 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         jax.config.update("jax_num_cpu_devices", cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if memory_fraction() is None:
         os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)

@@ -89,13 +89,14 @@ class Log:
             self.info(text)
 
     def eval(self, row: Row) -> None:
-        """Log an evaluation's losses, and redraw loss.png."""
+        """Log an evaluation's losses, and redraw loss.png unless no step has been taken."""
         if not self.enabled:
             return
         losses = [f"{k.replace('_', ' ')} {row[k]:.4f}" for k in row if k.endswith("loss")]
         self._record(row)
         self.info(f"step {row['step']}: " + ", ".join(losses))
-        draw_losses(self.folder)
+        if row["step"]:  # importing matplotlib takes a third of a second
+            draw_losses(self.folder)
 
     def _record(self, row: Row) -> None:
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
