@@ -34,7 +34,7 @@ KINDS = [
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
      "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
-     "decay_lr use_cpu_variant scan_layers deterministic", "yes", "True or False"),
+     "decay_lr use_cpu_variant scan_layers deterministic norm_gain", "yes", "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
     ("wandb_run_name freeze", 7, "text"),
@@ -50,7 +50,7 @@ KINDS = [
     ("device", "cuda:0", "one of auto, cpu, gpu, cuda, tpu"),
     ("dtype", "float16", "one of auto, float32, bfloat16, float64"),
     ("mesh", "data=2", "axis:size[,axis:size]"),
-    ("attention", "flash", "one of auto, reference, cpu, xla, cudnn, splash"),
+    ("attention", "Flash", "one of auto, reference, cpu, xla, cudnn, flash, splash"),
     ("xla", True, "one of tuned, default"),
     ("remat", False, "one of none, dots, full"),
     ("coordinator", "localhost", "host:port"),

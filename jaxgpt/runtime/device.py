@@ -139,7 +139,10 @@ def compiler_options(config: ParallelConfig, mesh: Mesh) -> dict[str, str | bool
         chosen = (*chosen, DETERMINISTIC)
     users = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     wanted = {o.name: o.value for o in chosen if not re.search(rf"--{o.name}(?![\w])", users)}
-    return known_options(mesh.devices.flat[0], tuple(wanted.items())) if wanted else {}
+    # JAX compiles only for devices of this process, or for absent ones.
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    device = (local or mesh.devices.flat)[0]
+    return known_options(device, tuple(wanted.items())) if wanted else {}
 
 
 @cache

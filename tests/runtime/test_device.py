@@ -14,7 +14,7 @@ TUNED, DEFAULT = Config(vocab_size=300), Config(vocab_size=300, xla="default")
 
 
 def fake_mesh(platform: str, size: int = 1) -> SimpleNamespace:
-    one = SimpleNamespace(platform=platform)
+    one = SimpleNamespace(platform=platform, process_index=0)
     return SimpleNamespace(devices=SimpleNamespace(flat=[one] * size), size=size)
 
 
