@@ -398,6 +398,8 @@ def bytes_sent(kind: str, op: Op, n: int) -> int:
     size = op.bytes
     if kind in ("all-gather", "reduce-scatter") and op.opcode.endswith("-start"):
         size = size * n // (n + 1)  # the start returns the whole array and a device's part
+    elif op.opcode.endswith("-start") and op.type.startswith("(("):
+        size //= 2  # of operands, and of results of the same size
     elif op.opcode == "reduce-scatter":  # it returns a device's part
         size *= n
     return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n

@@ -183,6 +183,28 @@ ENTRY %main (p: bf16[8]) -> bf16[32] {
     assert Program(text).kernels().total() == 1
 
 
+@pytest.mark.parametrize(
+    ("start", "sent"),
+    [
+        ("f32[8]{0} all-reduce-start(%p)", 2 * 32 * 3 // 4),
+        ("((f32[8]{0}), f32[8]{0}) all-reduce-start(%p)", 2 * 32 * 3 // 4),  # since jax 0.11
+        ("(f32[8]{0}, f32[4]{0}) all-reduce-start(%p, %q)", 2 * 48 * 3 // 4),
+        ("((f32[8]{0}, f32[4]{0}), (f32[8]{0}, f32[4]{0})) all-reduce-start(%p, %q)", 72),
+        ("((f32[8]{0}), f32[8]{0}) all-to-all-start(%p)", 32 * 3 // 4),
+    ],
+)
+def test_operands_that_a_start_returns_are_not_sent(start, sent):
+    text = f"""HloModule m, num_partitions=4
+ENTRY %main (p: f32[8], q: f32[4]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %q = f32[4]{{0}} parameter(1)
+  ROOT %start = {start}, replica_groups={{}}
+}}
+"""
+    (found,) = Program(text).collectives()
+    assert found.bytes == sent
+
+
 OVERLAP = """HloModule m, num_partitions=4
 ENTRY %main (a: f32[8], b: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
