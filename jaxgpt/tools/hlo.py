@@ -25,12 +25,19 @@ FREE = CONTROL | {  # these do no work of their own
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # TPU annotations
 SLICES = {"dynamic-slice", "gather", "slice"}
 PRODUCTS = ("dot", "convolution")
-# Flash kernels: the kind, and operations per B N T T H of causal attention, half of the square.
-FLASH_KERNELS = {
-    "__cudnn$fmhaSoftmax": ("attention, forward", 2.0),
-    "__cudnn$fmhaSoftmaxBackward": ("attention, backward", 5.0),
-}
-
+FORWARD, BACKWARD = "attention, forward", "attention, backward"
+# Flash kernels: words of the kernel's target, name or scope; its kind; its operations per B N T T H
+# of causal attention, half of the square; and T's axis in its output.
+FLASH_KERNELS = [
+    (r"__cudnn\$fmhaSoftmaxBackward", BACKWARD, 5.0, 2),
+    (r"__cudnn\$fmhaSoftmax", FORWARD, 2.0, 2),
+    (r"/flash/pallas_call", FORWARD, 2.0, 1),
+    (r"/flash_dq/pallas_call", BACKWARD, 3.0, 1),
+    (r"/flash_dkv/pallas_call", BACKWARD, 4.0, 1),
+    (r"\bsplash_mha_fwd", FORWARD, 2.0, 2),
+    (r"\bsplash_mha_dq", BACKWARD, 3.0, 2),
+    (r"\bsplash_mha_dkv", BACKWARD, 4.0, 2),
+]
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")  # products by NVIDIA's library
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -263,10 +270,8 @@ class Program:
         """Return the kind of a kernel, and its floating-point operations in products."""
         if op.opcode.removesuffix("-start") in COLLECTIVES:
             return "collectives", 0
-        if attention := FLASH_KERNELS.get(op.target):
-            (_, dims), *_ = (shape for shape in op.shapes if len(shape[1]) == 4)
-            B, N, T, H = dims
-            return attention[0], attention[1] * B * N * T * T * H
+        if attention := attention_work(op):
+            return attention
         body = [op]
         if op.opcode == "fusion":
             ops = self.computations[op.called[0]]
@@ -364,6 +369,19 @@ class Program:
 
         run(self.entry, 1)
         return found
+
+
+def attention_work(op: Op) -> tuple[str, float] | None:
+    """Return the kind of a flash attention kernel, and its operations if attention is causal."""
+    if op.opcode != "custom-call":
+        return None
+    scope = _search(r'op_name="([^"]*)"', op.attributes)
+    text = f"{op.target} {op.name} {scope}"
+    for words, kind, operations, axis in FLASH_KERNELS:
+        outputs = [dims for _, dims in op.shapes if len(dims) == 4]
+        if re.search(words, text) and outputs:
+            return kind, operations * math.prod(outputs[0]) * outputs[0][axis]
+    return None
 
 
 def product_flops(op: Op, ops: dict[str, Op]) -> float:

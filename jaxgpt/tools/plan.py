@@ -375,18 +375,32 @@ def _in_calls(overlap: Overlap) -> str:
 
 
 def format_breakdown(plan: Plan) -> str:
-    """Return a table of the step's kernels by kind; the times are estimates by a roofline."""
-    lines = [f"{'kernels by kind':<20} {'kernels':>8} {'GB':>9} {'TFLOPs':>8} {'ms':>8}"]
+    """Return a table of the step's kernels by kind; the times are estimates by a roofline.
+
+    An activation is an array [B, T, D] of the residual stream, of all micro-batches of a device.
+    """
+    c, chip = plan.config, plan.topology.chip
+    tokens = batch_size.global_batch_size(c) * c.block_size / len(plan.topology.devices)
+    per_layer = tokens * c.n_embd * jnp.dtype(c.dtype).itemsize * max(1, c.n_layer)
+    columns = ("kernels", "GB", "activations/layer", "TFLOPs", "ms")
+    lines = [f"{'kernels by kind':<20} {' '.join(f'{name:>8}' for name in columns)}  bound by"]
     for kind, group in sorted(plan.breakdown.items(), key=lambda item: -item[1].seconds):
-        numbers = f"{group.kernels:>8,} {group.bytes / GB:>9.2f} {group.flops / 1e12:>8.3f}"
-        lines.append(f"{kind:<20} {numbers} {1000 * group.seconds:>8.2f}")
+        numbers = f"{group.kernels:>8,} {group.bytes / GB:>8.2f} {group.bytes / per_layer:>17.1f}"
+        numbers += f" {group.flops / 1e12:>8.3f} {1000 * group.seconds:>8.2f}"
+        lines.append(f"{kind:<20} {numbers}  {what_bounds(chip, kind, group)}")
     total = plan.kernel_seconds
-    tokens = batch_size.global_batch_size(plan.config) * plan.config.block_size
-    devices = len(plan.topology.devices)
-    peak = device.PEAK_FLOPS[plan.topology.chip.kind]
-    mfu = tokens / devices * flops_per_token(plan.config) / (peak * total)
+    mfu = tokens * flops_per_token(c) / (device.PEAK_FLOPS[chip.kind] * total)
     lines.append(f"one after the other: {1000 * total:,.2f} ms per step, MFU {100 * mfu:.1f}%")
     return "\n".join(lines)
+
+
+def what_bounds(chip: Chip, kind: str, group: KernelGroup) -> str:
+    """Return what takes most of the time of a group's kernels."""
+    launches = group.kernels * LAUNCH_S
+    compute = kernel_seconds(chip, kind, group.flops, 0) - LAUNCH_S
+    memory = kernel_seconds(chip, kind, 0, group.bytes) - LAUNCH_S
+    times = {"launches": launches, "compute": compute, "memory": memory}
+    return max(times, key=lambda name: times[name])
 
 
 @contextmanager

@@ -124,6 +124,25 @@ def test_cublas_call_counts_as_a_product_without_its_workspace():
     assert (group.flops, group.bytes) == (2 * 5 * 3 * 7, 4 * (5 * 7 + 7 * 3 + 5 * 3))
 
 
+@pytest.mark.parametrize(
+    ("line", "kind", "operations"),
+    [
+        ('%f.1 = (bf16[2,16,4,8], f32[2]) custom-call(%x), metadata={op_name="/flash/pallas_call"}',
+         "attention, forward", 2),
+        ('%f.2 = bf16[2,16,4,8] custom-call(%x), metadata={op_name="a/flash_dkv/pallas_call"}',
+         "attention, backward", 4),
+        ("%splash_mha_dq_no_residuals.4 = (f32[8,64], bf16[2,4,16,8]) custom-call(%x)",
+         "attention, backward", 3),
+    ],
+)  # fmt: skip
+def test_breakdown_knows_flash_kernels_in_pallas(line, kind, operations):
+    text = f"ENTRY %main (x: f32[5,7]) -> f32[5] {{\n  %x = f32[5,7] parameter(0)\n  {line}\n}}\n"
+    groups = Program(text).breakdown(lambda *_: 0.0)
+    assert {kind: group.flops for kind, group in groups.items()} == {
+        kind: operations * 2 * 4 * 16 * 16 * 8
+    }
+
+
 def test_breakdown_of_a_loop_counts_every_turn():
     groups = Program(BY_HAND).breakdown(lambda kind, flops, traffic: 1)
     assert {kind: group.kernels for kind, group in groups.items()} == {
