@@ -21,7 +21,7 @@ TARGETS_BT = np.array([[3, -1, 299], [0, 17, 150]])
 ELSEWHERE = {
     "linear_map",
     "linear_parts",
-    *(f"attention_{b}" for b in ("cpu", "cudnn", "reference", "splash", "xla")),
+    *(f"attention_{b}" for b in ("cpu", "cudnn", "flash", "reference", "splash", "xla")),
 }
 OTHERWISE = {
     "accumulation",

@@ -370,7 +370,8 @@ def test_run_resumes_from_the_newest_checkpoint_with_changed_training_keys(run):
 
 OTHER = {
     "vocab_size": 32, "block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 32,
-    "mlp_dim": 8, "bias": False, "norm": "rmsnorm", "norm_position": "post", "position": "rope",
+    "mlp_dim": 8, "bias": False, "norm": "rmsnorm", "norm_position": "post", "norm_gain": False,
+    "position": "rope",
     "mlp": "swiglu", "tie_embeddings": False, "qk_norm": True, "logit_softcap": 30.0,
     "sliding_window": 4, "causal": False, "value_residual": True, "attention_dropout": False,
     "zero_init_projections": True, "document_mask": True, "eot_id": 5, "scan_layers": True,

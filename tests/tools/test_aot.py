@@ -243,7 +243,7 @@ def test_train_state_is_updated_in_place_on_accelerators(topology, layers):
 def test_gpt2_on_an_h100_stays_below_memory_kernel_and_traffic_bounds():
     """The bounds are a tenth above the current figures, with two micro-batches."""
     step = compiled("h100:1", 12)
-    assert step.memory.temp_size_in_bytes < 7.75e9
+    assert step.memory.temp_size_in_bytes < 5.5e9
     assert step.program.kernels().total() < 1470
     assert step.program.traffic() < 87e9
 

@@ -127,7 +127,7 @@ def test_cublas_call_counts_as_a_product_without_its_workspace():
 @pytest.mark.parametrize(
     ("line", "kind", "operations"),
     [
-        ('%f.1 = (bf16[2,16,4,8], f32[2]) custom-call(%x), metadata={op_name="/flash/pallas_call"}',
+        ('%f.1 = (bf16[2,16,4,8], f32[2]) custom-call(%x), x={op_name="/flash/pallas_call"}',
          "attention, forward", 2),
         ('%f.2 = bf16[2,16,4,8] custom-call(%x), metadata={op_name="a/flash_dkv/pallas_call"}',
          "attention, backward", 4),
