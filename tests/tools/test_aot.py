@@ -162,7 +162,7 @@ def count_casts(program: Program, name: str) -> int:
 
 
 @aot
-def test_gpu_reads_logits_once_for_the_loss_and_once_for_the_gradient():
+def test_gpu_reads_logits_once_for_the_loss_and_its_gradient():
     program = compiled("h100:1", 2).program
     readers = [
         op
@@ -171,7 +171,7 @@ def test_gpu_reads_logits_once_for_the_loss_and_once_for_the_gradient():
         if op.is_kernel and not is_product(program, op)
         if any(size_of(program, name, o) == ("bf16", B * T * V) for o in op.operands)
     ]
-    assert len(readers) == 2
+    assert len(readers) == 1
 
 
 def is_product(program: Program, op: Op) -> bool:
@@ -211,12 +211,12 @@ def test_gpu_residual_stream_never_has_the_batch_axis_innermost(batch, keys):
 
 
 @aot
-def test_gpu_attention_with_dropout_keeps_only_scores_in_float32():
-    step = absent_step("h100:1", **BABY, n_layer=2, dropout=0.2)
-    kernels = [op for op, _ in step.program.executed() if op.is_kernel]
-    made = [kind for op in kernels for kind, dims in op.shapes if dims.count(256) == 2]
-    assert made.count("f32") == 2
-    assert made.count("bf16") == 2 * 3  # dropped weights; their gradient, and the scores'
+@pytest.mark.parametrize("keys", [{"dropout": 0.2}, {"document_mask": True, "eot_id": 0}], ids=str)
+def test_gpu_attention_with_dropout_or_documents_makes_no_array_of_two_lengths(keys):
+    for attention, makes_weights in {"auto": False, "reference": True}.items():
+        step = absent_step("h100:1", **BABY, n_layer=1, attention=attention, **keys)
+        made = [dims for _, dims in step.program.arrays() if dims.count(256) == 2]
+        assert bool(made) == makes_weights
 
 
 @aot
@@ -243,9 +243,9 @@ def test_train_state_is_updated_in_place_on_accelerators(topology, layers):
 def test_gpt2_on_an_h100_stays_below_memory_kernel_and_traffic_bounds():
     """The bounds are a tenth above the current figures, with two micro-batches."""
     step = compiled("h100:1", 12)
-    assert step.memory.temp_size_in_bytes < 5.5e9
-    assert step.program.kernels().total() < 1470
-    assert step.program.traffic() < 87e9
+    assert step.memory.temp_size_in_bytes < 6.5e9
+    assert step.program.kernels().total() < 1170
+    assert step.program.traffic() < 72e9
 
 
 @aot
