@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.kernels.accumulate import BATCH
-from jaxgpt.kernels.platform import is_partitioned, target_platform
+from jaxgpt.kernels.platform import is_partitioned, platform_of, target_platform
 
 # A parameter's axis letter (see model.py) -> the mesh axis that splits this axis. Other axes, and
 # vectors of width D, are replicated on every device.
@@ -21,7 +21,7 @@ RULES = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Trace for this mesh, and for the platform of its devices; also a decorator."""
-    platform = target_platform(mesh.devices.flat[0].platform)
+    platform = target_platform(platform_of(mesh.devices.flat[0]))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), platform:
         yield
 

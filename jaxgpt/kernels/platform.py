@@ -1,8 +1,10 @@
 """The platform that a function is traced for, and whether its mesh splits arrays."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -20,9 +22,20 @@ def target_platform(name: str) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+def platform_of(device: Any) -> str:
+    """Return the platform whose variants a device can run.
+
+    Triton needs a GPU of the Ampere generation or a later one, with compute capability 8. An older
+    GPU gets the operations for any platform.
+    """
+    capability = getattr(device, "compute_capability", "")
+    is_old = device.platform == "gpu" and re.fullmatch(r"[1-7]\.\d", capability)
+    return "old gpu" if is_old else device.platform
+
+
 def current_platform() -> str:
-    """Return the innermost `target_platform`, or else JAX's default back end."""
-    return _TARGET.get() or jax.default_backend()
+    """Return the innermost `target_platform`, or else the platform of JAX's default device."""
+    return _TARGET.get() or platform_of(jax.devices()[0])
 
 
 def is_partitioned() -> bool:

@@ -192,8 +192,8 @@ def peak_flops() -> float | None:
 
 def is_hopper() -> bool:
     """Tell whether the devices are NVIDIA GPUs of the Hopper generation or a later one."""
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    return jax.default_backend() == "gpu" and float(capability) >= 9
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return re.fullmatch(r"(9|1\d)\.\d", capability) is not None
 
 
 def memory_bytes() -> int | None:

@@ -1,5 +1,7 @@
 """Test the target platform of a trace, and the effect of the mesh on a trace."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,13 @@ from helpers import make_config
 from jax.sharding import PartitionSpec
 
 from jaxgpt import kernels
-from jaxgpt.kernels import TABLE
-from jaxgpt.kernels.platform import current_platform, is_partitioned, target_platform
+from jaxgpt.kernels import ANY, TABLE
+from jaxgpt.kernels.platform import (
+    current_platform,
+    is_partitioned,
+    platform_of,
+    target_platform,
+)
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sharding import BATCH, constrain, constrain_batch, use_mesh
 
@@ -25,7 +32,25 @@ def test_target_platform_nests_and_defaults_to_the_jax_backend():
     assert current_platform() == "cpu"
 
 
-@pytest.mark.parametrize(("platform", "row"), [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", "tpu")])
+@pytest.mark.parametrize(
+    ("device", "platform"),
+    [
+        ({"platform": "cpu"}, "cpu"),
+        ({"platform": "tpu"}, "tpu"),
+        ({"platform": "gpu", "compute_capability": "gfx942"}, "gpu"),  # another maker's
+        ({"platform": "gpu", "compute_capability": "9.0"}, "gpu"),
+        ({"platform": "gpu", "compute_capability": "12.0"}, "gpu"),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "old gpu"),
+    ],
+    ids=str,
+)
+def test_gpus_before_ampere_have_a_platform_of_their_own(device, platform):
+    assert platform_of(SimpleNamespace(**device)) == platform
+
+
+@pytest.mark.parametrize(
+    ("platform", "row"), [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", "tpu"), ("old gpu", ANY)]
+)
 def test_kernel_call_uses_the_table_row_of_the_target_platform(platform, row, monkeypatch):
     taken = []
     for key in [key for key in TABLE if key[0] == "normalize"]:
