@@ -208,6 +208,7 @@ class Block(nnx.Module):
         self.ln_2 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        # x passes through a branch's norm, so that one kernel can add both gradients of x
         x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_1)
         attn_BTD, context = self.attn(h_BTD, context)
         x_BTD = x_BTD + attn_BTD

@@ -87,7 +87,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
-    with use_mesh(mesh):
+    with use_mesh(mesh):  # whether gains are folded depends on the platform
         used = config_in_use(config)
     grad_fn = jax.value_and_grad(make_loss_fn(config, used), has_aux=True)
 
@@ -153,7 +153,7 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
 
 
 def config_in_use(config: Config) -> Config:
-    """Return the config of the model that the step differentiates, which computes the same.
+    """Return the config of an equivalent model, which the step differentiates.
 
     A tied embedding becomes a weight per use: the step adds their gradients after the last
     micro-batch, because XLA would otherwise sum them over all devices in every micro-batch. Gains
@@ -226,7 +226,7 @@ def cast_params(params: dict, dtype: str) -> dict:
 def cast_weights(weights: dict, dtype: str) -> dict:
     """Cast kernels to the compute dtype, except that the lookup of tokens stays in float32.
 
-    Its gradient sums many small contributions to the row of a frequent token.
+    The lookup's gradient sums many small contributions to the row of a frequent token.
     """
     cast = cast_params(weights, dtype)
     return cast | {"embed": weights["embed"]} if "embed" in weights else cast

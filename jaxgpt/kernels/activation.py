@@ -25,9 +25,9 @@ def gelu_tanh_reference(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu_tanh_gpu(x: jax.Array) -> jax.Array:
-    """Compute GELU by tanh in the form that XLA joins to the matrix product before it.
+    """Compute GELU by tanh in the form that XLA fuses into the product before it.
 
-    cuBLAS then writes x and its GELU at once. One kernel computes the gradient from x
+    cuBLASLt then writes both x and its GELU. One kernel computes the gradient from x
     (docs/performance.md, "GELU in the matrix product").
     """
     a, b = GELU_TANH
@@ -50,7 +50,7 @@ gelu_tanh_gpu.defvjp(_gelu_tanh_fwd, _gelu_tanh_bwd)
 
 
 def gelu_tanh_slope(x: jax.Array) -> jax.Array:
-    """Return the derivative of GELU by tanh, written as x sigmoid(u)."""
+    """Return the derivative of GELU by tanh, which equals x sigmoid(u)."""
     a, b = GELU_TANH
     u = 2 * a * (x + b * x * x * x)
     du = 2 * a * (1 + 3 * b * x * x)

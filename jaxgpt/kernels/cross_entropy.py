@@ -42,10 +42,10 @@ log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
 
 
 def token_losses_gpu(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Compute `token_losses_reference`; in training, one kernel also writes the gradient.
+    """Compute `token_losses_reference`; under a gradient, one kernel computes both.
 
-    The kernel reads the logits from memory once, and overwrites them by their gradient. It needs
-    whole rows, which a mesh with an axis `tensor` does not have on one device
+    The kernel reads the logits from memory once, and overwrites them by their gradient. Where the
+    mesh splits the vocabulary, no device has whole rows, and the reference is used
     (docs/performance.md, "Cross-entropy and its gradient in one kernel").
     """
     if splits("tensor"):
@@ -70,7 +70,7 @@ def _losses_fwd(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array
 
 
 def _losses_bwd(gradient_BTV: jax.Array, dy_BT: jax.Array) -> tuple[jax.Array, None]:
-    # the step sums the losses, so dy is 1, and XLA drops this product
+    # in the training step dy is 1, because the losses are summed; XLA then drops this product
     return gradient_BTV * dy_BT[..., None].astype(gradient_BTV.dtype), None
 
 

@@ -2,10 +2,10 @@
 
 No array of T x T elements is made: a kernel computes the weights of a tile of queries and keys
 where it needs them. A program handles one tile of queries (or of keys, for their gradients) of one
-head, and loops over the tiles of keys (or queries). Weights are powers of 2, so scores have the
-factor log2(e). Written in Pallas and compiled by Triton; on a CPU an interpreter runs it.
+head, and loops over the tiles of keys (or queries). The softmax uses exp2, so scores are multiplied
+by log2(e). Written in Pallas and compiled by Triton; on a CPU an interpreter runs it.
 
-B batch, T length, N heads, K key-value heads, H head width, padded to a power of 2.
+B batch, T length, N heads, K key-value heads, H head width, which a tile pads to a power of 2.
 """
 
 import math
@@ -31,7 +31,7 @@ WARPS, STAGES = 4, 3  # of a program, and loads of a loop that are in flight
 class Options:
     """What all kernels need to know about the attention besides its arrays."""
 
-    mask: AttentionOptions
+    attention: AttentionOptions
     dropout_rate: float
     has_segments: bool
 
@@ -39,7 +39,8 @@ class Options:
 def forward(q_BTNH, k_BTKH, v_BTKH, extra: dict[str, jax.Array], options: Options) -> list:
     """Return the output [B, T, N, H], and log2 of each row's sum of exponentials [B, N, T].
 
-    `extra` has `segments` [B, T], `seeds` [B, 2] and `first_head` [1], as `options` say.
+    `extra` has `first_head` [1], the index of the first head on this device, which the dropout's
+    hash needs. It has `segments` [B, T] with documents, and `seeds` [B, 2] with dropout.
     """
     B, T, N, _ = q_BTNH.shape
     results = [q_BTNH, jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
@@ -91,7 +92,7 @@ def _forward(options: Options, q_ref, k_ref, v_ref, extra: dict, o_ref, lse_ref)
 
     rows = jnp.full(OWN, -1e30), jnp.zeros(OWN)
     nothing = jnp.zeros((OWN, q.shape[1])), *rows
-    start, end = _key_tiles(options.mask, pl.program_id(0) * OWN, T)
+    start, end = _key_tiles(options.attention, pl.program_id(0) * OWN, T)
     o, maximum, total = jax.lax.fori_loop(start, end, add_keys, nothing)
     _store(o_ref, b, query, n, o / total[:, None])
     triton.store(lse_ref.at[b, n, query], maximum + jnp.log2(total), mask=query < T)
@@ -120,9 +121,9 @@ def _query_gradient(
         d_scores = weights * (d_weights - delta[:, None])
         return dq + triton.dot(d_scores.astype(k.dtype), k)
 
-    start, end = _key_tiles(options.mask, pl.program_id(0) * OWN, T)
+    start, end = _key_tiles(options.attention, pl.program_id(0) * OWN, T)
     dq = jax.lax.fori_loop(start, end, add_keys, jnp.zeros(q.shape))
-    _store(dq_ref, b, query, n, dq * options.mask.scale)
+    _store(dq_ref, b, query, n, dq * options.attention.scale)
 
 
 def _key_gradient(
@@ -148,12 +149,12 @@ def _key_gradient(
         d_scores = weights * (d_weights - delta[None])
         return dk + triton.dot(d_scores.astype(q.dtype), q), dv
 
-    start, end = _query_tiles(options.mask, pl.program_id(0) * OWN, T)
+    start, end = _query_tiles(options.attention, pl.program_id(0) * OWN, T)
     carry = jnp.zeros(k.shape), jnp.zeros(v.shape)
     for i in range(N // K):  # the query heads that share these keys
         add = partial(add_queries, kv_head * (N // K) + i)
         carry = jax.lax.fori_loop(start, end, add, carry)
-    _store(dk_ref, b, key, kv_head, carry[0] * options.mask.scale)
+    _store(dk_ref, b, key, kv_head, carry[0] * options.attention.scale)
     _store(dv_ref, b, key, kv_head, carry[1])
 
 
@@ -164,9 +165,9 @@ def _scores(
     options: Options, rows, columns, row, column, b, extra: dict, T: int, transposed: bool = False
 ) -> jax.Array:
     """Return log2(e) times the masked scores; rows are queries, or keys if `transposed`."""
-    scores = triton.dot(rows, columns, trans_b=True) * (options.mask.scale * LOG2E)
+    scores = triton.dot(rows, columns, trans_b=True) * (options.attention.scale * LOG2E)
     query, key = (column[None], row[:, None]) if transposed else (row[:, None], column[None])
-    allowed = attention_mask(query, key, options.mask.causal, options.mask.window)
+    allowed = attention_mask(query, key, options.attention.causal, options.attention.window)
     allowed &= (key < T) & (query < T)
     if options.has_segments:
         of = [triton.load(extra["segments"].at[b, i], mask=i < T, other=0) for i in (row, column)]

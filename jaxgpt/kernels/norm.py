@@ -33,7 +33,7 @@ def branch_reference(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def folds_gains_reference(config: Any) -> bool:
-    """Return whether the training step multiplies the gains of norms into the maps after them."""
+    """Tell whether the training step multiplies the gains of norms into the maps after them."""
     return False
 
 
@@ -116,20 +116,21 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
 
 
 def folds_gains_gpu(config: Any) -> bool:
-    """Fold gains, so that a norm's result is also the input of the map after it.
+    """Tell whether every norm has a gain, no bias, and a map after it that is trained.
 
-    A bias of a norm would have to become a bias of that map, and a frozen map would have to stay
-    apart from a gain that is trained (docs/performance.md, "Gains folded into linear maps").
+    A folded norm's result is also the input of that map. A bias would have to become a bias of the
+    map, and a frozen map cannot hold a gain that is trained
+    (docs/performance.md, "Gains folded into linear maps").
     """
     is_plain = config.norm_gain and not config.bias and not config.freeze
     return is_plain and config.norm_position == "pre" and config.n_layer > 0
 
 
 def branch_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
-    """Compute a norm without a gain by one kernel, and its gradient by another.
+    """Return x, and its norm by one kernel; another kernel computes the gradient of both.
 
-    The gradient is computed from the result, so x is not kept. It includes the gradient of the
-    residual stream (docs/performance.md, "One kernel per norm and direction").
+    The gradient comes from the result, so x is not kept. A norm with a gain is computed as on any
+    platform (docs/performance.md, "One kernel per norm and direction").
     """
     return branch_reference(x, norm) if norm.scale is not None else _branch(x, norm.centered)
 

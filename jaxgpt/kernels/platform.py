@@ -1,9 +1,11 @@
 """The platform that a function is traced for, and whether its mesh splits arrays."""
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import jax
@@ -25,12 +27,23 @@ def target_platform(name: str) -> Iterator[None]:
 def platform_of(device: Any) -> str:
     """Return the platform whose variants a device can run.
 
-    Triton needs a GPU of the Ampere generation or a later one, with compute capability 8. An older
-    GPU gets the operations for any platform.
+    Kernels in Triton need a GPU of the Ampere generation or a later one, with compute capability 8,
+    and a JAX that still has Pallas' back end for Triton. Other GPUs get the operations for any
+    platform.
     """
-    capability = getattr(device, "compute_capability", "")
-    is_old = device.platform == "gpu" and re.fullmatch(r"[1-7]\.\d", capability)
-    return "old gpu" if is_old else device.platform
+    if device.platform != "gpu":
+        return device.platform
+    is_old = re.fullmatch(r"[1-7]\.\d", getattr(device, "compute_capability", ""))
+    return "gpu" if has_triton() and not is_old else "gpu without triton"
+
+
+@cache
+def has_triton() -> bool:
+    """Tell whether this JAX has Pallas' back end for Triton, which JAX 0.11 has deprecated."""
+    try:
+        return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def current_platform() -> str:

@@ -1,7 +1,7 @@
 """Kernels for NVIDIA GPUs, written in Pallas and compiled by Triton.
 
 Each computes one operation of this package with less memory traffic than XLA's kernels; the
-operation's own file has its equations. R rows, D or V columns, F elements.
+operation's own file has its equations. R rows, D or V columns.
 On a CPU the kernels run in Pallas' interpreter, which is how the tests run them.
 """
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-TILE = 4096  # elements that a program holds at a time
+TILE = 4096  # elements of a tile, at least one row of a norm
+ELEMENTS = 2048  # of a tile of each input of an elementwise function
 WARPS = 4  # of a program
 
 
@@ -55,7 +56,7 @@ def _normalize(centered: bool, epsilon: float, x_ref, y_ref, inverse_std_ref) ->
 def normalize_gradient(
     dy_RD: jax.Array, y_RD: jax.Array, inverse_std_R1: jax.Array, dx_RD: jax.Array, centered: bool
 ) -> jax.Array:
-    """Return the gradient of x, of which `normalize` made y, added to `dx`."""
+    """Return `dx` plus the gradient of `normalize`'s input, from its output y and y's gradient."""
     R, D = y_RD.shape
     call = _call(partial(_gradient, centered), "norm_gradient", _row_programs(R, D), dx_RD)
     return call(dy_RD, y_RD, inverse_std_R1, dx_RD)
@@ -96,13 +97,13 @@ def _row_tile(ref) -> tuple[tuple, tuple, jax.Array, jax.Array]:
 
 def scaled(function: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return y times an elementwise function of x, for arrays of any shape."""
-    programs = pl.cdiv(x.size, TILE // 2)
+    programs = pl.cdiv(x.size, ELEMENTS)
     call = _call(partial(_scaled, function), "scaled", programs, x.ravel())
     return call(x.ravel(), y.ravel()).reshape(x.shape)
 
 
 def _scaled(function: Callable, x_ref, y_ref, out_ref) -> None:
-    tile = pl.program_id(0) * (TILE // 2) + jnp.arange(TILE // 2)
+    tile = pl.program_id(0) * (ELEMENTS) + jnp.arange(ELEMENTS)
     inside = tile < x_ref.shape[0]
     x, y = (_float32(triton.load(ref.at[tile], mask=inside, other=0)) for ref in (x_ref, y_ref))
     triton.store(out_ref.at[tile], (y * function(x)).astype(out_ref.dtype), mask=inside)
@@ -123,10 +124,12 @@ def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array
 
 
 def _cross_entropy(logits_ref, targets_ref, loss_ref, gradient_ref) -> None:
-    """Process one row: a sum of exponentials, and then the gradient, from the GPU's cache."""
+    """Sum a row's exponentials; read the row again, from the GPU's cache, for its gradient."""
     V, dtype = logits_ref.shape[1], loss_ref.dtype
     row = pl.program_id(0)
     target = targets_ref[row]
+    # loaded before the sums, whose barriers keep other warps from overwriting it with the gradient
+    target_logit = triton.load(logits_ref.at[row, jnp.maximum(target, 0)]).astype(dtype)
     width = TILE // 4
 
     def sum_tile(i: jax.Array, carry: tuple) -> tuple:
@@ -141,7 +144,6 @@ def _cross_entropy(logits_ref, targets_ref, loss_ref, gradient_ref) -> None:
     largest = maximum.max()
     lse = largest + jnp.log((total * jnp.exp(maximum - largest)).sum())
     is_target_row = target >= 0
-    target_logit = triton.load(logits_ref.at[row, jnp.maximum(target, 0)]).astype(dtype)
     loss_ref[row] = jnp.where(is_target_row, lse - target_logit, 0)
 
     def write_tile(i: jax.Array, carry: None) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxgpt.config import Config, DataConfig, ParallelConfig, UserError
 from jaxgpt.kernels import dot_product_attention
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.kernels.platform import platform_of
 from jaxgpt.runtime.files import cores
 
 MAX_RESIDENT = 2**31  # tokens: their positions on the device are int32
@@ -269,6 +270,10 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
         ],
         "flash": [
             (platform != "gpu", "needs an NVIDIA GPU"),
+            (
+                platform_of(jax.devices()[0]) == "gpu without triton",
+                "needs a GPU from Ampere on, and a JAX that has Pallas' back end for Triton",
+            ),
             (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
             (c.head_dim > 256, f"needs a head width up to 256, not {c.head_dim}"),
         ],
@@ -300,7 +305,7 @@ def self_test(c: Config, backend: str) -> str:
     try:
         got, want = gradient(q, k, backend), gradient(q, k, "reference")
     except Exception as error:  # drivers, libraries and compilers raise many types
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         if not np.abs(a - b).max() <= 0.05 * np.abs(b).max():  # `not`, because it may be nan

@@ -10,6 +10,7 @@ from helpers import make_config
 from jax.sharding import PartitionSpec
 
 from jaxgpt import kernels
+from jaxgpt.kernels import platform as platform_module
 from jaxgpt.kernels import ANY, TABLE
 from jaxgpt.kernels.platform import (
     current_platform,
@@ -40,16 +41,20 @@ def test_target_platform_nests_and_defaults_to_the_jax_backend():
         ({"platform": "gpu", "compute_capability": "gfx942"}, "gpu"),  # another maker's
         ({"platform": "gpu", "compute_capability": "9.0"}, "gpu"),
         ({"platform": "gpu", "compute_capability": "12.0"}, "gpu"),
-        ({"platform": "gpu", "compute_capability": "7.5"}, "old gpu"),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "gpu without triton"),
     ],
     ids=str,
 )
-def test_gpus_before_ampere_have_a_platform_of_their_own(device, platform):
+def test_gpus_that_cannot_run_triton_have_a_platform_of_their_own(device, platform, monkeypatch):
     assert platform_of(SimpleNamespace(**device)) == platform
+    monkeypatch.setattr(platform_module, "has_triton", lambda: False)
+    other = "gpu without triton" if device["platform"] == "gpu" else platform
+    assert platform_of(SimpleNamespace(**device)) == other
 
 
 @pytest.mark.parametrize(
-    ("platform", "row"), [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", "tpu"), ("old gpu", ANY)]
+    ("platform", "row"),
+    [("cpu", "cpu"), ("gpu", "gpu"), ("tpu", "tpu"), ("gpu without triton", ANY)],
 )
 def test_kernel_call_uses_the_table_row_of_the_target_platform(platform, row, monkeypatch):
     taken = []

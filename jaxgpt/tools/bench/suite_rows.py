@@ -267,7 +267,8 @@ def profile_steps(suite: Suite) -> Result:
 # Operations whose general row is compared on another config than GPT-2's, and that config.
 LEVER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu_tanh": ("gpt2", {"mlp": "gelu_tanh"}),
-    "attention_reference": ("baby", {}),
+    "normalize": ("gpt2", {"bias": True}),  # gains are folded only without biases
+    "attention_reference": ("baby", {"attention": "reference"}),
 }
 LEVERS = [operation for operation, platform in TABLE if platform == "gpu"]
 FLAGS = {
