@@ -10,8 +10,8 @@ from helpers import make_config
 from jax.sharding import PartitionSpec
 
 from jaxgpt import kernels
-from jaxgpt.kernels import platform as platform_module
 from jaxgpt.kernels import ANY, TABLE
+from jaxgpt.kernels import platform as platform_module
 from jaxgpt.kernels.platform import (
     current_platform,
     is_partitioned,
