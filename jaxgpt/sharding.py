@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.kernels.accumulate import BATCH
-from jaxgpt.kernels.platform import is_partitioned, platform_of, target_platform
+from jaxgpt.kernels.platform import BATCH, is_partitioned, platform_of, target_platform
 
 # A parameter's axis letter (see model.py) -> the mesh axis that splits this axis. Other axes, and
 # vectors of width D, are replicated on every device.

@@ -6,7 +6,8 @@ with a plain reference, which documents the operation and is the oracle of the t
 variants follow; each has a row in docs/performance.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -75,6 +76,20 @@ def __getattr__(operation: str) -> Callable[..., Any]:
     if (operation, ANY) not in TABLE:
         raise AttributeError(f"module {__name__!r} has no attribute {operation!r}")
     return TABLE.get((operation, current_platform()), TABLE[operation, ANY])
+
+
+@contextmanager
+def without(operation: str, platform: str) -> Iterator[None]:
+    """Trace a platform's variant of an operation as the one for platforms without a row."""
+    own = TABLE.get((operation, platform))
+    TABLE[operation, platform] = TABLE[operation, ANY]
+    try:
+        yield
+    finally:
+        if own is None:
+            del TABLE[operation, platform]
+        else:
+            TABLE[operation, platform] = own
 
 
 def dot_product_attention(

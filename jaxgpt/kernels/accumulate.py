@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
-BATCH = ("data", "fsdp")
+from jaxgpt.kernels.platform import BATCH
+
 MAX_CPU_TOKENS = 2048  # per core (docs/performance.md, "At most 2,048 tokens per core")
 
 

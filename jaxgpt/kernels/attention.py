@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxgpt.kernels.platform import is_partitioned
+from jaxgpt.kernels.platform import BATCH, is_partitioned
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def attention_flash(
         extra = extra | {"first_head": first_head[None]}
         return _flash(q_BTNH, k_BSKH, v_BSKH, extra, options, rate)
 
-    heads = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    heads = PartitionSpec(BATCH, None, "tensor", None)
     per_sequence = {name: PartitionSpec(heads[0]) for name in extra}
     in_specs = heads, heads, heads, per_sequence | {"first_head": PartitionSpec()}
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
@@ -251,7 +251,7 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate:
 def _flash_fwd(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate: float):
     from jaxgpt.kernels import flash
 
-    settings = flash.Options(options, rate, "segments" in extra)
+    settings = flash.Options(options, rate)
     o_BTNH, lse_BNT = flash.forward(q_BTNH, k_BSKH, v_BSKH, extra, settings)
     return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT)
 
@@ -260,7 +260,7 @@ def _flash_bwd(options: AttentionOptions, rate: float, saved: tuple, do_BTNH: ja
     from jaxgpt.kernels import flash
 
     q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT = saved
-    settings = flash.Options(options, rate, "segments" in extra)
+    settings = flash.Options(options, rate)
     arrays = q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT, do_BTNH
     dq_BTNH, dk_BSKH, dv_BSKH = flash.backward(*arrays, settings)
     return dq_BTNH, dk_BSKH, dv_BSKH, None
@@ -284,7 +284,7 @@ def attention_splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, segment_ids)
-    spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    spec = PartitionSpec(BATCH, None, "tensor", None)
     in_specs = spec, spec, spec, PartitionSpec(spec[0])
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
     return mapped(q, k, v, segment_ids)

@@ -21,10 +21,11 @@ from jax.experimental.pallas import triton
 
 from jaxgpt.kernels.attention import AttentionOptions, attention_mask
 from jaxgpt.kernels.dropout import keep_mask
+from jaxgpt.kernels.triton import call_kernel
 
 LOG2E = math.log2(math.e)
 OWN, OTHER = 64, 64  # positions in a program's own tile, and in the tiles that it loops over
-WARPS, STAGES = 4, 3  # of a program, and loads of a loop that are in flight
+STAGES = 3  # loads of a loop that are in flight
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Options:
 
     attention: AttentionOptions
     dropout_rate: float
-    has_segments: bool
 
 
 def forward(q_BTNH, k_BTKH, v_BTKH, extra: dict[str, jax.Array], options: Options) -> list:
@@ -61,11 +61,7 @@ def backward(q_BTNH, k_BTKH, v_BTKH, extra, o_BTNH, lse_BNT, do_BTNH, options: O
 
 
 def _call(kernel: Callable, name: str, grid: tuple, results: Any, options: Options) -> Callable:
-    parameters = triton.CompilerParams(num_warps=WARPS, num_stages=STAGES)
-    keys = {"name": name, "grid": grid, "out_shape": results, "compiler_params": parameters}
-    compiled = pl.pallas_call(partial(kernel, options), **keys)
-    interpreted = pl.pallas_call(partial(kernel, options), **keys, interpret=True)
-    return partial(jax.lax.platform_dependent, cpu=interpreted, default=compiled)
+    return call_kernel(partial(kernel, options), name, grid, results, stages=STAGES)
 
 
 # ---- the kernels -----------------------------------------------------------------------------
@@ -136,11 +132,11 @@ def _key_gradient(
     k, v = _load(k_ref, b, key, kv_head), _load(v_ref, b, key, kv_head)
 
     def add_queries(n: jax.Array, i: jax.Array, carry: tuple) -> tuple:
+        """Add what tile i of the queries of head n contributes; tiles are [keys, queries]."""
         dk, dv = carry
         query = i * OTHER + jnp.arange(OTHER)
         q, do = _load(q_ref, b, query, n), _load(do_ref, b, query, n)
         lse, delta = _load_row(lse_ref, b, n, query), _load_row(delta_ref, b, n, query)
-        # all tiles are transposed here: [keys, queries]
         scores = _scores(options, k, q, key, query, b, extra, T, transposed=True)
         weights = jnp.exp2(scores - lse[None])
         drop = lambda x: _dropped(options, x, key, query, b, n, extra, T, transposed=True)
@@ -169,7 +165,7 @@ def _scores(
     query, key = (column[None], row[:, None]) if transposed else (row[:, None], column[None])
     allowed = attention_mask(query, key, options.attention.causal, options.attention.window)
     allowed &= (key < T) & (query < T)
-    if options.has_segments:
+    if "segments" in extra:
         of = [triton.load(extra["segments"].at[b, i], mask=i < T, other=0) for i in (row, column)]
         allowed &= of[0][:, None] == of[1][None]
     return jnp.where(allowed, scores, -1e30)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+BATCH = ("data", "fsdp")  # the mesh axes that split the sequences
 _TARGET: ContextVar[str] = ContextVar("target_platform", default="")
 
 
@@ -70,6 +71,5 @@ def over_batch(function: Callable, last_axis: str | None = None) -> Callable:
     """
     if not is_partitioned():
         return function
-    batch = ("data", "fsdp")
-    spec = PartitionSpec(batch, None, last_axis) if last_axis else PartitionSpec(batch)
+    spec = PartitionSpec(BATCH, None, last_axis) if last_axis else PartitionSpec(BATCH)
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

@@ -19,9 +19,12 @@ ELEMENTS = 2048  # of a tile of each input of an elementwise function
 WARPS = 4  # of a program
 
 
-def _call(kernel: Any, name: str, programs: int, results: Any, **options) -> Callable:
-    parameters = triton.CompilerParams(num_warps=WARPS, num_stages=1)
-    keys = {"name": name, "grid": (programs,), "out_shape": results, "compiler_params": parameters}
+def call_kernel(
+    kernel: Callable, name: str, grid: tuple, results: Any, stages: int = 1, **options: Any
+) -> Callable:
+    """Return the call of a kernel; `stages` loads of a loop are in flight at a time."""
+    parameters = triton.CompilerParams(num_warps=WARPS, num_stages=stages)
+    keys = {"name": name, "grid": grid, "out_shape": results, "compiler_params": parameters}
     compiled = pl.pallas_call(kernel, **keys, **options)
     interpreted = pl.pallas_call(kernel, **keys, **options, interpret=True)
     return partial(jax.lax.platform_dependent, cpu=interpreted, default=compiled)
@@ -39,7 +42,7 @@ def normalize(x_RD: jax.Array, centered: bool, epsilon: float) -> tuple[jax.Arra
     R, D = x_RD.shape
     statistic = jax.ShapeDtypeStruct((R, 1), jnp.promote_types(x_RD.dtype, jnp.float32))
     kernel = partial(_normalize, centered, epsilon)
-    return _call(kernel, "norm", _row_programs(R, D), [x_RD, statistic])(x_RD)
+    return call_kernel(kernel, "norm", _row_grid(R, D), [x_RD, statistic])(x_RD)
 
 
 def _normalize(centered: bool, epsilon: float, x_ref, y_ref, inverse_std_ref) -> None:
@@ -58,7 +61,7 @@ def normalize_gradient(
 ) -> jax.Array:
     """Return `dx` plus the gradient of `normalize`'s input, from its output y and y's gradient."""
     R, D = y_RD.shape
-    call = _call(partial(_gradient, centered), "norm_gradient", _row_programs(R, D), dx_RD)
+    call = call_kernel(partial(_gradient, centered), "norm_gradient", _row_grid(R, D), dx_RD)
     return call(dy_RD, y_RD, inverse_std_R1, dx_RD)
 
 
@@ -75,8 +78,8 @@ def _gradient(centered: bool, dy_ref, y_ref, inverse_std_ref, dx_ref, out_ref) -
     triton.store(out_ref.at[tile], (dx + d * inverse_std).astype(out_ref.dtype), mask=inside)
 
 
-def _row_programs(R: int, D: int) -> int:
-    return pl.cdiv(R, _rows_per_program(D))
+def _row_grid(R: int, D: int) -> tuple[int]:
+    return (pl.cdiv(R, _rows_per_program(D)),)
 
 
 def _rows_per_program(D: int) -> int:
@@ -97,8 +100,8 @@ def _row_tile(ref) -> tuple[tuple, tuple, jax.Array, jax.Array]:
 
 def scaled(function: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return y times an elementwise function of x, for arrays of any shape."""
-    programs = pl.cdiv(x.size, ELEMENTS)
-    call = _call(partial(_scaled, function), "scaled", programs, x.ravel())
+    grid = (pl.cdiv(x.size, ELEMENTS),)
+    call = call_kernel(partial(_scaled, function), "scaled", grid, x.ravel())
     return call(x.ravel(), y.ravel()).reshape(x.shape)
 
 
@@ -119,7 +122,8 @@ def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array
     """
     R, _ = logits_RV.shape
     loss = jax.ShapeDtypeStruct((R,), jnp.promote_types(logits_RV.dtype, jnp.float32))
-    call = _call(_cross_entropy, "cross_entropy", R, [loss, logits_RV], input_output_aliases={0: 1})
+    results, aliases = [loss, logits_RV], {0: 1}
+    call = call_kernel(_cross_entropy, "cross_entropy", (R,), results, input_output_aliases=aliases)
     return call(logits_RV, targets_R)
 
 

@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -403,16 +402,6 @@ def what_bounds(chip: Chip, kind: str, group: KernelGroup) -> str:
     return max(times, key=lambda name: times[name])
 
 
-@contextmanager
-def lever_off(operation: str, platform: str) -> Iterator[None]:
-    """Trace a platform's variant of an operation as the one for platforms without a row."""
-    row = kernels.TABLE.pop((operation, platform))
-    try:
-        yield
-    finally:
-        kernels.TABLE[operation, platform] = row
-
-
 def compare_levers(plan: Plan, say: Callable[[str], None]) -> None:
     """Compile the step once more per lever without it, and print what each lever saves.
 
@@ -432,7 +421,7 @@ def compare_levers(plan: Plan, say: Callable[[str], None]) -> None:
 
     show("nothing", plan)
     for operation in [name for name, where in kernels.TABLE if where == platform]:
-        with lever_off(operation, platform):
+        with kernels.without(operation, platform):
             other = make_plan(plan.config, plan.topology)
         if other != plan:
             show(operation, other)

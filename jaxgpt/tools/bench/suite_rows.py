@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 
+from jaxgpt import kernels
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import GPT2_VOCAB, Dataset
-from jaxgpt.kernels import ANY, TABLE
+from jaxgpt.kernels import TABLE
 from jaxgpt.kernels.platform import current_platform
 from jaxgpt.runtime import device
 from jaxgpt.runtime.metrics import read_metrics
@@ -136,17 +137,11 @@ def in_turn(suite: Suite, config: Config, other: Config, word: str, operation: s
 @contextmanager
 def without(operation: str) -> Iterator[None]:
     """Trace functions with the general row of an operation in place of this platform's own."""
-    row = operation, current_platform()
-    own = TABLE.get(row)
-    TABLE[row] = TABLE[operation, ANY]
     jax.clear_caches()
     try:
-        yield
+        with kernels.without(operation, current_platform()):
+            yield
     finally:
-        if own is None:
-            del TABLE[row]
-        else:
-            TABLE[row] = own
         jax.clear_caches()
 
 
