@@ -63,7 +63,8 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("normalize", "cpu"): norm.norm_cpu,
     ("normalize", "gpu"): norm.norm_gpu,
     ("normalize", "tpu"): norm.norm_tpu,
-    ("token_losses", ANY): cross_entropy.token_losses_reference,
+    ("token_losses", ANY): cross_entropy.token_losses_from_result,
+    ("token_losses", "cpu"): cross_entropy.token_losses_reference,
     ("token_losses", "gpu"): cross_entropy.token_losses_gpu,
 }
 

@@ -1,12 +1,19 @@
 """The cross-entropy of each token. B batch, T length, V vocabulary."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.kernels.platform import over_batch, splits
 
 
-def token_losses_reference(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def token_losses_reference(
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    log_sum_exp: Callable = partial(jax.nn.logsumexp, axis=-1),
+) -> jax.Array:
     """Return log(sum(exp(logits))) - logits[target] in nats, [B, T], float32 at least.
 
     The loss of a negative target, such as nanoGPT's -1, is 0.
@@ -18,10 +25,21 @@ def token_losses_reference(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.
     return jnp.where(targets_BT >= 0, log_sum_exp(logits_BTV) - target_logit_BT, 0)
 
 
+# ---- accelerators: no array of exponentials --------------------------------------------------
+
+
+def token_losses_from_result(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Compute `token_losses_reference`, whose gradient needs only the logits and the result.
+
+    The reference saves an array of exponentials for its gradient
+    (docs/performance.md, "Log-sum-exp gradient from its result").
+    """
+    return token_losses_reference(logits_BTV, targets_BT, log_sum_exp)
+
+
 @jax.custom_vjp
 def log_sum_exp(x: jax.Array) -> jax.Array:
-    """Return log(sum(exp(x))) over the last axis; the gradient saves no array of exponentials."""
-    # (docs/performance.md, "Log-sum-exp gradient from its result")
+    """Return log(sum(exp(x))) over the last axis."""
     return jax.nn.logsumexp(x, axis=-1)
 
 
@@ -45,17 +63,17 @@ def token_losses_gpu(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Compute `token_losses_reference`; under a gradient, one kernel computes both.
 
     The kernel reads the logits from memory once, and overwrites them by their gradient. Where the
-    mesh splits the vocabulary, no device has whole rows, and the reference is used
+    mesh splits the vocabulary, no device has whole rows, and `token_losses_from_result` is used
     (docs/performance.md, "Cross-entropy and its gradient in one kernel").
     """
     if splits("tensor"):
-        return token_losses_reference(logits_BTV, targets_BT)
+        return token_losses_from_result(logits_BTV, targets_BT)
     return _losses_with_gradient(logits_BTV, targets_BT)
 
 
 @jax.custom_vjp
 def _losses_with_gradient(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return token_losses_reference(logits_BTV, targets_BT)
+    return token_losses_from_result(logits_BTV, targets_BT)
 
 
 def _losses_fwd(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
