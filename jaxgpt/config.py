@@ -213,9 +213,15 @@ class ModelConfig:
 class OptimizerConfig:
     """The optimizer and its schedule."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"
     """`muon` orthogonalises the updates of the blocks' matrices and uses AdamW for the rest. Both
-    share learning rate and weight decay; Muon's momentum is 0.95."""
+    share learning rate and weight decay; Muon's momentum is 0.95. `normuon` also divides the update
+    of each output neuron by its running RMS, with the decay rate beta2."""
+    muon_polynomial: Literal["jordan", "polar_express"] = "jordan"
+    """The five polynomials by which Muon orthogonalises: those of Jordan et al. (2024), or those of
+    Amsel et al. (2025), which also bring small singular values near 1."""
+    momentum_warmup_iters: NonNegativeInt = 0
+    """Steps in which Muon's momentum rises from 0.85 to 0.95; 0 turns this warm-up off."""
     learning_rate: NonNegativeFloat = 6e-4
     """Peak learning rate."""
     decay_lr: bool = True
@@ -232,6 +238,8 @@ class OptimizerConfig:
     """Learning rate at the end of the decay."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings."""
+    cautious_weight_decay: bool = False
+    """Decay only the weights that the update makes smaller too."""
     beta1: Fraction = 0.9
     """Decay rate of Adam's first moment."""
     beta2: Fraction = 0.95

@@ -7,11 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import scale_by_muon
 
-from jaxgpt import kernels, model
+from jaxgpt import kernels, model, muon
 from jaxgpt.config import Config
-from jaxgpt.kernels import muon
+from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -45,24 +44,41 @@ def schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer: clipping by global norm, then AdamW (Loshchilov & Hutter 2019).
 
-    With `optimizer="muon"` the blocks' matrices use Muon (Jordan et al. 2024) instead, with the
+    With `optimizer="muon"` or "normuon" the blocks' matrices use jaxgpt/muon.py instead, with the
     same weight decay. Frozen parameters have no moments. `update` takes the argument `is_finite`;
     if it is False, the moments do not change.
     """
     c = config
     # wrap every transformation that has moments in `skip_if_nonfinite`, or they keep a NaN
     direction = scale_by_adam(c.beta1, c.beta2)
-    if c.optimizer == "muon" or c.freeze:
+    if c.optimizer != "adamw" or c.freeze:
         direction = partition_by_kind(c, direction)
     # the nesting is the structure of checkpoints, so it stays
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
         optax.chain(
             direction,
-            optax.add_decayed_weights(c.weight_decay, c.weight_decay_mask),
+            decay_weights(c),
             optax.scale_by_learning_rate(schedule(c)),
         ),
     )
+
+
+def decay_weights(config: Config) -> optax.GradientTransformation:
+    """Add weight decay; `cautious_weight_decay` skips weights that the update lets grow.
+
+    Chen et al. 2025, "Cautious Weight Decay".
+    """
+    c = config
+    if not c.cautious_weight_decay:
+        return optax.add_decayed_weights(c.weight_decay, c.weight_decay_mask)
+
+    def decay(update: jax.Array, param: jax.Array) -> jax.Array:
+        # the update is subtracted, so it shrinks the weights that have its sign
+        return update + c.weight_decay * jnp.where(update * param > 0, param, 0)
+
+    both = optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params))
+    return optax.masked(both, c.weight_decay_mask)
 
 
 def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
@@ -98,22 +114,32 @@ def partition_by_kind(
 ) -> optax.GradientTransformationExtraArgs:
     """Apply Muon to the blocks' matrices if it is chosen; keep no moments for frozen parameters."""
     _, shapes, letters = model.abstract_model(config)
+    uses_muon = config.optimizer != "adamw"
 
     def kind(path: tuple, letters: str, is_frozen: bool) -> str:
         if is_frozen:
             return "frozen"
         in_blocks = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
-        return "muon" if config.optimizer == "muon" and in_blocks else "adamw"
+        return "muon" if uses_muon and in_blocks else "adamw"
 
     kinds = jax.tree.map_with_path(kind, letters, frozen_mask(config, shapes))
     transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
-    if config.optimizer == "muon":
-        axes = muon.matrix_axes(letters, kinds)
-        direction = skip_if_nonfinite(scale_by_muon(weight_dimension_numbers=axes))
-        transforms["muon"] = optax.chain(direction, muon.consistent_rms(axes))
+    if uses_muon:
+        transforms["muon"] = scale_by_muon(config, muon.matrix_axes(letters, kinds))
     if config.freeze:
         transforms["frozen"] = optax.set_to_zero()
     return optax.partition(transforms, kinds)
+
+
+def scale_by_muon(config: Config, axes: dict) -> optax.GradientTransformation:
+    """Return Muon's update directions, with an RMS of about AdamW's."""
+    polynomial = POLYNOMIALS[config.muon_polynomial]
+    direction = muon.scale_by_muon(axes, polynomial, config.momentum_warmup_iters)
+    if config.optimizer == "normuon":
+        scale = skip_if_nonfinite(muon.normalize_neurons(axes, config.beta2))
+    else:
+        scale = muon.consistent_rms(axes)
+    return optax.chain(skip_if_nonfinite(direction), scale)
 
 
 def frozen_mask(config: Config, params: dict) -> dict:

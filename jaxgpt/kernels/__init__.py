@@ -21,6 +21,7 @@ from jaxgpt.kernels import (
     decode,
     embedding,
     linear,
+    newton_schulz,
     norm,
 )
 from jaxgpt.kernels.adamw import ADAM_EPSILON as ADAM_EPSILON
@@ -63,6 +64,8 @@ TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("normalize", "cpu"): norm.norm_cpu,
     ("normalize", "gpu"): norm.norm_gpu,
     ("normalize", "tpu"): norm.norm_tpu,
+    ("orthogonalize", ANY): newton_schulz.orthogonalize_bfloat16,
+    ("orthogonalize", "cpu"): newton_schulz.orthogonalize_cpu,
     ("token_losses", ANY): cross_entropy.token_losses_from_result,
     ("token_losses", "cpu"): cross_entropy.token_losses_reference,
     ("token_losses", "gpu"): cross_entropy.token_losses_gpu,

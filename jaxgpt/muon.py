@@ -1,0 +1,176 @@
+"""Muon (Jordan et al. 2024) and NorMuon (Li et al. 2025) as optax transformations.
+
+A parameter holds one or more matrices. S matrices of one shape, I the shorter side, J the longer.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from optax.contrib import MuonState
+
+from jaxgpt import kernels
+from jaxgpt.kernels.newton_schulz import EPSILON, Polynomial
+from jaxgpt.kernels.platform import splits
+
+MOMENTUM, FIRST_MOMENTUM = 0.95, 0.85  # the second is where a warm-up of the momentum begins
+MUON_RMS = 0.2  # of an update's elements, about AdamW's (Liu et al. 2025, "Muon is Scalable")
+
+
+class MatrixAxes(NamedTuple):
+    """The axes of a parameter that are the inputs and the outputs of its matrices."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def matrix_axes(letters: dict, kinds: dict) -> dict:
+    """Return the `MatrixAxes` of each parameter of kind "muon"; a blank for others.
+
+    D is one side of the matrix; heads or hidden units are the other side. Each layer (L) and each
+    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused.
+    """
+
+    def axes(letters: str, kind: str) -> MatrixAxes | optax.MaskedNode:
+        if kind != "muon":
+            return optax.MaskedNode()
+        width = (letters.index("D"),)
+        other = tuple(i for i, letter in enumerate(letters) if letter not in "LCD")
+        return MatrixAxes(*sorted((width, other)))  # a kernel's input axes come first
+
+    return jax.tree.map(axes, letters, kinds)
+
+
+def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """Return the matrices of a parameter, [S, I, J], inputs or outputs first."""
+    order, sides = layout(x.shape, axes)
+    return x.transpose(order).reshape(-1, *sides)
+
+
+def from_matrices(x_SIJ: jax.Array, shape: tuple[int, ...], axes: MatrixAxes) -> jax.Array:
+    """Return the parameter of this shape whose `to_matrices` are given."""
+    order, _ = layout(shape, axes)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return x_SIJ.reshape([shape[i] for i in order]).transpose(inverse)
+
+
+def layout(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the order of axes that puts the shorter side before the longer, and both sizes."""
+    size = lambda side: math.prod(shape[i] for i in side)
+    shorter, longer = sorted(axes, key=size)
+    batch = tuple(i for i in range(len(shape)) if i not in (*shorter, *longer))
+    return (*batch, *shorter, *longer), (size(shorter), size(longer))
+
+
+# ---- the update ------------------------------------------------------------------------------
+
+
+def scale_by_muon(
+    axes: dict, polynomial: Polynomial, momentum_warmup: int
+) -> optax.GradientTransformation:
+    """Return the orthogonalised Nesterov momentum of each matrix.
+
+    The momentum rises from 0.85 to 0.95 over `momentum_warmup` steps.
+    """
+
+    def init(params: Any) -> MuonState:
+        # the coefficients are there because optax's Muon has them, which wrote older checkpoints
+        coefficients = jnp.array(polynomial.coefficients[0])
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return MuonState(jnp.zeros((), jnp.int32), zeros, coefficients)
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        share = jnp.minimum(1, (state.count + 1) / max(1, momentum_warmup))
+        beta = FIRST_MOMENTUM + share * (MOMENTUM - FIRST_MOMENTUM)
+        mix = lambda mu, g: beta * mu + (1 - beta) * g
+        mu = jax.tree.map(mix, state.mu, grads)
+        ahead = jax.tree.map(mix, mu, grads)
+        updates = orthogonalize_matrices(ahead, axes, polynomial)
+        return updates, MuonState(state.count + 1, mu, state.ns_coeffs)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> Any:
+    """Orthogonalise each matrix of a tree. Matrices of one shape are one array."""
+    leaves, structure = jax.tree.flatten(updates)
+    axes = structure.flatten_up_to(axes)
+    matrices = list(map(to_matrices, leaves, axes))
+    same_shape = defaultdict(list)
+    for i, x_SIJ in enumerate(matrices):
+        same_shape[x_SIJ.shape[1:]].append(i)
+    orthogonalize = over_data(partial(kernels.orthogonalize, polynomial=polynomial))
+    for members in same_shape.values():
+        counts = [len(matrices[i]) for i in members]
+        ends = [sum(counts[: n + 1]) for n in range(len(counts))]
+        stacked_SIJ = orthogonalize(jnp.concatenate([matrices[i] for i in members]))
+        for i, x_SIJ in zip(members, jnp.split(stacked_SIJ, ends[:-1]), strict=True):
+            matrices[i] = x_SIJ
+    shapes = [x.shape for x in leaves]
+    return structure.unflatten(map(from_matrices, matrices, shapes, axes))
+
+
+def over_data(function: Callable) -> Callable:
+    """Return `function` of an array [S, ...], of which each device on `data` computes a share."""
+    if not splits("data"):
+        return function
+    share, free = PartitionSpec("data"), PartitionSpec.UNCONSTRAINED
+
+    def shared(x_SIJ: jax.Array) -> jax.Array:
+        count, devices = len(x_SIJ), jax.sharding.get_abstract_mesh().shape["data"]
+        x_SIJ = jnp.pad(x_SIJ, ((0, -count % devices), (0, 0), (0, 0)))
+        manual: dict[str, Any] = {"axis_names": {"data"}, "check_vma": False}
+        y_SIJ = jax.shard_map(function, in_specs=share, out_specs=share, **manual)(x_SIJ)
+        whole = PartitionSpec(None, free, free)
+        return jax.lax.with_sharding_constraint(y_SIJ, whole)[:count]
+
+    return shared
+
+
+def consistent_rms(axes: dict) -> optax.GradientTransformation:
+    """Scale orthogonal updates to the RMS of AdamW's, so that both share a learning rate."""
+
+    def scale(update: jax.Array, sides: MatrixAxes) -> jax.Array:
+        longer = max(math.prod(update.shape[i] for i in side) for side in sides)
+        return MUON_RMS * math.sqrt(longer) * update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))
+
+
+class NeuronState(NamedTuple):
+    """NorMuon's second moment: the mean square of an update's elements, per output neuron."""
+
+    nu: Any
+
+
+def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
+    """Divide each output neuron's update by its running RMS, and scale the whole to MUON_RMS.
+
+    Li et al. 2025, "NorMuon".
+    """
+
+    def mean_square(update: jax.Array, sides: MatrixAxes) -> jax.Array:
+        return jnp.mean(update * update, axis=sides.inputs, keepdims=True)
+
+    def init(params: Any) -> NeuronState:
+        return NeuronState(jax.tree.map(lambda p, a: 0 * mean_square(p, a), params, axes))
+
+    def update(updates: Any, state: NeuronState, params: Any = None) -> tuple[Any, NeuronState]:
+        moment = lambda nu, u, a: b2 * nu + (1 - b2) * mean_square(u, a)
+        nu = jax.tree.map(moment, state.nu, updates, axes)
+
+        def scale(update: jax.Array, nu: jax.Array, sides: MatrixAxes) -> jax.Array:
+            update = update / (jnp.sqrt(nu) + EPSILON)
+            both = sides.inputs + sides.outputs
+            rms = jnp.sqrt(jnp.mean(update * update, axis=both, keepdims=True))
+            return MUON_RMS * update / (rms + EPSILON)
+
+        return jax.tree.map(scale, updates, nu, axes), NeuronState(nu)
+
+    return optax.GradientTransformation(init, update)
