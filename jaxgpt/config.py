@@ -90,6 +90,9 @@ class RunConfig:
     """Save at every evaluation; False saves only when the validation loss improves."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many evaluations in a row without a lower validation loss; 0 means never."""
+    target_val_loss: NonNegativeFloat = 0.0
+    """Stop at the first evaluation whose validation loss is at most this, and log the time that it
+    took; 0 means never."""
     save_interval: NonNegativeInt = 0
     """Steps between saves, in addition to those at evaluations; 0 adds none."""
     keep_checkpoints: PositiveInt = 2

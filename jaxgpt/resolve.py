@@ -217,6 +217,7 @@ class Best:
     """The lowest validation loss so far, and its step."""
 
     patience_steps: int  # the run stops after so many steps without a lower loss; 0 means never
+    target: float = 0.0  # the run stops at a loss that is at most this; 0 means never
     val_loss: float = math.inf
     step: int = 0
 
@@ -231,11 +232,21 @@ class Best:
         """Return whether the run stops at this step, because its loss no longer improves."""
         return 0 < self.patience_steps <= step - self.step
 
+    def ends_run(self, step: int) -> bool:
+        """Return whether the run ends at this step, before `max_iters`."""
+        return self.reached_target or self.stops_early(step)
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the run stops, because a loss was at most the target."""
+        return self.target > 0 and self.val_loss <= self.target
+
 
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    best = Best(config.early_stopping_patience * config.eval_interval, step=step)
+    patience_steps = config.early_stopping_patience * config.eval_interval
+    best = Best(patience_steps, config.target_val_loss, step=step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:

@@ -29,7 +29,8 @@ KINDS = [
     ("eot_id process_id", -2, "a whole number at least -1"),
     ("digits", 10, "a whole number from 1 to 9"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
-    ("learning_rate min_lr weight_decay grad_clip logit_softcap", -1e-9, "a number at least 0"),
+    ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss", -1e-9,
+     "a number at least 0"),
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
