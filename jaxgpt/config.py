@@ -126,6 +126,9 @@ class DataConfig:
     """A step has batch_size x gradient_accumulation_steps sequences, on any number of devices."""
     batch_tokens: NonNegativeInt = 0
     """Tokens per step; sets `gradient_accumulation_steps`. 0 uses that key as given."""
+    align_documents: bool = False
+    """Start every training window at the start of a document; the rest of a document that is longer
+    than the window is left out. Needs an end-of-text id, as document_mask does."""
     data_on_device: Literal["auto", "always", "never"] = "auto"
     """Keep the tokens in device memory; `auto` keeps them there if they need at most an eighth of
     it."""
@@ -184,8 +187,8 @@ class ModelConfig:
     document_mask: bool = False
     """In training and evaluation, let tokens attend only within their own document."""
     eot_id: Annotated[int, Range(-1)] = -1
-    """Token id of the end-of-text, which separates documents for document_mask; -1 means the
-    tokenizer's."""
+    """Token id of the end-of-text, which separates documents for document_mask and align_documents;
+    -1 means the tokenizer's."""
     zero_init_projections: bool = False
     """Initialise the last layer of each residual branch to zero, so blocks start as identity."""
 
