@@ -273,7 +273,7 @@ class Best:
 
     @property
     def reached_target(self) -> bool:
-        """Whether the run stops, because a loss was at most the target."""
+        """Return whether the run stops, because a loss was at most the target."""
         return self.target > 0 and self.val_loss <= self.target
 
 

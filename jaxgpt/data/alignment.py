@@ -1,4 +1,4 @@
-"""Start the training windows where documents start, so that a model sees each from its first token.
+"""Choose the training windows that start where a document starts.
 
 A document starts at an end-of-text id: the id that precedes it (llm.c) or that ends the document
 before it (`jaxgpt prepare`). The first tokens of a split are skipped if no end-of-text is first.
@@ -25,9 +25,9 @@ def align(dataset: Dataset, end_of_text: int, block_size: int) -> AlignedSplit:
 def choose_windows(starts: np.ndarray, num_tokens: int, block_size: int) -> np.ndarray:
     """Choose the documents where a window starts, so that no token is a target of two windows.
 
-    The first window is the first document's. Each next one is that of the first document which
-    starts after the targets of the last window. A window has `block_size` + 1 tokens, which the
-    split must have.
+    The first window starts with the first document. Each other window starts with the first
+    document after the targets of the window before. A document without `block_size` tokens after
+    its end-of-text has no window.
     """
     starts = starts[starts < num_tokens - block_size]
     following = np.searchsorted(starts, starts + block_size)
@@ -48,8 +48,8 @@ def document_starts(dataset: Dataset, end_of_text: int) -> np.ndarray:
     modified = [file.stat().st_mtime_ns for file in files]
     key = json.dumps([dataset.fingerprint, end_of_text, modified])
     cache = files[0].with_name(CACHE)
-    with suppress(OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
-        cached = np.load(cache)
+    damaged = EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile
+    with suppress(OSError, *damaged), np.load(cache) as cached:
         if cached["key"] == key:
             return cached["starts"]
     starts = dataset.train.positions_of(end_of_text)
