@@ -90,6 +90,9 @@ class RunConfig:
     """Save at every evaluation; False saves only when the validation loss improves."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many evaluations in a row without a lower validation loss; 0 means never."""
+    target_val_loss: NonNegativeFloat = 0.0
+    """Stop at the first evaluation whose validation loss is at most this, and log the time that it
+    took; 0 means never."""
     save_interval: NonNegativeInt = 0
     """Steps between saves, in addition to those at evaluations; 0 adds none."""
     keep_checkpoints: PositiveInt = 2
@@ -123,6 +126,9 @@ class DataConfig:
     """A step has batch_size x gradient_accumulation_steps sequences, on any number of devices."""
     batch_tokens: NonNegativeInt = 0
     """Tokens per step; sets `gradient_accumulation_steps`. 0 uses that key as given."""
+    align_documents: bool = False
+    """Start every training window at the start of a document; the rest of a document that is longer
+    than the window is left out. Needs an end-of-text id, as document_mask does."""
     data_on_device: Literal["auto", "always", "never"] = "auto"
     """Keep the tokens in device memory; `auto` keeps them there if they need at most an eighth of
     it."""
@@ -181,8 +187,8 @@ class ModelConfig:
     document_mask: bool = False
     """In training and evaluation, let tokens attend only within their own document."""
     eot_id: Annotated[int, Range(-1)] = -1
-    """Token id of the end-of-text, which separates documents for document_mask; -1 means the
-    tokenizer's."""
+    """Token id of the end-of-text, which separates documents for document_mask and align_documents;
+    -1 means the tokenizer's."""
     zero_init_projections: bool = False
     """Initialise the last layer of each residual branch to zero, so blocks start as identity."""
 

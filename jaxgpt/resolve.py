@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from jaxgpt import model, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import batch_size
+from jaxgpt.data.alignment import align
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset, prepare_if_missing
+from jaxgpt.data.tasks import TASKS
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import BATCHES_PER_CALL
 from jaxgpt.interop import huggingface
@@ -62,6 +64,8 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
         dataset = find_dataset(config, config.block_size)
         config = _fill_in_from_dataset(config, dataset)
+        if config.align_documents:
+            dataset = _align(config, dataset)
         if isinstance(weights, run_dir.RunWeights):
             weights.check_tokenizer(dataset)
         check_freeze(config)
@@ -156,15 +160,38 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
             f"vocab_size={vocab_size}: smaller than the dataset's vocabulary; expected at least "
             f"{dataset.vocab_size}, or 0 for the dataset's own"
         )
-    eot_id = config.eot_id
-    if config.document_mask and eot_id < 0:
-        eot_id = dataset.tokenizer.eot if dataset.tokenizer else None
+    needs_eot = config.document_mask
+    eot_id = _end_of_text("document_mask", config, dataset) if needs_eot else config.eot_id
+    return config.replace(vocab_size=vocab_size, eot_id=eot_id)
+
+
+def _end_of_text(key: str, config: Config, dataset: Dataset) -> int:
+    """Return the end-of-text id, which `key` needs. Raises `UserError` if it is unknown."""
+    of_tokenizer = dataset.tokenizer.eot if dataset.tokenizer else None
+    eot_id = config.eot_id if config.eot_id >= 0 else of_tokenizer
     if eot_id is None:
         raise UserError(
-            f"document_mask=True: the tokenizer of dataset={config.dataset!r} has no end-of-text "
-            "token, or is unknown; try --eot_id=ID, the token id that starts a document"
+            f"{key}=True: the tokenizer of dataset={config.dataset!r} has no end-of-text token, or "
+            "is unknown; try --eot_id=ID, the token id that starts a document"
         )
-    return config.replace(vocab_size=vocab_size, eot_id=eot_id)
+    return eot_id
+
+
+def _align(config: Config, dataset: Dataset) -> Dataset:
+    """Return the dataset with `aligned` windows. Raises `UserError` if there is none."""
+    key = "align_documents"
+    if config.dataset in TASKS:
+        problem = f"dataset={config.dataset!r} has problems and no documents"
+        raise UserError(f"{key}=True: {problem}; try {key}=False")
+    eot_id = _end_of_text(key, config, dataset)
+    aligned = align(dataset, eot_id, config.block_size)
+    if len(aligned.window_starts) == 0:
+        raise UserError(
+            f"{key}=True: the train split of dataset={config.dataset!r} has no end-of-text (id "
+            f"{eot_id}) that block_size={config.block_size} tokens follow; expected at least one; "
+            "try a smaller --block_size, or another --eot_id"
+        )
+    return replace(dataset, aligned=aligned)
 
 
 def summary(run: ResolvedRun) -> list[str]:
@@ -187,6 +214,13 @@ def summary(run: ResolvedRun) -> list[str]:
         shapes = model.abstract_model(config)[1]
         sizes = jax.tree.map(lambda p, still: p.size * still, shapes, frozen_mask(config, shapes))
         lines.append(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
+    if data.aligned is not None:
+        count = len(data.aligned.window_starts)
+        covered = count * config.block_size / len(data.train)
+        lines.append(
+            f"align_documents: an epoch has {count:,} windows, each at the start of a document, "
+            f"with {100 * covered:.1f}% of the train tokens"
+        )
     resumed = [f"resuming from step {run.resume_step}"] if run.resume_step else []
     return [*lines, *run.notes, *resumed]
 
@@ -205,8 +239,9 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     train, val, train_tokens, val_tokens = dataset.train, dataset.val, None, None
     if data_fits_on_device(config, dataset):
         train_tokens, val_tokens = make_resident(train, mesh), make_resident(val, mesh)
+    windows = train if dataset.aligned is None else dataset.aligned
     return {
-        TRAIN: make(train, shape_UMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
+        TRAIN: make(windows, shape_UMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
         EVAL_TRAIN: make(train, shape_UMB=eval_shape, stream=EVAL_TRAIN, resident=train_tokens),
         EVAL_VAL: make(val, shape_UMB=eval_shape, stream=EVAL_VAL, resident=val_tokens),
     }
@@ -217,6 +252,7 @@ class Best:
     """The lowest validation loss so far, and its step."""
 
     patience_steps: int  # the run stops after so many steps without a lower loss; 0 means never
+    target: float = 0.0  # the run stops at a loss that is at most this; 0 means never
     val_loss: float = math.inf
     step: int = 0
 
@@ -231,11 +267,21 @@ class Best:
         """Return whether the run stops at this step, because its loss no longer improves."""
         return 0 < self.patience_steps <= step - self.step
 
+    def ends_run(self, step: int) -> bool:
+        """Return whether the run ends at this step, before `max_iters`."""
+        return self.reached_target or self.stops_early(step)
+
+    @property
+    def reached_target(self) -> bool:
+        """Return whether the run stops, because a loss was at most the target."""
+        return self.target > 0 and self.val_loss <= self.target
+
 
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    best = Best(config.early_stopping_patience * config.eval_interval, step=step)
+    patience_steps = config.early_stopping_patience * config.eval_interval
+    best = Best(patience_steps, config.target_val_loss, step=step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:

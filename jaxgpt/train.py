@@ -30,7 +30,7 @@ from jaxgpt.resolve import (
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
-from jaxgpt.runtime.step_log import StepLog
+from jaxgpt.runtime.step_log import StepLog, Stopwatch
 from jaxgpt.sample import Sampler
 from jaxgpt.sharding import replicated
 from jaxgpt.train_step import TrainState, make_train_step
@@ -47,12 +47,15 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
     """
     with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, StopSignal() as stop:
         config, step = run.config, run.resume_step
+        stopwatch = start_stopwatch(run)
         batches = make_batches(config, run.mesh, run.dataset)
         state, best = init_or_restore(run)
-        periodic = PeriodicWork(run, batches, best, log)
+        periodic = PeriodicWork(run, batches, best, log, stopwatch)
         if step == 0 or config.eval_only:
             periodic.evaluate(state, step, with_full_loss=config.eval_only)
-        if config.eval_only or step >= config.max_iters:
+        if best.reached_target and not config.eval_only:
+            log.info(reached_before(config, best))
+        if config.eval_only or step >= config.max_iters or best.reached_target:
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         began = time.perf_counter()
@@ -61,10 +64,11 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         train_step = train_step.lower(*arguments).compile()  # now, not within the first step's time
         log.info(f"compiled in {time.perf_counter() - began:.1f} s")
         peak = peak_tokens_per_s(config, run.mesh)
-        step_log = StepLog(config, log, stop, tokens_per_step(config), peak)
+        step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch)
+        stopwatch.resume()  # what came before is not step time
 
         next_pause = step + steps_to_next_pause(config, step)
-        while step < config.max_iters and not stop.signal and not best.stops_early(step):
+        while step < config.max_iters and not stop.signal and not best.ends_run(step):
             count = min(config.steps_per_call, next_pause - step)
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
             state, metrics = train_step(state, windows_UMBT, replicated_int(run.mesh, count))
@@ -73,7 +77,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
             if step == next_pause:
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
-                step_log.stopwatch.resume()  # evaluations are not step time
+                stopwatch.resume()  # evaluations are not step time
                 next_pause = step + steps_to_next_pause(config, step)
         step_log.flush()
         periodic.finish(state, step)
@@ -91,6 +95,21 @@ def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
     return log
 
 
+def start_stopwatch(run: ResolvedRun) -> Stopwatch:
+    """Start the run's stopwatch with the seconds that its last checkpoint has recorded."""
+    meta = run.checkpoints.meta(run.resume_step) if run.resume_step else {}
+    return Stopwatch(meta.get("train_s", 0.0), meta.get("total_s", 0.0))
+
+
+def reached_before(config: Config, best: Best) -> str:
+    """Return the line for a run that has reached its target, and so takes no more steps."""
+    return (
+        f"target_val_loss={config.target_val_loss}: the validation loss is {best.val_loss:.4f} at "
+        f"step {best.step}, so the run takes no more steps; try a lower --target_val_loss to train "
+        "further"
+    )
+
+
 # ---- between two steps -----------------------------------------------------------------------
 
 
@@ -103,8 +122,16 @@ def steps_to_next_pause(config: Config, step: int) -> int:
 class PeriodicWork:
     """The evaluations, samples and saves of a run, which happen between two steps."""
 
-    def __init__(self, run: ResolvedRun, batches: dict[int, Batches], best: Best, log: Log):
+    def __init__(
+        self,
+        run: ResolvedRun,
+        batches: dict[int, Batches],
+        best: Best,
+        log: Log,
+        stopwatch: Stopwatch,
+    ):
         self.run, self.config, self.best, self.log = run, run.config, best, log
+        self.stopwatch = stopwatch
         self.evaluator = Evaluator(run.config, run.mesh, batches[EVAL_TRAIN], batches[EVAL_VAL])
         self.sampler: Sampler | None = None
         whole = replicated(run.mesh)
@@ -129,15 +156,24 @@ class PeriodicWork:
     def evaluate(self, state: TrainState, step: int, *, with_full_loss: bool) -> bool:
         """Log both losses, and return whether the validation loss is the lowest so far.
 
-        `with_full_loss`, and where the run stops early, also log the exact loss of the whole
-        validation split.
+        `with_full_loss`, and where the run ends before `max_iters`, also log the exact loss of the
+        whole validation split.
         """
         row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
-        if (with_full_loss or self.best.stops_early(step)) and self.config.eval_iters:
+        if (with_full_loss or self.best.ends_run(step)) and self.config.eval_iters:
             row["full_val_loss"] = self.evaluator.full_loss(state.params)
         self.log.eval(row | {"time": time.time()})
+        if improved and self.best.reached_target:
+            self.log_target(step)
         return improved
+
+    def log_target(self, step: int) -> None:
+        """Log the steps, tokens and seconds that the run took to reach its target."""
+        row = {"step": step, "target_val_loss": self.config.target_val_loss}
+        row |= {"tokens": step * tokens_per_step(self.config)}
+        row |= {"train_s": self.stopwatch.train_s, "total_s": self.stopwatch.total_s}
+        self.log.target(row | {"time": time.time()})
 
     def log_sample(self, state: TrainState) -> None:
         """Log a short sample from the model. Every process must call it, to gather the weights."""
@@ -164,6 +200,8 @@ class PeriodicWork:
             "config": self.config.to_dict(),
             "best_val_loss": self.best.val_loss if math.isfinite(self.best.val_loss) else None,
             "best_step": self.best.step,
+            "train_s": self.stopwatch.train_s,
+            "total_s": self.stopwatch.total_s,
             "dataset": self.config.dataset,
             "data": self.run.dataset.fingerprint,
         }
@@ -179,6 +217,12 @@ class PeriodicWork:
             self.log.info(
                 f"early stop: {self.config.early_stopping_patience} evaluations since the lowest "
                 f"validation loss, {self.best.val_loss:.4f} at step {self.best.step}"
+            )
+        at_end = step == self.config.max_iters or self.best.stops_early(step)
+        if at_end and self.config.target_val_loss and not self.best.reached_target:
+            self.log.info(
+                f"target_val_loss={self.config.target_val_loss}: not reached in {step} steps; the "
+                f"lowest validation loss is {self.best.val_loss:.4f}, at step {self.best.step}"
             )
         self.log.info(f"{self.config.out_dir} holds the run up to step {step}")
 

@@ -35,7 +35,14 @@ ROOT = Path(__file__).parents[1]
 TEXT = "It is a tale told by an idiot, full of sound and fury, signifying nothing.\n" * 40
 PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
 CHILD_ENV = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # imports jaxgpt from anywhere
-CLOCK = ("tokens_per_s", "step_ms", "mfu", "time")  # these differ from run to run
+CLOCK = (
+    "tokens_per_s",
+    "step_ms",
+    "mfu",
+    "train_s",
+    "total_s",
+    "time",
+)  # these differ from run to run
 
 TINY = {
     "vocab_size": 31,

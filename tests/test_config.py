@@ -29,12 +29,14 @@ KINDS = [
     ("eot_id process_id", -2, "a whole number at least -1"),
     ("digits", 10, "a whole number from 1 to 9"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
-    ("learning_rate min_lr weight_decay grad_clip logit_softcap", -1e-9, "a number at least 0"),
+    ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss", -1e-9,
+     "a number at least 0"),
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
      "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
-     "decay_lr use_cpu_variant scan_layers deterministic norm_gain", "yes", "True or False"),
+     "align_documents decay_lr use_cpu_variant scan_layers deterministic norm_gain", "yes",
+     "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
     ("wandb_run_name freeze", 7, "text"),

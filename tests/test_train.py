@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,57 @@ def test_best_and_last_steps_are_kept_without_always_save_checkpoint(make_run, m
     checkpoints = run_dir.open_checkpoints(config)
     assert checkpoints.best() == 6
     assert checkpoints.steps() == [2, 6, 10]
+
+
+LOSSES = {0: 5.0, 2: 4.0, 4: 3.25, 6: 3.5, 8: 3.0}
+TARGET = {"eval_interval": 2, "max_iters": 8, "target_val_loss": 3.25}
+
+
+def test_run_stops_at_the_first_evaluation_at_its_target(make_run, monkeypatch):
+    """The time of the steps is the sum of the logged step times, also over several sessions."""
+    set_val_losses(monkeypatch, LOSSES)
+    config = make_run(**TARGET, init_from="auto", always_save_checkpoint=False)
+    stop_at(monkeypatch, 1)
+    began = time.perf_counter()
+    assert [train(config), train(config)] == [128 + signal.SIGTERM, 0]
+    seconds = time.perf_counter() - began
+    *_, last_step, evaluation, target = rows = all_rows(config)
+    assert (last_step["step"], evaluation["val_loss"], evaluation["full_val_loss"]) == (4, 3.25, 9)
+    assert (target["step"], target["target_val_loss"], target["tokens"]) == (4, 3.25, 4 * 64)
+    steps_s = sum(row["step_ms"] for row in rows if "loss" in row) / 1000
+    assert target["train_s"] == pytest.approx(steps_s, rel=1e-6)
+    assert steps_s < target["total_s"] < seconds
+    said = f"target_val_loss=3.25: reached at step 4, after 256 tokens, {target['train_s']:.1f} s"
+    assert said in log_of(config)
+    checkpoints = run_dir.open_checkpoints(config)
+    assert (checkpoints.latest(), checkpoints.best()) == (4, 4)
+
+
+def test_resumed_run_at_its_target_trains_only_for_a_lower_target(make_run, monkeypatch):
+    set_val_losses(monkeypatch, LOSSES)
+    config = make_run(**TARGET)
+    train(config)
+    rows, saved = all_rows(config), run_dir.open_checkpoints(config).meta(4)
+    assert train(config.replace(init_from="resume")) == 0
+    assert all_rows(config) == rows
+    said = "the validation loss is 3.2500 at step 4, so the run takes no more steps; try a lower"
+    assert said in log_of(config).splitlines()[-1]
+    assert train(config.replace(init_from="resume", target_val_loss=3.0)) == 0
+    target = all_rows(config)[-1]
+    assert (target["step"], target["target_val_loss"]) == (8, 3.0)
+    assert target["train_s"] > saved["train_s"] == rows[-1]["train_s"]
+
+
+def test_target_that_is_not_reached_is_reported_at_the_end(make_run, monkeypatch):
+    set_val_losses(monkeypatch, LOSSES)
+    config = make_run(**TARGET | {"target_val_loss": 2.9}, init_from="auto")
+    stop_at(monkeypatch, 3)
+    train(config)
+    assert "target_val_loss" not in log_of(config)  # the run is not at its end
+    train(config)
+    said = "target_val_loss=2.9: not reached in 8 steps; the lowest validation loss is 3.0000, at"
+    assert log_of(config).count(said) == 1
+    assert not any("target_val_loss" in row for row in all_rows(config))
 
 
 def test_eval_only_evaluates_and_takes_no_step(make_run):

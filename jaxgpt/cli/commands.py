@@ -217,9 +217,9 @@ class PrepareArgs:
     """Turn text into token files: DATA_DIR/NAME/train.bin, val.bin and meta.json."""
 
     # Known corpus (shakespeare_char, shakespeare, shakespeare_plays, shakespeare_sonnets,
-    # openwebtext or fineweb_edu), a UTF-8 text file, a .jsonl file of prompts and completions, a
-    # parquet file, or a folder of .parquet or .txt files. The last two are sets of documents, as
-    # are openwebtext and fineweb_edu.
+    # openwebtext, fineweb_edu or fineweb10B), a UTF-8 text file, a .jsonl file of prompts and
+    # completions, a parquet file, or a folder of .parquet or .txt files. The last two are sets of
+    # documents, as are openwebtext and fineweb_edu. fineweb10B is downloaded as token files.
     dataset: tyro.conf.Positional[keys.NonEmptyStr]
     # char, byte, gpt2, the path of a tokenizer.json, or a corpus whose tokenizer to use. Empty
     # means the corpus's own tokenizer, char for a file, and gpt2 for documents.
@@ -233,6 +233,9 @@ class PrepareArgs:
     shard: str = ""
     # Documents only: number of processes that tokenize; 0 means one per core.
     processes: keys.NonNegativeInt = 0
+    # fineweb10B only: number of training shards to download, each of 100M tokens; 0 means all 103.
+    # Shards that are there already are kept.
+    shards: keys.NonNegativeInt = 0
 
 
 def prepare(argv: list[str]) -> None:

@@ -21,10 +21,15 @@ def window_starts(
     windows = max(1, tiles - 1)  # one fewer leaves room to shift by any offset
     num_offsets = num_tokens - windows * block_size  # the largest one reaches the last token
     epochs, positions = np.divmod(sample_ids.astype(np.uint64), np.uint64(windows))
-    seeds = splitmix64(np.full_like(epochs, seed))
-    keys = splitmix64(splitmix64(seeds + np.uint64(stream)) + epochs)
+    keys = epoch_keys(epochs, seed, stream)
     offsets = splitmix64(keys) % np.uint64(num_offsets)
     return (offsets + permute(positions, windows, keys) * np.uint64(block_size)).astype(np.int64)
+
+
+def epoch_keys(epochs: np.ndarray, seed: int, stream: int) -> np.ndarray:
+    """Return the random key of each epoch of a stream, uint64 like `epochs`."""
+    seeds = splitmix64(np.full_like(epochs, seed))
+    return splitmix64(splitmix64(seeds + np.uint64(stream)) + epochs)
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:

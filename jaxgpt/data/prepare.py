@@ -10,8 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from jaxgpt.config import DataConfig, UserError
 from jaxgpt.data import documents, tokens
+from jaxgpt.data import shards as shard_sets
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.examples import encode_examples, scan_examples
+from jaxgpt.data.shards import SHARD_SETS
 from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
@@ -21,28 +23,37 @@ from jaxgpt.runtime.files import atomic_write, make_folder
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
 
-def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options: Any) -> Path:
+def prepare(
+    dataset: str, data_dir: str = "data", tokenizer: str = "", *, shards: int = 0, **options: Any
+) -> Path:
     """Write `data_dir`/<name>/ for a known corpus or a file, and return that folder.
 
     The file is a text, or lines of prompts and completions if its name ends in .jsonl. It may be
     larger than memory. `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus; empty
     means the corpus's own, and char for a file. `options` are for `documents.prepare`, which
-    handles sets of documents. Raises `UserError`.
+    handles sets of documents, and `shards` is for `shards.prepare`. Raises `UserError`.
     """
     path = Path(dataset)
     if path.stem in TASKS:
         problem = "is the name of a task, which needs no preparation"
         advice = f"try --dataset={path.stem} in training, or another name for a text"
         raise UserError(f"{dataset}: {problem}; {advice}")
+    if dataset in SHARD_SETS:
+        _reject_options(options, f"{dataset} is already tokenized")
+        if tokenizer not in ("", "gpt2"):
+            problem = f"{dataset} is already tokenized"
+            raise UserError(f"tokenizer={tokenizer!r}: {problem}; expected gpt2")
+        return shard_sets.prepare(dataset, data_dir, shards)
+    if shards:
+        problem = f"applies to {', '.join(SHARD_SETS)}, which is downloaded in shards"
+        advice = "try without --shards, or --shard=i/n to divide documents among machines"
+        raise UserError(f"shards={shards}: {problem}; {advice}")
     if dataset in documents.HUB or path.is_dir() or path.suffix == ".parquet":
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
-    for key, value in options.items():
-        if value:
-            problem = f"applies to documents, and {dataset} is a text"
-            raise UserError(f"{key}={value!r}: {problem}; try without --{key}")
+    _reject_options(options, f"{dataset} is a text")
     if dataset not in CORPORA and not path.is_file():
         problem = "neither a text file, a folder nor a known corpus"
-        expected = ", ".join([*CORPORA, *documents.HUB])
+        expected = ", ".join([*CORPORA, *documents.HUB, *SHARD_SETS])
         raise UserError(f"{dataset}: {problem}; expected a path, or one of {expected}")
     folder, source = Path(data_dir, path.stem), dataset
     if dataset in CORPORA:
@@ -50,6 +61,14 @@ def prepare(dataset: str, data_dir: str = "data", tokenizer: str = "", **options
         tokenizer = tokenizer or CORPORA[dataset].tokenizer
     _write_dataset(path, folder, source, tokenizer or "char", data_dir)
     return folder
+
+
+def _reject_options(options: dict[str, Any], reason: str) -> None:
+    """Raise `UserError` for an option of `documents.prepare` that is given."""
+    for key, value in options.items():
+        if value:
+            problem = f"applies to documents, and {reason}"
+            raise UserError(f"{key}={value!r}: {problem}; try without --{key}")
 
 
 def prepare_if_missing(config: DataConfig) -> None:
@@ -66,7 +85,8 @@ def find_dataset(config: DataConfig, block_size: int) -> Dataset:
     folder = Path(config.data_dir, config.dataset)
     if not folder.is_dir():
         expected = f"a prepared dataset, or one of {', '.join([*CORPORA, *TASKS])}"
-        advice = f"try jaxgpt prepare {folder.name}.txt"
+        is_known = config.dataset in (*documents.HUB, *SHARD_SETS)
+        advice = f"try jaxgpt prepare {folder.name}{'' if is_known else '.txt'}"
         raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
     return tokens.open_dataset(folder, Path(config.data_dir), block_size)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.order import window_starts
+from jaxgpt.data.order import epoch_keys, permute, window_starts
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ SplitIds = Iterator[tuple[str, np.ndarray]]  # a split, and the next of its ids
 GPT2_VOCAB = 50_257
 LLMC_MAGIC = 20240520
 LLMC_HEADER_BYTES = 1024
+SCAN_IDS = 1 << 22  # compared at once, so that they stay in the processor's cache
 AGAIN = "try jaxgpt prepare again"
 
 
@@ -69,12 +70,35 @@ class TokenSplit:
         """Read `length` ids from each start on, [n, `length`]."""
         return np.stack([self.read(int(start), length) for start in starts])
 
+    def positions_of(self, id: int) -> np.ndarray:
+        """Find every position of an id, int64, by reading the whole split."""
+        found = [np.empty(0, np.int64)]
+        for start, part in zip(self._starts, self._parts, strict=False):
+            for at in range(0, len(part), SCAN_IDS):
+                found.append(start + at + np.flatnonzero(part[at : at + SCAN_IDS] == id))
+        return np.concatenate(found)
+
     def starts(
         self, sample_ids: np.ndarray, *, block_size: int, seed: int, stream: int
     ) -> np.ndarray:
         """Return where the windows of these samples start, int64."""
         keys = {"block_size": block_size, "seed": seed, "stream": stream}
         return window_starts(sample_ids, num_tokens=len(self), **keys)
+
+
+class AlignedSplit(TokenSplit):
+    """A split whose windows start at `window_starts`, in a random order in each epoch."""
+
+    def __init__(self, tokens: TokenSplit, window_starts: np.ndarray):
+        super().__init__(tokens.files, tokens.dtype.name, tokens.vocab_size)
+        self.window_starts = window_starts
+
+    def starts(self, sample_ids: np.ndarray, *, seed: int, stream: int, **_: int) -> np.ndarray:
+        """Return where the windows of these samples start, int64. An epoch has each window once."""
+        count = len(self.window_starts)
+        epochs, numbers = np.divmod(sample_ids.astype(np.uint64), np.uint64(count))
+        order = permute(numbers, count, epoch_keys(epochs, seed, stream))
+        return self.window_starts[order.astype(np.int64)]
 
 
 def _map_ids(file: Path, dtype: str) -> np.ndarray:
@@ -108,6 +132,7 @@ class Dataset:
     source: str  # where the ids came from, for the log
     fingerprint: dict[str, Any]  # identifies the dataset in checkpoints
     example: str = ""  # a prompt for the samples in the log; empty means the first id
+    aligned: AlignedSplit | None = None  # the train split with the windows of align_documents
 
 
 def write_partial(files: dict[str, Path], pieces: SplitIds) -> tuple[dict, dict, np.dtype]:

@@ -98,6 +98,17 @@ class Log:
         if row["step"]:  # importing matplotlib takes a third of a second
             draw_losses(self.folder)
 
+    def target(self, row: Row) -> None:
+        """Log how many steps, tokens and seconds a run took to reach its target."""
+        if not self.enabled:
+            return
+        self._record(row)
+        self.info(
+            f"target_val_loss={row['target_val_loss']}: reached at step {row['step']}, after "
+            f"{row['tokens']:,} tokens, {row['train_s']:.1f} s of training steps and "
+            f"{row['total_s']:.1f} s in total"
+        )
+
     def _record(self, row: Row) -> None:
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         row = row | bad  # JSON has no nan and no infinity

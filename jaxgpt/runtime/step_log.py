@@ -15,15 +15,24 @@ class StepLog:
     """A log of training steps, which reads a call's numbers while the device runs the next call.
 
     `tokens` is the number of tokens per step, `peak` the tokens/s at the devices' peak FLOP/s.
+    The `stopwatch` must have been resumed when the first call is launched.
     """
 
-    def __init__(self, config: Config, log: Log, stop: StopSignal, tokens: int, peak: float | None):
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        stop: StopSignal,
+        tokens: int,
+        peak: float | None,
+        stopwatch: "Stopwatch",
+    ):
         self.config = config
         self.log = log
         self.stop = stop
         self.tokens = tokens
         self.peak = peak
-        self.stopwatch = Stopwatch()
+        self.stopwatch = stopwatch
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         self._skipped = 0  # since the last row
         self._skipped_in_a_row = 0
@@ -87,13 +96,23 @@ class StepLog:
 
 
 class Stopwatch:
-    """A clock of the time per step since the last reading, without pauses."""
+    """A clock of a run's steps: the time per step since the last reading, and the run's total.
 
-    def __init__(self):
+    `train_s` is the seconds spent in steps, without pauses; `total_s` includes the pauses. Both
+    begin with the seconds of the run's earlier sessions.
+    """
+
+    def __init__(self, train_s: float = 0.0, total_s: float = 0.0):
+        self.train_s = train_s
+        self._began = time.perf_counter() - total_s
         self._steps = 0
         self._spent = 0.0
         self._seconds_per_step = 0.0
         self.resume()
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self._began
 
     def resume(self) -> None:
         """Count the time since the last lap as a pause."""
@@ -103,6 +122,7 @@ class Stopwatch:
         """Note that this many steps have just ended."""
         now = time.perf_counter()
         self._spent += now - self._lap
+        self.train_s += now - self._lap
         self._steps += steps
         self._lap = now
 

@@ -367,7 +367,7 @@ BABY_GPT = """
 --vocab_size=0 --n_kv_head=0 --mlp_dim=0 --norm=layernorm --norm_position=pre --position=learned
 --norm_gain=True --mlp=gelu --tie_embeddings=True --qk_norm=False --logit_softcap=0
 --sliding_window=0 --causal=True --value_residual=False --document_mask=False --eot_id=-1
---attention_dropout=True
+--attention_dropout=True --align_documents=False
 --zero_init_projections=False --optimizer=adamw --lr_schedule=cosine --batch_tokens=0
 """
 # These keys do not change the result: files, logs, hardware, and features that are off.
@@ -375,7 +375,7 @@ FREE = """
 out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboard wandb_run_name
 data_on_device device use_cpu_variant dtype mesh attention xla deterministic remat
 scan_layers steps_per_call coordinator num_processes process_id max_nonfinite_steps
-early_stopping_patience freeze decay_fraction digits
+early_stopping_patience target_val_loss freeze decay_fraction digits
 """
 
 

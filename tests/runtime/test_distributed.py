@@ -214,6 +214,21 @@ def test_run_resumes_with_another_process_count_and_mesh(folder, alone):
     assert {k: v for k, v in moved.items() if k in alone} == pytest.approx(alone, abs=1e-9)
 
 
+@pytest.mark.slow
+def test_processes_with_aligned_documents_stop_together_at_the_target(folder):
+    """A line is a document. The target is the loss at step 3, from a run of one process."""
+    aligned = "--align_documents=True", "--eot_id=0", "--block_size=32", "--learning_rate=0.01"
+    one = run(folder, "aligned", 1, *aligned, devices=1)
+    target = one[3, "val_loss"] + 1e-6
+    assert target < one[0, "val_loss"]
+    two = run(folder, "target", 2, *aligned, f"--target_val_loss={target}")
+    assert max(step for step, _ in two) == 3
+    assert two.pop((3, "target_val_loss")) == target
+    del two[3, "full_val_loss"]
+    assert two == pytest.approx({key: one[key] for key in two}, abs=1e-9)
+    assert (folder / "target/checkpoints/3/digest.json").exists()
+
+
 def test_user_error_in_process_0_ends_every_process(folder):
     """The processes have joined, and a collective reports the failure of process 0."""
     nothing = Run(folder, "nothing", 2, "--init_from=resume")

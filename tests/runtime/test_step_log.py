@@ -36,6 +36,23 @@ def test_stopwatch_measures_steps_without_pauses(monkeypatch):
         assert watch.read() == pytest.approx(7 / 4)
 
 
+def test_stopwatch_continues_the_seconds_of_earlier_sessions(monkeypatch):
+    now = 50.0
+    monkeypatch.setattr(step_log, "time", SimpleNamespace(perf_counter=lambda: now))
+    watch = Stopwatch(train_s=100, total_s=130)
+    now += 20  # compiling
+    watch.resume()
+    now += 3
+    watch.lap(10)
+    now += 4  # an evaluation
+    assert (watch.train_s, watch.total_s) == (103, 157)
+    watch.resume()
+    now += 2
+    watch.lap(10)
+    assert watch.read() == pytest.approx(5 / 20)  # reading does not reset the totals
+    assert (watch.train_s, watch.total_s) == (105, 159)
+
+
 class Numbers(np.ndarray):
     """An array that a device may still compute."""
 
@@ -49,7 +66,7 @@ class Numbers(np.ndarray):
 def test_steps_are_logged_at_log_interval_one_call_later_or_once_they_end(tmp_path, has_ended):
     config = make_config(out_dir=str(tmp_path), log_interval=2)
     with Log(config, 0) as log:
-        steps = StepLog(config, log, StopSignal(), tokens=1000, peak=None)
+        steps = StepLog(config, log, StopSignal(), 1000, peak=None, stopwatch=Stopwatch())
         for call in range(3):
             numbers = (np.arange(3.0) + 3 * call + 1).view(Numbers)  # one more than is taken
             numbers.has_ended = has_ended
