@@ -319,6 +319,8 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
     config_file: ClassVar[str] = ""
     """The file that built this config. It is not a key, so it does not take part in comparisons."""
+    parts: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Names of the parts of a recipe, and the keys that take each out (`jaxgpt ablate`)."""
 
     def __post_init__(self):
         check(self)
@@ -413,6 +415,17 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         import jax
 
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    def learning_rate_scale(self, params: Any) -> Any:
+        """Return a factor of the learning rate for each parameter, or None if all are 1."""
+        return None
+
+    def phases(self) -> dict[int, Self]:
+        """Return the config of each phase of training, by the phase's first step.
+
+        The training step is compiled once per phase. The phases' models have the same parameters.
+        """
+        return {0: self}
 
 
 @cache

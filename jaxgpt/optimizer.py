@@ -53,6 +53,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     direction = scale_by_adam(c.beta1, c.beta2)
     if c.optimizer != "adamw" or c.freeze:
         direction = partition_by_kind(c, direction)
+    scale = c.learning_rate_scale(model.abstract_model(c)[1])
     # the nesting is the structure of checkpoints, so it stays
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
@@ -60,8 +61,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
             direction,
             decay_weights(c),
             optax.scale_by_learning_rate(schedule(c)),
+            *([] if scale is None else [scale_updates(scale)]),
         ),
     )
+
+
+def scale_updates(scale: dict) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by its factor."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))
 
 
 def decay_weights(config: Config) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import stages
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
@@ -58,11 +59,7 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         if config.eval_only or step >= config.max_iters or best.reached_target:
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
-        began = time.perf_counter()
-        train_step = make_train_step(config, run.mesh)
-        arguments = state, batches[TRAIN].get(step), replicated_int(run.mesh, 1)
-        train_step = train_step.lower(*arguments).compile()  # now, not within the first step's time
-        log.info(f"compiled in {time.perf_counter() - began:.1f} s")
+        train_step = compile_train_step(run, log, step, state, batches[TRAIN].get(step))
         peak = peak_tokens_per_s(config, run.mesh)
         step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch)
         stopwatch.resume()  # what came before is not step time
@@ -77,7 +74,10 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
             if step == next_pause:
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
-                stopwatch.resume()  # evaluations are not step time
+                if step in config.phases() and step < config.max_iters:
+                    windows_UMBT = batches[TRAIN].get(step)
+                    train_step = compile_train_step(run, log, step, state, windows_UMBT)
+                stopwatch.resume()  # evaluations and compiling are not step time
                 next_pause = step + steps_to_next_pause(config, step)
         step_log.flush()
         periodic.finish(state, step)
@@ -110,13 +110,28 @@ def reached_before(config: Config, best: Best) -> str:
     )
 
 
+def compile_train_step(
+    run: ResolvedRun, log: Log, step: int, state: TrainState, windows_UMBT: jax.Array
+) -> stages.Compiled:
+    """Compile the training step of the phase that `step` is in, and log how long that took."""
+    began = time.perf_counter()
+    phases = run.config.phases()
+    config = phases[max(start for start in phases if start <= step)]
+    train_step = make_train_step(config, run.mesh)
+    arguments = state, windows_UMBT, replicated_int(run.mesh, 1)
+    compiled = train_step.lower(*arguments).compile()  # now, not within the first step's time
+    log.info(f"compiled in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
 # ---- between two steps -----------------------------------------------------------------------
 
 
 def steps_to_next_pause(config: Config, step: int) -> int:
-    """Return the number of steps until the next evaluation, save or the end."""
+    """Return the number of steps until the next evaluation, save, phase or the end."""
     intervals = [n for n in (config.eval_interval, config.save_interval) if n]
-    return min(config.max_iters - step, *(n - step % n for n in intervals))
+    phases = [start - step for start in config.phases() if start > step]
+    return min(config.max_iters - step, *(n - step % n for n in intervals), *phases)
 
 
 class PeriodicWork:

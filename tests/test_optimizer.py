@@ -11,6 +11,7 @@ from reference import numpy_gpt as ref
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.interop import huggingface
+from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 from jaxgpt.optimizer import make_optimizer, schedule
 
 PARAMS = {
@@ -93,28 +94,57 @@ def test_ten_adamw_steps_match_numpy(clip, kind):
     assert_trees_close(ours, theirs, atol=1e-6)
 
 
-def orthogonal(matrix: np.ndarray) -> np.ndarray:
-    """Return five Newton-Schulz iterations times 0.2 sqrt(longer side) (Jordan et al. 2024)."""
-    x = matrix / np.linalg.norm(matrix)
-    for _ in range(5):
+def orthogonal(matrix: np.ndarray, polynomial: str = "jordan") -> np.ndarray:
+    """Return five Newton-Schulz iterations of a matrix [inputs, outputs] (Jordan et al. 2024)."""
+    if polynomial == "jordan":
+        coefficients, x = [(3.4445, -4.7750, 2.0315)] * 5, matrix / np.linalg.norm(matrix)
+    else:
+        coefficients = POLYNOMIALS["polar_express"].coefficients
+        x = matrix / (1.02 * np.linalg.norm(matrix))
+    for a, b, c in coefficients:
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return 0.2 * np.sqrt(max(x.shape)) * x
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
 
 
-def by_matrix(path: str, kernel: np.ndarray, width: int) -> np.ndarray:
-    """Apply `orthogonal` to each input-by-output matrix of a block's kernel."""
+def by_matrix(function, path: str, kernel: np.ndarray, width: int) -> np.ndarray:
+    """Apply `function` to each input-by-output matrix of a block's kernel."""
     if path.endswith("attn.out.kernel"):
-        return orthogonal(kernel.reshape(-1, width)).reshape(kernel.shape)
+        return function(kernel.reshape(-1, width)).reshape(kernel.shape)
     if path.endswith(("qkv.kernel", "kv.kernel")) or (kernel.ndim == 3 and ".up." in path):
-        parts = [by_matrix("", kernel[:, i], width) for i in range(kernel.shape[1])]
+        parts = [by_matrix(function, "", kernel[:, i], width) for i in range(kernel.shape[1])]
         return np.stack(parts, 1)
-    return orthogonal(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
+    return function(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"n_kv_head": 1, "mlp": "swiglu"}, {"n_layer": 0}], ids=str
-)
+def muon_direction(matrix: np.ndarray, polynomial: str) -> np.ndarray:
+    """Return an orthogonal matrix whose elements have an RMS of 0.2."""
+    return 0.2 * np.sqrt(max(matrix.shape)) * orthogonal(matrix, polynomial)
+
+
+def normuon_direction(matrix: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+    """Return the orthogonal matrix with its columns divided by their running RMS (Li et al. 2025).
+
+    `mean_square`, one number per output, changes.
+    """
+    update = orthogonal(matrix)
+    mean_square += (1 - 0.95) * (np.mean(update**2, axis=0) - mean_square)
+    update = update / np.sqrt(mean_square)
+    return 0.2 * update / np.sqrt(np.mean(update**2))
+
+
+MUON_OPTIONS = [
+    {},
+    {"n_kv_head": 1, "mlp": "swiglu"},
+    {"n_layer": 0},
+    {"muon_polynomial": "polar_express"},
+    {"momentum_warmup_iters": 4},
+    {"cautious_weight_decay": True},
+    {"optimizer": "normuon"},
+]
+
+
+@pytest.mark.parametrize("options", MUON_OPTIONS, ids=str)
 @pytest.mark.parametrize("scan", [False, True])
 def test_muon_steps_match_numpy(options, scan):
     """Muon updates each matrix of the blocks and AdamW the rest; all decay alike."""
@@ -136,26 +166,64 @@ def test_muon_steps_match_numpy(options, scan):
         for grad in grads:
             updates, state = update(lay(grad), state, ours)
             ours = optax.apply_updates(ours, updates)
+    ours = model.unstack_layers(ours) if config.scan_layers else ours
+    ours = ref.flatten(jax.device_get(ours))
+    wanted = muon_by_numpy(config, start, grads)
+    assert_trees_close({path: ours[path] for path in wanted}, wanted, atol=1e-6)
+
+
+def muon_by_numpy(config: Config, start: dict, grads: list[dict]) -> dict:
+    """Return the parameters after AdamW and Muon steps; only Muon's if the decay is cautious."""
     theirs, adam = start, ref.adamw_init(start)
     for grad in grads:
         theirs, adam, _ = ref.adamw_step(
             theirs, grad, adam, lr=0.1, betas=(0.9, 0.95), weight_decay=0.2, grad_clip=0
         )
-    wanted = ref.flatten(theirs)
-    first, second = map(ref.flatten, grads)
+    wanted = {} if config.cautious_weight_decay else ref.flatten(theirs)
+    flat_grads = list(map(ref.flatten, grads))
     for path, kernel in ref.flatten(start).items():
         if not (path.startswith("blocks") and path.endswith("kernel")):
             continue
-        mean = 0.05 * (0.95 * first[path] + second[path])  # momentum's two steps
-        ahead = 0.95 * mean + 0.05 * second[path]  # Nesterov's
-        for step in first[path], ahead:
-            kernel = (1 - 0.1 * 0.2) * kernel - 0.1 * by_matrix(path, step, 4)
+        momentum, moments = np.zeros_like(kernel), {}
+        for step, grad in enumerate(flat_grads, 1):
+            warmup = config.momentum_warmup_iters
+            beta = 0.85 + 0.1 * min(1, step / warmup) if warmup else 0.95
+            momentum = beta * momentum + (1 - beta) * grad[path]
+            ahead = beta * momentum + (1 - beta) * grad[path]  # Nesterov's
+            numbers = iter(range(99))  # of the kernel's matrices
+
+            def direction(matrix: np.ndarray, numbers=numbers, moments=moments) -> np.ndarray:
+                if config.optimizer == "muon":
+                    return muon_direction(matrix, config.muon_polynomial)
+                moment = moments.setdefault(next(numbers), np.zeros(matrix.shape[1]))
+                return normuon_direction(matrix, moment)
+
+            update = by_matrix(direction, path, ahead, 4)
+            decayed = kernel * (update * kernel > 0) if config.cautious_weight_decay else kernel
+            kernel = kernel - 0.1 * (update + 0.2 * decayed)
         wanted[path] = kernel
-    ours = model.unstack_layers(ours) if config.scan_layers else ours
-    assert_trees_close(ours, wanted, atol=1e-6)
+    return wanted
 
 
-@pytest.mark.parametrize("keys", [{}, {"optimizer": "muon"}, {"freeze": "embed"}], ids=str)
+def test_learning_rate_scale_multiplies_the_updates():
+    class Scaled(Config):
+        def learning_rate_scale(self, params):
+            return jax.tree.map_with_path(lambda path, _: 3.0 * (path[0].key == "ln_f"), params)
+
+    sizes = {"vocab_size": 5, "block_size": 3, "n_layer": 1, "n_head": 2, "n_embd": 4}
+    params = model.init_params(Config(**sizes), jax.random.key(0))
+    updates = []
+    for kind in Config, Scaled:
+        optimizer = make_optimizer(kind(**sizes))
+        updates.append(optimizer.update(params, optimizer.init(params), params)[0])
+    plain, scaled = updates
+    assert_trees_close(scaled["ln_f"], jax.tree.map(lambda u: 3 * u, plain["ln_f"]), atol=1e-9)
+    assert not np.any(scaled["embed"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"optimizer": "muon"}, {"optimizer": "normuon"}, {"freeze": "embed"}], ids=str
+)
 def test_moments_are_unchanged_by_nonfinite_gradients(keys):
     config = Config(vocab_size=5, block_size=3, n_layer=1, n_head=2, n_embd=4, **keys)
     params = model.init_params(config, jax.random.key(0))

@@ -326,16 +326,21 @@ class AblateArgs:
 
 def ablate(argv: list[str]) -> int:
     """Train a baseline and each feature of the menu, and compare them."""
-    args = parse(AblateArgs, argv, "jaxgpt ablate")
+    args, flags = parse_flags(AblateArgs, argv, "jaxgpt ablate")
+    command_line = parse_command_line([f"--config={args.config}", *flags], other_flags=vars(args))
     configs = load_config_file(args.config)
     from jaxgpt.runtime import device
-    from jaxgpt.tools.ablate import ablate
+    from jaxgpt.tools import ablate, time_to_loss
 
     config = configs["config"]
     device.start(config.device)
     if device.is_cpu():
         config = configs.get("cpu_config", config)
-    return ablate(config, list(args.features), args.seeds, args.out_dir)
+    config = config.replace(**command_line.overrides)
+    if "baseline" in configs:
+        baseline = configs["baseline"].replace(**command_line.overrides)
+        return time_to_loss.measure(baseline, config, args.seeds, args.out_dir)
+    return ablate.ablate(config, list(args.features), args.seeds, args.out_dir)
 
 
 @dataclass(frozen=True)

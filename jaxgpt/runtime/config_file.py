@@ -13,12 +13,12 @@ from types import ModuleType
 
 from jaxgpt.config import Config, UserError
 
-NAMES = ("config", "cpu_config")
+NAMES = ("config", "cpu_config", "baseline")  # the last is for `jaxgpt ablate`
 EXPECTED = "expected a config file that runs without errors"
 
 
 def load_config_file(path: str) -> dict[str, Config]:
-    """Run a config file; return its `config` and, if the file has one, its `cpu_config`.
+    """Run a config file; return its `config`, and its `cpu_config` and `baseline` if it has them.
 
     Raises `UserError`, which names the wrong line of the file.
     """

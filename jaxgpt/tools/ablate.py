@@ -84,7 +84,8 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
             for share in LENGTHS[name]:
                 if code := train_run(run_config(config, name, seed, share, out_dir)):
                     return code
-    costs = {name: step_cost(config, name, out_dir) for name in names}
+    configs = {name: with_feature(config, name) for name in names}
+    costs = {name: step_cost(configs, name, out_dir) for name in names}
     results = compare(config, costs, seeds, out_dir)
     text = format_table(results) + "\n" + format_speedup(config, results, seeds, out_dir)
     Path(out_dir, "menu.md").write_text(text, encoding="utf-8")
@@ -137,11 +138,11 @@ def final_loss(config: Config) -> float | None:
     return rows[-1].get("full_val_loss", rows[-1]["val_loss"])
 
 
-def step_cost(config: Config, name: str, out_dir: str) -> float:
+def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
     """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json."""
     file = Path(out_dir, name, "cost.json")
     if not file.exists():
-        baseline, feature = (round_of_steps(config, one) for one in (BASELINE, name))
+        baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
         for warm_up in (baseline, feature):
             warm_up()
         (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
@@ -150,10 +151,10 @@ def step_cost(config: Config, name: str, out_dir: str) -> float:
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
 
 
-def round_of_steps(config: Config, name: str) -> Callable[[], float]:
-    """Compile a feature's step; return a function that takes `ROUND_STEPS` and times them."""
+def round_of_steps(config: Config) -> Callable[[], float]:
+    """Compile a config's step; return a function that takes `ROUND_STEPS` and times them."""
     dataset = find_dataset(config, config.block_size)
-    config = with_feature(config, name).replace(vocab_size=dataset.vocab_size)
+    config = config.replace(vocab_size=dataset.vocab_size)
     jaxgpt = JaxGPT(resolve_auto(config)[0], dataset)
     return lambda: jaxgpt.train(ROUND_STEPS)[0]
 

@@ -11,6 +11,7 @@ from helpers import assert_all_close, assert_trees_close, make_config, value_and
 from reference import numpy_gpt as ref
 
 from jaxgpt.kernels import ADAM_EPSILON, TABLE
+from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 from jaxgpt.kernels.position import apply_rope
 from jaxgpt.model import ACTIVATIONS, Norm
 from jaxgpt.runtime.mesh import make_mesh
@@ -30,6 +31,7 @@ OTHERWISE = {
     "compute_dtype",
     "folds_gains",  # tests/test_train_step.py
     "max_replicas",
+    "orthogonalize",
 }
 
 
@@ -204,3 +206,37 @@ def test_adam_direction_matches_optax_and_keeps_the_moments(row):
         got, same = TABLE[row](want, state, 0.8, 0.9)
         assert_trees_close(got, want, atol=1e-5)
         assert jax.tree.all(jax.tree.map(np.array_equal, same, state))
+
+
+# ---- orthogonal matrices ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 24, 24), (3, 16, 48), (1, 1, 7)], ids=str)
+@pytest.mark.parametrize("polynomial", POLYNOMIALS)
+@pytest.mark.parametrize("row", variants("orthogonalize"))
+def test_orthogonalize_keeps_singular_vectors_and_brings_values_near_1(row, polynomial, shape):
+    """In float32 the result applies the polynomials to each singular value.
+
+    The polynomials amplify the rounding of bfloat16, so there the values are only near 1.
+    """
+    rule = POLYNOMIALS[polynomial]
+    x = draw(*shape)
+    u, s, vt = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    s /= rule.norm * np.linalg.norm(s, axis=-1, keepdims=True)
+    for a, b, c in rule.coefficients:
+        s = a * s + b * s**3 + c * s**5
+    got = TABLE[row](x, polynomial=rule)
+    assert got.dtype == jnp.float32
+    values = u.mT @ np.asarray(got, np.float64) @ vt.mT  # singular values, if the vectors are kept
+    if TABLE[row].__name__ == "orthogonalize_bfloat16":
+        diagonal = np.eye(s.shape[-1])
+        np.testing.assert_allclose(values * (1 - diagonal), 0, atol=0.1)
+        np.testing.assert_allclose(np.diagonal(values, axis1=1, axis2=2), 1, atol=0.7)
+    else:
+        np.testing.assert_allclose(got, (u * s[:, None]) @ vt, atol=2e-4)
+
+
+@pytest.mark.parametrize("row", variants("orthogonalize"))
+def test_orthogonalize_of_zeros_is_zero(row):
+    got = TABLE[row](np.zeros((2, 3, 4), np.float32), polynomial=POLYNOMIALS["jordan"])
+    np.testing.assert_array_equal(got, np.zeros((2, 3, 4)))

@@ -38,7 +38,7 @@ def trained(monkeypatch) -> list[str]:
         return train(config, *rest)
 
     monkeypatch.setattr(ablate, "train", noted)
-    monkeypatch.setattr(ablate, "step_cost", lambda config, name, out_dir: 1.2)
+    monkeypatch.setattr(ablate, "step_cost", lambda configs, name, out_dir: 1.2)
     return names
 
 
@@ -145,12 +145,13 @@ def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp
     monkeypatch.setattr(ablate, "REPEATS", 2)
     monkeypatch.setattr(ablate, "ROUND_STEPS", 2)
     (tmp_path / "muon").mkdir()
-    cost = ablate.step_cost(config, "muon", str(tmp_path))
+    configs = {name: ablate.with_feature(config, name) for name in ("baseline", "muon")}
+    cost = ablate.step_cost(configs, "muon", str(tmp_path))
     pairs = json.loads((tmp_path / "muon/cost.json").read_text())["pairs"]
     assert len(pairs) == 2
     assert cost == pytest.approx(np.median([p["feature_s"] / p["baseline_s"] for p in pairs]))
     monkeypatch.setattr(ablate, "interleaved", None)
-    assert ablate.step_cost(config, "muon", str(tmp_path)) == cost
+    assert ablate.step_cost(configs, "muon", str(tmp_path)) == cost
 
 
 def test_unknown_feature_is_rejected_with_nearest_name(config, tmp_path):

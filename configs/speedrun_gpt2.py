@@ -1,0 +1,37 @@
+"""Train the speedrun's 124M model on FineWeb to a validation loss of 3.28.
+
+Run `jaxgpt prepare fineweb10B --shards=10` first. A step trains on 524,288 tokens, on any number of
+devices. docs/speedrun.md gives the planned time; no such run has been measured.
+"""
+
+from examples.speedrun.model import SpeedrunConfig
+
+config = SpeedrunConfig(
+    out_dir="out/speedrun_gpt2",
+    dataset="fineweb10B",
+    align_documents=True,
+    target_val_loss=3.28,
+    eval_interval=100,
+    eval_iters=20,
+    log_interval=10,
+    batch_size=32,  # largest number of sequences that a device processes at a time
+    batch_tokens=524_288,
+    block_size=1024,
+    n_layer=12,
+    n_head=6,  # 128 wide, which attention computes faster than 64
+    n_embd=768,
+    bias=False,
+    value_embeddings=3,
+    first_window=256,
+    optimizer="normuon",
+    muon_polynomial="polar_express",
+    momentum_warmup_iters=300,
+    cautious_weight_decay=True,
+    learning_rate=3e-3,
+    min_lr=3e-4,
+    lr_schedule="wsd",
+    decay_fraction=0.5,
+    warmup_iters=50,
+    beta1=0.8,
+    max_iters=2_500,  # 1.3 billion tokens
+)

@@ -1,0 +1,243 @@
+"""A GPT for a speedrun: a GPT-2 with the parts that reach its loss in the fewest tokens.
+
+Array names end with their axes, as in jaxgpt/model.py: B batch, T length, D embedding, N heads,
+H head width, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jordan et al. 2024);
+"record N" is a record in its history. docs/speedrun.md has all sources.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt import kernels
+from jaxgpt.config import Config, NonNegativeFloat, NonNegativeInt, UserError
+from jaxgpt.kernels.attention import AttentionOptions
+from jaxgpt.kernels.dropout import Dropout
+from jaxgpt.kernels.position import apply_rope
+from jaxgpt.model import ACTIVATIONS, INIT_STD, OUTPUT_EQUATION, Embedding, Linear, Norm
+from jaxgpt.sharding import constrain_batch
+
+
+# Keys of `Config` that the speedrun's model does not read; `validate` rejects other values.
+ABSENT_KEYS = (
+    *("n_kv_head", "dropout", "norm_position", "causal", "value_residual", "document_mask"),
+    *("remat", "scan_layers"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedrunConfig(Config):
+    """A run of the speedrun's model. A key with the value 0 or False takes its part out."""
+
+    parts: ClassVar = {
+        "rotary positions": {"position": "learned"},
+        "QK-norm": {"qk_norm": False},
+        "ReLU²": {"mlp": "gelu_tanh"},
+        "zero-initialised projections": {"zero_init_projections": False},
+        "soft cap": {"logit_softcap": 0.0},
+        "value embeddings": {"value_embeddings": 0},
+        "embedding shortcut": {"embedding_shortcut": False},
+        "U-net skips": {"unet_skips": False},
+        "untied head": {"tie_embeddings": True},
+        "NorMuon's second moment": {"optimizer": "muon"},
+        "Muon": {"optimizer": "adamw"},
+        "Polar Express": {"muon_polynomial": "jordan"},
+        "warm-up, stable, decay": {"lr_schedule": "cosine"},
+        "slower embeddings": {"embedding_lr_scale": 1.0},
+    }
+
+    qk_norm: bool = True
+    """RMS-normalise queries and keys, without a gain (record 5)."""
+    # Redefined, because this model has other values than the core.
+    mlp: Literal["relu2", "gelu_tanh"] = "relu2"  # pyright: ignore
+    """Non-linearity of the MLP: max(0, x)² or GELU by tanh (record 5)."""
+    position: Literal["rope", "learned"] = "rope"  # pyright: ignore
+    """Position encoding (record 2)."""
+    norm: Literal["rmsnorm"] = "rmsnorm"  # pyright: ignore
+    """Type of normalisation; no norm has a gain."""
+    zero_init_projections: bool = True
+    """Branches and an untied output layer start at zero (record 5)."""
+    logit_softcap: NonNegativeFloat = 15.0
+    """Soft cap c: logits become c tanh(logits / c) (records 9 and 18)."""
+    value_embeddings: NonNegativeInt = 1
+    """Tables whose rows are added to the values: table i serves layer i from either end (records
+    14 and 15)."""
+    embedding_shortcut: bool = True
+    """Mix the normalised embedding into every block's input, with learned shares (record 9)."""
+    unet_skips: bool = True
+    """Add the output of block i to the input of block i from the end, with a learned share
+    (record 11)."""
+    tie_embeddings: bool = False
+    """Share the token embedding with the output layer (untied: record 8)."""
+    first_window: NonNegativeInt = 0
+    """Attention window of the first steps, in tokens. It grows to `sliding_window`, or to the whole
+    context, in `window_sizes` sizes, each compiled once; 0 turns this off (record 13)."""
+    window_sizes: NonNegativeInt = 3
+    """Number of window sizes."""
+    embedding_lr_scale: NonNegativeFloat = 1.0
+    """Learning rate of embeddings, relative to `learning_rate`."""
+    scalar_lr_scale: NonNegativeFloat = 1.0
+    """Learning rate of learned shares, relative to `learning_rate`."""
+
+    def validate(self) -> None:
+        super().validate()
+        for key in ABSENT_KEYS:
+            value, expected = getattr(self, key), getattr(Config, key)
+            if value != expected:
+                problem = "the speedrun's model does not have this key"
+                raise UserError(f"{key}={value!r}: {problem}; expected {expected!r}")
+        if 2 * self.value_embeddings > self.n_layer:
+            limit = f"expected at most half of n_layer={self.n_layer}"
+            raise UserError(f"value_embeddings={self.value_embeddings}: too many tables; {limit}")
+
+    def make_model(self, rngs: nnx.Rngs) -> "SpeedrunGPT":
+        return SpeedrunGPT(self, rngs)
+
+    def learning_rate_scale(self, params: dict) -> dict:
+        """Return the factor of `learning_rate` for each parameter."""
+
+        def scale(path: tuple, _: Any) -> float:
+            name = path[-1].key
+            if name == "shares":
+                return self.scalar_lr_scale
+            return self.embedding_lr_scale if "embed" in path[0].key else 1.0
+
+        return jax.tree.map_with_path(scale, params)
+
+    def phases(self) -> dict[int, Self]:
+        """Return the config of each window size, by the first step that uses it."""
+        full = self.sliding_window or self.block_size
+        if not self.first_window or self.window_sizes < 2:
+            return {0: self}
+        growth = (full - self.first_window) / (self.window_sizes - 1)
+        windows = [round(self.first_window + i * growth) for i in range(self.window_sizes)]
+        starts = [self.max_iters * i // self.window_sizes for i in range(self.window_sizes)]
+        first = {s: self.replace(sliding_window=w) for s, w in zip(starts, windows, strict=True)}
+        return first | {starts[-1]: self}
+
+
+class SpeedrunGPT(nnx.Module):
+    """A decoder-only transformer: token ids [B, T] -> logits [B, T, V]."""
+
+    def __init__(self, config: SpeedrunConfig, rngs: nnx.Rngs):
+        c = self.config = config
+        V, D = c.padded_vocab_size, c.n_embd
+        self.embed = Embedding("VD", V, D, rngs=rngs)
+        if c.position == "learned":
+            self.pos_embed = Embedding("TD", c.block_size, D, rngs=rngs)
+        tables = [Embedding("VD", V, D, rngs=rngs) for _ in range(c.value_embeddings)]
+        self.value_embeds = nnx.List(tables)
+        self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.n_layer)])
+        self.norm = Norm("rmsnorm", D, gain=False)
+        if c.tie_embeddings:
+            self.embed.equation = OUTPUT_EQUATION
+        else:
+            std = 0.0 if c.zero_init_projections else INIT_STD
+            self.lm_head = Linear(OUTPUT_EQUATION, V, D, bias=False, rngs=rngs, std=std)
+
+    def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
+        c = self.config
+        x_BTD = self.embed(tokens_BT, c.dtype)
+        if c.position == "learned":
+            x_BTD += self.pos_embed.kernel[...][: tokens_BT.shape[1]].astype(c.dtype)
+        x_BTD = embedding_BTD = constrain_batch(self.norm(x_BTD))
+        values = [table(tokens_BT, c.dtype) for table in self.value_embeds]
+        outputs = []
+        for layer, block in enumerate(self.blocks):
+            opposite = c.n_layer - 1 - layer
+            skip_BTD = outputs[opposite] if opposite < layer else None
+            pair = min(layer, opposite)
+            value_BTD = values[pair] if pair < len(values) else None
+            x_BTD = block(x_BTD, embedding_BTD, skip_BTD, value_BTD)
+            outputs.append(x_BTD)
+        return self.logits(self.norm(x_BTD))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Return logits [B, T, V]; the logits of padded ids are -inf."""
+        c = self.config
+        head = self.embed if c.tie_embeddings else self.lm_head
+        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
+        if c.logit_softcap:
+            logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
+        is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
+        return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each with a norm before it; shares of other tensors join the input."""
+
+    def __init__(self, c: SpeedrunConfig, layer: int, rngs: nnx.Rngs):
+        self.norm = Norm("rmsnorm", c.n_embd, gain=False)
+        pair = min(layer, c.n_layer - 1 - layer)
+        self.attn = Attention(c, has_values=pair < c.value_embeddings, rngs=rngs)
+        self.mlp = MLP(c, rngs)
+        if c.embedding_shortcut:
+            self.shortcut = Shares(1.0, 0.0)
+        if c.unet_skips and layer >= (c.n_layer + 1) // 2:
+            self.skip = Shares(1.0)
+
+    def __call__(self, x_BTD, embedding_BTD, skip_BTD, value_BTD) -> jax.Array:
+        if hasattr(self, "skip"):
+            x_BTD = x_BTD + self.skip(skip_BTD)
+        if hasattr(self, "shortcut"):
+            x_BTD = self.shortcut(x_BTD, embedding_BTD)
+        x_BTD, h_BTD = kernels.branch(x_BTD, self.norm)
+        x_BTD = x_BTD + self.attn(h_BTD, value_BTD)
+        x_BTD, h_BTD = kernels.branch(x_BTD, self.norm)
+        return constrain_batch(x_BTD + self.mlp(h_BTD))
+
+
+class Shares(nnx.Module):
+    """A sum of arrays with learned weights, one number per array."""
+
+    def __init__(self, *start: float):
+        self.shares = nnx.Param(jnp.array(start))
+
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
+        weights = self.shares[...].astype(arrays[0].dtype)
+        return sum(weights[i] * array for i, array in enumerate(arrays))
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions, QK-norm and value embeddings."""
+
+    def __init__(self, c: SpeedrunConfig, has_values: bool, rngs: nnx.Rngs):
+        D, N, H = c.n_embd, c.n_head, c.head_dim
+        std = 0.0 if c.zero_init_projections else INIT_STD
+        self.qkv = Linear("BTD,DCNH->BTCNH", D, 3, N, H, bias=False, rngs=rngs)
+        self.out = Linear("BTNH,NHD->BTD", N, H, D, bias=False, rngs=rngs, std=std)
+        if has_values:
+            self.value_mix = Shares(0.5, 0.5)
+        self.norm = Norm("rmsnorm", H, "H", gain=False)
+        self.config: Any = c
+
+    def __call__(self, x_BTD: jax.Array, value_BTD: jax.Array | None) -> jax.Array:
+        c, T = self.config, x_BTD.shape[1]
+        q_BTNH, k_BTNH, v_BTNH = self.qkv.parts(x_BTD)
+        if value_BTD is not None:
+            v_BTNH = self.value_mix(v_BTNH, value_BTD.reshape(v_BTNH.shape))
+        if c.qk_norm:
+            q_BTNH, k_BTNH = self.norm(q_BTNH), self.norm(k_BTNH)
+        if c.position == "rope":
+            positions_1T = jnp.arange(T)[None]
+            q_BTNH, k_BTNH = apply_rope(q_BTNH, positions_1T), apply_rope(k_BTNH, positions_1T)
+        attend = kernels.select_attention(c.attention, T, T, None)
+        options = AttentionOptions(True, c.sliding_window, c.head_dim**-0.5)
+        return self.out(attend(q_BTNH, k_BTNH, v_BTNH, None, None, options))
+
+
+class MLP(nnx.Module):
+    """Two linear maps with a non-linearity between them, max(0, x)² (So et al. 2021, Primer)."""
+
+    def __init__(self, c: SpeedrunConfig, rngs: nnx.Rngs):
+        D, F = c.n_embd, c.mlp_hidden_dim
+        std = 0.0 if c.zero_init_projections else INIT_STD
+        self.up = Linear("BTD,DF->BTF", D, F, bias=False, rngs=rngs)
+        self.down = Linear("BTF,FD->BTD", F, D, bias=False, rngs=rngs, std=std)
+        self.activation = ACTIVATIONS[c.mlp]
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x_BTD)))

@@ -1,0 +1,124 @@
+"""`jaxgpt ablate` for a recipe: how soon it reaches the baseline's loss, whole and without a part.
+
+A config file whose `config` is the recipe and that also has a `baseline` is such a study. The
+class of the recipe names its parts, and the keys that take each of them out. Every variant is
+trained for longer and longer fractions of the baseline's steps, each with a schedule of its own,
+until it reaches the baseline's loss.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import Config
+from jaxgpt.tools.ablate import final_loss, step_cost, train_run
+
+BASELINE, WHOLE = "baseline", "recipe"
+SHARES = (0.067, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.0)  # of the baseline's steps
+FIRST_SHARE = 1  # index in SHARES of the first run; if it reaches the loss, shorter runs follow
+
+
+@dataclass(frozen=True)
+class Result:
+    """A variant's results; arrays have one element per seed."""
+
+    steps: np.ndarray  # to the baseline's loss, as a fraction of the baseline's steps
+    cost: float  # time per step relative to the baseline's
+
+    @property
+    def time(self) -> np.ndarray:
+        """The time to the baseline's loss, as a fraction of the baseline's time."""
+        return self.steps * self.cost
+
+
+class Interrupted(Exception):
+    """A signal ended a run; the exit code is the argument."""
+
+
+def measure(baseline: Config, recipe: Config, seeds: int, out_dir: str) -> int:
+    """Train missing runs, time steps, and write parts.md and parts.json to `out_dir`.
+
+    Return 0, or 128 + n if signal n stopped a run; the same command then resumes the run.
+    """
+    without = {f"without {name}": recipe.replace(**keys) for name, keys in recipe.parts.items()}
+    variants = {BASELINE: baseline, WHOLE: recipe} | without
+    steps: dict[str, list[float]] = {BASELINE: [1.0] * seeds}
+    try:
+        for name in (WHOLE, *without):
+            steps[name] = []
+            for seed in range(1, seeds + 1):
+                goal = loss_of(baseline, BASELINE, seed, 1.0, out_dir)
+                loss = partial(loss_of, variants[name], name, seed, out_dir=out_dir)
+                steps[name].append(share_to_loss(loss, goal))
+    except Interrupted as error:
+        return error.args[0]
+    costs = {name: step_cost(variants, name, out_dir) for name in variants}
+    results = {name: Result(np.array(steps[name]), costs[name]) for name in variants}
+    text = format_table(results)
+    Path(out_dir, "parts.md").write_text(text, encoding="utf-8")
+    numbers = {name: {"steps": list(r.steps), "cost": r.cost} for name, r in results.items()}
+    Path(out_dir, "parts.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    print(text)
+    return 0
+
+
+def loss_of(config: Config, name: str, seed: int, share: float, out_dir: str) -> float:
+    """Return the loss of one run on the whole validation split; train the run if it is missing."""
+    folder = str(Path(out_dir, name.replace(" ", "_"), f"x{share:g}", str(seed)))
+    steps = round(share * config.max_iters)
+    keys = {"out_dir": folder, "init_from": "auto", "seed": seed, "max_iters": steps}
+    config = config.replace(**keys)
+    if code := train_run(config):
+        raise Interrupted(code)
+    loss = final_loss(config)
+    return math.nan if loss is None else loss
+
+
+def share_to_loss(loss: Callable[[float], float], goal: float) -> float:
+    """Return the fraction of the baseline's steps after which a variant's loss is `goal`.
+
+    It is interpolated in the logarithm of the steps, between the longest run that misses the goal
+    and the shortest that reaches it. NaN if no run misses it, or none reaches it.
+    """
+    shortest = FIRST_SHARE
+    while shortest > 0 and loss(SHARES[shortest]) <= goal:
+        shortest -= 1
+    while shortest < len(SHARES) and loss(SHARES[shortest]) > goal:
+        shortest += 1
+    if shortest in (0, len(SHARES)):
+        return math.nan
+    near, far = loss(SHARES[shortest - 1]), loss(SHARES[shortest])
+    logs = np.log([SHARES[shortest - 1], SHARES[shortest]])
+    return float(np.exp(np.interp(near - goal, [0.0, near - far], logs)))
+
+
+def format_table(results: dict[str, Result]) -> str:
+    """Return a Markdown table with a row per variant."""
+    rows = [
+        "| variant | steps to the baseline's loss | time per step | time to it | change |",
+        "|---" * 5 + "|",
+    ]
+    for name, r in results.items():
+        if name == BASELINE:
+            rows.append(f"| {name} | 100% | 1.00 | 100% | |")
+            continue
+        change = r.steps / results[WHOLE].steps
+        compared = "" if name == WHOLE else spread(change, ".2f")
+        rows.append(
+            f"| {name} | {spread(r.steps, '.1%')} | {r.cost:.2f} | {spread(r.time, '.1%')} "
+            f"| {compared} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def spread(values: np.ndarray, form: str) -> str:
+    """Return mean and standard deviation as text, or what is missing."""
+    if np.isnan(values).any():
+        return f"{np.isnan(values).sum()} of {len(values)} seeds beyond the lengths tried"
+    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return f"{np.mean(values):{form}} ± {deviation:{form}}"

@@ -1,0 +1,155 @@
+"""Test the speedrun's model: its parts, its window phases, and its training on a mesh."""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import ROOT, make_data, rows_of
+
+from examples.speedrun.model import SpeedrunConfig
+from jaxgpt import model
+from jaxgpt.config import UserError
+from jaxgpt.runtime import run_dir
+from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.metrics import Log
+from jaxgpt.train import train
+
+SIZES = {
+    "vocab_size": 11, "block_size": 8, "n_layer": 4, "n_head": 2, "n_embd": 16, "dtype": "float32",
+    "attention": "reference",
+}  # fmt: skip
+
+
+def init(**keys) -> tuple[SpeedrunConfig, dict]:
+    config = SpeedrunConfig(**SIZES | keys)
+    return config, model.init_params(config, jax.random.key(0))
+
+
+def logits(config: SpeedrunConfig, params: dict, tokens_BT: np.ndarray) -> np.ndarray:
+    graphdef = model.abstract_model(config)[0]
+    return np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens_BT)))[..., :11]
+
+
+def perturbed(params: dict) -> dict:
+    """Return parameters of which none is zero."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
+
+
+TOKENS_BT = np.random.default_rng(1).integers(0, 11, (2, 8))
+
+
+@pytest.mark.parametrize("keys", [{}, *SpeedrunConfig.parts.values()], ids=str)
+def test_logits_do_not_depend_on_later_tokens(keys):
+    config, params = init(**keys)
+    params = perturbed(params)
+    other_BT = TOKENS_BT.copy()
+    other_BT[:, 5:] = (other_BT[:, 5:] + 1) % 11
+    ours, others = logits(config, params, TOKENS_BT), logits(config, params, other_BT)
+    np.testing.assert_allclose(ours[:, :5], others[:, :5], atol=1e-5)
+    assert not np.allclose(ours[:, 5:], others[:, 5:])
+
+
+MODEL_PARTS = {
+    n: k for n, k in SpeedrunConfig.parts.items() if not k.keys() & {"optimizer", "lr_schedule"}
+}
+
+
+@pytest.mark.parametrize("name", MODEL_PARTS)
+def test_every_part_of_the_model_changes_its_function(name):
+    """Without the part, the same weights give other logits, or the weights are others."""
+    config, params = init()
+    other, others = init(**SpeedrunConfig.parts[name])
+    if jax.tree.structure(params) != jax.tree.structure(others):
+        return
+    if name == "zero-initialised projections":
+        assert not np.any(params["blocks"][0]["mlp"]["down"]["kernel"])
+        assert np.any(others["blocks"][0]["mlp"]["down"]["kernel"])
+        return
+    params = perturbed(params)
+    assert not np.allclose(
+        logits(config, params, TOKENS_BT), logits(other, params, TOKENS_BT), atol=1e-4
+    )
+
+
+def test_first_logits_are_uniform():
+    config, params = init()
+    np.testing.assert_array_equal(logits(config, params, TOKENS_BT), 0)
+
+
+def test_too_many_value_embeddings_are_rejected():
+    with pytest.raises(UserError, match=r"^value_embeddings=3: too many tables; expected at most"):
+        init(value_embeddings=3)
+
+
+def test_a_key_that_the_model_does_not_have_is_rejected():
+    message = "dropout=0.1: the speedrun's model does not have this key; expected 0.0"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        init(dropout=0.1)
+
+
+def test_windows_grow_to_the_whole_context_in_equal_phases():
+    config = SpeedrunConfig(**SIZES, max_iters=90, first_window=2, window_sizes=3)
+    windows = {step: phase.sliding_window for step, phase in config.phases().items()}
+    assert windows == {0: 2, 30: 5, 60: 0}
+    assert config.replace(first_window=0).phases() == {0: config.replace(first_window=0)}
+
+
+def run(folder, **keys) -> run_dir.Config:
+    """Train a few steps on a small text; return the config of the run."""
+    config = SpeedrunConfig(
+        **SIZES | {"vocab_size": 0}, data_dir=str(folder / "data"), dataset="tale", batch_size=4,
+        gradient_accumulation_steps=1, max_iters=6, eval_interval=3, eval_iters=1, warmup_iters=2,
+        optimizer="normuon", learning_rate=1e-2, min_lr=1e-3, log_interval=1, **keys,
+    )  # fmt: skip
+    assert train(config) == 0
+    return config
+
+
+def losses(config: run_dir.Config) -> list[float]:
+    return [row["loss"] for row in rows_of(config) if "loss" in row]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    return tmp_path
+
+
+def test_training_is_equal_on_a_mesh(folder):
+    alone = run(folder, out_dir=str(folder / "one"), mesh="data:1")
+    for mesh in "data:2", "data:2,fsdp:2":
+        others = run(folder, out_dir=str(folder / mesh), mesh=mesh)
+        np.testing.assert_allclose(losses(others), losses(alone), atol=1e-3)
+
+
+def test_a_run_in_phases_resumes_as_if_it_had_not_stopped(folder, monkeypatch):
+    keys = {"first_window": 2, "window_sizes": 2, "mesh": "data:1"}
+    whole = run(folder, out_dir=str(folder / "whole"), **keys)
+    one_window = run(folder, out_dir=str(folder / "one"), mesh="data:1", sliding_window=2)
+    assert losses(one_window)[:3] == losses(whole)[:3]
+    assert losses(one_window)[3:] != losses(whole)[3:]
+
+    stops, log = [4], Log.train
+
+    def stop(self, row, left_s):
+        log(self, row, left_s)
+        if row["step"] in stops:
+            stops.clear()
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "train", stop)
+    parts = whole.replace(out_dir=str(folder / "parts"))
+    assert train(parts) == 128 + signal.SIGTERM
+    assert train(parts.replace(init_from="resume")) == 0
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.parametrize("file", ["speedrun", "speedrun_gpt2", "ablate_speedrun"])
+def test_config_files_build(file):
+    for config in load_config_file(str(ROOT / "configs" / f"{file}.py")).values():
+        model.abstract_model(config.replace(vocab_size=65))
