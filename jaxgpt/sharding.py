@@ -34,9 +34,9 @@ def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
 def update_sharding(mesh: Mesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of a parameter's moments and update under `shard_optimizer`.
 
-    `data` splits the first axis, other than layers (L), whose length on a device it divides. A
-    first axis is a block of memory, so no device copies it to send it. Without such an axis the
-    sharding is the parameter's.
+    `data` splits the first axis, other than layers (L), whose length on a device it divides. A part
+    of a first axis is contiguous in memory, so it is sent without a copy. If `data` divides no
+    axis, the sharding is that of the parameter.
     """
     sharding = param_sharding(mesh, axes)
     local = sharding.shard_shape(shape)

@@ -130,7 +130,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         over_devices = kernels.accumulation(mesh, splits)
         totals, grads = over_devices(sum_gradients)(state.params, windows_MBT, keys_MB)
-        # two steps, or XLA splits sums in the loop over micro-batches of a mesh with other axes
+        # the first placement keeps XLA from splitting sums over data in every micro-batch
         grads = place(place(grads, shardings.params), shares.params)
         loss_sum, num_targets = totals
         num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
@@ -140,7 +140,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_finite)
-        state = place(place(state, shares), shardings)  # or XLA gathers old and new parameters
+        # without the first placement XLA gathers old and new parameters, and then selects
+        state = place(place(state, shares), shardings)
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     outputs, options = (shardings, replicated(mesh)), compiler_options(config, mesh)

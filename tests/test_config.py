@@ -34,7 +34,8 @@ KINDS = [
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
      "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
-     "decay_lr use_cpu_variant scan_layers deterministic norm_gain", "yes", "True or False"),
+     "decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain", "yes",
+     "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
     ("wandb_run_name freeze", 7, "text"),

@@ -45,12 +45,12 @@ def to_float32(tree: Any) -> Any:
 
 
 def accumulation_reference(mesh: Mesh, splits: Any = None) -> Callable:
-    """Return a map of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
+    """Return a decorator of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
 
-    It changes no function, because XLA adds what the devices compute. If `splits` has a
-    `PartitionSpec` per gradient, and `data` is the mesh's only axis, each device calls the function
-    on its own sequences. Then the gradients are summed and split, once per step: XLA would
-    reduce-scatter them in every micro-batch.
+    By default it changes nothing, because XLA sums over the devices. `splits` are the
+    `PartitionSpec` of the gradients under `shard_optimizer`. With them, on a mesh of `data` alone,
+    each device calls the function on its own sequences, and then the gradients are reduce-scattered
+    once. If XLA split them, it would reduce-scatter them in every micro-batch.
     """
     if splits is None or not is_data_mesh(mesh):
         return lambda function: function
@@ -63,7 +63,7 @@ def accumulation_reference(mesh: Mesh, splits: Any = None) -> Callable:
 
 
 def accumulation_cpu(mesh: Mesh, splits: Any = None) -> Callable:
-    """Return a map of functions to those that compute on each virtual device, then add once.
+    """Return a decorator that calls a function on each virtual device, then sums over devices once.
 
     All sums are one array, because XLA:CPU synchronises the devices once per array
     (docs/performance.md, "One all-reduce per step").
