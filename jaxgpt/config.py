@@ -274,6 +274,9 @@ class ParallelConfig:
     mesh: Annotated[str, Pattern(r"(\w+:\d+(,\w+:\d+)*)?", "axis:size[,axis:size]")] = ""
     """Devices per axis (data, fsdp, tensor), as in data:2,fsdp:4; empty puts all devices on
     data."""
+    shard_optimizer: bool = False
+    """Split the optimizer's moments and its update over the mesh axis data (ZeRO-1); every device
+    still holds whole parameters."""
     attention: Literal["auto", "reference", "cpu", "xla", "cudnn", "flash", "splash"] = "auto"
     """Attention back end; `auto` takes the fastest that this device and model support. cudnn and
     flash are for NVIDIA GPUs, splash is for TPUs."""

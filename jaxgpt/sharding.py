@@ -31,6 +31,23 @@ def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in letters)))
 
 
+def update_sharding(mesh: Mesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of a parameter's moments and update under `shard_optimizer`.
+
+    `data` splits the first axis, other than layers (L), whose length on a device it divides. A part
+    of a first axis is contiguous in memory, so it is sent without a copy. If `data` divides no
+    axis, the sharding is that of the parameter.
+    """
+    sharding = param_sharding(mesh, axes)
+    local = sharding.shard_shape(shape)
+    for i, letter in enumerate(axes):
+        if letter != "L" and local[i] % mesh.shape["data"] == 0:
+            spec = [*sharding.spec, *[None] * len(axes)][: len(axes)]
+            spec[i] = ("data",) if spec[i] is None else (spec[i], "data")
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return sharding
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())

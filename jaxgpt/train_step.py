@@ -4,7 +4,7 @@ U steps per call, M micro-batches per step, B sequences per micro-batch, T lengt
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import stages
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import register_dataclass
 
 from jaxgpt import kernels
 from jaxgpt.config import Config
+from jaxgpt.kernels.accumulate import accumulate
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
 from jaxgpt.runtime.device import compiler_options
-from jaxgpt.sharding import param_sharding, replicated, use_mesh
+from jaxgpt.sharding import param_sharding, replicated, update_sharding, use_mesh
 
 
 @register_dataclass
@@ -50,14 +51,27 @@ def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(place, shapes, axes)
 
 
+def update_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Return how the moments and the update of each parameter are split (`shard_optimizer`)."""
+    _, shapes, axes = abstract_model(config)
+
+    def place(shape: jax.ShapeDtypeStruct, letters: str, is_frozen: bool) -> NamedSharding:
+        if config.shard_optimizer and not is_frozen:
+            return update_sharding(mesh, letters, shape.shape)
+        return param_sharding(mesh, letters)
+
+    return jax.tree.map(place, shapes, axes, frozen_mask(config, shapes))
+
+
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
-    An array of the optimizer is sharded as the parameter whose path its own path ends with.
+    An array of the optimizer is sharded as the update of the parameter whose path its own path
+    ends with.
     """
     keystr = jax.tree_util.keystr
-    params = jax.tree.leaves_with_path(abstract_params(config, mesh))
-    shardings = {keystr(path): param.sharding for path, param in params}
+    updates = jax.tree.leaves_with_path(update_shardings(config, mesh))
+    shardings = {keystr(path): sharding for path, sharding in updates}
     whole = replicated(mesh)
 
     def describe(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -65,7 +79,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         sharding = next((shardings[tail] for tail in tails if tail in shardings), whole)
         return array.update(sharding=sharding)
 
-    return jax.tree.map_with_path(describe, jax.eval_shape(partial(create_state, config)))
+    state = jax.tree.map_with_path(describe, jax.eval_shape(partial(create_state, config)))
+    return replace(state, params=abstract_params(config, mesh))
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -90,6 +105,21 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     with use_mesh(mesh):  # whether gains are folded depends on the platform
         used = config_in_use(config)
     grad_fn = jax.value_and_grad(make_loss_fn(config, used), has_aux=True)
+    shardings = state_shardings(config, mesh)
+    # in the update each device has its share of the parameters, as it has of their moments
+    shares = replace(shardings, params=update_shardings(config, mesh))
+    place, splits = lambda tree, _: tree, None
+    if config.shard_optimizer:
+        place = jax.lax.with_sharding_constraint
+        splits = jax.tree.map(lambda share: share.spec, shares.params)
+
+    def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
+        """Sum the losses, target counts and gradients of the M micro-batches."""
+        # the weights of `used`, and the map of their gradients to those of the parameters
+        weights, to_params = jax.vjp(partial(weights_in_use, config, used), params)
+        weights = cast_weights(weights, config.dtype)
+        totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+        return totals, *to_params(grads)
 
     @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
@@ -98,25 +128,24 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             return repeat_step(train_step, state, windows_UMBT, count)
         windows_MBT = windows_UMBT[0]
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        # the weights of `used`, and the map of their gradients to those of the parameters
-        weights, to_params = jax.vjp(partial(weights_in_use, config, used), state.params)
-        weights = cast_weights(weights, config.dtype)
-        # sums of losses, target counts and gradients over the M micro-batches
-        accumulate = kernels.accumulation(mesh)
-        (loss_sum, num_targets), grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+        over_devices = kernels.accumulation(mesh, splits)
+        totals, grads = over_devices(sum_gradients)(state.params, windows_MBT, keys_MB)
+        # the first placement keeps XLA from splitting sums over data in every micro-batch
+        grads = place(place(grads, shardings.params), shares.params)
+        loss_sum, num_targets = totals
         num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
-        (grads,) = to_params(grads)
         grads = jax.tree.map(lambda g: g / num_targets, grads)
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        state = apply_update(optimizer, is_frozen, state, grads, is_finite)
+        state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_finite)
+        # without the first placement XLA gathers old and new parameters, and then selects
+        state = place(place(state, shares), shardings)
         return state, jax.tree.map(lambda value: value[None], metrics)
 
-    shardings = state_shardings(config, mesh), replicated(mesh)
-    options = compiler_options(config, mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    outputs, options = (shardings, replicated(mesh)), compiler_options(config, mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
 
 
 def apply_update(

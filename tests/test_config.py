@@ -35,7 +35,8 @@ KINDS = [
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
      "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
-     "align_documents decay_lr use_cpu_variant scan_layers deterministic norm_gain", "yes",
+     "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "
+     "cautious_weight_decay", "yes",
      "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
@@ -47,7 +48,7 @@ KINDS = [
     ("norm_position", "before", "one of pre, post"),
     ("position", "alibi", "one of learned, sinusoidal, rope, none"),
     ("mlp", "GELU", "one of gelu, gelu_tanh, relu, relu2, swiglu"),
-    ("optimizer", "adam", "one of adamw, muon"),
+    ("optimizer", "adam", "one of adamw, muon, normuon"),
     ("lr_schedule", "linear", "one of cosine, wsd"),
     ("device", "cuda:0", "one of auto, cpu, gpu, cuda, tpu"),
     ("dtype", "float16", "one of auto, float32, bfloat16, float64"),

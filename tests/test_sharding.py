@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batch_size import global_batch_size, num_microbatches
 from jaxgpt.runtime.mesh import AXES, local_mesh, make_mesh
-from jaxgpt.sharding import param_sharding
+from jaxgpt.sharding import param_sharding, update_sharding
 
 DEVICES = 8  # see conftest.py
 SIZES = st.integers(1, 60)
@@ -190,3 +190,24 @@ def test_parameter_shard_shapes_follow_the_mesh_axes(axes, shape, shard):
     assert param_sharding(mesh, axes).shard_shape(shape) == shard
     whole = make_mesh(make_config(mesh="data:8"))
     assert param_sharding(whole, axes).shard_shape(shape) == shape
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "shape", "shard"),
+    [
+        ("data:4", "VD", (128, 16), (32, 16)),
+        ("data:4", "NHD", (2, 8, 16), (2, 2, 16)),  # two heads cannot be split
+        ("data:4", "LDF", (4, 16, 64), (4, 4, 64)),  # layers are never split
+        ("data:4", "D", (16,), (4,)),
+        ("data:4", "", (), ()),
+        ("data:4", "D", (6,), (6,)),  # nothing can be split
+        ("data:4", " ", (16,), (4,)),  # an axis without a letter
+        ("data:2,fsdp:2", "DF", (16, 64), (4, 64)),  # D is split by fsdp, and then by data
+        ("data:2,fsdp:4", "DF", (4, 64), (1, 32)),  # fsdp leaves nothing of D to split
+        ("data:2,tensor:2", "DF", (16, 64), (8, 32)),
+        ("data:2,fsdp:2,tensor:2", "FD", (64, 16), (16, 8)),
+    ],
+)
+def test_update_splits_the_first_axis_that_data_divides(mesh, axes, shape, shard):
+    sharding = update_sharding(make_mesh(make_config(mesh=mesh)), axes, shape)
+    assert sharding.shard_shape(shape) == shard

@@ -20,7 +20,6 @@ from jaxgpt.kernels.position import apply_rope
 from jaxgpt.model import ACTIVATIONS, INIT_STD, OUTPUT_EQUATION, Embedding, Linear, Norm
 from jaxgpt.sharding import constrain_batch
 
-
 # Keys of `Config` that the speedrun's model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
     *("n_kv_head", "dropout", "norm_position", "causal", "value_residual", "document_mask"),

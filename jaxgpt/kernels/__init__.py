@@ -30,7 +30,7 @@ from jaxgpt.kernels.platform import current_platform
 ANY = "any platform without a row of its own"
 
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("accumulation", ANY): lambda mesh: accumulate.accumulate,
+    ("accumulation", ANY): accumulate.accumulation_reference,
     ("accumulation", "cpu"): accumulate.accumulation_cpu,
     ("adam_direction", ANY): adamw.adam_direction_folded,
     ("adam_direction", "cpu"): adamw.adam_direction_cpu,

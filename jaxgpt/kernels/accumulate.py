@@ -4,6 +4,7 @@ M micro-batches, B sequences per micro-batch, T length.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,32 +44,64 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def accumulation_cpu(mesh: Mesh) -> Callable:
-    """Return a function that accumulates on each virtual device, then sums over devices once.
+def accumulation_reference(mesh: Mesh, splits: Any = None) -> Callable:
+    """Return a decorator of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
+
+    By default it changes nothing, because XLA sums over the devices. `splits` are the
+    `PartitionSpec` of the gradients under `shard_optimizer`. With them, on a mesh of `data` alone,
+    each device calls the function on its own sequences, and then the gradients are reduce-scattered
+    once. If XLA split them, it would reduce-scatter them in every micro-batch.
+    """
+    if splits is None or not is_data_mesh(mesh):
+        return lambda function: function
+
+    def add(sums: tuple) -> tuple:
+        totals, grads = sums
+        return jax.lax.psum(totals, BATCH), jax.tree.map(add_and_split, grads, splits)
+
+    return partial(apart, mesh, add, (PartitionSpec(), splits))
+
+
+def accumulation_cpu(mesh: Mesh, splits: Any = None) -> Callable:
+    """Return a decorator that calls a function on each virtual device, then sums over devices once.
 
     All sums are one array, because XLA:CPU synchronises the devices once per array
     (docs/performance.md, "One all-reduce per step").
     """
-    if not is_virtual_cpu_mesh(mesh):
-        return accumulate
+    if splits is not None or not is_virtual_cpu_mesh(mesh):
+        return accumulation_reference(mesh, splits)
 
-    def accumulate_apart(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
-        def local(params: Any, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
-            flat, unravel = ravel_pytree(accumulate(grad_fn, params, windows_MBT, keys_MB))
-            return unravel(jax.lax.psum(flat, BATCH))
+    def add(sums: tuple) -> tuple:
+        flat, unravel = ravel_pytree(sums)
+        return unravel(jax.lax.psum(flat, BATCH))
 
-        split, whole = PartitionSpec(None, BATCH), PartitionSpec()
-        specs: dict[str, Any] = {"in_specs": (whole, split, split), "out_specs": whole}
-        mapped = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
-        return mapped(params, windows_MBT, keys_MB)
+    return partial(apart, mesh, add, PartitionSpec())
 
-    return accumulate_apart
+
+def apart(mesh: Mesh, add: Callable, out_specs: Any, function: Callable) -> Callable:
+    """Return `function` as each device calls it on its own sequences, followed by `add`."""
+    split, whole = PartitionSpec(None, BATCH), PartitionSpec()
+    specs: dict[str, Any] = {"in_specs": (whole, split, split), "out_specs": out_specs}
+    local = lambda *arguments: add(function(*arguments))
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+
+
+def add_and_split(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Sum the arrays of all devices; return the part of the sum that `spec` gives this device."""
+    axis = next((i for i, names in enumerate(spec) if names and "data" in names), None)
+    if axis is None:
+        return jax.lax.psum(x, BATCH)
+    return jax.lax.psum_scatter(x, "data", scatter_dimension=axis, tiled=True)
+
+
+def is_data_mesh(mesh: Mesh) -> bool:
+    """Return whether the mesh has several devices that each hold all parameters."""
+    return 1 < mesh.size == mesh.shape["data"]
 
 
 def is_virtual_cpu_mesh(mesh: Mesh) -> bool:
     """Return whether the mesh has several CPU devices that each hold all parameters."""
-    over_data = 1 < mesh.size == mesh.shape["data"]
-    return over_data and all(device.platform == "cpu" for device in mesh.devices.flat)
+    return is_data_mesh(mesh) and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def max_sequences_per_device(mesh: Mesh, batch_size: int, block_size: int) -> int:

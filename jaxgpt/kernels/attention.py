@@ -281,8 +281,7 @@ def attention_splash(
     (docs/performance.md, "Flash attention on TPUs").
     """
     local = partial(_splash_local, options, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_partitioned():
         return local(q, k, v, segment_ids)
     spec = PartitionSpec(BATCH, None, "tensor", None)
     in_specs = spec, spec, spec, PartitionSpec(spec[0])

@@ -355,7 +355,7 @@ def format_plan(plan: Plan) -> str:
     ]
     for kind in sorted({c.kind for c in plan.collectives}):
         sent = sum(c.times * c.bytes for c in plan.collectives if c.kind == kind)
-        lines.append(f"  {kind:<17} {gib(sent)}  sent per step{_in_calls(plan.overlap[kind])}")
+        lines.append(f"  {kind:<17} {gib(sent)}  sent per step{_in_calls(plan.overlap.get(kind))}")
     shares = ", ".join(f"{what} {100 * x:.0f}%" for what, x in EFFICIENCY.items())
     lines += [
         f"estimate: {1000 * fast:,.0f} ms per step if all work overlaps, {1000 * slow:,.0f} ms if "
@@ -366,8 +366,13 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _in_calls(overlap: Overlap) -> str:
-    """Return how often a kind of collective runs, and how much of its time compute hides."""
+def _in_calls(overlap: Overlap | None) -> str:
+    """Return how often a kind of collective runs, and how much of its time compute hides.
+
+    That is unknown for collectives that are a part of fusions.
+    """
+    if overlap is None:
+        return ""
     calls = f", in {overlap.calls:,} calls, {overlap.asynchronous:,} of them asynchronous"
     share = abs(overlap.hidden / overlap.seconds)  # rounding may make it negative
     return f"{calls}; {1000 * overlap.seconds:,.1f} ms, {100 * share:.0f}% during compute"

@@ -374,7 +374,7 @@ BABY_GPT = """
 FREE = """
 out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboard wandb_run_name
 data_on_device device use_cpu_variant dtype mesh attention xla deterministic remat
-scan_layers steps_per_call coordinator num_processes process_id max_nonfinite_steps
+scan_layers shard_optimizer steps_per_call coordinator num_processes process_id max_nonfinite_steps
 early_stopping_patience target_val_loss freeze decay_fraction digits
 """
 

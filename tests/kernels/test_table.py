@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_all_close, assert_trees_close, make_config, value_and_grads
+from jax.sharding import PartitionSpec
 from reference import numpy_gpt as ref
 
 from jaxgpt.kernels import ADAM_EPSILON, TABLE
+from jaxgpt.kernels.accumulate import accumulate
 from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 from jaxgpt.kernels.position import apply_rope
 from jaxgpt.model import ACTIVATIONS, Norm
@@ -172,23 +174,30 @@ def test_rope_equals_complex_rotation(positions):
 # ---- parts of the training step without gradients --------------------------------------------
 
 
+@pytest.mark.parametrize("splits", [None, {"a": PartitionSpec("data"), "b": PartitionSpec()}])
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("row", variants("accumulation"))
-def test_accumulated_loss_and_gradients_sum_over_all_sequences(row, micro):
-    """The mesh has two CPU devices; bfloat16 gradients are summed in float32."""
-    windows_GT = jnp.asarray(draw(8, 3))
-    params = {"a": jnp.asarray(draw(3)), "b": jnp.asarray(draw(2), jnp.bfloat16)}
+def test_accumulated_loss_and_gradients_sum_over_all_sequences(row, micro, splits):
+    """The mesh has two CPU devices; bfloat16 gradients are summed in float32.
+
+    With `splits` each device gets half of the sum of `a`.
+    """
+    windows_GT = jnp.asarray(draw(8, 4))
+    params = {"a": jnp.asarray(draw(4)), "b": jnp.asarray(draw(2), jnp.bfloat16)}
     mesh = make_mesh(make_config(mesh="data:2", batch_size=8))
 
     def grad_fn(params: dict, windows_BT: jax.Array, keys_B: jax.Array) -> tuple:
         grads = {"a": windows_BT.sum(0) * params["a"], "b": params["b"] * keys_B.sum()}
         return (windows_BT.sum(), jnp.int32(len(windows_BT))), grads
 
-    windows_MBT = windows_GT.reshape(micro, -1, 3)
+    windows_MBT = windows_GT.reshape(micro, -1, 4)
     keys_MB = jnp.arange(8.0, dtype=jnp.bfloat16).reshape(micro, -1)
-    step = jax.jit(lambda params, *batch: TABLE[row](mesh)(grad_fn, params, *batch))
+    step = jax.jit(TABLE[row](mesh, splits)(partial(accumulate, grad_fn)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         (total, count), grads = step(params, windows_MBT, keys_MB)
+    for name, size in {"a": 4, "b": 2}.items():
+        shard = grads[name].addressable_shards[0].data.shape
+        assert shard == ((size // 2,) if splits and splits[name] else (size,))
     assert (float(total), int(count)) == (pytest.approx(float(windows_GT.sum()), rel=1e-5), 8)
     assert {grad.dtype for grad in grads.values()} == {np.dtype("float32")}
     np.testing.assert_allclose(grads["a"], windows_GT.sum(0) * params["a"], atol=1e-5)

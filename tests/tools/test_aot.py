@@ -233,6 +233,29 @@ def test_gradients_are_all_reduced_once_per_step(topology, layers):
 
 
 @aot
+@pytest.mark.parametrize(
+    ("topology", "layers", "reduced"), [("h100:8", 2, 0.001), ("v5e:2x4", 1, 0.1)]
+)
+def test_shard_optimizer_scatters_gradients_and_gathers_parameters_once(topology, layers, reduced):
+    """A TPU all-reduces one kernel of each block, because D is the last axis of its gradient.
+
+    `reduced` bounds the bytes of all-reduces as a part of those of the reduce-scatters.
+    """
+    step = absent_step(topology, MICRO * 8, n_layer=layers, shard_optimizer=True)
+    assert_donated(step)
+    found = step.program.collectives()
+    assert {c.times for c in found} == {1}
+    sent = Counter()
+    for c in found:
+        sent[c.kind] += c.bytes
+    params = 0.8 * step.state_bytes  # the moments' shares are a quarter of the parameters
+    once = params * 7 / 8
+    assert 0.85 * once < sent["reduce-scatter"] < 1.02 * once
+    assert 0.95 * once < sent["all-gather"] < 1.02 * once
+    assert sent["all-reduce"] < reduced * once
+
+
+@aot
 @on_all
 def test_train_state_is_updated_in_place_on_accelerators(topology, layers):
     assert_donated(compiled(topology, layers))
