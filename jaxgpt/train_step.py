@@ -129,7 +129,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         windows_MBT = windows_UMBT[0]
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         over_devices = kernels.accumulation(mesh, splits)
-        totals, grads = over_devices(sum_gradients)(state.params, windows_MBT, keys_MB)
+        params = place(state.params, shardings.params)  # in a loop over steps XLA may split them
+        totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
         # the first placement keeps XLA from splitting sums over data in every micro-batch
         grads = place(place(grads, shardings.params), shares.params)
         loss_sum, num_targets = totals

@@ -124,8 +124,9 @@ def test_masked_token_is_still_an_input():
     assert len({round(float(loss), 6) for loss in losses}) == 3
 
 
-def test_several_steps_per_call_equal_single_steps():
-    config = make_config(dropout=0.1)
+@pytest.mark.parametrize("options", [{}, {"mesh": "data:2,fsdp:2", "shard_optimizer": True}])
+def test_several_steps_per_call_equal_single_steps(options):
+    config = make_config(dropout=0.1, **options)
     batches = [make_windows(config, seed=i) for i in range(6)]
     joined = [jnp.concatenate(batches[i : i + 3]) for i in (0, 3)]
     assert_same(take_steps(config, joined), take_steps(config, batches), atol=1e-6)
