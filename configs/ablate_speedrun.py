@@ -1,7 +1,7 @@
 """Define the study of docs/speedrun.md: the speedrun's recipe, and what each of its parts gains.
 
 Used by `jaxgpt ablate --config configs/ablate_speedrun.py`. The baseline is the quick start's
-config for a CPU; n_layer, n_head and n_embd set the size of both.
+config for a CPU; n_layer and n_embd set the size of both.
 """
 
 from configs.shakespeare import cpu_config as quick_start

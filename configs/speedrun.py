@@ -19,6 +19,8 @@ recipe = {
     "dropout": 0.0,
     "optimizer": "normuon",
     "muon_polynomial": "polar_express",
+    "muon_iterations": 3,
+    "muon_per_head": True,
     "lr_schedule": "wsd",
     "decay_fraction": 0.5,
     "warmup_iters": 20,
@@ -37,6 +39,6 @@ config = SpeedrunConfig(**baby_gpt.to_dict() | recipe).replace(
 cpu_config = SpeedrunConfig(**quick_start.to_dict() | recipe).replace(
     n_head=2,
     learning_rate=0.012,
-    max_iters=450,
-    lr_decay_iters=450,
+    max_iters=500,
+    lr_decay_iters=500,
 )

@@ -224,8 +224,13 @@ class OptimizerConfig:
     share learning rate and weight decay; Muon's momentum is 0.95. `normuon` also divides the update
     of each output neuron by its running RMS, with the decay rate beta2."""
     muon_polynomial: Literal["jordan", "polar_express"] = "jordan"
-    """The five polynomials by which Muon orthogonalises: those of Jordan et al. (2024), or those of
-    Amsel et al. (2025), which also bring small singular values near 1."""
+    """The polynomials by which Muon orthogonalises: those of Jordan et al. (2024), or those of
+    Amsel et al. (2025), which bring singular values nearer to 1."""
+    muon_iterations: Annotated[int, Range(1, 5)] = 5
+    """Number of polynomials that Muon applies, the first of five. Fewer take less time, and leave
+    small singular values below 1."""
+    muon_per_head: bool = False
+    """Let Muon orthogonalise the maps of each attention head alone, which takes less time."""
     momentum_warmup_iters: NonNegativeInt = 0
     """Steps in which Muon's momentum rises from 0.85 to 0.95; 0 turns this warm-up off."""
     learning_rate: NonNegativeFloat = 6e-4

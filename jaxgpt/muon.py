@@ -30,18 +30,20 @@ class MatrixAxes(NamedTuple):
     outputs: tuple[int, ...]
 
 
-def matrix_axes(letters: dict, kinds: dict) -> dict:
+def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
     """Return the `MatrixAxes` of each parameter of kind "muon"; a blank for others.
 
     D is one side of the matrix; heads or hidden units are the other side. Each layer (L) and each
-    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused.
+    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused; with
+    `per_head`, so is each head (N, K).
     """
+    apart = "LCNK" if per_head else "LC"
 
     def axes(letters: str, kind: str) -> MatrixAxes | optax.MaskedNode:
         if kind != "muon":
             return optax.MaskedNode()
         width = (letters.index("D"),)
-        other = tuple(i for i, letter in enumerate(letters) if letter not in "LCD")
+        other = tuple(i for i, letter in enumerate(letters) if letter not in apart + "D")
         return MatrixAxes(*sorted((width, other)))  # a kernel's input axes come first
 
     return jax.tree.map(axes, letters, kinds)

@@ -132,7 +132,9 @@ def partition_by_kind(
     kinds = jax.tree.map_with_path(kind, letters, frozen_mask(config, shapes))
     transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
     if uses_muon:
-        transforms["muon"] = scale_by_muon(config, muon.matrix_axes(letters, kinds))
+        transforms["muon"] = scale_by_muon(
+            config, muon.matrix_axes(letters, kinds, per_head=config.muon_per_head)
+        )
     if config.freeze:
         transforms["frozen"] = optax.set_to_zero()
     return optax.partition(transforms, kinds)
@@ -140,7 +142,7 @@ def partition_by_kind(
 
 def scale_by_muon(config: Config, axes: dict) -> optax.GradientTransformation:
     """Return Muon's update directions, with an RMS of about AdamW's."""
-    polynomial = POLYNOMIALS[config.muon_polynomial]
+    polynomial = POLYNOMIALS[config.muon_polynomial].first(config.muon_iterations)
     direction = muon.scale_by_muon(axes, polynomial, config.momentum_warmup_iters)
     if config.optimizer == "normuon":
         scale = skip_if_nonfinite(muon.normalize_neurons(axes, config.beta2))

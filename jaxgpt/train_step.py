@@ -67,17 +67,19 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
     An array of the optimizer is sharded as the update of the parameter whose path its own path
-    ends with.
+    ends with, if both have one shape.
     """
     keystr = jax.tree_util.keystr
-    updates = jax.tree.leaves_with_path(update_shardings(config, mesh))
-    shardings = {keystr(path): sharding for path, sharding in updates}
-    whole = replicated(mesh)
+    _, shapes, _ = abstract_model(config)
+    place = lambda shape, sharding: shape.update(sharding=sharding)
+    updates = jax.tree.map(place, shapes, update_shardings(config, mesh))
+    updates = {keystr(path): update for path, update in jax.tree.leaves_with_path(updates)}
 
     def describe(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         tails = (keystr(path[i:]) for i in range(len(path)))
-        sharding = next((shardings[tail] for tail in tails if tail in shardings), whole)
-        return array.update(sharding=sharding)
+        update = next((updates[tail] for tail in tails if tail in updates), None)
+        has_shape = update is not None and update.shape == array.shape
+        return array.update(sharding=update.sharding if has_shape else replicated(mesh))
 
     state = jax.tree.map_with_path(describe, jax.eval_shape(partial(create_state, config)))
     return replace(state, params=abstract_params(config, mesh))

@@ -23,11 +23,13 @@ DEFAULTS = Config().to_dict()
 KINDS = [
     ("max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
      "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
-     "max_nonfinite_steps num_processes steps_per_call", -1, "a whole number at least 0"),
+     "max_nonfinite_steps num_processes steps_per_call momentum_warmup_iters", -1,
+     "a whole number at least 0"),
     ("eval_interval log_interval keep_checkpoints batch_size gradient_accumulation_steps "
      "block_size n_head n_embd", 0, "a whole number at least 1"),
     ("eot_id process_id", -2, "a whole number at least -1"),
     ("digits", 10, "a whole number from 1 to 9"),
+    ("muon_iterations", 6, "a whole number from 1 to 5"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
     ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss", -1e-9,
      "a number at least 0"),
@@ -36,7 +38,7 @@ KINDS = [
     ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
      "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
      "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "
-     "cautious_weight_decay", "yes",
+     "cautious_weight_decay muon_per_head", "yes",
      "True or False"),
     ("out_dir wandb_project", "", "non-empty text"),
     ("data_dir", "a\0b", "non-empty text"),
@@ -49,6 +51,7 @@ KINDS = [
     ("position", "alibi", "one of learned, sinusoidal, rope, none"),
     ("mlp", "GELU", "one of gelu, gelu_tanh, relu, relu2, swiglu"),
     ("optimizer", "adam", "one of adamw, muon, normuon"),
+    ("muon_polynomial", "cubic", "one of jordan, polar_express"),
     ("lr_schedule", "linear", "one of cosine, wsd"),
     ("device", "cuda:0", "one of auto, cpu, gpu, cuda, tpu"),
     ("dtype", "float16", "one of auto, float32, bfloat16, float64"),

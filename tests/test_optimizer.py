@@ -94,21 +94,26 @@ def test_ten_adamw_steps_match_numpy(clip, kind):
     assert_trees_close(ours, theirs, atol=1e-6)
 
 
-def orthogonal(matrix: np.ndarray, polynomial: str = "jordan") -> np.ndarray:
-    """Return five Newton-Schulz iterations of a matrix [inputs, outputs] (Jordan et al. 2024)."""
+def orthogonal(matrix: np.ndarray, polynomial: str = "jordan", iterations=5) -> np.ndarray:
+    """Return Newton-Schulz iterations of a matrix [inputs, outputs] (Jordan et al. 2024)."""
     if polynomial == "jordan":
         coefficients, x = [(3.4445, -4.7750, 2.0315)] * 5, matrix / np.linalg.norm(matrix)
     else:
         coefficients = POLYNOMIALS["polar_express"].coefficients
         x = matrix / (1.02 * np.linalg.norm(matrix))
-    for a, b, c in coefficients:
+    for a, b, c in coefficients[:iterations]:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
-def by_matrix(function, path: str, kernel: np.ndarray, width: int) -> np.ndarray:
+def by_matrix(function, path: str, kernel: np.ndarray, width: int, per_head=False) -> np.ndarray:
     """Apply `function` to each input-by-output matrix of a block's kernel."""
+    if per_head and path.endswith("attn.out.kernel"):
+        return np.stack([function(head) for head in kernel])
+    if per_head and path.endswith("qkv.kernel"):
+        heads = [[function(kernel[:, i, n]) for n in range(kernel.shape[2])] for i in range(3)]
+        return np.stack([np.stack(part, 1) for part in heads], 1)
     if path.endswith("attn.out.kernel"):
         return function(kernel.reshape(-1, width)).reshape(kernel.shape)
     if path.endswith(("qkv.kernel", "kv.kernel")) or (kernel.ndim == 3 and ".up." in path):
@@ -117,9 +122,9 @@ def by_matrix(function, path: str, kernel: np.ndarray, width: int) -> np.ndarray
     return function(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
 
 
-def muon_direction(matrix: np.ndarray, polynomial: str) -> np.ndarray:
+def muon_direction(matrix: np.ndarray, polynomial: str, iterations: int) -> np.ndarray:
     """Return an orthogonal matrix whose elements have an RMS of 0.2."""
-    return 0.2 * np.sqrt(max(matrix.shape)) * orthogonal(matrix, polynomial)
+    return 0.2 * np.sqrt(max(matrix.shape)) * orthogonal(matrix, polynomial, iterations)
 
 
 def normuon_direction(matrix: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
@@ -141,6 +146,7 @@ MUON_OPTIONS = [
     {"momentum_warmup_iters": 4},
     {"cautious_weight_decay": True},
     {"optimizer": "normuon"},
+    {"muon_iterations": 3, "muon_per_head": True},
 ]
 
 
@@ -194,11 +200,11 @@ def muon_by_numpy(config: Config, start: dict, grads: list[dict]) -> dict:
 
             def direction(matrix: np.ndarray, numbers=numbers, moments=moments) -> np.ndarray:
                 if config.optimizer == "muon":
-                    return muon_direction(matrix, config.muon_polynomial)
+                    return muon_direction(matrix, config.muon_polynomial, config.muon_iterations)
                 moment = moments.setdefault(next(numbers), np.zeros(matrix.shape[1]))
                 return normuon_direction(matrix, moment)
 
-            update = by_matrix(direction, path, ahead, 4)
+            update = by_matrix(direction, path, ahead, 4, config.muon_per_head)
             decayed = kernel * (update * kernel > 0) if config.cautious_weight_decay else kernel
             kernel = kernel - 0.1 * (update + 0.2 * decayed)
         wanted[path] = kernel

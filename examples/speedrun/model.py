@@ -43,7 +43,8 @@ class SpeedrunConfig(Config):
         "untied head": {"tie_embeddings": True},
         "NorMuon's second moment": {"optimizer": "muon"},
         "Muon": {"optimizer": "adamw"},
-        "Polar Express": {"muon_polynomial": "jordan"},
+        "Polar Express": {"muon_polynomial": "jordan", "muon_iterations": 5},
+        "Muon per head": {"muon_per_head": False},
         "warm-up, stable, decay": {"lr_schedule": "cosine"},
         "slower embeddings": {"embedding_lr_scale": 1.0},
     }

@@ -18,7 +18,11 @@ class Polynomial(NamedTuple):
     """
 
     coefficients: tuple[tuple[float, float, float], ...]  # a, b, c of each iteration
-    norm: float = 1.0  # the Frobenius norm of a matrix is divided by itself and by this
+    norm: float = 1.0  # a matrix is divided by its Frobenius norm and by this
+
+    def first(self, iterations: int) -> "Polynomial":
+        """Return only the first iterations."""
+        return self._replace(coefficients=self.coefficients[:iterations])
 
 
 POLYNOMIALS = {

@@ -20,7 +20,7 @@ from jaxgpt.tools.ablate import final_loss, step_cost, train_run
 
 BASELINE, WHOLE = "baseline", "recipe"
 SHARES = (0.067, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.0)  # of the baseline's steps
-FIRST_SHARE = 1  # index in SHARES of the first run; if it reaches the loss, shorter runs follow
+FIRST_SHARE = 3  # index in SHARES of the first run; if it reaches the loss, shorter runs follow
 
 
 @dataclass(frozen=True)

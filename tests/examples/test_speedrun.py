@@ -53,7 +53,7 @@ def test_logits_do_not_depend_on_later_tokens(keys):
     assert not np.allclose(ours[:, 5:], others[:, 5:])
 
 
-TRAINING = {"optimizer", "muon_polynomial", "lr_schedule", "embedding_lr_scale"}  # not the model
+TRAINING = {"optimizer", "muon_polynomial", "muon_per_head", "lr_schedule", "embedding_lr_scale"}
 MODEL_PARTS = [name for name, keys in SpeedrunConfig.parts.items() if not keys.keys() & TRAINING]
 
 

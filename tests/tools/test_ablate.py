@@ -161,17 +161,6 @@ def test_unknown_feature_is_rejected_with_nearest_name(config, tmp_path):
         ablate.ablate(config, ["rop"], 1, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["config", "cpu_config"])
-def test_speedrun_config_is_the_quick_start_with_the_combined_features(name):
-    speedrun = load_config_file(str(CONFIGS / "speedrun.py"))[name].to_dict()
-    quick = load_config_file(str(CONFIGS / "shakespeare.py"))[name].to_dict()
-    differing = {key: value for key, value in speedrun.items() if value != quick[key]}
-    own = {"out_dir", "max_iters", "lr_decay_iters", "learning_rate", "wandb_project"}
-    assert {k: v for k, v in differing.items() if k not in own} == ablate.FEATURES[ablate.COMBINED][
-        0
-    ]
-
-
 def test_every_feature_changes_the_small_baseline():
     config = load_config_file(str(CONFIGS / "ablate.py"))["config"]
     for keys, _ in ablate.FEATURES.values():
