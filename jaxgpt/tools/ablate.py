@@ -124,7 +124,8 @@ def final_loss(config: Config) -> float | None:
     """
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
-    saved, default = run_dir.load_config(config.out_dir), Config()
+    saved = run_dir.load_config(config.out_dir, config_class=type(config))
+    default = type(config)()
     for key, value in config.to_dict().items():
         found = getattr(saved, key)
         is_auto = key in AUTO_KEYS and value == getattr(default, key)
