@@ -9,7 +9,7 @@ from configs.speedrun import cpu_config as speedrun
 
 study = {
     "out_dir": "out/ablate_speedrun",
-    "max_iters": 800,
+    "max_iters": 400,
     "lr_decay_iters": 0,  # every run has a schedule of its own length
     "eval_interval": 100_000,  # evaluate only at the end, on the whole validation split
     "eval_iters": 1,

@@ -122,14 +122,18 @@ def over_data(function: Callable) -> Callable:
     """Return `function` of an array [S, ...], of which each device on `data` computes a share."""
     if not splits("data"):
         return function
-    share, free = PartitionSpec("data"), PartitionSpec.UNCONSTRAINED
+    # a matrix is whole on every device, or as the axes fsdp and tensor split it
+    only_data = not (splits("fsdp") or splits("tensor"))
+    side = None if only_data else PartitionSpec.UNCONSTRAINED
+    share, whole = PartitionSpec("data"), PartitionSpec(None, side, side)
 
     def shared(x_SIJ: jax.Array) -> jax.Array:
         count, devices = len(x_SIJ), jax.sharding.get_abstract_mesh().shape["data"]
         x_SIJ = jnp.pad(x_SIJ, ((0, -count % devices), (0, 0), (0, 0)))
+        # without this, XLA would split what comes before, and exchange the parts
+        x_SIJ = jax.lax.with_sharding_constraint(x_SIJ, whole)
         manual: dict[str, Any] = {"axis_names": {"data"}, "check_vma": False}
         y_SIJ = jax.shard_map(function, in_specs=share, out_specs=share, **manual)(x_SIJ)
-        whole = PartitionSpec(None, free, free)
         return jax.lax.with_sharding_constraint(y_SIJ, whole)[:count]
 
     return shared

@@ -339,7 +339,7 @@ def ablate(argv: list[str]) -> int:
     config = config.replace(**command_line.overrides)
     if "baseline" in configs:
         baseline = configs["baseline"].replace(**command_line.overrides)
-        return time_to_loss.measure(baseline, config, args.seeds, args.out_dir)
+        return time_to_loss.measure(baseline, config, args.features, args.seeds, args.out_dir)
     return ablate.ablate(config, list(args.features), args.seeds, args.out_dir)
 
 

@@ -8,14 +8,14 @@ until it reaches the baseline's loss.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.tools.ablate import final_loss, step_cost, train_run
 
 BASELINE, WHOLE = "baseline", "recipe"
@@ -40,12 +40,21 @@ class Interrupted(Exception):
     """A signal ended a run; the exit code is the argument."""
 
 
-def measure(baseline: Config, recipe: Config, seeds: int, out_dir: str) -> int:
+def measure(
+    baseline: Config, recipe: Config, parts: Sequence[str], seeds: int, out_dir: str
+) -> int:
     """Train missing runs, time steps, and write parts.md and parts.json to `out_dir`.
 
-    Return 0, or 128 + n if signal n stopped a run; the same command then resumes the run.
+    `parts` are the names of the parts to take out, "recipe" for none, and empty for all. Return 0,
+    or 128 + n if signal n stopped a run; the same command then resumes the run. Raises `UserError`
+    for an unknown part.
     """
-    without = {f"without {name}": recipe.replace(**keys) for name, keys in recipe.parts.items()}
+    for name in parts:
+        if name not in {WHOLE, *recipe.parts}:
+            expected = ", ".join([WHOLE, *recipe.parts])
+            raise UserError(f"features={name!r}: unknown part; expected one of {expected}")
+    taken = [name for name in parts or recipe.parts if name != WHOLE]
+    without = {f"without {name}": recipe.replace(**recipe.parts[name]) for name in taken}
     variants = {BASELINE: baseline, WHOLE: recipe} | without
     steps: dict[str, list[float]] = {BASELINE: [1.0] * seeds}
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import make_data
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.tools import ablate, time_to_loss
 from jaxgpt.tools.time_to_loss import FIRST_SHARE, SHARES, share_to_loss
 
@@ -62,7 +62,7 @@ def test_study_trains_the_baseline_the_recipe_and_the_recipe_without_each_part(
     monkeypatch.setattr(time_to_loss, "step_cost", lambda configs, name, out_dir: 1.5)
     recipe = Recipe(**baseline.to_dict() | {"position": "rope"})
     out_dir = tmp_path / "study"
-    assert time_to_loss.measure(baseline, recipe, 1, str(out_dir)) == 0
+    assert time_to_loss.measure(baseline, recipe, [], 1, str(out_dir)) == 0
     text = (out_dir / "parts.md").read_text()
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == [
         "baseline", "recipe", "without rope",
@@ -72,4 +72,10 @@ def test_study_trains_the_baseline_the_recipe_and_the_recipe_without_each_part(
         "baseline", "recipe", "without_rope",
     }, folders  # fmt: skip
     monkeypatch.setattr(ablate, "train", None)  # a second call trains nothing
-    assert time_to_loss.measure(baseline, recipe, 1, str(out_dir)) == 0
+    assert time_to_loss.measure(baseline, recipe, [], 1, str(out_dir)) == 0
+
+
+def test_unknown_part_is_rejected():
+    expected = "^features='rop': unknown part; expected one of recipe, rope$"
+    with pytest.raises(UserError, match=expected):
+        time_to_loss.measure(Config(), Recipe(), ["rop"], 1, "out")
