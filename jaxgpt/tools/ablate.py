@@ -141,12 +141,13 @@ def final_loss(config: Config) -> float | None:
 
 def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
     """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json."""
-    file = Path(out_dir, name, "cost.json")
+    file = Path(out_dir, name.replace(" ", "_"), "cost.json")
     if not file.exists():
         baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
         for warm_up in (baseline, feature):
             warm_up()
         (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
