@@ -17,6 +17,7 @@ recipe = {
     "qk_norm": True,
     "logit_softcap": 15.0,
     "dropout": 0.0,
+    "norm_gain": False,
     "optimizer": "normuon",
     "muon_polynomial": "polar_express",
     "muon_iterations": 3,

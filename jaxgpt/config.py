@@ -227,8 +227,8 @@ class OptimizerConfig:
     """The polynomials by which Muon orthogonalises: those of Jordan et al. (2024), or those of
     Amsel et al. (2025), which bring singular values nearer to 1."""
     muon_iterations: Annotated[int, Range(1, 5)] = 5
-    """Number of polynomials that Muon applies, the first of five. Fewer take less time, and leave
-    small singular values below 1."""
+    """Number of polynomials that Muon applies, the first of five. Fewer take less time and leave
+    singular values further from 1."""
     muon_per_head: bool = False
     """Let Muon orthogonalise the maps of each attention head alone, which takes less time."""
     momentum_warmup_iters: NonNegativeInt = 0
@@ -327,6 +327,8 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
     config_file: ClassVar[str] = ""
     """The file that built this config. It is not a key, so it does not take part in comparisons."""
+    training_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a subclass that do not describe the model, so that a resumed run may change them."""
     parts: ClassVar[dict[str, dict[str, Any]]] = {}
     """Names of the parts of a recipe, and the keys that take each out (`jaxgpt ablate`)."""
 
@@ -373,7 +375,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     @classmethod
     def model_keys(cls) -> list[str]:
         """Return the keys that describe the model: those of `ModelConfig` and of a subclass."""
-        others = key_types(Config).keys() - key_types(ModelConfig).keys()
+        others = key_types(Config).keys() - key_types(ModelConfig).keys() | {*cls.training_keys}
         return [key for key in key_types(cls) if key not in others]
 
     def validate(self) -> None:

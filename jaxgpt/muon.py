@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024) and NorMuon (Li et al. 2025) as optax transformations.
 
-A parameter holds one or more matrices. S matrices of one shape, I the shorter side, J the longer.
+A parameter holds one or more matrices. S is the number of matrices of one shape, I their shorter
+side and J their longer side.
 """
 
 import math
@@ -31,11 +32,11 @@ class MatrixAxes(NamedTuple):
 
 
 def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
-    """Return the `MatrixAxes` of each parameter of kind "muon"; a blank for others.
+    """Return the `MatrixAxes` of each parameter of kind "muon"; `optax.MaskedNode` for others.
 
-    D is one side of the matrix; heads or hidden units are the other side. Each layer (L) and each
-    part of a fused map (C: query, key, value) is a matrix of its own, as it is when not fused; with
-    `per_head`, so is each head (N, K).
+    One side of a matrix is D, and the other side is heads or hidden units. Layers (L) and the parts
+    of a fused map (C: query, key and value) are separate matrices. With `per_head`, heads (N, K)
+    are separate too.
     """
     apart = "LCNK" if per_head else "LC"
 
@@ -50,7 +51,7 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
 
 
 def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:
-    """Return the matrices of a parameter, [S, I, J], inputs or outputs first."""
+    """Return the matrices of a parameter, [S, I, J], transposed if they have fewer outputs."""
     order, sides = layout(x.shape, axes)
     return x.transpose(order).reshape(-1, *sides)
 
@@ -82,7 +83,7 @@ def scale_by_muon(
     """
 
     def init(params: Any) -> MuonState:
-        # the coefficients are there because optax's Muon has them, which wrote older checkpoints
+        # optax's Muon, which wrote older checkpoints, has coefficients in its state
         coefficients = jnp.array(polynomial.coefficients[0])
         zeros = jax.tree.map(jnp.zeros_like, params)
         return MuonState(jnp.zeros((), jnp.int32), zeros, coefficients)
@@ -100,7 +101,7 @@ def scale_by_muon(
 
 
 def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> Any:
-    """Orthogonalise each matrix of a tree. Matrices of one shape are one array."""
+    """Orthogonalise each matrix of a tree; those of one shape are stacked and computed at once."""
     leaves, structure = jax.tree.flatten(updates)
     axes = structure.flatten_up_to(axes)
     matrices = list(map(to_matrices, leaves, axes))
@@ -119,7 +120,7 @@ def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> A
 
 
 def over_data(function: Callable) -> Callable:
-    """Return `function` of an array [S, ...], of which each device on `data` computes a share."""
+    """Return `function` of S matrices, of which each device on `data` computes some."""
     if not splits("data"):
         return function
     # a matrix is whole on every device, or as the axes fsdp and tensor split it
@@ -130,7 +131,7 @@ def over_data(function: Callable) -> Callable:
     def shared(x_SIJ: jax.Array) -> jax.Array:
         count, devices = len(x_SIJ), jax.sharding.get_abstract_mesh().shape["data"]
         x_SIJ = jnp.pad(x_SIJ, ((0, -count % devices), (0, 0), (0, 0)))
-        # without this, XLA would split what comes before, and exchange the parts
+        # otherwise XLA would split the momentum over `data` too, and exchange pieces of matrices
         x_SIJ = jax.lax.with_sharding_constraint(x_SIJ, whole)
         manual: dict[str, Any] = {"axis_names": {"data"}, "check_vma": False}
         y_SIJ = jax.shard_map(function, in_specs=share, out_specs=share, **manual)(x_SIJ)

@@ -91,20 +91,33 @@ def tokens_per_step(config: Config) -> int:
 
 def count_params(config: Config) -> int:
     """Count parameters as nanoGPT does: without position embeddings and without padding."""
+    return sum(jax.tree.leaves(unpadded_sizes(config) | {"pos_embed": {}}))
+
+
+def table_params(config: Config) -> int:
+    """Count the parameters of the token embedding, and of other tables beside it."""
+    return sum(jax.tree.leaves(unpadded_sizes(config).get("embed", {})))
+
+
+def unpadded_sizes(config: Config) -> dict:
+    """Return the size of each parameter, without the padding of the vocabulary."""
     _, shapes, axes = model.abstract_model(config)
     padded = config.padded_vocab_size
 
     def unpadded_size(shape: jax.ShapeDtypeStruct, letters: str) -> int:
         return shape.size // padded * config.vocab_size if "V" in letters else shape.size
 
-    sizes = jax.tree.map(unpadded_size, shapes, axes)
-    return sum(jax.tree.leaves(sizes | {"pos_embed": {}}))
+    return jax.tree.map(unpadded_size, shapes, axes)
 
 
 def flops_per_token(config: Config) -> int:
-    """Return training FLOPs per token by nanoGPT's formula: 6 P + 12 L D T, P parameters."""
+    """Return training FLOPs per token by nanoGPT's formula: 6 P + 12 L D T, P parameters.
+
+    P does not include tables that are only looked up, such as an untied token embedding.
+    """
     c = config
-    return 6 * count_params(c) + 12 * c.n_layer * c.n_embd * c.block_size
+    tables = 0 if c.tie_embeddings else table_params(c)
+    return 6 * (count_params(c) - tables) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def peak_tokens_per_s(config: Config, mesh: Mesh) -> float | None:

@@ -74,7 +74,8 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
             if step == next_pause:
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
-                if step in config.phases() and step < config.max_iters:
+                ends = step == config.max_iters or stop.signal or best.ends_run(step)
+                if step in config.phases() and not ends:
                     windows_UMBT = batches[TRAIN].get(step)
                     train_step = compile_train_step(run, log, step, state, windows_UMBT)
                 stopwatch.resume()  # evaluations and compiling are not step time

@@ -18,7 +18,7 @@ from jax.tree_util import register_dataclass
 
 from jaxgpt import kernels
 from jaxgpt.config import Config
-from jaxgpt.kernels.accumulate import accumulate
+from jaxgpt.kernels.accumulate import accumulate, is_data_mesh
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
@@ -133,8 +133,9 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         over_devices = kernels.accumulation(mesh, splits)
         params = place(state.params, shardings.params)  # in a loop over steps XLA may split them
         totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
-        # the first placement keeps XLA from splitting sums over data in every micro-batch
-        grads = place(place(grads, shardings.params), shares.params)
+        if not is_data_mesh(mesh):  # else XLA splits the sums over data in every micro-batch
+            grads = place(grads, shardings.params)
+        grads = place(grads, shares.params)
         loss_sum, num_targets = totals
         num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
         grads = jax.tree.map(lambda g: g / num_targets, grads)

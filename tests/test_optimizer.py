@@ -11,7 +11,6 @@ from reference import numpy_gpt as ref
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.interop import huggingface
-from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 from jaxgpt.optimizer import make_optimizer, schedule
 
 PARAMS = {
@@ -99,7 +98,13 @@ def orthogonal(matrix: np.ndarray, polynomial: str = "jordan", iterations=5) -> 
     if polynomial == "jordan":
         coefficients, x = [(3.4445, -4.7750, 2.0315)] * 5, matrix / np.linalg.norm(matrix)
     else:
-        coefficients = POLYNOMIALS["polar_express"].coefficients
+        coefficients = [  # of Amsel et al. (2025)
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ]
         x = matrix / (1.02 * np.linalg.norm(matrix))
     for a, b, c in coefficients[:iterations]:
         gram = x @ x.T
@@ -122,17 +127,16 @@ def by_matrix(function, path: str, kernel: np.ndarray, width: int, per_head=Fals
     return function(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
 
 
-def muon_direction(matrix: np.ndarray, polynomial: str, iterations: int) -> np.ndarray:
-    """Return an orthogonal matrix whose elements have an RMS of 0.2."""
-    return 0.2 * np.sqrt(max(matrix.shape)) * orthogonal(matrix, polynomial, iterations)
+def muon_direction(update: np.ndarray) -> np.ndarray:
+    """Scale an orthogonal matrix to an RMS of 0.2."""
+    return 0.2 * np.sqrt(max(update.shape)) * update
 
 
-def normuon_direction(matrix: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
-    """Return the orthogonal matrix with its columns divided by their running RMS (Li et al. 2025).
+def normuon_direction(update: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+    """Divide the columns of an orthogonal matrix by their running RMS (Li et al. 2025).
 
     `mean_square`, one number per output, changes.
     """
-    update = orthogonal(matrix)
     mean_square += (1 - 0.95) * (np.mean(update**2, axis=0) - mean_square)
     update = update / np.sqrt(mean_square)
     return 0.2 * update / np.sqrt(np.mean(update**2))
@@ -147,6 +151,7 @@ MUON_OPTIONS = [
     {"cautious_weight_decay": True},
     {"optimizer": "normuon"},
     {"muon_iterations": 3, "muon_per_head": True},
+    {"optimizer": "normuon", "muon_iterations": 3, "muon_polynomial": "polar_express"},
 ]
 
 
@@ -199,10 +204,11 @@ def muon_by_numpy(config: Config, start: dict, grads: list[dict]) -> dict:
             numbers = iter(range(99))  # of the kernel's matrices
 
             def direction(matrix: np.ndarray, numbers=numbers, moments=moments) -> np.ndarray:
+                update = orthogonal(matrix, config.muon_polynomial, config.muon_iterations)
                 if config.optimizer == "muon":
-                    return muon_direction(matrix, config.muon_polynomial, config.muon_iterations)
+                    return muon_direction(update)
                 moment = moments.setdefault(next(numbers), np.zeros(matrix.shape[1]))
-                return normuon_direction(matrix, moment)
+                return normuon_direction(update, moment)
 
             update = by_matrix(direction, path, ahead, 4, config.muon_per_head)
             decayed = kernel * (update * kernel > 0) if config.cautious_weight_decay else kernel

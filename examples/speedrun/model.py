@@ -1,4 +1,4 @@
-"""A GPT for a speedrun: a GPT-2 with the parts that reach its loss in the fewest tokens.
+"""A GPT for a speedrun: a GPT-2 with parts that let it reach a loss in fewer tokens.
 
 Array names end with their axes, as in jaxgpt/model.py: B batch, T length, D embedding, N heads,
 H head width, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jordan et al. 2024);
@@ -6,14 +6,15 @@ H head width, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jo
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt import kernels
-from jaxgpt.config import Config, NonNegativeFloat, NonNegativeInt, UserError
+from jaxgpt.config import Config, NonNegativeFloat, NonNegativeInt, Range, UserError
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.kernels.position import apply_rope
@@ -22,14 +23,14 @@ from jaxgpt.sharding import constrain_batch
 
 # Keys of `Config` that the speedrun's model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
-    *("n_kv_head", "dropout", "norm_position", "causal", "value_residual", "document_mask"),
-    *("remat", "scan_layers"),
+    *("n_kv_head", "dropout", "attention_dropout", "bias", "norm_gain", "norm_position", "causal"),
+    *("value_residual", "document_mask", "remat", "scan_layers"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig(Config):
-    """A run of the speedrun's model. A key with the value 0 or False takes its part out."""
+    """A run of the speedrun's model; `parts` says which keys take each part out."""
 
     parts: ClassVar = {
         "rotary positions": {"position": "learned"},
@@ -49,6 +50,10 @@ class SpeedrunConfig(Config):
         "slower embeddings": {"embedding_lr_scale": 1.0},
     }
 
+    training_keys: ClassVar = (
+        *("first_window", "window_sizes", "embedding_lr_scale", "scalar_lr_scale"),
+    )
+
     qk_norm: bool = True
     """RMS-normalise queries and keys, without a gain (record 5)."""
     # Redefined, because this model has other values than the core.
@@ -57,41 +62,55 @@ class SpeedrunConfig(Config):
     position: Literal["rope", "learned"] = "rope"  # pyright: ignore
     """Position encoding (record 2)."""
     norm: Literal["rmsnorm"] = "rmsnorm"  # pyright: ignore
-    """Type of normalisation; no norm has a gain."""
+    """Type of normalisation."""
+    norm_gain: bool = False
+    """Norms have no gains."""
+    bias: bool = False
+    """Linear layers have no biases."""
     zero_init_projections: bool = True
     """Branches and an untied output layer start at zero (record 5)."""
     logit_softcap: NonNegativeFloat = 15.0
     """Soft cap c: logits become c tanh(logits / c) (records 9 and 18)."""
     value_embeddings: NonNegativeInt = 1
-    """Tables whose rows are added to the values: table i serves layer i from either end (records
-    14 and 15)."""
+    """Tables of values per token. Table i is mixed, with learned weights, into the values of layers
+    i and n_layer - 1 - i (records 14 and 15)."""
     embedding_shortcut: bool = True
-    """Mix the normalised embedding into every block's input, with learned shares (record 9)."""
+    """Mix the normalised embedding into every block's input, with learned weights (record 9)."""
     unet_skips: bool = True
-    """Add the output of block i to the input of block i from the end, with a learned share
+    """Add the output of block i to the input of block n_layer - 1 - i, with a learned weight
     (record 11)."""
     tie_embeddings: bool = False
     """Share the token embedding with the output layer (untied: record 8)."""
     first_window: NonNegativeInt = 0
-    """Attention window of the first steps, in tokens. It grows to `sliding_window`, or to the whole
-    context, in `window_sizes` sizes, each compiled once; 0 turns this off (record 13)."""
-    window_sizes: NonNegativeInt = 3
-    """Number of window sizes."""
+    """Attention window of the first steps, in tokens; 0 means no warm-up (record 13)."""
+    window_sizes: Annotated[int, Range(2)] = 3
+    """Number of windows, each for as many steps: they grow from `first_window` to `sliding_window`,
+    or to the whole context, and each is compiled once."""
     embedding_lr_scale: NonNegativeFloat = 1.0
     """Learning rate of embeddings, relative to `learning_rate`."""
     scalar_lr_scale: NonNegativeFloat = 1.0
-    """Learning rate of learned shares, relative to `learning_rate`."""
+    """Learning rate of learned weights of sums, relative to `learning_rate`."""
 
     def validate(self) -> None:
         super().validate()
         for key in ABSENT_KEYS:
-            value, expected = getattr(self, key), getattr(Config, key)
+            value, expected = getattr(self, key), getattr(type(self), key)
             if value != expected:
                 problem = "the speedrun's model does not have this key"
-                raise UserError(f"{key}={value!r}: {problem}; expected {expected!r}")
+                advice = f"expected {expected!r}; try {key}={expected}"
+                raise UserError(f"{key}={value!r}: {problem}; {advice}")
         if 2 * self.value_embeddings > self.n_layer:
-            limit = f"expected at most half of n_layer={self.n_layer}"
-            raise UserError(f"value_embeddings={self.value_embeddings}: too many tables; {limit}")
+            most = self.n_layer // 2
+            limit = f"expected at most {most} for n_layer={self.n_layer}"
+            problem = f"value_embeddings={self.value_embeddings}: too many tables"
+            raise UserError(f"{problem}; {limit}; try value_embeddings={most}")
+        if self.first_window > self.last_window:
+            problem = f"first_window={self.first_window}: larger than the last window"
+            raise UserError(f"{problem}; expected at most {self.last_window}")
+
+    @property
+    def last_window(self) -> int:
+        return self.sliding_window or self.block_size
 
     def make_model(self, rngs: nnx.Rngs) -> "SpeedrunGPT":
         return SpeedrunGPT(self, rngs)
@@ -101,7 +120,7 @@ class SpeedrunConfig(Config):
 
         def scale(path: tuple, _: Any) -> float:
             name = path[-1].key
-            if name == "shares":
+            if name == "weights":
                 return self.scalar_lr_scale
             return self.embedding_lr_scale if "embed" in path[0].key else 1.0
 
@@ -109,12 +128,12 @@ class SpeedrunConfig(Config):
 
     def phases(self) -> dict[int, Self]:
         """Return the config of each window size, by the first step that uses it."""
-        full = self.sliding_window or self.block_size
-        if not self.first_window or self.window_sizes < 2:
+        if not self.first_window:
             return {0: self}
-        growth = (full - self.first_window) / (self.window_sizes - 1)
+        growth = (self.last_window - self.first_window) / (self.window_sizes - 1)
         windows = [round(self.first_window + i * growth) for i in range(self.window_sizes)]
-        starts = [self.max_iters * i // self.window_sizes for i in range(self.window_sizes)]
+        steps = self.lr_decay_iters or self.max_iters
+        starts = [steps * i // self.window_sizes for i in range(self.window_sizes)]
         first = {s: self.replace(sliding_window=w) for s, w in zip(starts, windows, strict=True)}
         return first | {starts[-1]: self}
 
@@ -125,26 +144,22 @@ class SpeedrunGPT(nnx.Module):
     def __init__(self, config: SpeedrunConfig, rngs: nnx.Rngs):
         c = self.config = config
         V, D = c.padded_vocab_size, c.n_embd
-        self.embed = Embedding("VD", V, D, rngs=rngs)
+        self.embed = Tables(c, rngs)
         if c.position == "learned":
             self.pos_embed = Embedding("TD", c.block_size, D, rngs=rngs)
-        tables = [Embedding("VD", V, D, rngs=rngs) for _ in range(c.value_embeddings)]
-        self.value_embeds = nnx.List(tables)
         self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.n_layer)])
         self.norm = Norm("rmsnorm", D, gain=False)
-        if c.tie_embeddings:
-            self.embed.equation = OUTPUT_EQUATION
-        else:
+        if not c.tie_embeddings:
             std = 0.0 if c.zero_init_projections else INIT_STD
             self.lm_head = Linear(OUTPUT_EQUATION, V, D, bias=False, rngs=rngs, std=std)
 
     def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
         c = self.config
-        x_BTD = self.embed(tokens_BT, c.dtype)
+        x_BTD = constrain_batch(self.embed.tokens(tokens_BT, c.dtype))
         if c.position == "learned":
             x_BTD += self.pos_embed.kernel[...][: tokens_BT.shape[1]].astype(c.dtype)
-        x_BTD = embedding_BTD = constrain_batch(self.norm(x_BTD))
-        values = [table(tokens_BT, c.dtype) for table in self.value_embeds]
+        x_BTD = embedding_BTD = self.norm(x_BTD)
+        values = [constrain_batch(table(tokens_BT, c.dtype)) for table in self.embed.values]
         outputs = []
         for layer, block in enumerate(self.blocks):
             opposite = c.n_layer - 1 - layer
@@ -158,16 +173,28 @@ class SpeedrunGPT(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
-        head = self.embed if c.tie_embeddings else self.lm_head
-        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
+        kernel_VD = (self.embed.tokens if c.tie_embeddings else self.lm_head).kernel[...]
+        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, kernel_VD.astype(c.dtype))
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
         return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
 
 
+class Tables(nnx.Module):
+    """The tables with a row per token: the embedding, and values for attention.
+
+    They are in one module, because the training step keeps the parameters of `embed` in float32.
+    """
+
+    def __init__(self, c: SpeedrunConfig, rngs: nnx.Rngs):
+        table = partial(Embedding, "VD", c.padded_vocab_size, c.n_embd, rngs=rngs)
+        self.tokens = table()
+        self.values = nnx.List([table() for _ in range(c.value_embeddings)])
+
+
 class Block(nnx.Module):
-    """Attention and MLP, each with a norm before it; shares of other tensors join the input."""
+    """Attention and MLP, each with a norm before it, added to a learned mix of earlier arrays."""
 
     def __init__(self, c: SpeedrunConfig, layer: int, rngs: nnx.Rngs):
         self.norm = Norm("rmsnorm", c.n_embd, gain=False)
@@ -175,9 +202,9 @@ class Block(nnx.Module):
         self.attn = Attention(c, has_values=pair < c.value_embeddings, rngs=rngs)
         self.mlp = MLP(c, rngs)
         if c.embedding_shortcut:
-            self.shortcut = Shares(1.0, 0.0)
+            self.shortcut = WeightedSum(1.0, 0.0)
         if c.unet_skips and layer >= (c.n_layer + 1) // 2:
-            self.skip = Shares(1.0)
+            self.skip = WeightedSum(1.0)
 
     def __call__(self, x_BTD, embedding_BTD, skip_BTD, value_BTD) -> jax.Array:
         if hasattr(self, "skip"):
@@ -190,14 +217,14 @@ class Block(nnx.Module):
         return constrain_batch(x_BTD + self.mlp(h_BTD))
 
 
-class Shares(nnx.Module):
+class WeightedSum(nnx.Module):
     """A sum of arrays with learned weights, one number per array."""
 
     def __init__(self, *start: float):
-        self.shares = nnx.Param(jnp.array(start))
+        self.weights = nnx.Param(jnp.array(start))
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        weights = self.shares[...].astype(arrays[0].dtype)
+        weights = self.weights[...].astype(arrays[0].dtype)
         return sum(weights[i] * array for i, array in enumerate(arrays))
 
 
@@ -210,7 +237,7 @@ class Attention(nnx.Module):
         self.qkv = Linear("BTD,DCNH->BTCNH", D, 3, N, H, bias=False, rngs=rngs)
         self.out = Linear("BTNH,NHD->BTD", N, H, D, bias=False, rngs=rngs, std=std)
         if has_values:
-            self.value_mix = Shares(0.5, 0.5)
+            self.value_mix = WeightedSum(0.5, 0.5)
         self.norm = Norm("rmsnorm", H, "H", gain=False)
         self.config: Any = c
 

@@ -320,8 +320,8 @@ class AblateArgs:
     config: keys.NonEmptyStr = "configs/ablate.py"  # Config file of the baseline.
     features: tuple[str, ...] = ()  # Features to compare; none means all of them.
     seeds: keys.PositiveInt = 5  # Number of runs per feature; their seeds are 1, 2, ...
-    # Folder of the runs and of the results menu.md, menu.png and menu.json.
-    out_dir: keys.NonEmptyStr = "out/ablate"
+    # Folder of the runs and of the results; empty means the out_dir of the config file.
+    out_dir: str = ""
 
 
 def ablate(argv: list[str]) -> int:
@@ -337,10 +337,11 @@ def ablate(argv: list[str]) -> int:
     if device.is_cpu():
         config = configs.get("cpu_config", config)
     config = config.replace(**command_line.overrides)
+    out_dir = args.out_dir or config.out_dir
     if "baseline" in configs:
         baseline = configs["baseline"].replace(**command_line.overrides)
-        return time_to_loss.measure(baseline, config, args.features, args.seeds, args.out_dir)
-    return ablate.ablate(config, list(args.features), args.seeds, args.out_dir)
+        return time_to_loss.measure(baseline, config, args.features, args.seeds, out_dir)
+    return ablate.ablate(config, list(args.features), args.seeds, out_dir)
 
 
 @dataclass(frozen=True)

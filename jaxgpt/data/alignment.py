@@ -1,7 +1,7 @@
 """Choose the training windows that start where a document starts.
 
-A document starts at an end-of-text id: the id that precedes it (llm.c) or that ends the document
-before it (`jaxgpt prepare`). The first tokens of a split are skipped if no end-of-text is first.
+A document starts at an end-of-text id. In llm.c's files this id precedes the document, and in files
+of `jaxgpt prepare` it ends the document before. Tokens before the first end-of-text are skipped.
 """
 
 import json
@@ -26,8 +26,8 @@ def choose_windows(starts: np.ndarray, num_tokens: int, block_size: int) -> np.n
     """Choose the documents where a window starts, so that no token is a target of two windows.
 
     The first window starts with the first document. Each other window starts with the first
-    document after the targets of the window before. A document without `block_size` tokens after
-    its end-of-text has no window.
+    document after the targets of the window before. A window may hold several documents. A
+    document that starts in the last `block_size` tokens has no window.
     """
     starts = starts[starts < num_tokens - block_size]
     following = np.searchsorted(starts, starts + block_size)

@@ -12,7 +12,7 @@ EPSILON = 1e-8
 
 
 class Polynomial(NamedTuple):
-    """Odd polynomials, applied one after another, which bring singular values from (0, 1] to 1.
+    """Odd polynomials, applied one after another, which bring singular values from (0, 1] near 1.
 
     One of them maps X to a X + b (X X^T) X + c (X X^T)² X.
     """
@@ -42,7 +42,7 @@ POLYNOMIALS = {
 
 
 def orthogonalize_reference(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
-    """Return about the orthogonal matrix nearest to each matrix, by Newton-Schulz iterations."""
+    """Approximate the orthogonal matrix nearest to each matrix, by Newton-Schulz iterations."""
     x_SIJ = unit_norm(x_SIJ, polynomial)
     for a, b, c in polynomial.coefficients:
         gram_SII = jnp.einsum("SIJ,SKJ->SIK", x_SIJ, x_SIJ)

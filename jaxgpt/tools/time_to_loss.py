@@ -97,7 +97,7 @@ def share_to_loss(loss: Callable[[float], float], goal: float) -> float:
     shortest = FIRST_SHARE
     while shortest > 0 and loss(SHARES[shortest]) <= goal:
         shortest -= 1
-    while shortest < len(SHARES) and loss(SHARES[shortest]) > goal:
+    while shortest < len(SHARES) and not loss(SHARES[shortest]) <= goal:
         shortest += 1
     if shortest in (0, len(SHARES)):
         return math.nan
@@ -107,16 +107,20 @@ def share_to_loss(loss: Callable[[float], float], goal: float) -> float:
 
 
 def format_table(results: dict[str, Result]) -> str:
-    """Return a Markdown table with a row per variant."""
+    """Return a Markdown table with a row per variant.
+
+    Steps and time are those until the baseline's loss, relative to the baseline's own: the mean and
+    the standard deviation over the seeds.
+    """
     rows = [
-        "| variant | steps to the baseline's loss | time per step | time to it | change |",
+        "| variant | steps | time per step | time | time / the recipe's |",
         "|---" * 5 + "|",
     ]
     for name, r in results.items():
         if name == BASELINE:
             rows.append(f"| {name} | 100% | 1.00 | 100% | |")
             continue
-        change = r.steps / results[WHOLE].steps
+        change = r.time / results[WHOLE].time
         compared = "" if name == WHOLE else spread(change, ".2f")
         rows.append(
             f"| {name} | {spread(r.steps, '.1%')} | {r.cost:.2f} | {spread(r.time, '.1%')} "
