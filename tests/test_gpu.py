@@ -250,7 +250,7 @@ def losses(config: Config, devices: list, batches: list) -> np.ndarray:
     ("keys", "atol"),  # the largest difference of the losses, which are between 3 and 4
     [
         ({"dropout": 0.2}, 1e-4),
-        ({"optimizer": "muon", "mlp": "gelu_tanh"}, 1e-4),
+        ({"optimizer": "muon", "mlp": "gelu_tanh"}, 5e-3),  # orthogonalises in bfloat16
         ({"dtype": "bfloat16"}, 0.03),
     ],
     ids=str,
