@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -430,7 +431,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         """Return a factor of the learning rate for each parameter, or None if all are 1."""
         return None
 
-    def phases(self) -> dict[int, Self]:
+    def phases(self) -> Mapping[int, Self]:
         """Return the config of each phase of training, by the phase's first step.
 
         The training step is compiled once per phase. The phases' models have the same parameters.

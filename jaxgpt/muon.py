@@ -88,12 +88,12 @@ def scale_by_muon(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return MuonState(jnp.zeros((), jnp.int32), zeros, coefficients)
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         share = jnp.minimum(1, (state.count + 1) / max(1, momentum_warmup))
         beta = FIRST_MOMENTUM + share * (MOMENTUM - FIRST_MOMENTUM)
         mix = lambda mu, g: beta * mu + (1 - beta) * g
-        mu = jax.tree.map(mix, state.mu, grads)
-        ahead = jax.tree.map(mix, mu, grads)
+        mu = jax.tree.map(mix, state.mu, updates)
+        ahead = jax.tree.map(mix, mu, updates)  # Nesterov momentum
         updates = orthogonalize_matrices(ahead, axes, polynomial)
         return updates, MuonState(state.count + 1, mu, state.ns_coeffs)
 
@@ -168,7 +168,7 @@ def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
     def init(params: Any) -> NeuronState:
         return NeuronState(jax.tree.map(lambda p, a: 0 * mean_square(p, a), params, axes))
 
-    def update(updates: Any, state: NeuronState, params: Any = None) -> tuple[Any, NeuronState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NeuronState]:
         moment = lambda nu, u, a: b2 * nu + (1 - b2) * mean_square(u, a)
         nu = jax.tree.map(moment, state.nu, updates, axes)
 

@@ -78,8 +78,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     def describe(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         tails = (keystr(path[i:]) for i in range(len(path)))
         update = next((updates[tail] for tail in tails if tail in updates), None)
-        has_shape = update is not None and update.shape == array.shape
-        return array.update(sharding=update.sharding if has_shape else replicated(mesh))
+        if update is None or update.shape != array.shape:
+            return array.update(sharding=replicated(mesh))
+        return array.update(sharding=update.sharding)
 
     state = jax.tree.map_with_path(describe, jax.eval_shape(partial(create_state, config)))
     return replace(state, params=abstract_params(config, mesh))

@@ -5,6 +5,7 @@ H head width, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jo
 "record N" is a record in its history. docs/speedrun.md has all sources.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -126,7 +127,7 @@ class SpeedrunConfig(Config):
 
         return jax.tree.map_with_path(scale, params)
 
-    def phases(self) -> dict[int, Self]:
+    def phases(self) -> Mapping[int, Self]:
         """Return the config of each window size, by the first step that uses it."""
         if not self.first_window:
             return {0: self}
@@ -225,7 +226,10 @@ class WeightedSum(nnx.Module):
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
         weights = self.weights[...].astype(arrays[0].dtype)
-        return sum(weights[i] * array for i, array in enumerate(arrays))
+        total = weights[0] * arrays[0]
+        for i in range(1, len(arrays)):
+            total = total + weights[i] * arrays[i]
+        return total
 
 
 class Attention(nnx.Module):
