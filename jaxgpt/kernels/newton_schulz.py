@@ -43,7 +43,11 @@ POLYNOMIALS = {
 
 def orthogonalize_reference(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
     """Approximate the orthogonal matrix nearest to each matrix, by Newton-Schulz iterations."""
-    x_SIJ = unit_norm(x_SIJ, polynomial)
+    return iterate(unit_norm(x_SIJ, polynomial), polynomial)
+
+
+def iterate(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
+    """Apply the polynomials to matrices of at most unit norm."""
     for a, b, c in polynomial.coefficients:
         gram_SII = jnp.einsum("SIJ,SKJ->SIK", x_SIJ, x_SIJ)
         square_SII = gram_SII @ gram_SII
@@ -63,8 +67,7 @@ def orthogonalize_bfloat16(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Arra
     The polynomials only need to bring singular values near 1 (Jordan et al. 2024).
     """
     unit_SIJ = unit_norm(x_SIJ, polynomial).astype(jnp.bfloat16)
-    already_divided = Polynomial(polynomial.coefficients)
-    return orthogonalize_reference(unit_SIJ, already_divided).astype(x_SIJ.dtype)
+    return iterate(unit_SIJ, polynomial).astype(x_SIJ.dtype)
 
 
 def orthogonalize_cpu(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:

@@ -247,6 +247,16 @@ def test_orthogonalize_keeps_singular_vectors_and_brings_values_near_1(row, poly
         np.testing.assert_allclose(got, (u * s[:, None]) @ vt, atol=2e-4)
 
 
+@pytest.mark.parametrize("polynomial", POLYNOMIALS)
+@pytest.mark.parametrize("row", variants("orthogonalize"))
+def test_orthogonalize_divides_by_the_norm_and_the_safety_factor_once(row, polynomial):
+    """One polynomial, 2 X, shows by what a matrix was divided."""
+    rule = POLYNOMIALS[polynomial]._replace(coefficients=((2.0, 0.0, 0.0),))
+    x = draw(2, 8, 24)
+    want = 2 * x / (rule.norm * np.linalg.norm(x, axis=(1, 2), keepdims=True))
+    np.testing.assert_allclose(TABLE[row](x, polynomial=rule), want, rtol=0.005)
+
+
 @pytest.mark.parametrize("row", variants("orthogonalize"))
 def test_orthogonalize_of_zeros_is_zero(row):
     got = TABLE[row](np.zeros((2, 3, 4), np.float32), polynomial=POLYNOMIALS["jordan"])
