@@ -309,14 +309,8 @@ class GPT(nnx.Module):
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
         head = self.embed if c.tie_embeddings else self.lm_head
-        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
-        if c.logit_softcap:  # Gemma team 2024
-            logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
-        if c.padded_vocab_size == c.vocab_size:
-            return logits_BTV
-        # a sum and not a choice, because cuBLAS adds a vector as it writes a product
-        is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
+        logits_BTV = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
+        return cap_and_mask(logits_BTV, c)
 
     def scan_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Apply all blocks in a loop over the stacked layers, so that one block is compiled."""
@@ -344,6 +338,17 @@ class GPT(nnx.Module):
         c = self.config
         rows, past = batch * c.kv_heads, c.block_size + chunk
         return [empty_cache(rows, past, chunk, c.head_dim, c.dtype) for _ in range(c.n_layer)]
+
+
+def cap_and_mask(logits_BTV: jax.Array, c: ModelConfig) -> jax.Array:
+    """Apply the soft cap (Gemma team 2024), and set the logits of padded ids to -inf."""
+    if c.logit_softcap:
+        logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
+    if c.padded_vocab_size == c.vocab_size:
+        return logits_BTV
+    # a sum and not a choice, because cuBLAS adds a vector as it writes a product
+    is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
+    return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
 
 
 def residual_std(c: ModelConfig) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 from optax.contrib import MuonState
@@ -51,7 +52,7 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
 
 
 def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:
-    """Return the matrices of a parameter, [S, I, J], transposed if they have fewer outputs."""
+    """Return the matrices of a parameter, [S, I, J], with the shorter side first."""
     order, sides = layout(x.shape, axes)
     return x.transpose(order).reshape(-1, *sides)
 
@@ -110,8 +111,7 @@ def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> A
         same_shape[x_SIJ.shape[1:]].append(i)
     orthogonalize = over_data(partial(kernels.orthogonalize, polynomial=polynomial))
     for members in same_shape.values():
-        counts = [len(matrices[i]) for i in members]
-        ends = [sum(counts[: n + 1]) for n in range(len(counts))]
+        ends = np.cumsum([len(matrices[i]) for i in members])
         stacked_SIJ = orthogonalize(jnp.concatenate([matrices[i] for i in members]))
         for i, x_SIJ in zip(members, jnp.split(stacked_SIJ, ends[:-1]), strict=True):
             matrices[i] = x_SIJ

@@ -84,8 +84,8 @@ def decay_weights(config: Config) -> optax.GradientTransformation:
         # the update is subtracted, so it shrinks the weights that have its sign
         return update + c.weight_decay * jnp.where(update * param > 0, param, 0)
 
-    both = optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params))
-    return optax.masked(both, c.weight_decay_mask)
+    decay_all = optax.stateless(lambda updates, params: jax.tree.map(decay, updates, params))
+    return optax.masked(decay_all, c.weight_decay_mask)
 
 
 def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
@@ -132,7 +132,7 @@ def partition_by_kind(
     kinds = jax.tree.map_with_path(kind, letters, frozen_mask(config, shapes))
     transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
     if uses_muon:
-        transforms["muon"] = scale_by_muon(
+        transforms["muon"] = muon_direction(
             config, muon.matrix_axes(letters, kinds, per_head=config.muon_per_head)
         )
     if config.freeze:
@@ -140,7 +140,7 @@ def partition_by_kind(
     return optax.partition(transforms, kinds)
 
 
-def scale_by_muon(config: Config, axes: dict) -> optax.GradientTransformation:
+def muon_direction(config: Config, axes: dict) -> optax.GradientTransformation:
     """Return Muon's update directions, with an RMS of about AdamW's."""
     polynomial = POLYNOMIALS[config.muon_polynomial].first(config.muon_iterations)
     direction = muon.scale_by_muon(axes, polynomial, config.momentum_warmup_iters)

@@ -59,26 +59,24 @@ def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequenc
         if config.eval_only or step >= config.max_iters or best.reached_target:
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
-        train_step = compile_train_step(run, log, step, state, batches[TRAIN].get(step))
         peak = peak_tokens_per_s(config, run.mesh)
         step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch)
-        stopwatch.resume()  # what came before is not step time
+        phases, train_step = config.phases(), None
 
         next_pause = step + steps_to_next_pause(config, step)
         while step < config.max_iters and not stop.signal and not best.ends_run(step):
             count = min(config.steps_per_call, next_pause - step)
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
+            if train_step is None or step in phases:
+                train_step = compile_train_step(run, log, step, state, windows_UMBT)
+                stopwatch.resume()  # compiling, and what came before, is not step time
             state, metrics = train_step(state, windows_UMBT, replicated_int(run.mesh, count))
             step_log.launched(step, count, metrics)  # logs the previous call, and updates `stop`
             step += count
             if step == next_pause:
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
-                ends = step == config.max_iters or stop.signal or best.ends_run(step)
-                if step in config.phases() and not ends:
-                    windows_UMBT = batches[TRAIN].get(step)
-                    train_step = compile_train_step(run, log, step, state, windows_UMBT)
-                stopwatch.resume()  # evaluations and compiling are not step time
+                stopwatch.resume()  # evaluations are not step time
                 next_pause = step + steps_to_next_pause(config, step)
         step_log.flush()
         periodic.finish(state, step)

@@ -19,7 +19,15 @@ from jaxgpt.config import Config, NonNegativeFloat, NonNegativeInt, Range, UserE
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.kernels.position import apply_rope
-from jaxgpt.model import ACTIVATIONS, INIT_STD, OUTPUT_EQUATION, Embedding, Linear, Norm
+from jaxgpt.model import (
+    ACTIVATIONS,
+    INIT_STD,
+    OUTPUT_EQUATION,
+    Embedding,
+    Linear,
+    Norm,
+    cap_and_mask,
+)
 from jaxgpt.sharding import constrain_batch
 
 # Keys of `Config` that the speedrun's model does not read; `validate` rejects other values.
@@ -73,8 +81,8 @@ class SpeedrunConfig(Config):
     logit_softcap: NonNegativeFloat = 15.0
     """Soft cap c: logits become c tanh(logits / c) (records 9 and 18)."""
     value_embeddings: NonNegativeInt = 1
-    """Tables of values per token. Table i is mixed, with learned weights, into the values of layers
-    i and n_layer - 1 - i (records 14 and 15)."""
+    """Number of tables with a value per token. Table i is mixed, with learned weights, into the
+    values of layers i and n_layer - 1 - i (records 14 and 15)."""
     embedding_shortcut: bool = True
     """Mix the normalised embedding into every block's input, with learned weights (record 9)."""
     unet_skips: bool = True
@@ -90,7 +98,7 @@ class SpeedrunConfig(Config):
     embedding_lr_scale: NonNegativeFloat = 1.0
     """Learning rate of embeddings, relative to `learning_rate`."""
     scalar_lr_scale: NonNegativeFloat = 1.0
-    """Learning rate of learned weights of sums, relative to `learning_rate`."""
+    """Learning rate of the weights by which arrays are mixed, relative to `learning_rate`."""
 
     def validate(self) -> None:
         super().validate()
@@ -175,11 +183,8 @@ class SpeedrunGPT(nnx.Module):
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
         kernel_VD = (self.embed.tokens if c.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, kernel_VD.astype(c.dtype))
-        if c.logit_softcap:
-            logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
-        is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
+        logits_BTV = kernels.linear_map(OUTPUT_EQUATION, x_BTD, kernel_VD.astype(c.dtype))
+        return cap_and_mask(logits_BTV, c)
 
 
 class Tables(nnx.Module):

@@ -141,7 +141,7 @@ def final_loss(config: Config) -> float | None:
 
 def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
     """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json."""
-    file = Path(out_dir, name.replace(" ", "_"), "cost.json")
+    file = folder_of(name, out_dir) / "cost.json"
     if not file.exists():
         baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
         for warm_up in (baseline, feature):
@@ -151,6 +151,11 @@ def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
         file.write_text(json.dumps(found), encoding="utf-8")
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
+
+
+def folder_of(name: str, out_dir: str) -> Path:
+    """Return the folder of a feature's runs."""
+    return Path(out_dir, name.replace(" ", "_"))
 
 
 def round_of_steps(config: Config) -> Callable[[], float]:
@@ -195,7 +200,7 @@ def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_d
     if np.isnan(shares).any():
         return f"\n`{COMBINED}` does not reach the baseline's final loss at the lengths tried.\n"
     return (
-        f"\n`{COMBINED}` reaches the baseline's final loss after {_spread(shares, '.0%')} of the "
+        f"\n`{COMBINED}` reaches the baseline's final loss after {spread(shares, '.0%')} of the "
         f"steps, which take {np.mean(shares) * results[COMBINED].cost:.0%} of the time.\n"
     )
 
@@ -211,12 +216,12 @@ def format_table(results: dict[str, Result]) -> str:
         better = f"{(r.difference < 0).sum()} of {len(r.difference)}"
         compared = [_difference(r.difference), better, f"{r.cost:.2f}", _difference(r.same_time)]
         compared = [""] * 4 if name == BASELINE else compared
-        rows.append([name, flags, _spread(r.losses, ".4f"), *compared, source])
+        rows.append([name, flags, spread(r.losses, ".4f"), *compared, source])
     header, *lines = ("| " + " | ".join(row) + " |\n" for row in rows)
     return "".join([header, "|" + "---|" * len(columns) + "\n", *lines])
 
 
-def _spread(values: np.ndarray, form: str) -> str:
+def spread(values: np.ndarray, form: str) -> str:
     """Return mean and standard deviation as text."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
     return f"{np.mean(values):{form}} ± {deviation:{form}}"
@@ -225,7 +230,7 @@ def _spread(values: np.ndarray, form: str) -> str:
 def _difference(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return "beyond the baselines"
-    text = _spread(values, ".4f")
+    text = spread(values, ".4f")
     clear = len(values) > 1 and abs(values.mean()) > 3 * values.std(ddof=1) / len(values) ** 0.5
     return f"**{text}**" if clear else text
 

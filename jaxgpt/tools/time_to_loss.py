@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.tools.ablate import final_loss, step_cost, train_run
+from jaxgpt.tools.ablate import BASELINE, final_loss, folder_of, spread, step_cost, train_run
 
-BASELINE, WHOLE = "baseline", "recipe"
+WHOLE = "recipe"
 SHARES = (0.067, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.0)  # of the baseline's steps
 FIRST_SHARE = 3  # index in SHARES of the first run; if it reaches the loss, shorter runs follow
 
@@ -78,7 +78,7 @@ def measure(
 
 def loss_of(config: Config, name: str, seed: int, share: float, out_dir: str) -> float:
     """Return the loss of one run on the whole validation split; train the run if it is missing."""
-    folder = str(Path(out_dir, name.replace(" ", "_"), f"x{share:g}", str(seed)))
+    folder = str(Path(folder_of(name, out_dir), f"x{share:g}", str(seed)))
     steps = round(share * config.max_iters)
     keys = {"out_dir": folder, "init_from": "auto", "seed": seed, "max_iters": steps}
     config = config.replace(**keys)
@@ -121,17 +121,14 @@ def format_table(results: dict[str, Result]) -> str:
             rows.append(f"| {name} | 100% | 1.00 | 100% | |")
             continue
         change = r.time / results[WHOLE].time
-        compared = "" if name == WHOLE else spread(change, ".2f")
-        rows.append(
-            f"| {name} | {spread(r.steps, '.1%')} | {r.cost:.2f} | {spread(r.time, '.1%')} "
-            f"| {compared} |"
-        )
+        compared = "" if name == WHOLE else spread_or_missing(change, ".2f")
+        steps, time = (spread_or_missing(values, ".1%") for values in (r.steps, r.time))
+        rows.append(f"| {name} | {steps} | {r.cost:.2f} | {time} | {compared} |")
     return "\n".join(rows) + "\n"
 
 
-def spread(values: np.ndarray, form: str) -> str:
-    """Return mean and standard deviation as text, or what is missing."""
+def spread_or_missing(values: np.ndarray, form: str) -> str:
+    """Return mean and standard deviation as text, or how many values are missing."""
     if np.isnan(values).any():
         return f"{np.isnan(values).sum()} of {len(values)} seeds beyond the lengths tried"
-    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return f"{np.mean(values):{form}} ± {deviation:{form}}"
+    return spread(values, form)
