@@ -24,7 +24,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import plan
-from jaxgpt.tools.hlo import CUBLAS, Op, Program
+from jaxgpt.tools.hlo import CUBLAS, KernelGroup, Op, Program
 from jaxgpt.train_step import abstract_state, cast_params
 
 B, T, N, V, MICRO = 12, 1024, 12, 50304, 2
@@ -253,6 +253,30 @@ def test_shard_optimizer_scatters_gradients_and_gathers_parameters_once(topology
     assert 0.85 * once < sent["reduce-scatter"] < 1.02 * once
     assert 0.95 * once < sent["all-gather"] < 1.02 * once
     assert sent["all-reduce"] < reduced * once
+
+
+@aot
+@pytest.mark.parametrize("topology", ["h100:1", "h100:8"])
+def test_muon_multiplies_all_matrices_of_a_shape_at_once_and_each_device_its_share(topology):
+    """Two layers have eight matrices of D x D, for query, key, value and output, and four of D x F.
+
+    An iteration of Newton-Schulz on matrices I x J multiplies I x J x I, I x I x I and I x I x J.
+    """
+    adamw = products(compiled(topology, 2))
+    devices = len(find(topology).devices)
+    muon = products(absent_step(topology, MICRO * devices, n_layer=2, optimizer="muon"))
+    D, F = 768, 3072
+    iterations = 5
+    flops = 0
+    for matrices, J in ((8, D), (4, F)):
+        per_device = math.ceil(matrices / devices)
+        flops += iterations * per_device * (4 * D * D * J + 2 * D**3)
+    assert muon.flops - adamw.flops == pytest.approx(flops, rel=1e-6)
+    assert muon.kernels - adamw.kernels == iterations * 3 * 2
+
+
+def products(step: Step) -> KernelGroup:
+    return step.program.breakdown(lambda *_: 0.0)["matmuls"]
 
 
 @aot
