@@ -31,6 +31,7 @@ from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.options import BenchArgs
 
+COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
 
 
@@ -46,8 +47,9 @@ def main() -> None:
         print("\nTry jaxgpt COMMAND --help, and jaxgpt train shakespeare --help.")
     else:
         with exit_on_error():
-            if "--tyro-print-completion" in (name, *argv):
-                print_completion(flags_of_commands(), sys.argv[-1])
+            if COMPLETION in sys.argv:
+                shells = sys.argv[sys.argv.index(COMPLETION) + 1 :]
+                print_completion(flags_of_commands(), shells[0] if shells else "")
                 return
             if name not in COMMANDS:
                 expected = f"expected one of {', '.join(COMMANDS)}"
