@@ -171,11 +171,8 @@ def test_mistakes_raise_user_errors_and_change_nothing(run, tmp_path):
     assert "of type dict; expected jaxgpt.Config" in refusal(jaxgpt.train, run.config.to_dict())
     config = run.config.replace(out_dir=str(tmp_path / "new"), mesh="data:9")
     assert refusal(jaxgpt.train, config).startswith("mesh='data:9': needs 9 devices; ")
-    said = refusal(jaxgpt.train, config.replace(device="tpu"))
-    assert (
-        said
-        == "device='tpu': JAX has started on a cpu in this process; expected cpu, or a new process"
-    )
+    said = refusal(jaxgpt.train, config.replace(device="gpu"))
+    assert said.startswith("device='gpu': JAX has started on a cpu in this process; ")
     assert not (tmp_path / "new" / "config.json").exists()
 
 
@@ -366,16 +363,27 @@ def test_model_without_attention_is_sampled_but_has_no_weights(tmp_path):
 # ---- the README ------------------------------------------------------------------------------
 
 
+# What the test replaces in the README's script, so that it is quick.
+SMALLER = {
+    "n_layer=4, n_head=4, n_embd=128": 'n_layer=1, n_head=2, n_embd=16, mesh="data:1"',
+    "block_size=64": "block_size=20",
+    "max_iters=200": "max_iters=2",
+    "eval_iters=20": "eval_iters=1",
+    "max_new_tokens=100": "max_new_tokens=8",
+}
+
+
 def test_readme_script_trains_samples_and_reads_attention(tmp_path, monkeypatch, capsys):
-    """The script is that of the README, with fewer steps, on a text with the README's prompts."""
+    """The script is that of the README, with a smaller model, on a text with its prompts."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (script,) = [block for block in blocks if "import jaxgpt" in block]
-    short = script.replace("max_iters=200", "max_iters=2").replace("eval_iters=20", "eval_iters=1")
-    assert short != script
+    for setting, smaller in SMALLER.items():
+        assert script.count(setting) == 1
+        script = script.replace(setting, smaller)
     (tmp_path / "data").mkdir()
     make_data(tmp_path / "data", "ROMEO: To be, or not to be\n" * 99, "shakespeare_char")
     monkeypatch.chdir(tmp_path)
-    exec(short, {})
+    exec(script, {})
     said = capsys.readouterr().out
     assert "out/notebook holds the run up to step 2\nROMEO:" in said
-    assert said.endswith("(4, 4, 19, 19)\n")
+    assert said.endswith("(1, 2, 19, 19)\n")

@@ -85,10 +85,12 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.modules.pop(name, None)
     importlib.invalidate_caches()
     modules, path, dont_write = set(sys.modules), list(sys.path), sys.dont_write_bytecode
-    # A shipped config must find the shipped examples, also if the user has a folder of that name.
-    is_shipped = SHIPPED in folder.parents
-    first = [SHIPPED, Path.cwd()] if is_shipped else [Path.cwd()]
-    sys.path[:] = [str(folder), *map(str, first), *path, str(SHIPPED)]
+    here = str(Path.cwd())
+    if SHIPPED in folder.parents:  # it imports what is shipped, and no folder of the same name here
+        others = [place for place in path if place not in ("", here)]
+        sys.path[:] = [str(folder), str(SHIPPED), *others]
+    else:
+        sys.path[:] = [str(folder), here, *path, str(SHIPPED)]
     sys.dont_write_bytecode = True  # leave no __pycache__ beside the user's files
     try:
         yield

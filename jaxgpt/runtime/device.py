@@ -103,6 +103,7 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     settings are kept. In a process that has started JAX already, its devices stay as they are.
     Raises `UserError`.
     """
+    platforms = jax.config.values["jax_platforms"]
     if device != "auto":
         jax.config.update("jax_platforms", device)
     flags = os.environ.get("XLA_FLAGS", "")
@@ -122,6 +123,7 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         raise UserError(f"device={device!r}: {problem}; try --device=auto") from error
     started = jax.default_backend()
     if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
+        jax.config.update("jax_platforms", platforms)
         problem = f"JAX has started on a {started} in this process"
         raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
 

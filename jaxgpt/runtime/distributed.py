@@ -55,6 +55,8 @@ def init_distributed(
         jax.distributed.initialize(*named, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
+        if not (coordinator or launched) and "must be called before" in reason:
+            return  # JAX has started, with the processes that it found
         if coordinator:
             raise UserError(
                 f"coordinator={coordinator!r}: cannot be reached ({reason}); "

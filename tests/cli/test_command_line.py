@@ -401,8 +401,8 @@ COMPLETIONS = {
     "ablate --feat": "--features",
 }
 COMPLETE = """
-complete() { function=${4}; }  # complete -o default -F FUNCTION jaxgpt
-source script
+complete() { function=${@: -2:1}; }  # complete [-o default] -F FUNCTION NAME
+source ./completion.bash
 while IFS= read -r line; do
     COMP_WORDS=(jaxgpt $line) COMPREPLY=()
     if [ -z "${line##* }" ]; then COMP_WORDS+=(""); fi
@@ -418,7 +418,7 @@ def test_bash_completes_commands_flags_and_values(tmp_path, monkeypatch, capsys,
     argv = ["jaxgpt", *command.split(), "--tyro-print-completion", "bash"]
     monkeypatch.setattr(sys, "argv", argv)
     cli.main()
-    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
     lines = "".join(f"{line}\n" for line in COMPLETIONS)
     run = partial(subprocess.run, text=True, capture_output=True, check=True, cwd=tmp_path)
     said = run(["bash", "-c", COMPLETE], input=lines).stdout.splitlines()
