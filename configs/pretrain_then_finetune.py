@@ -45,13 +45,13 @@ finetune = alone.replace(learning_rate=5e-4, max_iters=500)
 
 def run(config: Config, name: str, seed: int, init_from: str = "scratch") -> str:
     """Train to the end, resuming an interrupted run, and return the run directory."""
-    from jaxgpt import train
     from jaxgpt.runtime import run_dir
+    from jaxgpt.train import train
 
     config = config.replace(out_dir=f"{OUT}/{name}-{seed}", seed=seed, init_from=init_from)
     if run_dir.open_checkpoints(config).latest():
         config = config.replace(init_from="resume")
-    code = train.train(config)
+    code = train(config)
     if code:
         sys.exit(code)  # stopped by a signal
     return config.out_dir

@@ -60,6 +60,7 @@ Fraction = Annotated[float, Range(0, 1, below_high=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX would silently reduce it modulo 2**32
 NonEmptyStr = Annotated[str, Pattern(r"[^\0]+", "non-empty text")]
 InitFrom = Annotated[str, Pattern(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
+Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
 Name = Annotated[str, Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
 
 
@@ -332,6 +333,11 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     """Keys of a subclass that do not describe the model, so that a resumed run may change them."""
     parts: ClassVar[dict[str, dict[str, Any]]] = {}
     """Names of the parts of a recipe, and the keys that take each out (`jaxgpt ablate`)."""
+
+    def __new__(cls, **keys: Any) -> Self:
+        for key in keys.keys() - key_types(cls).keys():
+            raise cls.unknown_key(key)
+        return super().__new__(cls)
 
     def __post_init__(self):
         check(self)

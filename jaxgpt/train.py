@@ -39,14 +39,19 @@ from jaxgpt.train_step import TrainState, make_train_step
 SAMPLE_TOKENS = 200
 
 
-def train(config: Config, cli_keys: frozenset[str] = frozenset(), notes: Sequence[str] = ()) -> int:
+def train(
+    config: Config,
+    cli_keys: frozenset[str] = frozenset(),
+    notes: Sequence[str] = (),
+    stop_signal: type[StopSignal] = StopSignal,
+) -> int:
     """Train `config` to its end; return 0, or 128 + n if signal n ended the run early.
 
     JAX must have been started (`device.start`). `cli_keys` are the keys set on the command line,
     `notes` are lines for the log. Raises `UserError`. The host logs the metrics of the previous
     call while the device computes the current call, so the device never waits for the host.
     """
-    with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, StopSignal() as stop:
+    with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, stop_signal() as stop:
         config, step = run.config, run.resume_step
         stopwatch = start_stopwatch(run)
         batches = make_batches(config, run.mesh, run.dataset)

@@ -243,14 +243,14 @@ def params_of(config: Config, checkpoint: str = "latest") -> dict[str, np.ndarra
     return ref.flatten(jax.device_get(params))
 
 
-def stop_at(monkeypatch, *steps: int) -> None:
-    """Send SIGTERM while these steps are logged, once each."""
+def stop_at(monkeypatch, *steps: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal while these steps are logged, once each."""
     left, log = list(steps), Log.train
 
     def train(self, row, left_s):
         log(self, row, left_s)
         if left and row["step"] == left[0]:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             left.pop(0)
 
     monkeypatch.setattr(Log, "train", train)

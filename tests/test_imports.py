@@ -25,8 +25,9 @@ ALLOWED = {
     "runtime": {"config", "sharding", "kernels", "data"},
     "core": {"config", "sharding", "kernels", "data", "runtime"},
     "interop": {"config", "sharding", "kernels", "data", "runtime", "core"},
+    "api": {"config", "sharding", "kernels", "data", "runtime", "core", "interop"},
     "tools": {"config", "sharding", "kernels", "data", "runtime", "core", "interop"},
-    "cli": {"config", "sharding", "kernels", "data", "runtime", "core", "interop", "tools"},
+    "cli": {"config", "sharding", "kernels", "data", "runtime", "core", "interop", "api", "tools"},
 }
 # Modules that may import from one more layer, with the reason.
 EXCEPTIONS = {

@@ -9,7 +9,7 @@ import textwrap
 import typing
 from ast import AnnAssign, Constant, Expr, Name
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from io import StringIO
 from itertools import pairwise
@@ -31,6 +31,7 @@ OLD_FLAGS = {
     "--what": "--benchmark", "--pairs": "--repeats", "--vs": "--compare_to", "--fit": "--search",
     "--context": "--overflow",
 }  # fmt: skip
+SHELLS = "bash", "zsh"
 OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
 
 
@@ -57,7 +58,7 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
     groups, others = parse_flags(key_groups(config), flags, "train.py --config FILE", description)
     reject_unknown(others, [*types, *other_flags])
     if not config_file:
-        raise UserError("--config: missing; expected a file; try --config configs/shakespeare.py")
+        raise UserError("--config: missing; expected a file or a name; try --config shakespeare")
     values = {}
     for name, value in vars(groups).items():
         values |= vars(value) if is_dataclass(value) else {name: value}
@@ -240,7 +241,36 @@ def key_groups(config: Config) -> type:
             group.__doc__ = keys_class.__doc__
             groups.append((name, group))
             shown |= own
-    return make_dataclass("Keys", groups, kw_only=True)
+    return make_dataclass("Keys", groups, kw_only=True, frozen=True)
+
+
+def print_completion(commands: dict[str, type], shell: str) -> None:
+    """Print the script by which a shell completes `jaxgpt` with these commands and their flags.
+
+    Raises `UserError` for an unknown shell.
+    """
+    if shell not in SHELLS:
+        subject = f"--tyro-print-completion={shell!r}"
+        raise UserError(f"{subject}: unknown shell; expected one of {', '.join(SHELLS)}")
+    flags = [Annotated[c, tyro.conf.subcommand(name)] for name, c in commands.items()]
+    one_of: Any = typing.Union[tuple(flags)]  # noqa: UP007, the members are not fixed
+    script = StringIO()
+    with redirect_stdout(script), suppress(SystemExit):
+        tyro.cli(
+            one_of,
+            args=["--tyro-print-completion", shell],
+            prog="jaxgpt",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            use_underscores=True,
+        )
+    # where there is nothing to complete, bash then completes file names
+    print(script.getvalue().replace("\ncomplete -F", "\ncomplete -o default -F"))
+
+
+def with_keys(args_type: type) -> type:
+    """Return a dataclass of a command's flags and of every key, for commands that take both."""
+    bases = args_type, key_groups(Config())
+    return make_dataclass(args_type.__name__, [], bases=bases, frozen=True)
 
 
 def key_help(keys_class: type) -> dict[str, str]:

@@ -19,13 +19,20 @@ import tyro
 
 from jaxgpt import __version__
 from jaxgpt import config as keys
-from jaxgpt.cli.command_line import choose_config, parse, parse_command_line, parse_flags
+from jaxgpt.cli.command_line import (
+    choose_config,
+    parse,
+    parse_command_line,
+    parse_flags,
+    print_completion,
+    with_keys,
+)
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.options import BenchArgs
 
+COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
-Checkpoint = Annotated[str, keys.Pattern(r"best|latest|\d+", "best, latest, or a step")]
 
 
 def main() -> None:
@@ -37,9 +44,13 @@ def main() -> None:
         print("usage: jaxgpt COMMAND ...\n")
         for known, command in COMMANDS.items():
             print(f"  {known:<8} {command.__doc__}")
-        print("\nTry jaxgpt COMMAND --help, and jaxgpt train --config FILE --help.")
+        print("\nTry jaxgpt COMMAND --help, and jaxgpt train shakespeare --help.")
     else:
         with exit_on_error():
+            if COMPLETION in sys.argv:
+                shells = sys.argv[sys.argv.index(COMPLETION) + 1 :]
+                print_completion(flags_of_commands(), shells[0] if shells else "")
+                return
             if name not in COMMANDS:
                 expected = f"expected one of {', '.join(COMMANDS)}"
                 raise UserError(f"{name}: unknown command; {expected}; try jaxgpt --help")
@@ -71,6 +82,13 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(141)
 
 
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train the model of a config file. Its keys follow as flags."""
+
+    config: str = ""  # Config file, or the name of one that comes with jaxgpt.
+
+
 def train(argv: list[str]) -> int:
     """Train the model of a config file."""
     command_line = parse_command_line(argv)
@@ -86,7 +104,7 @@ class RunArgs:
 
     out_dir: keys.NonEmptyStr = "out"  # Run directory.
     config: str = ""  # Config file of the run; needed only if the file defines a config class.
-    checkpoint: Checkpoint = "best"  # Checkpoint of the run: best, latest, or a step.
+    checkpoint: keys.Checkpoint = "best"  # Checkpoint of the run: best, latest, or a step.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,27 +151,21 @@ def sample(argv: list[str]) -> None:
     """Stream samples from a run or from GPT-2 weights."""
     args = parse(SampleArgs, argv, "sample.py")
     prompts = [read_start(start) for start in args.start or ("\n",)]
+    from jaxgpt.api import Run
     from jaxgpt.interop import huggingface
-    from jaxgpt.runtime import device
-    from jaxgpt.runtime.mesh import local_mesh
-    from jaxgpt.sample import Sampler
 
-    config, load, tokenizer = huggingface.load_trained(
+    is_run = args.init_from == "resume"
+    trained = huggingface.load_trained(
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
     )
-    dtype = args.dtype
-    if dtype == "auto" and config.dtype == "float64":
-        dtype = "float64"
-    device.start(args.device, float64="float64" in (config.dtype, dtype))
-    params, step = load(local_mesh())
-    resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
-    sampler, encoder = Sampler(resolved).load(params), tokenizer()
-    source = args.init_from if step is None else f"{args.out_dir}, step {step}"
-    print(f"{source}, {resolved.dtype}", file=sys.stderr)
+    run = Run(trained, args.out_dir if is_run else args.init_from, args.device, args.dtype)
+    sampler, tokenizer = run.sampler, run.tokenizer
+    step = f", step {run.step}" if is_run else ""
+    print(f"{run.source}{step}, {run.inference_config.dtype}", file=sys.stderr)
     if args.interactive:
-        answer_prompts(args, sampler, encoder)
+        answer_prompts(args, sampler, tokenizer)
     else:
-        print_samples(args, sampler, encoder, prompts)
+        print_samples(args, sampler, tokenizer, prompts)
 
 
 def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
@@ -317,7 +329,7 @@ def bench(argv: list[str]) -> None:
 class AblateArgs:
     """Train a baseline and each feature with several seeds, and compare the losses."""
 
-    config: keys.NonEmptyStr = "configs/ablate.py"  # Config file of the baseline.
+    config: keys.NonEmptyStr = "ablate"  # Config file of the baseline, or its name.
     features: tuple[str, ...] = ()  # Features to compare; none means all of them.
     seeds: keys.PositiveInt = 5  # Number of runs per feature; their seeds are 1, 2, ...
     # Folder of the runs and of the results; empty means the out_dir of the config file.
@@ -379,3 +391,11 @@ COMMANDS = {
     "train": train, "sample": sample, "prepare": prepare, "eval": evaluate,
     "export": export, "bench": bench, "ablate": ablate, "plan": plan,
 }  # fmt: skip
+
+
+def flags_of_commands() -> dict[str, type]:
+    """Return a dataclass of each command's flags, which shells complete."""
+    keyed = {"train": TrainArgs, "ablate": AblateArgs, "plan": PlanArgs}
+    others = {"sample": SampleArgs, "prepare": PrepareArgs, "eval": EvalArgs, "export": ExportArgs}
+    keyed = {name: with_keys(args_type) for name, args_type in keyed.items()}
+    return keyed | others | {"bench": BenchArgs}

@@ -183,7 +183,7 @@ def _make_pieces(folder: Path, manifest: dict, pieces: dict[int, Piece], process
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, processes), spawn, _start_worker)
     num_tokens, start = 0, time.perf_counter()
-    with Progress(console=Console(stderr=True)) as progress, pool:
+    with Progress(console=Console(stderr=True, force_jupyter=False)) as progress, pool:
         task = progress.add_task(f"tokenizing {folder.name}", total=len(pieces))
         jobs = [pool.submit(_make_piece, folder, manifest, n, piece) for n, piece in pieces.items()]
         try:

@@ -101,7 +101,7 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
     else:
         scan, encode, unit = scan_chars, encode_text, "characters"
     columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as progress:
         chars, length = scan(_read(file, progress, "reading"))
         train = int(TRAIN_FRACTION * length)
         if train in (0, length):

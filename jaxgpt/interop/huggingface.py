@@ -205,11 +205,16 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    init_from: str, out_dir: str, checkpoint: str, data_dir: str = "", config_file: str = ""
+    init_from: str,
+    out_dir: str = "",
+    checkpoint: str = "best",
+    data_dir: str = "",
+    config_file: str = "",
+    config_class: type[Config] = Config,
 ) -> Trained:
     """Open the model of a run if `init_from` is resume, else weights. Raises `UserError`."""
     if init_from == "resume":
-        config = run_dir.load_config(out_dir, config_file)
+        config = run_dir.load_config(out_dir, config_file, config_class)
         config = config.replace(data_dir=data_dir or config.data_dir)
         load = partial(run_dir.load_params, config, checkpoint)
         return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))
@@ -226,11 +231,10 @@ def open_weights(init_from: str) -> Weights:
     with one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
     """
     path = Path(init_from)
-    is_on_hub = init_from in HUB or (init_from.count("/") == 1 and init_from[0] not in "./")
     if path.is_file() or (path / CKPT).is_file():
         file = path if path.is_file() else path / CKPT
         keys, tensors = _read_nanogpt(init_from, file)
-    elif path.is_dir() or is_on_hub:
+    elif path.is_dir() or is_on_hub(init_from):
         file = (path if path.is_dir() else _download(init_from)) / CONFIG
         keys, tensors = _read_folder(init_from, file.parent)
     else:
@@ -258,6 +262,12 @@ def open_weights(init_from: str) -> Weights:
     if unknown:
         raise UserError(f"{init_from}: unknown tensor {unknown[0]}; {GPT2_EXPECTED}")
     return Weights(init_from, keys, weights, file.parent)
+
+
+def is_on_hub(name: str) -> bool:
+    """Tell whether a name may be a model's on the Hugging Face hub, and is no path in a folder."""
+    is_owner_and_name = name.count("/") == 1 and name[0] not in "./"
+    return name in HUB or (is_owner_and_name and not Path(name).parent.is_dir())
 
 
 def _download(name: str) -> Path:

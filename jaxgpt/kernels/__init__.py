@@ -7,7 +7,7 @@ variants follow; each has a row in docs/performance.md.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -82,11 +82,34 @@ def __getattr__(operation: str) -> Callable[..., Any]:
     return TABLE.get((operation, current_platform()), TABLE[operation, ANY])
 
 
-@contextmanager
-def without(operation: str, platform: str) -> Iterator[None]:
+def without(operation: str, platform: str) -> AbstractContextManager[None]:
     """Trace a platform's variant of an operation as the one for platforms without a row."""
+    return _replaced(operation, platform, TABLE[operation, ANY])
+
+
+@contextmanager
+def recorded_attention() -> Iterator[list[jax.Array]]:
+    """Record the weights of reference attention, [B, N, T, S] float32 at least, call by call.
+
+    Attention with `backend="reference"` is recorded while a function is traced. The arrays belong
+    to that trace, so a function under `jax.jit` must return them.
+    """
+    weights: list[jax.Array] = []
+
+    def attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options) -> jax.Array:
+        weights.append(attention.attention_weights(q_BTNH, k_BSKH, segment_ids_BT, options))
+        inputs = q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout
+        return attention.attention_reference(*inputs, options)
+
+    with _replaced("attention_reference", current_platform(), attend):
+        yield weights
+
+
+@contextmanager
+def _replaced(operation: str, platform: str, function: Callable) -> Iterator[None]:
+    """Put `function` into the table for a platform."""
     own = TABLE.get((operation, platform))
-    TABLE[operation, platform] = TABLE[operation, ANY]
+    TABLE[operation, platform] = function
     try:
         yield
     finally:

@@ -63,16 +63,27 @@ def attention_reference(
 ) -> jax.Array:
     """Compute softmax(mask(scale q k)) v (Vaswani et al. 2017); supports every option.
 
-    `dropout` acts on the weights [B, N, T, S]. Scores and softmax are float32 at least.
+    `dropout` acts on the weights [B, N, T, S].
     """
-    k_BSNH, v_BSNH = _repeat_kv_heads(q_BTNH, k_BSKH, v_BSKH)
+    (v_BSNH,) = _repeat_kv_heads(q_BTNH, v_BSKH)
+    weights_BNTS = attention_weights(q_BTNH, k_BSKH, segment_ids_BT, options).astype(v_BSNH.dtype)
+    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
+    product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
+    return product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+
+
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    options: AttentionOptions,
+) -> jax.Array:
+    """Compute softmax(mask(scale q k)), [B, N, T, S], float32 at least."""
+    (k_BSNH,) = _repeat_kv_heads(q_BTNH, k_BSKH)
     mask_BTS = full_mask(q_BTNH, k_BSKH, segment_ids_BT, options)
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
     scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH * options.scale, k_BSNH)
-    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf)
-    weights_BNTS = jax.nn.softmax(scores_BNTS).astype(v_BSNH.dtype)
-    dropped_BNTS = dropout(weights_BNTS) if dropout else weights_BNTS
-    return product("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH).astype(v_BSNH.dtype)
+    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf))
 
 
 # ---- GPU without flash attention: a gradient from weights in v's dtype -----------------------

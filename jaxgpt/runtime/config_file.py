@@ -1,4 +1,7 @@
-"""Run a config file, which is Python of the user's own, and return the configs that it builds."""
+"""Run a config file, which is Python of the user's own, and return the configs that it builds.
+
+The configs that come with jaxgpt also have names, such as `shakespeare`, for use in any folder.
+"""
 
 import difflib
 import importlib
@@ -15,19 +18,19 @@ from jaxgpt.config import Config, UserError
 
 NAMES = ("config", "cpu_config", "baseline")  # the last is for `jaxgpt ablate`
 EXPECTED = "expected a config file that runs without errors"
+PACKAGE = Path(__file__).parents[1]
+# The folder of configs/ and examples/: a part of the wheel, or the repository.
+SHIPPED = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
 def load_config_file(path: str) -> dict[str, Config]:
     """Run a config file; return its `config`, and its `cpu_config` and `baseline` if it has them.
 
-    Raises `UserError`, which names the wrong line of the file.
+    `path` may also be the name of a config that comes with jaxgpt. Raises `UserError`, which names
+    the wrong line of the file.
     """
-    if not Path(path).is_file():
-        files = [str(file) for file in sorted(Path("configs").rglob("*.py"))]
-        nearest = difflib.get_close_matches(path, files, n=1, cutoff=0.5) or files[:1]
-        hint = f"; try {nearest[0]}" if nearest else ""
-        raise UserError(f"config={path!r}: no such file; expected a Python file{hint}")
-    file = Path(path).resolve()
+    found = find_config_file(path)
+    file = Path(found).resolve()
     # Dataclasses, type hints and --help look a class up in the module that defines it.
     name = "jaxgpt_config_" + re.sub(r"\W", "_", str(file))
     module = ModuleType(name)
@@ -35,15 +38,38 @@ def load_config_file(path: str) -> dict[str, Config]:
     with _importing_from(file.parent):
         sys.modules[name] = module
         try:
-            SourceFileLoader(name, path).exec_module(module)
+            SourceFileLoader(name, found).exec_module(module)
         except Exception as error:
-            raise UserError(format_config_error(path, error)) from error
+            raise UserError(format_config_error(found, error)) from error
     configs = {key: vars(module)[key] for key in NAMES if key in vars(module)}
     for key, value in ({"config": None} | configs).items():
         if not isinstance(value, Config):
             problem = f"builds no Config with the name {key}"
             raise UserError(f"config={path!r}: {problem}; expected `{key} = Config(...)` in it")
     return {key: config.replace(config_file=path) for key, config in configs.items()}
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the configs that come with jaxgpt, such as lecture/1_bigram."""
+    folder = SHIPPED / "configs"
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.py")]
+
+
+def find_config_file(path: str) -> str:
+    """Return `path` if it is a file, or else the file of the shipped config with this name.
+
+    Raises `UserError` with the nearest path or name.
+    """
+    if Path(path).is_file():
+        return path
+    names = shipped_names()
+    if path in names:
+        return str(SHIPPED / "configs" / f"{path}.py")
+    files = [str(file) for file in sorted(Path("configs").rglob("*.py"))]
+    nearest = difflib.get_close_matches(path, [*files, *names], n=1, cutoff=0.5)
+    expected = "expected a Python file, or the name of a config that comes with jaxgpt"
+    advice = nearest[0] if nearest else "shakespeare"
+    raise UserError(f"config={path!r}: no such file; {expected}; try {advice}")
 
 
 _imported: set[str] = set()  # modules that config files imported from their own folders
@@ -59,7 +85,12 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.modules.pop(name, None)
     importlib.invalidate_caches()
     modules, path, dont_write = set(sys.modules), list(sys.path), sys.dont_write_bytecode
-    sys.path[:] = [str(folder), str(Path.cwd()), *path]
+    here = str(Path.cwd())
+    if SHIPPED in folder.parents:  # it imports what is shipped, and no folder of the same name here
+        others = [place for place in path if place not in ("", here)]
+        sys.path[:] = [str(folder), str(SHIPPED), *others]
+    else:
+        sys.path[:] = [str(folder), here, *path, str(SHIPPED)]
     sys.dont_write_bytecode = True  # leave no __pycache__ beside the user's files
     try:
         yield
@@ -81,8 +112,7 @@ def format_config_error(path: str, error: Exception) -> str:
         message = str(error)
     else:
         message = " ".join("".join(traceback.format_exception_only(error)).split())
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
-        message = str(Config.unknown_key(unknown[1])) if unknown else f"{message}; {EXPECTED}"
+        message = f"{message}; {EXPECTED}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if not frames:
         return f"{path}: {message}"

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,13 +100,16 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
 
     A CPU becomes one virtual device per core, because XLA:CPU runs most elementwise work on one
     thread per device. JAX reserves nine tenths of a GPU's memory. The user's own JAX_* and XLA_*
-    settings are kept. Raises `UserError`.
+    settings are kept. In a process that has started JAX already, its devices stay as they are.
+    Raises `UserError`.
     """
+    platforms = jax.config.values["jax_platforms"]
     if device != "auto":
         jax.config.update("jax_platforms", device)
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
-        jax.config.update("jax_num_cpu_devices", cores())
+        with suppress(RuntimeError):  # JAX has started already
+            jax.config.update("jax_num_cpu_devices", cores())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -118,6 +121,11 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     except RuntimeError as error:
         problem = f"JAX cannot use it ({str(error).splitlines()[0]})"
         raise UserError(f"device={device!r}: {problem}; try --device=auto") from error
+    started = jax.default_backend()
+    if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
+        jax.config.update("jax_platforms", platforms)
+        problem = f"JAX has started on a {started} in this process"
+        raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
 
 
 def memory_fraction() -> str | None:
@@ -225,6 +233,17 @@ def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, lis
         config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
     attention, notes = choose_attention(config, target_platform)
     return config.replace(attention=attention), notes
+
+
+def inference_config(config: Config, dtype: str = "auto", **keys: Any) -> Config:
+    """Return a trained model's config for this hardware: no dropout, the fastest attention.
+
+    A `dtype` of auto is the hardware's, or float64 if the model was trained in it.
+    """
+    if dtype == "auto" and config.dtype == "float64":
+        dtype = "float64"
+    keys = {"attention": "auto", "dropout": 0.0, "dtype": dtype} | keys
+    return resolve_auto(config.replace(**keys))[0]
 
 
 def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:

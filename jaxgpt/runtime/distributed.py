@@ -6,6 +6,7 @@ Every process runs the same program on its own devices, and XLA's collectives co
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def init_distributed(
         jax.distributed.initialize(*named, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
+        if not (coordinator or launched) and "must be called before" in reason:
+            return  # JAX has started, with the processes that it found
         if coordinator:
             raise UserError(
                 f"coordinator={coordinator!r}: cannot be reached ({reason}); "
@@ -114,7 +117,10 @@ def on_process_0(function: Callable[[], int | None]) -> int:
 
 
 class StopSignal:
-    """A record of SIGTERM or SIGINT for the training loop; a second signal ends the process."""
+    """A record of SIGTERM or SIGINT for the training loop; a second signal ends the process.
+
+    Outside the main thread, Python allows no handler, so signals have their usual effect.
+    """
 
     received = 0  # the signal that was sent to this process
     agreed = 0  # the signal that all processes have read, so that they stop at the same step
@@ -137,15 +143,21 @@ class StopSignal:
         return _max(jax.make_array_from_callback((mesh.size,), one_each, lambda _: own_signal))
 
     def __enter__(self) -> "StopSignal":
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def end_at_once(self, number: int) -> None:
+        """Leave without saving, because signal `number` came after the first one."""
+        os._exit(128 + number)
+
     def _note(self, number: int, frame: Any) -> None:
         if self.received:
-            os._exit(128 + number)
+            self.end_at_once(number)
         self.received = number
         os.write(2, b"stopping: saves a checkpoint first; send the signal again to exit at once\n")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -15,6 +16,7 @@ from jaxgpt.config import Config
 from jaxgpt.runtime.files import atomic_path, atomic_write, import_extra
 
 Row = dict[str, Any]
+NOTEBOOK_INTERVAL_S = 1.0  # between two texts of the live line, which are all sent to the browser
 
 
 def escape_controls(text: str, on_terminal: bool) -> str:
@@ -27,7 +29,8 @@ def escape_controls(text: str, on_terminal: bool) -> str:
 class Log:
     """The log of a run, for people and for programs.
 
-    On a terminal the last row is a live line at the bottom; elsewhere every row is a plain line.
+    On a terminal and in a notebook the last row is a live line at the bottom; elsewhere every row
+    is a plain line.
     Rows of `metrics.jsonl` after `first_step` are deleted, because their steps are taken again.
     A log that is not `enabled` writes nothing.
     """
@@ -36,7 +39,7 @@ class Log:
         self.folder = Path(config.out_dir)
         self.enabled = enabled
         self._stack = ExitStack()
-        self._live = None
+        self._live: TerminalLine | NotebookLine | None = None
         if not enabled:
             return
         with ExitStack() as stack:
@@ -51,12 +54,13 @@ class Log:
                 self._trackers.append(_tensorboard(config, first_step, stack))
             if config.wandb_log:
                 self._trackers.append(_wandb(config, stack))
-            self._console = Terminal(highlight=False, emoji=False, soft_wrap=True)
-            if self._console.is_interactive:
-                columns = BarColumn(20), TextColumn("{task.fields[text]}")
-                live = Progress(*columns, console=self._console, transient=True)
-                live.add_task("", total=config.max_iters, text="compiling")
-                self._live = stack.enter_context(live)
+            options: dict[str, Any] = {"highlight": False, "emoji": False, "soft_wrap": True}
+            self._console = Terminal(force_jupyter=False, **options)
+            if Console().is_jupyter:
+                self._live = stack.enter_context(NotebookLine())
+            elif self._console.is_interactive:
+                line = TerminalLine(self._console, config.max_iters)
+                self._live = stack.enter_context(line)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Log":
@@ -68,6 +72,8 @@ class Log:
     def info(self, text: str) -> None:
         """Log a line for people."""
         if self.enabled:
+            if self._live:
+                self._live.erase()
             self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
             self._text.write(text + "\n")
 
@@ -83,7 +89,7 @@ class Log:
         self._record(row)
         if self._live:
             time_first = f"{_duration(left_s)}, {text}"  # a narrow terminal cuts the end
-            self._live.update(self._live.task_ids[0], completed=row["step"], text=time_first)
+            self._live.show(row["step"], time_first)
             self._text.write(text + "\n")
         else:
             self.info(text)
@@ -135,6 +141,50 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
             super().on_broken_pipe()
+
+
+class TerminalLine(Progress):
+    """The last line of a terminal: a bar, and a text that the next one overwrites."""
+
+    def __init__(self, console: Console, steps: int):
+        columns = BarColumn(20), TextColumn("{task.fields[text]}")
+        super().__init__(*columns, console=console, transient=True)
+        self._task = self.add_task("", total=steps, text="compiling")
+
+    def show(self, step: int, text: str) -> None:
+        self.update(self._task, completed=step, text=text)
+
+    def erase(self) -> None:
+        """Do nothing, because Rich moves the line below what is printed."""
+
+
+class NotebookLine:
+    """The last line of a notebook's output, with a text that the next one overwrites.
+
+    Rich's live display needs the cursor movements of a terminal, or ipywidgets.
+    """
+
+    def __init__(self):
+        self._width = 0
+        self._shown_at = -math.inf
+
+    def __enter__(self) -> "NotebookLine":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.erase()
+
+    def show(self, step: int, text: str) -> None:
+        """Show a text, unless another one was shown a moment ago."""
+        if time.monotonic() - self._shown_at < NOTEBOOK_INTERVAL_S:
+            return
+        print("\r" + text.ljust(self._width), end="", flush=True)
+        self._width, self._shown_at = len(text), time.monotonic()
+
+    def erase(self) -> None:
+        if self._width:
+            print("\r" + " " * self._width, end="\r")
+        self._width = 0
 
 
 def _duration(seconds: float) -> str:

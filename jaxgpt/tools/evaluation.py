@@ -27,7 +27,7 @@ WEIGHTS_BATCH = 8  # sequences per device for weights, which have no run's batch
 
 
 def open_model(
-    *where: str, init_from: str = "resume", mesh: str = "", **keys: Any
+    *where: Any, init_from: str = "resume", mesh: str = "", **keys: Any
 ) -> tuple[huggingface.Trained, Mesh]:
     """Open the model of a run, or the weights `init_from`, with a config for this device.
 
@@ -37,9 +37,7 @@ def open_model(
     trained = huggingface.load_trained(init_from, *where)
     if init_from != "resume":
         keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
-    dtype = "float64" if trained.config.dtype == "float64" else "auto"
-    keys = {"dtype": dtype, "attention": "auto", "dropout": 0.0, "mesh": mesh} | keys
-    config, _ = device.resolve_auto(trained.config.replace(**keys))
+    config = device.inference_config(trained.config, mesh=mesh, **keys)
     return trained._replace(config=config), make_mesh(config)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,13 +121,47 @@ def test_config_file_that_builds_no_config_is_rejected(write, text, name):
     assert said.endswith(f"; expected `{name} = Config(...)` in it")
 
 
-def test_missing_config_file_is_rejected_with_the_nearest_name(write):
-    missing = "no such file; expected a Python file"
-    assert refusal(parse, "--config", "nope.py").endswith(missing)
+NEAREST = {
+    "configs/on.py": "configs/one.py",
+    "more/two.py": "configs/more/two.py",
+    "shakespear": "shakespeare",
+    "configs/shakespeare.py": "shakespeare",
+    "lecture/1": "lecture/1_bigram",
+    "zzz": "shakespeare",
+}
+
+
+@pytest.mark.parametrize("typed", NEAREST)
+def test_missing_config_file_is_rejected_with_the_nearest_name(write, typed):
     for name in "configs/one.py", "configs/more/two.py":
         write("config = Config()\n", name)
-    for typed, nearest in (("configs/on.py", "one.py"), ("more/two.py", "more/two.py")):
-        assert refusal(parse, "--config", typed).endswith(f"{missing}; try configs/{nearest}")
+    said = refusal(parse, "--config", typed)
+    assert said.startswith(f"config={typed!r}: no such file; expected a Python file, or ")
+    assert said.endswith(f"; try {NEAREST[typed]}")
+
+
+def test_shipped_configs_have_names_in_any_folder(write):
+    for argv in ["shakespeare"], ["--config", "shakespeare"], ["--config=shakespeare"]:
+        assert parse(*argv) == parse(SHAKESPEARE)
+    small = parse("shakespeare", "--seed=3", accelerator=False)
+    assert small == parse(SHAKESPEARE, "--seed=3", accelerator=False)
+    assert small.config_file == "shakespeare"  # and not a path of this machine
+    write("config = Config(n_layer=3)\n", "shakespeare")
+    assert parse("shakespeare").n_layer == 3  # a file takes precedence
+
+
+@pytest.mark.parametrize("name", ["lecture/1_bigram", "speedrun", "gpt2_xl"])
+def test_shipped_configs_find_what_they_import_beside_folders_of_the_user(write, name):
+    for folder in "examples", "configs":
+        write("raise ValueError\n", f"{folder}/__init__.py")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for m in sys.modules if m.split(".")[0] in ("examples", "configs")]:
+            patch.delitem(sys.modules, module)
+        patch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
+        assert parse(name).max_iters > 0
+        own = write("from configs.shakespeare import config\n", "mine.py")
+        Path("configs/__init__.py").unlink()
+        assert parse(own) == parse("shakespeare")
 
 
 # ---- flags -----------------------------------------------------------------------------------
@@ -194,7 +229,7 @@ def test_invalid_flag_value_is_rejected_by_the_config_checks():
 
 @pytest.mark.parametrize("argv", [[], ["--n_layer=2"], ["--config="]], ids=str)
 def test_missing_config_argument_is_rejected_with_an_example(argv):
-    message = "--config: missing; expected a file; try --config configs/shakespeare.py"
+    message = "--config: missing; expected a file or a name; try --config shakespeare"
     assert refusal(parse, *argv) == message
 
 
@@ -351,6 +386,51 @@ def test_help_of_every_command_fits_80_columns(name, capsys):
     usage, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert max(map(len, lines)) <= 80
+
+
+# The words of a command line -> some of its completions.
+COMPLETIONS = {
+    "": "train sample prepare eval export bench ablate plan",
+    "tr": "train",
+    "train --n_l": "--n_layer",
+    "train --conf": "--config",
+    "sample --init": "--init_from",
+    "train --mlp ": "gelu gelu_tanh relu relu2 swiglu",
+    "plan --topo": "--topology",
+    "plan --n_l": "--n_layer",
+    "ablate --feat": "--features",
+}
+COMPLETE = """
+complete() { function=${@: -2:1}; }  # complete [-o default] -F FUNCTION NAME
+source ./completion.bash
+while IFS= read -r line; do
+    COMP_WORDS=(jaxgpt $line) COMPREPLY=()
+    if [ -z "${line##* }" ]; then COMP_WORDS+=(""); fi
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMP_LINE="jaxgpt $line"
+    $function
+    echo ${COMPREPLY[@]}
+done
+"""
+
+
+@pytest.mark.parametrize("command", ["", "train"])
+def test_bash_completes_commands_flags_and_values(tmp_path, monkeypatch, capsys, command):
+    argv = ["jaxgpt", *command.split(), "--tyro-print-completion", "bash"]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli.main()
+    (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
+    lines = "".join(f"{line}\n" for line in COMPLETIONS)
+    run = partial(subprocess.run, text=True, capture_output=True, check=True, cwd=tmp_path)
+    said = run(["bash", "-c", COMPLETE], input=lines).stdout.splitlines()
+    for line, found in zip(COMPLETIONS, said, strict=True):
+        assert set(COMPLETIONS[line].split()) <= set(found.split()), line
+
+
+def test_completion_for_an_unknown_shell_is_rejected(monkeypatch, capsys):
+    for shell in ["fish"], []:
+        monkeypatch.setattr(sys, "argv", ["jaxgpt", "--tyro-print-completion", *shell])
+        assert exit_code(cli.main) == 2
+        assert "unknown shell; expected one of bash, zsh" in capsys.readouterr().err
 
 
 # ---- nanoGPT's commands and the shipped configs ----------------------------------------------

@@ -13,7 +13,6 @@ from helpers import ERROR_FORM, TEXT, exit_code
 from safetensors.numpy import save_file
 
 from jaxgpt import evaluate, sample
-from jaxgpt import train as loop
 from jaxgpt.cli import commands as cli
 from jaxgpt.data import text_stream
 from jaxgpt.data.prepare import prepare
@@ -22,6 +21,7 @@ from jaxgpt.runtime import device
 
 from .harness import tiny
 
+LOOP = sys.modules["jaxgpt.train"]  # `jaxgpt.train` is the function
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -109,7 +109,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-COMPUTE = [(loop, "make_train_step"), (evaluate, "make_eval_step"), (GPT, "__call__")]
+COMPUTE = [(LOOP, "make_train_step"), (evaluate, "make_eval_step"), (GPT, "__call__")]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -140,7 +140,7 @@ def test_run_output_contains_no_environment_secrets(data, tmp_path, capsys, monk
     for name in "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_KEY":
         monkeypatch.setenv(name, f"canary-of-{name}")
     config = tiny(tmp_path, data, max_iters=2, tensorboard=True)
-    assert loop.train(config) == 0
+    assert LOOP.train(config) == 0
     printed = "".join(capsys.readouterr()).encode()
     written = contents(Path(config.out_dir))
     assert {"config.json", "log.txt", "metrics.jsonl", "meta.json"} <= {p.name for p in written}

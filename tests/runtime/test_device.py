@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers import refusal
 
 from jaxgpt.config import Config
 from jaxgpt.runtime import device
@@ -27,6 +28,16 @@ def knows_all(monkeypatch):
 
 def test_training_step_has_no_xla_options_on_a_cpu():
     assert device.compiler_options(TUNED, make_mesh(TUNED)) == {}
+
+
+def test_start_in_a_process_that_has_started_jax_keeps_its_devices(monkeypatch):
+    devices, platforms = jax.devices(), jax.config.values["jax_platforms"]
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)  # start would ask for one per core
+    device.start("cpu")
+    assert jax.devices() == devices
+    said = "device='gpu': JAX has started on a cpu in this process; expected cpu, or a new process"
+    assert refusal(device.start, "gpu") == said
+    assert jax.config.values["jax_platforms"] in ("cpu", platforms)
 
 
 @pytest.mark.parametrize(("platform", "size"), [("gpu", 1), ("gpu", 8), ("tpu", 4)])

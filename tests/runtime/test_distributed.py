@@ -126,6 +126,20 @@ def test_unreachable_metadata_server_error_suggests_coordinator_flag(joined, on_
         init_distributed()
 
 
+@pytest.fixture
+def started() -> int:
+    """Start JAX, and return the number of its devices."""
+    return len(jax.devices())
+
+
+def test_tpu_host_that_has_started_jax_keeps_its_processes(started, on_tpu_vm, set_env):
+    """A notebook may have used JAX before it trains."""
+    init_distributed()
+    set_env(SLURM)
+    with pytest.raises(UserError, match="cannot find the other processes"):
+        init_distributed()
+
+
 def test_unknown_launcher_error_suggests_coordinator_flag(joined, set_env):
     set_env({"OMPI_COMM_WORLD_SIZE": "2"})
     with pytest.raises(UserError, match=r"cannot find .*--coordinator"):

@@ -1,5 +1,6 @@
 """Test the output of a run: metric rows, console lines, the loss plot and trackers."""
 
+import builtins
 import io
 import json
 import re
@@ -182,6 +183,44 @@ def test_dumb_terminal_gets_plain_lines(config, monkeypatch):
     with Log(config, 0) as log:
         log.train(train_row(40), 83.0)
     assert "step 40: loss 3.6000" in screen.getvalue()
+
+
+class ZMQInteractiveShell:
+    """The name of a notebook's shell, which IPython makes available as `get_ipython()`."""
+
+
+def page(out: str) -> list[str]:
+    """Return the lines that a notebook shows: after a carriage return, text overwrites a line."""
+    shown = []
+    for line in out.split("\n"):
+        columns: list[str] = []
+        for text in line.split("\r"):
+            columns[: len(text)] = text
+        shown.append("".join(columns).rstrip())
+    return shown
+
+
+def test_notebook_shows_the_last_row_live_and_stays_short(config, tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", None)  # not needed
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    out = ""
+    with Log(config, 0) as log:
+        for step in range(1, 5001):
+            clock[0] += 0.01
+            log.train(train_row(step), 83.0)
+            if step % 1000 == 0:
+                out += capsys.readouterr().out
+                assert re.fullmatch(r"1:23 left, step \d+: loss .*", page(out)[-1])
+                assert step - int(page(out)[-1].split()[3][:-1]) < 100
+                log.eval(eval_row(step))
+    out += capsys.readouterr().out
+    losses = [f"step {step}: train loss" for step in range(1000, 5001, 1000)]
+    assert [line[: len(said)] for line, said in zip(page(out), losses, strict=False)] == losses
+    assert page(out)[5:] == [""]
+    assert out.count("\r") < 120
+    assert len(lines(tmp_path, "log.txt")) == 5005
 
 
 def draw(folder, rows: list[dict]) -> bytes:
