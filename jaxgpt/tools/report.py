@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Run], prompt: str, file: Path) -> None:
     prompt = prompt or run.tokenizer.decode(ids_T[: min(PROMPT_TOKENS, run.config.block_size)])
     sections = {
         "Summary": summary(runs),
-        "Curves": '<div class="chart"></div>' * len(CURVES),
+        "Curves": '<div class="charts">' + '<div class="chart"></div>' * len(CURVES) + "</div>",
         "Config": config_table(runs),
         "Samples": samples(run),
         "What surprises the model": passage(run, ids_T, source),
@@ -160,7 +160,7 @@ def thin(rows: Sequence[Row], field: str) -> list[Row]:
 
 
 def line_chart(title: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a chart of curves over steps; the pointer shows the nearest point's values."""
+    """Return a chart of curves over steps; pointing at a curve shows its values there."""
     alt = import_extra("altair", "report", "report")
     names = {point["name"] for point in points}
     legend = alt.Legend(orient="top", title=None, columns=1, labelLimit=600)
@@ -169,14 +169,12 @@ def line_chart(title: str, points: list[dict[str, Any]]) -> dict[str, Any]:
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
         color=alt.Color("name:N", legend=legend if len(names) > 1 else None),
     )
-    near = alt.selection_point(
-        nearest=True, on="pointerover", clear="pointerout", fields=["step", "name"], empty=False
-    )
-    shown = alt.condition(near, alt.value(1), alt.value(0))
+    pointed = alt.selection_point(on="pointerover", clear="pointerout", empty=False)
+    opacity = alt.condition(pointed, alt.value(0.7), alt.value(0))
     tooltip = ["name:N", "step:Q", alt.Tooltip("value:Q", format=".5~g")]
-    dots = base.mark_point(filled=True, size=60).encode(opacity=shown, tooltip=tooltip)
-    chart = (base.mark_line() + dots.add_params(near)).properties(width="container", height=220)
-    return chart.to_dict()
+    dots = base.mark_point(filled=True, size=150).encode(opacity=opacity, tooltip=tooltip)
+    layers = base.mark_line() + dots.add_params(pointed)
+    return layers.properties(width="container", height=220).to_dict()
 
 
 # ---- the model -----------------------------------------------------------------------------------
