@@ -6,6 +6,7 @@ Axes: L layers, N heads, T tokens, V vocabulary, D embedding.
 
 import base64
 import json
+import os
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -42,15 +43,18 @@ NEIGHBOUR_ROWS = 96
 MOST_NATS = 6.0  # tokens with this loss, or a larger one, have the strongest colour
 
 
-def write_report(runs: Sequence[Run], prompt: str, file: Path) -> None:
-    """Write the page of these runs; its views of a model are those of the first run.
+def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> Path:
+    """Write the page of these runs, and return its path; its model is that of the first run.
 
-    Attention is shown for `prompt`, or for the start of the passage if `prompt` is empty. Raises
-    `UserError` if the prompt is no text of the model, or if Altair is missing.
+    Attention is shown for `prompt`, or for the start of the passage if `prompt` is empty. If `file`
+    is empty, it is report.html in the run directory. Raises `UserError` if the prompt is no text of
+    the model, if Altair is missing, or if the file cannot be written.
     """
     run = runs[0]
     ids_T, source = passage_tokens(run)
-    prompt = prompt or run.tokenizer.decode(ids_T[: min(PROMPT_TOKENS, run.config.block_size)])
+    prompt_T = ids_T[: min(PROMPT_TOKENS, run.config.block_size)]
+    if prompt:
+        prompt_T = run.tokenizer.encode(prompt)
     sections = {
         "Summary": summary(runs),
         "Curves": '<div class="charts">' + '<div class="chart"></div>' * len(CURVES) + "</div>",
@@ -60,8 +64,15 @@ def write_report(runs: Sequence[Run], prompt: str, file: Path) -> None:
         "What the heads attend to": '<div id="attention"></div>',
         "Nearest embeddings": neighbours(run, ids_T),
     }
-    data = {"charts": charts(runs), "attention": attention(run, prompt)}
-    atomic_write(file, page(runs, sections, data))
+    data = {"charts": charts(runs), "attention": attention(run, prompt_T)}
+    folder = run.source if Path(run.source).is_dir() else ""
+    path = Path(file or Path(folder, "report.html"))
+    try:
+        atomic_write(path, page(runs, sections, data))
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError(f"{path}: {problem}; expected a file in a folder that exists") from error
+    return path
 
 
 def page(runs: Sequence[Run], sections: dict[str, str], data: dict[str, Any]) -> str:
@@ -92,7 +103,7 @@ def figures(run: Run) -> dict[str, str]:
     found = {
         "dataset": run.config.dataset,
         "parameters": f"{count_params(run.config) / 1e6:,.2f}M",
-        "checkpoint shown on this page": f"step {run.step:,}",
+        "step of the weights": f"{run.step:,}" if run.step is not None else "",
     }
     last = steps[-1] if steps else {"step": 0, "tokens": 0}
     found["steps"] = f"{last['step']:,}"
@@ -192,12 +203,13 @@ def samples(run: Run) -> str:
 def passage_tokens(run: Run) -> tuple[np.ndarray, str]:
     """Return a text as ids [T], int32, and its source: the validation split, or else a sample."""
     config = run.config
-    if config.dataset in TASKS or Path(config.data_dir, config.dataset).is_dir():
+    has_data = config.dataset in TASKS or Path(config.data_dir, config.dataset).is_dir()
+    if run.step is not None and has_data:
         val = find_dataset(config, config.block_size).val
         ids_T = val.read(0, min(PASSAGE_TOKENS, len(val))).astype(np.int32)
         return np.where(ids_T < 0, ~ids_T, ids_T), f"the validation split of {config.dataset}"
     text = run.generate("\n", max_new_tokens=PASSAGE_TOKENS)
-    source = f"a sample, because the dataset {config.dataset} is not on this machine"
+    source = "a sample of the model, because its dataset is not on this machine"
     return run.tokenizer.encode(text).astype(np.int32), source
 
 
@@ -237,17 +249,16 @@ def next_logits(run: Run, ids_T: np.ndarray) -> np.ndarray:
     return np.concatenate(logits_TV)
 
 
-def attention(run: Run, prompt: str) -> dict[str, Any]:
+def attention(run: Run, ids_T: np.ndarray) -> dict[str, Any]:
     """Return the attention weights as the page draws them: bytes of 255 x weight, [L, N, T, T]."""
+    run.logits(ids_T)  # raises if the ids are too many; an error below is the model's
     try:
-        weights_LNTT = run.attention(prompt)
+        weights_LNTT = run.attention(ids_T)
     except UserError as error:
-        if prompt and len(run.tokenizer.encode(prompt)) > run.config.block_size:
-            raise
         return {"missing": str(error)}
     L, N = weights_LNTT.shape[:2]
     levels = np.round(255 * weights_LNTT).astype(np.uint8)
-    tokens = [show(run.tokenizer.decode([id])) for id in run.tokenizer.encode(prompt)]
+    tokens = [show(run.tokenizer.decode([id])) for id in ids_T]
     text = base64.b64encode(levels.tobytes()).decode()
     return {"tokens": tokens, "layers": L, "heads": N, "levels": text}
 
