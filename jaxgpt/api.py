@@ -71,7 +71,10 @@ def train(config: Config) -> "Run":
     if code == 128 + signal.SIGTERM:
         signal.raise_signal(signal.SIGTERM)
     trained = huggingface.load_trained("resume", c.out_dir, config_class=type(c))
-    return Run(trained, c.out_dir, device=c.device)
+    run = Run(trained, c.out_dir, device=c.device)
+    if c.report and code == 0:
+        run.report()
+    return run
 
 
 def load(
@@ -112,7 +115,8 @@ class Interrupt(distributed.StopSignal):
 class Run:
     """A trained model: its weights, config and tokenizer, from a run directory or from weights.
 
-    A notebook shows the run's loss.png. The weights are loaded when they are first used.
+    A text is a string or an array of token ids. A notebook shows the run's loss.png. The weights
+    are loaded when they are first used.
     """
 
     def __init__(
@@ -186,11 +190,11 @@ class Run:
             return pieces if stream else "".join(pieces)
         return pieces if stream else ["".join(parts) for parts in zip(*pieces, strict=True)]
 
-    def logits(self, text: str) -> np.ndarray:
+    def logits(self, text: str | np.ndarray) -> np.ndarray:
         """Return the logits of the token after each token of the text, float32 [T, V]."""
         return np.asarray(_logits_TV(*self._network(), self._tokens_1T(text)))
 
-    def loss(self, text: str) -> np.ndarray:
+    def loss(self, text: str | np.ndarray) -> np.ndarray:
         """Return the loss of each token of the text, in nats, float32 [T].
 
         `loss[t]` is -log p(token t | tokens 0 to t - 1). `loss[0]` is nan, because no token comes
@@ -198,7 +202,7 @@ class Run:
         """
         return np.asarray(_losses_T(*self._network(), self._tokens_1T(text)))
 
-    def attention(self, text: str) -> np.ndarray:
+    def attention(self, text: str | np.ndarray) -> np.ndarray:
         """Return the attention weights of every layer and head, float32 [L, N, T, T].
 
         Row t of the last two axes says how much token t attends to each token; it sums to 1.
@@ -222,10 +226,21 @@ class Run:
             return c.replace(scan_layers=False), unstack_layers(params)
         return c, params
 
-    def _tokens_1T(self, text: str) -> jax.Array:
-        if not isinstance(text, str):
-            raise UserError(f"text={text!r}: invalid value; expected text")
-        ids, most = self.tokenizer.encode(text), self.config.block_size
+    def report(self, file: str | os.PathLike = "", *, prompt: str = "") -> Path:
+        """Write a page about the run and its model, and return its path.
+
+        If there is no `file`, it is report.html in the run directory. `prompt` is the text for
+        which it shows attention; if empty, validation text. Raises `UserError`.
+        """
+        from jaxgpt.tools.report import write_report
+
+        return write_report([self], prompt, file)
+
+    def _tokens_1T(self, text: str | np.ndarray) -> jax.Array:
+        if not isinstance(text, str | np.ndarray):
+            raise UserError(f"text={text!r}: invalid value; expected text, or an array of ids")
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
+        most = self.config.block_size
         if not 0 < len(ids) <= most:
             raise UserError(f"text: has {len(ids)} tokens; expected 1 to block_size={most} tokens")
         return jnp.asarray(ids[None], jnp.int32)

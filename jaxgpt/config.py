@@ -101,6 +101,8 @@ class RunConfig:
     """Number of newest checkpoints to keep, in addition to the best one."""
     seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
+    report: bool = False
+    """Write report.html after the last step (needs the extra `report`)."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs the extra `log`)."""
     wandb_log: bool = False

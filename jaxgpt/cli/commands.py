@@ -93,9 +93,15 @@ def train(argv: list[str]) -> int:
     """Train the model of a config file."""
     command_line = parse_command_line(argv)
     config, notes = choose_config(command_line)
+    from jaxgpt.runtime import distributed
     from jaxgpt.train import train
 
-    return train(config, cli_keys=frozenset(command_line.overrides), notes=notes)
+    code = train(config, cli_keys=frozenset(command_line.overrides), notes=notes)
+    if config.report and code == 0 and distributed.is_process_0():
+        from jaxgpt import api
+
+        print(api.load(config.out_dir, config=type(config)).report())
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +318,32 @@ def export(argv: list[str]) -> None:
     print(f"wrote step {step} of {args.out_dir} to {args.to}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Write a page about runs, which any browser shows: curves, configs, and views of a model."""
+
+    # Run directories, or weights. The page compares them, and shows the model of the first.
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    prompt: str = ""  # Text for which to show attention; empty means validation text.
+    to: str = ""  # File to write; empty means report.html in the first run directory.
+    config: str = ""  # Config file of the runs; needed only if it defines a config class.
+    checkpoint: keys.Checkpoint = "best"  # Checkpoint of the runs: best, latest, or a step.
+
+
+def report(argv: list[str]) -> None:
+    """Write a page that shows what a run did, and what its model does."""
+    args = parse(ReportArgs, argv, "jaxgpt report")
+    if not args.runs:
+        raise UserError(
+            "report: no run; expected run directories; try jaxgpt report out/shakespeare"
+        )
+    from jaxgpt import api
+    from jaxgpt.tools.report import write_report
+
+    load = partial(api.load, checkpoint=args.checkpoint, config=args.config)
+    print(write_report([load(run) for run in args.runs], args.prompt, args.to))
+
+
 def bench(argv: list[str]) -> None:
     """Time training or sampling, alone or against PyTorch nanoGPT."""
     args = parse(BenchArgs, argv, "jaxgpt bench")
@@ -389,7 +421,7 @@ def plan(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": train, "sample": sample, "prepare": prepare, "eval": evaluate,
-    "export": export, "bench": bench, "ablate": ablate, "plan": plan,
+    "report": report, "export": export, "bench": bench, "ablate": ablate, "plan": plan,
 }  # fmt: skip
 
 
