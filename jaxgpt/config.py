@@ -267,6 +267,13 @@ class OptimizerConfig:
     max_nonfinite_steps: NonNegativeInt = 0
     """Steps in a row that may be skipped because their loss or gradient is not finite; one more
     ends the run. 0 means that the first such step ends it."""
+    skip_loss_spikes: NonNegativeFloat = 0.0
+    """Skip the update of a step whose loss or gradient norm exceeds the mean of the last
+    `spike_window` steps by this many standard deviations; levanter and MaxText use 6. 0 skips
+    none."""
+    spike_window: Annotated[int, Range(2)] = 128
+    """Number of steps that `skip_loss_spikes` compares with; as many first steps are not
+    skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer: clipping by global norm, then AdamW (Loshchilov & Hutter 2019).
 
     With `optimizer="muon"` or "normuon" the blocks' matrices use jaxgpt/muon.py instead, with the
-    same weight decay. Frozen parameters have no moments. `update` takes the argument `is_finite`;
+    same weight decay. Frozen parameters have no moments. `update` takes the argument `is_accepted`;
     if it is False, the moments do not change.
     """
     c = config
-    # wrap every transformation that has moments in `skip_if_nonfinite`, or they keep a NaN
+    # wrap every transformation that has moments in `skip_if_rejected`, or they keep a NaN
     direction = scale_by_adam(c.beta1, c.beta2)
     if c.optimizer != "adamw" or c.freeze:
         direction = partition_by_kind(c, direction)
@@ -90,7 +90,7 @@ def decay_weights(config: Config) -> optax.GradientTransformation:
 
 def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
     """Scale gradients to Adam's update direction (Kingma & Ba 2015)."""
-    adam = skip_if_nonfinite(optax.scale_by_adam(b1, b2, eps=kernels.ADAM_EPSILON))
+    adam = skip_if_rejected(optax.scale_by_adam(b1, b2, eps=kernels.ADAM_EPSILON))
 
     def update(updates, state, params=None, **extra):
         updates, state = adam.update(updates, state, params, **extra)
@@ -99,21 +99,21 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def skip_if_nonfinite(
+def skip_if_rejected(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap `inner` so that its moments change only if `is_finite`; step counts always advance."""
+    """Wrap `inner` so that its moments change only if `is_accepted`; step counts always advance."""
 
-    def update(updates, state, params=None, *, is_finite: jax.typing.ArrayLike = True, **_):
+    def update(updates, state, params=None, *, is_accepted: jax.typing.ArrayLike = True, **_):
         updates, new = inner.update(updates, state, params)
-        return updates, jax.tree.map(partial(where_finite, is_finite), new, state)
+        return updates, jax.tree.map(partial(where_accepted, is_accepted), new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def where_finite(is_finite: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Return `new` if `is_finite`, else `old`; an array of integers is always `new`."""
-    return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+def where_accepted(is_accepted: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Return `new` if `is_accepted`, else `old`; an array of integers is always `new`."""
+    return jnp.where(is_accepted, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def partition_by_kind(
@@ -145,10 +145,10 @@ def muon_direction(config: Config, axes: dict) -> optax.GradientTransformation:
     polynomial = POLYNOMIALS[config.muon_polynomial].first(config.muon_iterations)
     direction = muon.scale_by_muon(axes, polynomial, config.momentum_warmup_iters)
     if config.optimizer == "normuon":
-        scale = skip_if_nonfinite(muon.normalize_neurons(axes, config.beta2))
+        scale = skip_if_rejected(muon.normalize_neurons(axes, config.beta2))
     else:
         scale = muon.consistent_rms(axes)
-    return optax.chain(skip_if_nonfinite(direction), scale)
+    return optax.chain(skip_if_rejected(direction), scale)
 
 
 def frozen_mask(config: Config, params: dict) -> dict:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import model, sharding
+from jaxgpt import model, sharding, spikes
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import batch_size
 from jaxgpt.data.alignment import align
@@ -314,10 +314,19 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
         best.update(best_step, best_val_loss)
     abstract = abstract_state(config, mesh)
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
-    return TrainState(**checkpoints.restore(items, step), step=replicated_int(mesh, step)), best
+    state = TrainState(**checkpoints.restore(items, step), step=replicated_int(mesh, step))
+    if config.skip_loss_spikes:
+        recent_2W = spikes.from_json(meta.get("recent_steps", [[], []]), config.spike_window)
+        state.recent_2W = replicated_array(mesh, recent_2W)
+    return state, best
 
 
 def replicated_int(mesh: Mesh, value: int) -> jax.Array:
     """Return an int32 that every device of the mesh holds."""
+    return replicated_array(mesh, np.array(value, np.int32))
+
+
+def replicated_array(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """Return an array that every device of the mesh holds."""
     whole = sharding.replicated(mesh)
-    return jax.make_array_from_callback((), whole, lambda _: np.array(value, np.int32))
+    return jax.make_array_from_callback(value.shape, whole, lambda index: value[index])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import stages
 
+from jaxgpt import spikes
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
 from jaxgpt.data.text_stream import generate_text
@@ -224,6 +225,8 @@ class PeriodicWork:
             "dataset": self.config.dataset,
             "data": self.run.dataset.fingerprint,
         }
+        if state.recent_2W is not None:
+            meta["recent_steps"] = spikes.to_json(state.recent_2W)
         items = {"params": state.params, "opt_state": state.opt_state}
         self.run.checkpoints.save(items, meta, best=is_best)
 

@@ -16,13 +16,13 @@ from jax import stages
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import register_dataclass
 
-from jaxgpt import kernels
+from jaxgpt import kernels, spikes
 from jaxgpt.config import Config
 from jaxgpt.kernels.accumulate import accumulate, is_data_mesh
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
-from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_finite
+from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_accepted
 from jaxgpt.runtime.device import compiler_options
 from jaxgpt.sharding import param_sharding, replicated, update_sharding, use_mesh
 
@@ -34,14 +34,16 @@ class TrainState:
 
     opt_state: Any
     params: dict[str, Any]
-    step: jax.Array  # updates taken so far, int32
+    step: jax.Array  # steps so far, int32
+    recent_2W: jax.Array | None = None  # losses and gradient norms, if `skip_loss_spikes`
 
 
 def create_state(config: Config) -> TrainState:
     """Return the state before the first step, drawn from `config.seed`."""
     params = init_params(config, jax.random.fold_in(jax.random.key(config.seed), 0))
     opt_state = make_optimizer(config).init(params)
-    return TrainState(opt_state, params, step=jnp.zeros((), jnp.int32))
+    recent_2W = spikes.no_steps(config.spike_window) if config.skip_loss_spikes else None
+    return TrainState(opt_state, params, step=jnp.zeros((), jnp.int32), recent_2W=recent_2W)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps, and
     reuses the old state's memory. Metrics [U]: `loss` (nats per target), `grad_norm` (unclipped),
-    `lr`. A step whose loss or norm is not finite counts, but changes no weights and moments.
+    `lr`, and `spike` if `skip_loss_spikes`. A step whose loss or norm is not finite, or a spike,
+    counts, but changes no weights and moments.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
@@ -143,8 +146,13 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_finite)
+        is_accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if state.recent_2W is not None:
+            is_spike = spikes.is_spike(state.recent_2W, loss, norm, config.skip_loss_spikes)
+            is_accepted &= ~is_spike
+            metrics["spike"] = is_spike
+            state = replace(state, recent_2W=spikes.remember(state.recent_2W, loss, norm))
+        state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_accepted)
         # without the first placement XLA gathers old and new parameters, and then selects
         state = place(place(state, shares), shardings)
         return state, jax.tree.map(lambda value: value[None], metrics)
@@ -158,17 +166,17 @@ def apply_update(
     is_frozen: dict,
     state: TrainState,
     grads: dict,
-    is_finite: jax.Array,
+    is_accepted: jax.Array,
 ) -> TrainState:
-    """Update all parameters that are not frozen if `is_finite`; count the step in any case."""
+    """Update all parameters that are not frozen if `is_accepted`; count the step in any case."""
     old = state.params
-    updates, opt_state = optimizer.update(grads, state.opt_state, old, is_finite=is_finite)
+    updates, opt_state = optimizer.update(grads, state.opt_state, old, is_accepted=is_accepted)
 
     def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if frozen else where_finite(is_finite, new, old)  # decay reaches frozen ones
+        return old if frozen else where_accepted(is_accepted, new, old)  # decay reaches frozen ones
 
     params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(old, updates), old)
-    return TrainState(opt_state, params, state.step + 1)
+    return replace(state, opt_state=opt_state, params=params, step=state.step + 1)
 
 
 def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, count: jax.Array):

@@ -241,9 +241,9 @@ def test_moments_are_unchanged_by_nonfinite_gradients(keys):
     params = model.init_params(config, jax.random.key(0))
     optimizer = make_optimizer(config)
     update = jax.jit(optimizer.update)
-    _, before = update(params, optimizer.init(params), params, is_finite=True)
+    _, before = update(params, optimizer.init(params), params, is_accepted=True)
     bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    _, after = update(bad, before, params, is_finite=False)
+    _, after = update(bad, before, params, is_accepted=False)
     moments = lambda state: [a for a in jax.tree.leaves(state) if a.dtype.kind == "f"]
     assert any(np.any(a) for a in moments(before))
     for a, b in zip(moments(before), moments(after), strict=True):

@@ -65,7 +65,10 @@ class StepLog:
         for i in range(count):
             step = before + 1 + i
             numbers = {key: float(values[i]) for key, values in metrics.items()}
+            is_spike = numbers.pop("spike", 0.0) > 0
             self._check_finite(step, numbers["loss"], numbers["grad_norm"])
+            if is_spike:
+                self._log_spike(step, numbers["loss"], numbers["grad_norm"])
             if step % self.config.log_interval == 0 or step == 1:
                 self._log_step(step, numbers)
 
@@ -83,12 +86,18 @@ class StepLog:
             )
         self.log.info(f"{found}; expected finite numbers; skipped this step")
 
+    def _log_spike(self, step: int, loss: float, norm: float) -> None:
+        self._skipped += 1
+        limit = f"at most {self.config.skip_loss_spikes:g} standard deviations above the last steps"
+        found = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}"
+        self.log.info(f"{found}; expected {limit}; skipped this step")
+
     def _log_step(self, step: int, numbers: Row) -> None:
         seconds = self.stopwatch.read()
         rate = self.tokens / seconds
         row = {"step": step, **numbers, "tokens": step * self.tokens, "tokens_per_s": rate}
         row |= {"step_ms": 1000 * seconds, "time": time.time()}
-        if self.config.max_nonfinite_steps:
+        if self.config.max_nonfinite_steps or self.config.skip_loss_spikes:
             row["skipped"] = self._skipped
             self._skipped = 0
         row["mfu"] = rate / self.peak if self.peak else None
