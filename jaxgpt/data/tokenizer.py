@@ -150,6 +150,10 @@ class BpeTokenizer(Tokenizer):
         ids = [np.array(piece, np.uint32) for piece in [*pieces, []]]
         return np.concatenate(ids).astype(id_dtype(self.vocab_size))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        return self._bpe.get_vocab()
+
     def decode(self, ids) -> str:
         return self._bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
@@ -212,6 +216,29 @@ def find(name: str, data_dir: str) -> Tokenizer | None:
     if name == "byte":
         return ByteTokenizer()
     return load(name) if Path(name).is_file() else None
+
+
+def check_same(dataset: str, ours: Tokenizer | None, file: Path) -> None:
+    """Raise `UserError` if a dataset's tokenizer gives other ids than the tokenizer in `file`.
+
+    A tokenizer that is unknown, or a file that is missing, is not compared.
+    """
+    if ours is None or not file.is_file():
+        return
+    theirs = load(file)
+    if not _same_ids(ours, theirs):
+        sizes = f"{ours.vocab_size} and {theirs.vocab_size} ids"
+        raise UserError(
+            f"dataset={dataset!r}: its tokenizer is not the one in {file} ({sizes}); expected the "
+            f"tokenizer of the model; try jaxgpt prepare FILE --tokenizer={file}"
+        )
+
+
+def _same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Tell whether two tokenizers give the same id to every token."""
+    if isinstance(a, BpeTokenizer) and isinstance(b, BpeTokenizer):
+        return a.vocabulary() == b.vocabulary()  # files of one BPE may differ in other settings
+    return a.to_json() == b.to_json()
 
 
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
