@@ -63,7 +63,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         if config.init_from in ("resume", "auto"):
             checkpoints.quarantine_corrupt()
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
-        dataset = find_dataset(config, config.block_size)
+        dataset = find_dataset(config, config.block_size, config.vocab_size)
         distributed.on_process_0(partial(resume.check_data, config, checkpoints, dataset))
         if isinstance(weights, run_dir.RunWeights):
             check_same(config.dataset, dataset.tokenizer, weights.tokenizer_file)
@@ -237,7 +237,7 @@ def summary(run: ResolvedRun) -> list[str]:
             f"with {100 * covered:.1f}% of the train tokens"
         )
     resumed = [f"resuming from step {run.resume_step}"] if run.resume_step else []
-    return [*lines, *run.notes, *resumed]
+    return [*lines, *data.notes, *run.notes, *resumed]
 
 
 # ---- data and state ------------------------------------------------------------------------

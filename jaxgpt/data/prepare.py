@@ -77,8 +77,11 @@ def prepare_if_missing(config: DataConfig) -> None:
         prepare(config.dataset, config.data_dir)
 
 
-def find_dataset(config: DataConfig, block_size: int) -> Dataset:
-    """Open the dataset of a run. A known corpus is prepared first if it is missing."""
+def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Dataset:
+    """Open the dataset of a run. A known corpus is prepared first if it is missing.
+
+    `vocab_size` is for token files that do not say how many ids there are; 0 means GPT-2's.
+    """
     if config.dataset in TASKS:
         return open_task(config, block_size)
     prepare_if_missing(config)
@@ -88,7 +91,7 @@ def find_dataset(config: DataConfig, block_size: int) -> Dataset:
         is_known = config.dataset in (*documents.HUB, *SHARD_SETS)
         advice = f"try jaxgpt prepare {folder.name}{'' if is_known else '.txt'}"
         raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
-    return tokens.open_dataset(folder, Path(config.data_dir), block_size)
+    return tokens.open_dataset(folder, Path(config.data_dir), block_size, vocab_size)
 
 
 def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_dir: str) -> None:

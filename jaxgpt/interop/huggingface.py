@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.data.tokens import GPT2_VOCAB
+from jaxgpt.data.tokens import GPT2_VOCAB, PADDED_GPT2
 from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
@@ -135,7 +135,7 @@ class Weights:
         vocab_size, file = self.keys["vocab_size"], self.tokenizer_file
         if file.is_file():
             tokenizer = tokenizers.load(file)
-        elif GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 127:  # may be padded
+        elif vocab_size in PADDED_GPT2:
             tokenizer = tokenizers.gpt2(data_dir)
         else:
             raise UserError(f"{self.source}: no tokenizer; expected {file}")
