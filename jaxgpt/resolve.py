@@ -58,10 +58,11 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
     changes, if a key does not fit the data, the weights, the devices or the run that is resumed.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
-        distributed.on_process_0(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
         if config.init_from in ("resume", "auto"):
             checkpoints.quarantine_corrupt()
+        is_fresh = run_dir.step_to_resume(config, checkpoints) is None
+        distributed.on_process_0(partial(prepare_if_missing, config, is_fresh=is_fresh))
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
         dataset = find_dataset(config, config.block_size, config.vocab_size)
         distributed.on_process_0(partial(resume.check_data, config, checkpoints, dataset))

@@ -22,6 +22,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.order import epoch_keys, permute, window_starts
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.runtime.files import reason
 
 META = "meta.json"
 PARTIAL = ".partial"
@@ -160,11 +161,23 @@ def write_partial(files: dict[str, Path], pieces: SplitIds) -> tuple[dict, dict,
         opened = {s: stack.enter_context(open(f"{files[s]}{PARTIAL}", "wb")) for s in files}
         for split, piece in pieces:
             dtype = piece.dtype
-            ids = piece.astype(dtype.newbyteorder("<")).tobytes()
+            ids = _little_endian(piece)
             opened[split].write(ids)
             digests[split].update(ids)
             counts[split] += len(piece)
     return counts, {split: digest.hexdigest() for split, digest in digests.items()}, dtype
+
+
+def _little_endian(ids: np.ndarray) -> bytes:
+    return ids.astype(ids.dtype.newbyteorder("<")).tobytes()
+
+
+def sha256_of_ids(pieces: SplitIds) -> dict[str, str]:
+    """Compute the SHA-256 by split of the files that `write_partial` would write."""
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    for split, ids in pieces:
+        digests[split].update(_little_endian(ids))
+    return {split: digest.hexdigest() for split, digest in digests.items()}
 
 
 def rename_partial(files: dict[str, Path]) -> None:
@@ -176,6 +189,19 @@ def rename_partial(files: dict[str, Path]) -> None:
 def is_prepared(folder: Path) -> bool:
     """Tell whether a folder holds token files and none of them is partial."""
     return any(folder.glob("*.bin")) and not any(folder.glob(f"*{PARTIAL}"))
+
+
+def holds_dataset(folder: Path) -> bool:
+    """Tell whether a folder holds a meta.json, or token files that are not partial."""
+    return (folder / META).exists() or any(folder.glob("*.bin"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's meta.json; without a valid one, no fields."""
+    with suppress(OSError, ValueError):
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        return meta if isinstance(meta, dict) else {}
+    return {}
 
 
 def open_dataset(folder: Path, data_dir: Path, block_size: int, vocab_size: int = 0) -> Dataset:
@@ -204,6 +230,8 @@ def _open_prepared(folder: Path) -> Dataset:
         dtype, vocab_size = meta["dtype"], int(meta["vocab_size"])
         kind, source = meta["tokenizer"], meta["source"]
         counts = {split: int(meta["counts"][split]) for split in SPLITS}
+    except OSError as error:
+        raise UserError(f"{file}: {reason(error)}; expected a file; {AGAIN}") from error
     except (ValueError, KeyError, TypeError) as error:
         expected = "the meta.json of a dataset"
         raise UserError(f"{file}: not valid ({error!r}); expected {expected}; {AGAIN}") from error
@@ -270,7 +298,7 @@ def _foreign_tokenizer(
     """
     text, has_pickle = folder / "input.txt", (folder / "meta.pkl").exists()
     if has_pickle and text.exists():
-        chars = "".join({char for piece, _ in read_text(text) for char in piece})
+        chars = "".join({char for piece, _ in read_text(text, keep_bom=True) for char in piece})
         return tokenizers.CharTokenizer(chars.replace("\r", "\n")), ()  # as open() does
     assumed = f"vocab_size={vocab_size}" if vocab_size else f"GPT-2's {GPT2_VOCAB:,} ids"
     note = f"{folder}: its vocabulary is not known; assumed: {assumed}"

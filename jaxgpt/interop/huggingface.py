@@ -23,7 +23,7 @@ from jaxgpt.data.tokens import GPT2_VOCAB, PADDED_GPT2
 from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.runtime.files import import_extra
+from jaxgpt.runtime.files import import_extra, reason
 from jaxgpt.train_step import abstract_params
 
 # Our parameter -> its name in GPT-2's files, and its axes there. Several letters in one axis are
@@ -336,7 +336,7 @@ def _model_keys(file: Path) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        problem = f"not the config of a GPT-2 ({error})"
+        problem = f"not the config of a GPT-2 ({reason(error)})"
         raise UserError(f"{file}: {problem}; expected a config.json of transformers") from error
     if "max_iters" in fields:
         raise UserError(f"{file}: belongs to a jaxgpt run; try --out_dir={file.parent}")

@@ -26,7 +26,8 @@ def load_config_file(path: str) -> dict[str, Config]:
         files = [str(file) for file in sorted(Path("configs").rglob("*.py"))]
         nearest = difflib.get_close_matches(path, files, n=1, cutoff=0.5) or files[:1]
         hint = f"; try {nearest[0]}" if nearest else ""
-        raise UserError(f"config={path!r}: no such file; expected a Python file{hint}")
+        problem = "is a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"config={path!r}: {problem}; expected a Python file{hint}")
     file = Path(path).resolve()
     # Dataclasses, type hints and --help look a class up in the module that defines it.
     name = "jaxgpt_config_" + re.sub(r"\W", "_", str(file))
@@ -36,7 +37,7 @@ def load_config_file(path: str) -> dict[str, Config]:
         sys.modules[name] = module
         try:
             SourceFileLoader(name, path).exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(format_config_error(path, error)) from error
     configs = {key: vars(module)[key] for key in NAMES if key in vars(module)}
     for key, value in ({"config": None} | configs).items():
@@ -72,7 +73,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
                 _imported.add(name)
 
 
-def format_config_error(path: str, error: Exception) -> str:
+def format_config_error(path: str, error: BaseException) -> str:
     """Format an error in a config file as one line: its place, the line there, the problem."""
     if isinstance(error, SyntaxError) and error.lineno:
         place = f"{error.filename or path}, line {error.lineno}: {(error.text or '').strip()!r}"

@@ -22,7 +22,7 @@ from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, CorruptCheckpoint, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write, folder_error, make_folder
+from jaxgpt.runtime.files import atomic_write, folder_error, make_folder, reason
 from jaxgpt.train_step import abstract_params
 
 CONFIG = "config.json"
@@ -205,7 +205,7 @@ def load_config(out_dir: str, config_file: str = "", config_class: type[Config] 
         if class_name == config_class.__name__:
             return config_class.from_dict(saved).replace(out_dir=out_dir)
     except (ValueError, TypeError, AttributeError) as error:
-        problem = f"not the config of a run ({error})"
+        problem = f"not the config of a run ({reason(error)})"
         raise UserError(f"{file}: {problem}; expected the file as training wrote it") from error
     if class_name == "Config":
         advice = f"expected {config_class.__name__}; try without --config"
