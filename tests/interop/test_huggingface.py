@@ -373,7 +373,8 @@ def fake_torch(monkeypatch):
             raise RuntimeError("a pickle\nthat wants to run")
         return held
 
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    torch = SimpleNamespace(load=load, device=type(None))  # tyro looks for torch.device
+    monkeypatch.setitem(sys.modules, "torch", torch)
     return held
 
 
@@ -412,8 +413,7 @@ def write_checkpoint(folder: Path, fake_torch: dict) -> Path:
     config = Config(**sizes, mlp="gelu", mlp_dim=64, dtype="float32", attention="reference")
     tensors = to_tensors(config, random_params(config))
     theirs = {
-        name.removeprefix("transformer."): FakeTensor(t.T if ".h." in name and t.ndim == 2 else t)
-        for name, t in tensors.items()
+        name: FakeTensor(t.T if ".h." in name and t.ndim == 2 else t) for name, t in tensors.items()
     }
     fake_torch |= {"model": theirs, "model_args": sizes | {"bias": True}}
     file = folder / "ckpt.pt"
