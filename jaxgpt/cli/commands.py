@@ -149,9 +149,10 @@ def sample(argv: list[str]) -> None:
     if dtype == "auto" and config.dtype == "float64":
         dtype = "float64"
     device.start(args.device, float64="float64" in (config.dtype, dtype))
+    encoder = tokenizer()  # before the weights, which take longer to load
     params, step = load(local_mesh())
     resolved, _ = device.resolve_auto(config.replace(attention="auto", dropout=0.0, dtype=dtype))
-    sampler, encoder = Sampler(resolved).load(params), tokenizer()
+    sampler = Sampler(resolved).load(params)
     source = args.init_from if step is None else f"{args.out_dir}, step {step}"
     print(f"{source}, {resolved.dtype}", file=sys.stderr)
     if args.interactive:

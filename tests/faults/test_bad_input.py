@@ -111,7 +111,7 @@ BAD = {
     "a text that is not UTF-8": (nothing, "prepare latin-1.txt", "is not UTF-8"),
     "a text of a name that is taken": (
         partial(Path("tale.txt").write_text, TEXT[::-1]), "prepare tale.txt",
-        "data/tale: holds a dataset of another text (tale.txt)"),
+        "data/tale: holds a dataset of another text ("),
     "a tokenizer of a name that is taken": (
         partial(Path("tale.txt").write_text, TEXT), "prepare tale.txt --tokenizer=byte",
         "data/tale: holds a dataset of another tokenizer (char, 21 ids)"),
