@@ -19,11 +19,12 @@ from jaxgpt.data.alignment import align
 from jaxgpt.data.batches import Batches, make_resident
 from jaxgpt.data.prepare import find_dataset, prepare_if_missing
 from jaxgpt.data.tasks import TASKS
+from jaxgpt.data.tokenizer import check_same
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import BATCHES_PER_CALL
 from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import frozen_mask
-from jaxgpt.runtime import device, distributed, run_dir
+from jaxgpt.runtime import device, distributed, resume, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import TrainState, abstract_state, init_state
@@ -57,17 +58,19 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
     changes, if a key does not fit the data, the weights, the devices or the run that is resumed.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
-        distributed.on_process_0(partial(prepare_if_missing, config))
         checkpoints = run_dir.open_checkpoints(config)
         if config.init_from in ("resume", "auto"):
             checkpoints.quarantine_corrupt()
+        is_fresh = run_dir.step_to_resume(config, checkpoints) is None
+        distributed.on_process_0(partial(prepare_if_missing, config, is_fresh=is_fresh))
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
-        dataset = find_dataset(config, config.block_size)
+        dataset = find_dataset(config, config.block_size, config.vocab_size)
+        distributed.on_process_0(partial(resume.check_data, config, checkpoints, dataset))
+        if isinstance(weights, run_dir.RunWeights):
+            check_same(config.dataset, dataset.tokenizer, weights.tokenizer_file)
         config = _fill_in_from_dataset(config, dataset)
         if config.align_documents:
             dataset = _align(config, dataset)
-        if isinstance(weights, run_dir.RunWeights):
-            weights.check_tokenizer(dataset)
         check_freeze(config)
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
         mesh = make_mesh(config)
@@ -75,7 +78,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
         distributed.on_process_0(create)
-        notes += device_notes
+        notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
         yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
 
@@ -235,7 +238,7 @@ def summary(run: ResolvedRun) -> list[str]:
             f"with {100 * covered:.1f}% of the train tokens"
         )
     resumed = [f"resuming from step {run.resume_step}"] if run.resume_step else []
-    return [*lines, *run.notes, *resumed]
+    return [*lines, *data.notes, *run.notes, *resumed]
 
 
 # ---- data and state ------------------------------------------------------------------------
@@ -301,11 +304,6 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
             state.params = run.weights.load(config, mesh)
         return state, best
     meta = checkpoints.meta(step)
-    if meta["dataset"] == config.dataset and meta["data"] != run.dataset.fingerprint:
-        raise UserError(
-            f"dataset={config.dataset!r}: its token files have changed since the checkpoint; "
-            "expected the same files; try to restore them, or --init_from=scratch in a new out_dir"
-        )
     best_step = checkpoints.best()  # None also if the best checkpoint is corrupt
     if best_step is None and meta.get("best_step") == 0:
         best_step = 0  # no step was better than the initial weights

@@ -70,6 +70,7 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
 def split_config_file(argv: list[str]) -> tuple[str, list[str]]:
     """Split the config file, which comes first or after `--config`, from the other flags."""
     flags = join_values(argv)
+    reject_repeated([flag for flag in flags if flag_key(flag) == "config"], {})
     for flag in flags:
         if flag == "--config":
             raise UserError("--config: has no value; expected --config=FILE")
@@ -104,7 +105,9 @@ def parse_flags(
     several lines.
     """
     types, args = flag_types(args_type), []
-    for arg, following in pairwise([*translate_old_flags(argv, types), "--"]):
+    flags = translate_old_flags(argv, types)
+    reject_repeated(flags, types)
+    for arg, following in pairwise([*flags, "--"]):
         is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
         is_alone = is_bool and following not in ("True", "False")
         args.append(f"{arg}=True" if is_alone else arg)
@@ -150,6 +153,20 @@ def flag_error(argv: Sequence[str], types: dict[str, Any]) -> UserError | None:
         except UserError as error:
             return error
     return None
+
+
+def reject_repeated(argv: Sequence[str], types: dict[str, Any]) -> None:
+    """Raise `UserError` for a flag that is given twice, unless it takes several values."""
+    given: dict[str, list[str]] = {}
+    for flag in join_values(argv):
+        key, value = flag_key(flag), flag.partition("=")[2] or "True"
+        takes_several = typing.get_origin(kind_of(types.get(key))) is tuple
+        if flag.startswith("--") and not takes_several:
+            given.setdefault(key, []).append(value)
+    for key, values in given.items():
+        if len(values) > 1:
+            problem = f"given {len(values)} times ({', '.join(values)}); expected one value"
+            raise UserError(f"--{key}: {problem}; try --{key}={values[-1]}")
 
 
 def join_values(argv: Sequence[str]) -> list[str]:
@@ -204,7 +221,8 @@ def reject_unknown(args: list[str], known: Iterable[str]) -> None:
         return
     flags = [arg for arg in args if arg.startswith("-")]
     if not flags:
-        raise UserError(f"{args[0]}: unexpected argument; expected --key=value; try --help")
+        subject = args[0] or "''"
+        raise UserError(f"{subject}: unexpected argument; expected --key=value; try --help")
     name = flags[0].split("=")[0]
     key = flag_key(flags[0])
     if key in UNSUPPORTED:

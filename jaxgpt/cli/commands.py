@@ -29,10 +29,13 @@ from jaxgpt.cli.command_line import (
 )
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.files import reason
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
+
+DatasetName = Annotated[str, keys.Pattern(r"(\w[\w.+-]*(/\w[\w.+-]*)*)?", "a name for a folder")]
 
 
 def main() -> None:
@@ -106,20 +109,21 @@ def train(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArgs:
-    """Which run a command reads."""
+    """Which run or weights a command reads."""
 
     out_dir: keys.NonEmptyStr = "out"  # Run directory.
     config: str = ""  # Config file of the run; needed only if the file defines a config class.
     checkpoint: keys.Checkpoint = "best"  # Checkpoint of the run: best, latest, or a step.
+
+    # `resume` loads the run. Otherwise the weights to load: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # a folder, or nanoGPT's ckpt.pt.
+    init_from: keys.InitFrom = "resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(RunArgs):
     """Which model a command loads, and on which device."""
 
-    # `resume` loads the run. Otherwise the weights to load: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # or a folder.
-    init_from: keys.InitFrom = "resume"
     device: Literal["auto", "cpu", "gpu", "cuda", "tpu"] = "auto"  # Device to run on.
 
 
@@ -165,7 +169,8 @@ def sample(argv: list[str]) -> None:
         args.init_from, args.out_dir, args.checkpoint, config_file=args.config
     )
     run = Run(trained, args.out_dir if is_run else args.init_from, args.device, args.dtype)
-    sampler, tokenizer = run.sampler, run.tokenizer
+    tokenizer = run.tokenizer  # before the weights, which take longer to load
+    sampler = run.sampler
     step = f", step {run.step}" if is_run else ""
     print(f"{run.source}{step}, {run.inference_config.dtype}", file=sys.stderr)
     if args.interactive:
@@ -195,10 +200,9 @@ def read_start(start: str) -> str:
         return start
     file = Path(start.removeprefix("FILE:"))
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read ({error})"
-        raise UserError(f"start={start!r}: {problem}; expected a UTF-8 text file") from error
+        raise UserError(f"start={start!r}: {reason(error)}; expected a UTF-8 text file") from error
 
 
 def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[str]) -> None:
@@ -243,6 +247,8 @@ class PrepareArgs:
     # means the corpus's own tokenizer, char for a file, and gpt2 for documents.
     tokenizer: str = ""
     data_dir: keys.NonEmptyStr = "data"  # Folder of all datasets.
+    name: DatasetName = ""  # NAME, and value of --dataset in training; empty means the source's.
+    overwrite: bool = False  # Replace a dataset of another text or tokenizer.
     # Documents only: fraction of documents for validation. 0 means 0.0005 for a corpus and 0.01 for
     # your own documents.
     val_share: keys.Fraction = 0.0
@@ -301,21 +307,22 @@ def evaluate(argv: list[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArgs(RunArgs):
-    """Write a run as a folder that transformers loads as a GPT2LMHeadModel."""
+    """Write a run or weights as a folder that transformers loads as a GPT2LMHeadModel."""
 
     # Folder to write: config.json, model.safetensors and the tokenizer's files.
     to: keys.NonEmptyStr
 
 
 def export(argv: list[str]) -> None:
-    """Write a run as a folder that transformers loads."""
+    """Write a run or weights as a folder that transformers loads."""
     args = parse(ExportArgs, argv, "jaxgpt export")
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
     device.start("cpu")  # export only copies arrays
-    step = export(args.out_dir, args.checkpoint, args.to, args.config)
-    print(f"wrote step {step} of {args.out_dir} to {args.to}")
+    step = export(args.out_dir, args.checkpoint, args.to, args.config, args.init_from)
+    source = args.init_from if step is None else f"step {step} of {args.out_dir}"
+    print(f"wrote {source} to {args.to}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,16 @@ from jaxgpt.config import UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
-from jaxgpt.data.tokens import META, PARTIAL, SPLITS, SplitIds, rename_partial, write_partial
+from jaxgpt.data.tokens import (
+    META,
+    PARTIAL,
+    SPLITS,
+    SplitIds,
+    holds_dataset,
+    read_meta,
+    rename_partial,
+    write_partial,
+)
 from jaxgpt.runtime.files import atomic_write, cores, import_extra, make_folder, sha256_of
 
 COLUMN = "text"
@@ -62,15 +71,16 @@ VAL_FRACTION = 0.01  # of documents in local files
 
 
 def prepare(
-    dataset: str, data_dir: str, tokenizer: str, *, val_share=0.0, shard="", processes=0
-) -> Path:
+    dataset: str, data_dir: str, tokenizer: str, *,
+    name="", overwrite=False, val_share=0.0, shard="", processes=0,
+) -> Path:  # fmt: skip
     """Write shards of ids and a meta.json to `data_dir`/<name>/, and return that folder.
 
     `dataset` is a key of HUB, a folder of .parquet or .txt files, or a parquet file. `tokenizer`
     is gpt2 or a tokenizer.json with an end-of-text. A hash of each text selects the fraction
     `val_share` for validation; 0 means HUB_VAL_FRACTION or VAL_FRACTION. `shard` i/n makes every
     n-th piece; meta.json is written once all pieces exist. `processes` of 0 means one per core.
-    Raises `UserError`.
+    A dataset that was made otherwise is deleted only with `overwrite`. Raises `UserError`.
     """
     wanted = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     if wanted is None or int(wanted[1]) >= int(wanted[2]):
@@ -82,7 +92,7 @@ def prepare(
         expected = f"gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
         raise UserError(f"tokenizer={tokenizer!r}: has no end-of-text; expected {expected}")
     path = Path(dataset).resolve()
-    folder = Path(data_dir, path.stem if path.is_file() else path.name)
+    folder = Path(data_dir, name or (path.stem if path.is_file() else path.name))
     manifest = {
         "source": source,
         "pieces": len(pieces),
@@ -93,6 +103,8 @@ def prepare(
         "end_of_text": encoder.eot,
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
+    if overwrite and _made_otherwise(folder, manifest):
+        _delete_dataset(folder)
     _mark_unfinished(folder, manifest, encoder)
     numbers = range(int(wanted[1]), len(pieces), int(wanted[2]))
     own_pieces = {number: pieces[number] for number in numbers}
@@ -161,18 +173,32 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-def _mark_unfinished(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
-    """Mark the folder as unfinished. Raises `UserError` if it holds another dataset."""
-    advice = "try another --data_dir, or delete the folder"
+def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
+    """Say how the dataset in a folder differs from this manifest; empty if it does not."""
     for note in folder.glob("[0-9]*.json"):
         begun = _read_json(note)["plan"]
         for key, value in manifest.items():
             if begun.get(key) != value:
-                was = f"was begun with {key}={begun.get(key)!r}, but now {key}={value!r}"
-                raise UserError(f"{folder}: {was}; {advice}")
-    meta = folder / META
-    if meta.exists() and "pieces" not in _read_json(meta):
-        raise UserError(f"{folder}: holds another dataset; expected a new folder; {advice}")
+                return f"was begun with {key}={begun.get(key)!r}, but now {key}={value!r}"
+    is_begun = (folder / (META + PARTIAL)).exists()
+    if holds_dataset(folder) and not is_begun and "pieces" not in read_meta(folder):
+        return "holds another dataset"
+    return ""
+
+
+def _delete_dataset(folder: Path) -> None:
+    """Delete the files of a dataset, but no other files in its folder, such as the documents."""
+    for pattern in ("train*.bin*", "val*.bin*", "[0-9]*.json", f"{META}*", tokenizers.FILE):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _mark_unfinished(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
+    """Mark the folder as unfinished. Raises `UserError` if it holds another dataset."""
+    problem = _made_otherwise(folder, manifest)
+    if problem:
+        advice = "expected a new folder; try another --name, or --overwrite to replace it"
+        raise UserError(f"{folder}: {problem}; {advice}")
     make_folder(folder, str(folder), "--data_dir")
     atomic_write(folder / tokenizers.FILE, encoder.to_json(), shared=True)
     (folder / (META + PARTIAL)).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -265,7 +291,7 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
         sums[split] = {name: part["sha256"] for name, part in parts.items() if part["tokens"]}
         if not counts[split]:
             problem = f"leaves no document for {split}"
-            advice = f"try another --val_share after deleting {folder}"
+            advice = "try another --val_share, with --overwrite"
             raise UserError(f"val_share={manifest['val_share']}: {problem}; {advice}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)

@@ -1,7 +1,11 @@
 """Prepare a dataset: turn a text into train.bin, val.bin, tokenizer.json and meta.json."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +19,64 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.examples import encode_examples, scan_examples
 from jaxgpt.data.shards import SHARD_SETS
 from jaxgpt.data.tasks import TASKS, open_task
-from jaxgpt.data.text import CORPORA, get_corpus, read_text
+from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
-from jaxgpt.runtime.files import atomic_write, make_folder
+from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
 
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
 
 def prepare(
-    dataset: str, data_dir: str = "data", tokenizer: str = "", *, shards: int = 0, **options: Any
-) -> Path:
+    dataset: str, data_dir: str = "data", tokenizer: str = "", *, name: str = "",
+    overwrite: bool = False, shards: int = 0, **options: Any,
+) -> Path:  # fmt: skip
     """Write `data_dir`/<name>/ for a known corpus or a file, and return that folder.
 
     The file is a text, or lines of prompts and completions if its name ends in .jsonl. It may be
     larger than memory. `tokenizer` is char, byte, gpt2, a tokenizer.json, or a known corpus; empty
-    means the corpus's own, and char for a file. `options` are for `documents.prepare`, which
-    handles sets of documents, and `shards` is for `shards.prepare`. Raises `UserError`.
+    means the corpus's own, and char for a file. An empty `name` means that of the corpus or file.
+    A dataset that was made otherwise is replaced only with `overwrite`. `options` are for
+    `documents.prepare`, which handles sets of documents, and `shards` is for `shards.prepare`.
+    Raises `UserError`.
     """
     path = Path(dataset)
-    if path.stem in TASKS:
+    if (name or path.stem) in TASKS:
         problem = "is the name of a task, which needs no preparation"
-        advice = f"try --dataset={path.stem} in training, or another name for a text"
-        raise UserError(f"{dataset}: {problem}; {advice}")
+        advice = f"try --dataset={name or path.stem} in training, or another --name for a text"
+        raise UserError(f"{name or dataset}: {problem}; {advice}")
     if dataset in SHARD_SETS:
         _reject_options(options, f"{dataset} is already tokenized")
-        if tokenizer not in ("", "gpt2"):
-            problem = f"{dataset} is already tokenized"
-            raise UserError(f"tokenizer={tokenizer!r}: {problem}; expected gpt2")
-        return shard_sets.prepare(dataset, data_dir, shards)
+        _check_shard_options(dataset, tokenizer, overwrite)
+        return shard_sets.prepare(dataset, data_dir, shards, name)
     if shards:
         problem = f"applies to {', '.join(SHARD_SETS)}, which is downloaded in shards"
         advice = "try without --shards, or --shard=i/n to divide documents among machines"
         raise UserError(f"shards={shards}: {problem}; {advice}")
     if dataset in documents.HUB or path.is_dir() or path.suffix == ".parquet":
+        options |= {"name": name, "overwrite": overwrite}
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     _reject_options(options, f"{dataset} is a text")
-    if dataset not in CORPORA and not path.is_file():
+    folder = Path(data_dir, name or path.stem)
+    if dataset in CORPORA:
+        _prepare_corpus(dataset, folder, tokenizer, data_dir, overwrite)
+    elif path.is_file():
+        _write_dataset(path, folder, {"source": dataset}, tokenizer or "char", data_dir, overwrite)
+    else:
         problem = "neither a text file, a folder nor a known corpus"
         expected = ", ".join([*CORPORA, *documents.HUB, *SHARD_SETS])
         raise UserError(f"{dataset}: {problem}; expected a path, or one of {expected}")
-    folder, source = Path(data_dir, path.stem), dataset
-    if dataset in CORPORA:
-        path, source = get_corpus(dataset, folder)
-        tokenizer = tokenizer or CORPORA[dataset].tokenizer
-    _write_dataset(path, folder, source, tokenizer or "char", data_dir)
     return folder
+
+
+def _check_shard_options(dataset: str, tokenizer: str, overwrite: bool) -> None:
+    """Raise `UserError` for an option that does not apply to shards."""
+    if tokenizer not in ("", "gpt2"):
+        problem = f"{dataset} is already tokenized"
+        raise UserError(f"tokenizer={tokenizer!r}: {problem}; expected gpt2")
+    if overwrite:
+        problem = f"{dataset} never replaces a dataset"
+        raise UserError(f"overwrite=True: {problem}; try without --overwrite, or another --name")
 
 
 def _reject_options(options: dict[str, Any], reason: str) -> None:
@@ -71,14 +87,59 @@ def _reject_options(options: dict[str, Any], reason: str) -> None:
             raise UserError(f"{key}={value!r}: {problem}; try without --{key}")
 
 
-def prepare_if_missing(config: DataConfig) -> None:
-    """Prepare the dataset of a run if it is a known corpus and not prepared yet."""
-    if config.dataset in CORPORA and not tokens.is_prepared(Path(config.data_dir, config.dataset)):
+def _prepare_corpus(
+    corpus: str, folder: Path, tokenizer: str, data_dir: str, overwrite: bool
+) -> None:
+    """Write the dataset of a known corpus, and record which text it was made from."""
+    home = Path(data_dir, corpus)  # the folder of the text
+    is_replaced = text_was_replaced(corpus, folder)
+    file, source = get_corpus(corpus, home)
+    made_from, before = sha256_of(file), tokens.read_meta(folder)
+    if made_from == before.get("text_sha256"):
+        source = before["source"]  # which says more than the path of the text
+    meta = {"source": source, "text_sha256": made_from}
+    tokenizer = tokenizer or CORPORA[corpus].tokenizer
+    _write_dataset(file, folder, meta, tokenizer, data_dir, overwrite or is_replaced)
+
+
+def text_was_replaced(corpus: str, folder: Path) -> bool:
+    """Tell whether the ids are of the fallback text, and its input.txt is now another text."""
+    meta, file = tokens.read_meta(folder), folder / "input.txt"
+    if FALLBACK not in str(meta.get("source")) or not file.is_file():
+        return False
+    download, made_from = CORPORA[corpus].download, meta.get("text_sha256")
+    if made_from is None:  # made before it was recorded
+        return download is not None and sha256_of(file) == download.sha256
+    return sha256_of(file) != made_from
+
+
+def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
+    """Prepare the dataset of a run if it is a known corpus and not prepared yet.
+
+    A run that `is_fresh` also prepares the fallback text's dataset again if its text was replaced.
+    The old dataset is kept under another name, because other runs may have to resume with it.
+    """
+    folder = Path(config.data_dir, config.dataset)
+    if config.dataset not in CORPORA:
+        return
+    if not tokens.is_prepared(folder):
         prepare(config.dataset, config.data_dir)
+    elif is_fresh and text_was_replaced(config.dataset, folder):
+        kept = folder.with_name(f"{folder.name}_fallback")
+        print(
+            f"{folder}: now made from the input.txt in it; {kept} is the old one", file=sys.stderr
+        )
+        shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt"}, dirs_exist_ok=True)
+        kind = tokens.read_meta(folder)["tokenizer"]
+        tokenizer = str(folder / tokenizers.FILE) if kind == "bpe" else kind
+        prepare(config.dataset, config.data_dir, tokenizer)
 
 
-def find_dataset(config: DataConfig, block_size: int) -> Dataset:
-    """Open the dataset of a run. A known corpus is prepared first if it is missing."""
+def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Dataset:
+    """Open the dataset of a run. A known corpus is prepared first if it is missing.
+
+    `vocab_size` is for token files that do not say how many ids there are; 0 means GPT-2's.
+    """
     if config.dataset in TASKS:
         return open_task(config, block_size)
     prepare_if_missing(config)
@@ -88,11 +149,21 @@ def find_dataset(config: DataConfig, block_size: int) -> Dataset:
         is_known = config.dataset in (*documents.HUB, *SHARD_SETS)
         advice = f"try jaxgpt prepare {folder.name}{'' if is_known else '.txt'}"
         raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
-    return tokens.open_dataset(folder, Path(config.data_dir), block_size)
+    found = tokens.open_dataset(folder, Path(config.data_dir), block_size, vocab_size)
+    if config.dataset in CORPORA and text_was_replaced(config.dataset, folder):
+        note = f"{folder}: its token files are not of the input.txt in it, and are kept, because "
+        note += "the run resumes with them; a new run takes the text"
+        return replace(found, notes=(*found.notes, note))
+    return found
 
 
-def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_dir: str) -> None:
-    """Encode a file in two passes: the first collects its characters, the second writes ids."""
+def _write_dataset(
+    file: Path, folder: Path, origin: dict[str, str], tokenizer: str, data_dir: str, overwrite: bool
+) -> None:
+    """Encode a file in two passes: the first collects its characters, the second writes ids.
+
+    `origin` are fields of meta.json. Raises `UserError` if the folder holds another dataset.
+    """
     if tokenizer in CORPORA:
         prepare_if_missing(DataConfig(dataset=tokenizer, data_dir=data_dir))
         tokenizer = str(Path(data_dir, tokenizer, tokenizers.FILE))
@@ -115,14 +186,41 @@ def _write_dataset(file: Path, folder: Path, source: str, tokenizer: str, data_d
             raise UserError(f"tokenizer={tokenizer!r}: unknown tokenizer; expected {kinds}")
         encoder.encode(text_chars)  # fails for missing characters before anything is written
         make_folder(folder, str(folder), "--data_dir")
+        if not overwrite and tokens.holds_dataset(folder):
+            ids = encode(_read(file, progress, "comparing"), encoder, train)
+            _check_same_dataset(folder, encoder, ids)
         files = {split: folder / f"{split}.bin" for split in tokens.SPLITS}
         pieces = encode(_read(file, progress, "encoding"), encoder, train)
         counts, sums, dtype = tokens.write_partial(files, pieces)
     ids = {"dtype": dtype.name, "vocab_size": encoder.vocab_size, "tokenizer": encoder.kind}
-    meta = ids | {"counts": counts, "sha256": sums, "source": source}
+    meta = ids | {"counts": counts, "sha256": sums} | origin
     atomic_write(folder / tokenizers.FILE, encoder.to_json())
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
     tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
+
+
+def _check_same_dataset(folder: Path, encoder: Tokenizer, ids: SplitIds) -> None:
+    """Raise `UserError` unless a folder holds these ids, made with this tokenizer."""
+    meta, suffix = tokens.read_meta(folder), "2"
+    if not meta:
+        holds = "token files that jaxgpt prepare did not make"
+    elif not _was_made_with(encoder, folder, meta):
+        kind = meta.get("tokenizer")
+        holds = f"a dataset of another tokenizer ({kind}, {meta.get('vocab_size')} ids)"
+        suffix = suffix if kind == encoder.kind else encoder.kind
+    elif meta.get("sha256") != tokens.sha256_of_ids(ids):
+        holds = f"a dataset of another text ({meta.get('source')})"
+    else:
+        return
+    advice = f"try --name={folder.name}_{suffix}, or --overwrite to replace it"
+    raise UserError(f"{folder}: holds {holds}; expected a new folder; {advice}")
+
+
+def _was_made_with(encoder: Tokenizer, folder: Path, meta: dict[str, Any]) -> bool:
+    """Tell whether a dataset's tokenizer is `encoder`, by meta.json if its file is damaged."""
+    with suppress(UserError):
+        return tokenizers.same_ids(encoder, tokenizers.load(folder / tokenizers.FILE))
+    return (meta.get("tokenizer"), meta.get("vocab_size")) == (encoder.kind, encoder.vocab_size)
 
 
 def _read(file: Path, progress: Progress, description: str) -> Iterator[str]:

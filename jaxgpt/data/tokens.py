@@ -10,16 +10,19 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.config import UserError
+from jaxgpt.data import foreign
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.order import epoch_keys, permute, window_starts
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.runtime.files import reason
 
 META = "meta.json"
 PARTIAL = ".partial"
@@ -30,6 +33,8 @@ LLMC_MAGIC = 20240520
 LLMC_HEADER_BYTES = 1024
 SCAN_IDS = 1 << 22  # compared at once, so that they stay in the processor's cache
 AGAIN = "try jaxgpt prepare again"
+LARGER = "try a larger --vocab_size, if the ids are of another vocabulary"
+PADDED_GPT2 = range(GPT2_VOCAB, GPT2_VOCAB + 128)  # values of vocab_size that mean GPT-2's
 
 
 class TokenSplit:
@@ -39,9 +44,10 @@ class TokenSplit:
     is out of range. A negative number is `~id`: a token that is read but is not a target.
     """
 
-    def __init__(self, files: list[Path], dtype: str, vocab_size: int):
+    def __init__(self, files: list[Path], dtype: str, vocab_size: int, advice: str = AGAIN):
         self.files = files
         self.vocab_size = vocab_size
+        self.advice = advice  # for an id out of range
         self._parts = [_map_ids(file, dtype) for file in files]
         self._starts = np.cumsum([0] + [len(part) for part in self._parts])
         self.dtype = self._parts[0].dtype
@@ -60,11 +66,19 @@ class TokenSplit:
                 at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
                 problem = f"id {piece[at]} at token {offset + at} is out of range"
                 limit = f"expected ids below vocab_size={self.vocab_size}"
-                raise UserError(f"{self.files[part]}: {problem}; {limit}; {AGAIN}")
+                raise UserError(f"{self.files[part]}: {problem}; {limit}; {self.advice}")
             ids[done : done + len(piece)] = piece
             done += len(piece)
             part += 1
         return ids
+
+    def head(self, part: int, length: int) -> np.ndarray:
+        """Copy at most `length` ids from the start of a file, without a check of their range."""
+        return np.array(self._parts[part][:length])
+
+    def largest_id(self) -> int:
+        """Return the largest id of the split, by reading all of it."""
+        return max(int(part.max()) for part in self._parts)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Read `length` ids from each start on, [n, `length`]."""
@@ -133,6 +147,7 @@ class Dataset:
     fingerprint: dict[str, Any]  # identifies the dataset in checkpoints
     example: str = ""  # a prompt for the samples in the log; empty means the first id
     aligned: AlignedSplit | None = None  # the train split with the windows of align_documents
+    notes: tuple[str, ...] = ()  # what was assumed about the files, for the log
 
 
 def write_partial(files: dict[str, Path], pieces: SplitIds) -> tuple[dict, dict, np.dtype]:
@@ -146,11 +161,23 @@ def write_partial(files: dict[str, Path], pieces: SplitIds) -> tuple[dict, dict,
         opened = {s: stack.enter_context(open(f"{files[s]}{PARTIAL}", "wb")) for s in files}
         for split, piece in pieces:
             dtype = piece.dtype
-            ids = piece.astype(dtype.newbyteorder("<")).tobytes()
+            ids = _little_endian(piece)
             opened[split].write(ids)
             digests[split].update(ids)
             counts[split] += len(piece)
     return counts, {split: digest.hexdigest() for split, digest in digests.items()}, dtype
+
+
+def _little_endian(ids: np.ndarray) -> bytes:
+    return ids.astype(ids.dtype.newbyteorder("<")).tobytes()
+
+
+def sha256_of_ids(pieces: SplitIds) -> dict[str, str]:
+    """Compute the SHA-256 by split of the files that `write_partial` would write."""
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    for split, ids in pieces:
+        digests[split].update(_little_endian(ids))
+    return {split: digest.hexdigest() for split, digest in digests.items()}
 
 
 def rename_partial(files: dict[str, Path]) -> None:
@@ -164,15 +191,30 @@ def is_prepared(folder: Path) -> bool:
     return any(folder.glob("*.bin")) and not any(folder.glob(f"*{PARTIAL}"))
 
 
-def open_dataset(folder: Path, data_dir: Path, block_size: int) -> Dataset:
+def holds_dataset(folder: Path) -> bool:
+    """Tell whether a folder holds a meta.json, or token files that are not partial."""
+    return (folder / META).exists() or any(folder.glob("*.bin"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's meta.json; without a valid one, no fields."""
+    with suppress(OSError, ValueError):
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        return meta if isinstance(meta, dict) else {}
+    return {}
+
+
+def open_dataset(folder: Path, data_dir: Path, block_size: int, vocab_size: int = 0) -> Dataset:
     """Open a folder of `jaxgpt prepare` (it has a meta.json), nanoGPT or llm.c.
 
-    Raises `UserError` for files that are missing, damaged or too short, or differ from meta.json.
+    `vocab_size` is the vocabulary of files that do not say theirs; 0 means GPT-2's. Raises
+    `UserError` for files that are missing, damaged or too short, or differ from meta.json.
     """
     if any(folder.glob(f"*{PARTIAL}")):
         raise UserError(f"{folder}: preparation was interrupted; expected complete files; {AGAIN}")
     is_ours = (folder / META).exists()
-    dataset = _open_prepared(folder) if is_ours else _open_foreign(folder, data_dir)
+    open_foreign = partial(_open_foreign, folder, data_dir, vocab_size)
+    dataset = _open_prepared(folder) if is_ours else open_foreign()
     for tokens in (dataset.train, dataset.val):
         if len(tokens) < block_size + 1:
             problem = f"holds {len(tokens)} tokens, too few for block_size={block_size}"
@@ -188,6 +230,8 @@ def _open_prepared(folder: Path) -> Dataset:
         dtype, vocab_size = meta["dtype"], int(meta["vocab_size"])
         kind, source = meta["tokenizer"], meta["source"]
         counts = {split: int(meta["counts"][split]) for split in SPLITS}
+    except OSError as error:
+        raise UserError(f"{file}: {reason(error)}; expected a file; {AGAIN}") from error
     except (ValueError, KeyError, TypeError) as error:
         expected = "the meta.json of a dataset"
         raise UserError(f"{file}: not valid ({error!r}); expected {expected}; {AGAIN}") from error
@@ -210,8 +254,8 @@ def _open_prepared(folder: Path) -> Dataset:
     return Dataset(splits["train"], splits["val"], vocab_size, tokenizer, source, fingerprint)
 
 
-def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
-    """Open files of nanoGPT or llm.c, whose ids are GPT-2's or characters.
+def _open_foreign(folder: Path, data_dir: Path, vocab_size: int) -> Dataset:
+    """Open files of nanoGPT or llm.c, whose ids are GPT-2's, characters, or below `vocab_size`.
 
     nanoGPT keeps its characters in a pickle, which is not opened, because it could run any code.
     The characters are read from the input.txt beside it; without one the tokenizer is unknown.
@@ -222,15 +266,50 @@ def _open_foreign(folder: Path, data_dir: Path) -> Dataset:
             problem = f"holds neither {META} nor *{split}*.bin"
             expected = "a folder of jaxgpt prepare, nanoGPT or llm.c"
             raise UserError(f"{folder}: {problem}; expected {expected}; {AGAIN}")
-    train, val = (TokenSplit(files[split], "uint16", GPT2_VOCAB) for split in SPLITS)
-    tokenizer, text = None, folder / "input.txt"
-    if not (folder / "meta.pkl").exists():
-        with suppress(UserError):  # GPT-2's files are not here and cannot be downloaded
-            tokenizer = tokenizers.gpt2(data_dir)
-    elif text.exists():
-        chars = {char for piece, _ in read_text(text) for char in piece}
-        tokenizer = tokenizers.CharTokenizer("".join(chars).replace("\r", "\n"))  # as open() does
-    vocab_size = tokenizer.vocab_size if tokenizer else GPT2_VOCAB
+    train, val = splits = [TokenSplit(files[s], "uint16", GPT2_VOCAB, LARGER) for s in SPLITS]
+    heads = [_checked_head(split) for split in splits]
+    foreign.check_same_range(train.files[0], heads[0], val.files[0], heads[1])
+    if vocab_size in PADDED_GPT2:
+        vocab_size = 0
+    tokenizer, notes = _foreign_tokenizer(folder, data_dir, splits, vocab_size)
+    vocab_size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
     train.vocab_size = val.vocab_size = vocab_size
+    for split in splits:
+        split.read(0, min(len(split), foreign.SAMPLE_IDS))  # fails for an id out of range
     fingerprint = {"vocab_size": vocab_size, "counts": {"train": len(train), "val": len(val)}}
-    return Dataset(train, val, vocab_size, tokenizer, f"token files in {folder}", fingerprint)
+    source = f"token files in {folder}"
+    return Dataset(train, val, vocab_size, tokenizer, source, fingerprint, notes=notes)
+
+
+def _checked_head(tokens: TokenSplit) -> np.ndarray:
+    """Return the first ids of a split. Raises `UserError` if a file looks like another dtype."""
+    heads = [tokens.head(part, foreign.SAMPLE_IDS) for part in range(len(tokens.files))]
+    for file, head in zip(tokens.files, heads, strict=True):
+        foreign.check_dtype(file, head)
+    return heads[0]
+
+
+def _foreign_tokenizer(
+    folder: Path, data_dir: Path, splits: list[TokenSplit], vocab_size: int
+) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """Return the tokenizer of files without a meta.json if it is known, and notes for the log.
+
+    A `vocab_size` above 0 is the user's.
+    """
+    text, has_pickle = folder / "input.txt", (folder / "meta.pkl").exists()
+    if has_pickle and text.exists():
+        chars = "".join({char for piece, _ in read_text(text, keep_bom=True) for char in piece})
+        return tokenizers.CharTokenizer(chars.replace("\r", "\n")), ()  # as open() does
+    assumed = f"vocab_size={vocab_size}" if vocab_size else f"GPT-2's {GPT2_VOCAB:,} ids"
+    note = f"{folder}: its vocabulary is not known; assumed: {assumed}"
+    if vocab_size:
+        return None, (f"{note}; its tokenizer is not known either",)
+    if has_pickle:
+        size = 1 + max(split.largest_id() for split in splits)
+        reason = "meta.pkl is never opened, because a pickle can run code"
+        advice = f"try its text as {text}, or --vocab_size={size}"
+        return None, (f"{note}, not the {size} that its files use: {reason}; {advice}",)
+    note += f"; try --vocab_size=N for another vocabulary, or a {META}"
+    with suppress(UserError):  # GPT-2's files are not here and cannot be downloaded
+        return tokenizers.gpt2(data_dir), (note,)
+    return None, (f"{note}; GPT-2's tokenizer is not in {data_dir / 'gpt2'}",)

@@ -1,4 +1,4 @@
-"""Export a run to a folder that transformers loads as a GPT-2.
+"""Export a run, or nanoGPT's weights, to a folder that transformers loads as a GPT-2.
 
 V vocabulary, D embedding; huggingface.py has the table of names and letters.
 """
@@ -17,28 +17,30 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.interop import huggingface as hf
 from jaxgpt.model import unstack_layers
-from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.files import atomic_write, folder_error, import_extra
 from jaxgpt.runtime.mesh import local_mesh
 
 
-def export(out_dir: str, checkpoint: str, to: str, config_file: str = "") -> int:
+def export(
+    out_dir: str, checkpoint: str, to: str, config_file: str = "", init_from: str = "resume"
+) -> int | None:
     """Write a run to a folder that `transformers.GPT2LMHeadModel` loads; return its step.
 
-    Raises `UserError` for a model that GPT-2's format cannot describe, and for a folder in use.
+    If `init_from` is not resume, it names weights to write, which have no step. Raises `UserError`
+    for a model that GPT-2's format cannot describe, and for a folder in use.
     """
     safetensors = import_extra("safetensors.numpy", "export", "hf")
-    config = run_dir.load_config(out_dir, config_file)
-    folder = Path(to)
+    trained = hf.load_trained(init_from, out_dir, checkpoint, config_file=config_file)
+    config, folder = trained.config, Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={to!r}: exists already; expected a new or empty folder")
-    params, step = run_dir.load_params(config, checkpoint, local_mesh())
+    params, step = trained.load(local_mesh())
     tensors = to_tensors(config, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fields = to_fields(config) | {"jaxgpt_step": step}
-        fields |= _write_tokenizer(config, Path(out_dir, tokenizers.FILE), folder)
+        fields |= _write_tokenizer(config, trained.tokenizer.file, folder)
         safetensors.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
         # The config is written last, because transformers loads nothing without it.
         atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))

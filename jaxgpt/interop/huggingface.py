@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, ModelConfig, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.data.tokens import GPT2_VOCAB
+from jaxgpt.data.tokens import GPT2_VOCAB, PADDED_GPT2
 from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
-from jaxgpt.runtime.files import import_extra
+from jaxgpt.runtime.files import import_extra, reason
 from jaxgpt.train_step import abstract_params
 
 # Our parameter -> its name in GPT-2's files, and its axes there. Several letters in one axis are
@@ -121,20 +121,24 @@ class Weights:
         put = lambda like, p: jax.make_array_from_callback(like.shape, like.sharding, p.__getitem__)
         return jax.tree.map(put, abstract_params(config, mesh), params)
 
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer beside the weights: the file of an export, or a tokenizer.json."""
+        ours = self.folder / OUR_TOKENIZER
+        return ours if ours.is_file() else self.folder / tokenizers.FILE
+
     def tokenizer(self, data_dir: str) -> Tokenizer:
         """Load the tokenizer beside the weights, or GPT-2's if the vocabulary has GPT-2's size.
 
         Raises `UserError` if there is no tokenizer or if it has more ids than the weights.
         """
-        vocab_size = self.keys["vocab_size"]
-        files = [self.folder / name for name in (OUR_TOKENIZER, tokenizers.FILE)]
-        file = next((file for file in files if file.is_file()), None)
-        if file:
+        vocab_size, file = self.keys["vocab_size"], self.tokenizer_file
+        if file.is_file():
             tokenizer = tokenizers.load(file)
-        elif GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 127:  # may be padded
+        elif vocab_size in PADDED_GPT2:
             tokenizer = tokenizers.gpt2(data_dir)
         else:
-            raise UserError(f"{self.source}: no tokenizer; expected {files[1]}")
+            raise UserError(f"{self.source}: no tokenizer; expected {file}")
         if tokenizer.vocab_size > vocab_size:
             problem = f"its tokenizer has {tokenizer.vocab_size} ids"
             advice = f"expected at most the {vocab_size} of the weights; try another {file}"
@@ -196,12 +200,23 @@ def resolve_init(
     return weights, config, notes
 
 
+@dataclass(frozen=True)
+class TokenizerLoader:
+    """What loads a model's tokenizer, and the file beside the model, which may be missing."""
+
+    file: Path
+    load: Callable[[], Tokenizer]
+
+    def __call__(self) -> Tokenizer:
+        return self.load()
+
+
 class Trained(NamedTuple):
     """A model to sample or to evaluate, from a run or from weights."""
 
     config: Config
     load: Callable[[Mesh], tuple[dict[str, Any], int | None]]  # returns parameters; a run's step
-    tokenizer: Callable[[], Tokenizer]
+    tokenizer: TokenizerLoader
 
 
 def load_trained(
@@ -217,11 +232,13 @@ def load_trained(
         config = run_dir.load_config(out_dir, config_file, config_class)
         config = config.replace(data_dir=data_dir or config.data_dir)
         load = partial(run_dir.load_params, config, checkpoint)
-        return Trained(config, load, partial(tokenizers.load, Path(out_dir, tokenizers.FILE)))
+        file = Path(out_dir, tokenizers.FILE)
+        return Trained(config, load, TokenizerLoader(file, partial(tokenizers.load, file)))
     weights = open_weights(init_from)
     config = Config(**weights.keys, data_dir=data_dir or "data")
     load = lambda mesh: (weights.load(config, mesh), None)
-    return Trained(config, load, partial(weights.tokenizer, config.data_dir))
+    tokenizer = partial(weights.tokenizer, config.data_dir)
+    return Trained(config, load, TokenizerLoader(weights.tokenizer_file, tokenizer))
 
 
 def open_weights(init_from: str) -> Weights:
@@ -329,7 +346,7 @@ def _model_keys(file: Path) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        problem = f"not the config of a GPT-2 ({error})"
+        problem = f"not the config of a GPT-2 ({reason(error)})"
         raise UserError(f"{file}: {problem}; expected a config.json of transformers") from error
     if "max_iters" in fields:
         raise UserError(f"{file}: belongs to a jaxgpt run; try --out_dir={file.parent}")

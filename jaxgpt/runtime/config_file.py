@@ -39,7 +39,7 @@ def load_config_file(path: str) -> dict[str, Config]:
         sys.modules[name] = module
         try:
             SourceFileLoader(name, found).exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(format_config_error(found, error)) from error
     configs = {key: vars(module)[key] for key in NAMES if key in vars(module)}
     for key, value in ({"config": None} | configs).items():
@@ -69,7 +69,8 @@ def find_config_file(path: str) -> str:
     nearest = difflib.get_close_matches(path, [*files, *names], n=1, cutoff=0.5)
     expected = "expected a Python file, or the name of a config that comes with jaxgpt"
     advice = nearest[0] if nearest else "shakespeare"
-    raise UserError(f"config={path!r}: no such file; {expected}; try {advice}")
+    problem = "is a folder" if Path(path).is_dir() else "no such file"
+    raise UserError(f"config={path!r}: {problem}; {expected}; try {advice}")
 
 
 _imported: set[str] = set()  # modules that config files imported from their own folders
@@ -103,7 +104,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
                 _imported.add(name)
 
 
-def format_config_error(path: str, error: Exception) -> str:
+def format_config_error(path: str, error: BaseException) -> str:
     """Format an error in a config file as one line: its place, the line there, the problem."""
     if isinstance(error, SyntaxError) and error.lineno:
         place = f"{error.filename or path}, line {error.lineno}: {(error.text or '').strip()!r}"

@@ -4,6 +4,7 @@ Every process runs the same program on its own devices, and XLA's collectives co
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
 
+# What Gloo, NCCL and JAX's coordination service say when another process has ended.
+LOST_PROCESS = re.compile(
+    r"closed by peer|reset by peer|broken pipe|socket closed|remote process exited|another task"
+    r"|heartbeat|connection refused|gloo .* failed",
+    re.IGNORECASE,
+)
 HEARTBEAT_S = 30  # the others exit if a process is silent for longer
 _max = jax.jit(jnp.max)
 
@@ -81,14 +88,22 @@ def abort_all_on_error() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        is_mistake = isinstance(error, UserError)
-        if not is_mistake:
+        is_mistake, is_other = isinstance(error, UserError), _is_of_another_process(error)
+        if not is_mistake and not is_other:
             traceback.print_exc()
         advice = "" if is_mistake else "; try --init_from=auto to continue from the last checkpoint"
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        text = f"error: process {jax.process_index()}: {first_line}{advice}"
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        if is_other:
+            problem = f"another process of this run has ended ({problem}); expected all of them"
+        text = f"error: process {jax.process_index()}: {problem}{advice}"
         print(text, file=sys.stderr, flush=True)
         os._exit(2 if is_mistake else 1)
+
+
+def _is_of_another_process(error: Exception) -> bool:
+    """Tell whether a collective or JAX's coordination failed because another process has ended."""
+    is_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return is_jax and LOST_PROCESS.search(str(error)) is not None
 
 
 def is_process_0() -> bool:

@@ -4,6 +4,7 @@ The workers that tokenize documents import this module, so it must not import JA
 """
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -63,6 +64,22 @@ def folder_error(subject: str, key: str, error: OSError) -> UserError:
     is_file = isinstance(error, FileExistsError)
     problem = "is a file" if is_file else (error.strerror or type(error).__name__).lower()
     return UserError(f"{subject}: {problem}; expected a writable folder; try another {key}")
+
+
+def reason(error: Exception) -> str:
+    """Say in plain words, on one line, why a file could not be read."""
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case IsADirectoryError():
+            return "is a folder"
+        case OSError():
+            return (error.strerror or type(error).__name__).lower()
+        case UnicodeDecodeError():
+            return f"byte {error.start} is not UTF-8"
+        case json.JSONDecodeError():
+            return f"line {error.lineno} is not valid JSON"
+    return " ".join(str(error).split())
 
 
 def import_extra(module: str, subject: str, extra: str) -> Any:

@@ -22,7 +22,7 @@ from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, CorruptCheckpoint, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write, folder_error, make_folder
+from jaxgpt.runtime.files import atomic_write, folder_error, make_folder, reason
 from jaxgpt.train_step import abstract_params
 
 CONFIG = "config.json"
@@ -101,7 +101,7 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
                 "try --init_from=resume to continue it, or --overwrite to delete it"
             )
         return 0
-    saved = _saved_config(config, checkpoints, latest)
+    saved = saved_config(config, checkpoints, latest)
     for key in (*_model_values(saved), "scan_layers", "optimizer", "freeze"):
         _check_same(config, key, getattr(saved, key), f"the run in {out_dir}")
     return latest
@@ -117,13 +117,17 @@ def _check_same(config: Config, key: str, expected: Any, whose: str) -> None:
 
 def saved_model(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
     """Return the model's keys of the run to resume, or an empty dict for a fresh run."""
-    latest = checkpoints.latest()
-    if latest is None or config.init_from not in ("resume", "auto"):
-        return {}
-    return _model_values(_saved_config(config, checkpoints, latest))
+    step = step_to_resume(config, checkpoints)
+    return {} if step is None else _model_values(saved_config(config, checkpoints, step))
 
 
-def _saved_config(config: Config, checkpoints: Checkpoints, step: int) -> Config:
+def step_to_resume(config: Config, checkpoints: Checkpoints) -> int | None:
+    """Return the step from which `init_from` continues, or None for a fresh run."""
+    return checkpoints.latest() if config.init_from in ("resume", "auto") else None
+
+
+def saved_config(config: Config, checkpoints: Checkpoints, step: int) -> Config:
+    """Return the config of a checkpoint. Raises `UserError` for a run of another class."""
     meta, config_class = checkpoints.meta(step), type(config)
     try:
         return config_class.from_dict(meta["config"])
@@ -201,7 +205,7 @@ def load_config(out_dir: str, config_file: str = "", config_class: type[Config] 
         if class_name == config_class.__name__:
             return config_class.from_dict(saved).replace(out_dir=out_dir)
     except (ValueError, TypeError, AttributeError) as error:
-        problem = f"not the config of a run ({error})"
+        problem = f"not the config of a run ({reason(error)})"
         raise UserError(f"{file}: {problem}; expected the file as training wrote it") from error
     if class_name == "Config":
         advice = f"expected {config_class.__name__}; try without --config"
@@ -255,14 +259,9 @@ class RunWeights:
         cut = partial(jax.tree.map, lambda shape, p: p[: shape.shape[0]], shapes)
         return jax.jit(cut, out_shardings=jax.tree.map(lambda p: p.sharding, shapes))(params)
 
-    def check_tokenizer(self, dataset: Dataset) -> None:
-        """Raise `UserError` if the run was trained with another tokenizer than the dataset's."""
-        file, ours = Path(self.config.out_dir, tokenizers.FILE), dataset.tokenizer
-        if ours and file.is_file() and tokenizers.load(file).to_json() != ours.to_json():
-            raise UserError(
-                f"init_from={self.config.out_dir!r}: its tokenizer is not the dataset's; "
-                f"try jaxgpt prepare with --tokenizer={file}"
-            )
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.config.out_dir, tokenizers.FILE)
 
 
 def open_weights(config: Config) -> RunWeights:

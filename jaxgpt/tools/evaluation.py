@@ -12,7 +12,7 @@ from jaxgpt.config import UserError
 from jaxgpt.data import batch_size
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, check_same
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.evaluate import full_split, mean_loss
 from jaxgpt.interop import huggingface
@@ -59,7 +59,8 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     keys = {"dataset": dataset} if dataset else {}
     trained, mesh = open_model(*where, **options, **keys)
     config = trained.config
-    data = find_dataset(config, config.block_size)
+    data = find_dataset(config, config.block_size, config.vocab_size)
+    check_same(config.dataset, data.tokenizer, trained.tokenizer.file)
     if config.vocab_size < data.vocab_size:
         problem = f"has {data.vocab_size} ids, but the model has vocab_size={config.vocab_size}"
         expected = "expected a dataset prepared with the model's tokenizer"

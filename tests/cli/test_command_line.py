@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -73,6 +74,7 @@ MISTAKES = {
                  "n_layer=n,", "n_layer=-1: invalid value; expected a whole number at least 0"),
     "elsewhere": ("import json\n\nconfig = json.loads('{')\n", "config = json.loads('{')", "JSON"),
     "lookup": ("config = {}['n_layer']\n", "config = {}['n_layer']", "KeyError: 'n_layer'"),
+    "exit": ("import sys\nsys.exit(3)\n", "sys.exit(3)", "SystemExit: 3; expected a config file"),
     "lines": ("raise ValueError('one\\ntwo')\n", r"raise ValueError('one\ntwo')", "one two"),
     "accents": ("config = Config(\n    wandb_project='Molière',\n    seed=-1,\n)\n",
                 "seed=-1,", "seed=-1: invalid value; expected a whole number"),
@@ -168,7 +170,6 @@ def test_shipped_configs_find_what_they_import_beside_folders_of_the_user(write,
 WAYS = [
     "--config mine.py --n_layer=2", "--config=mine.py --n_layer=2", "mine.py --n_layer=2",
     "mine.py --n_layer 2", "--n_layer 2 --config mine.py", "--n_layer=2 --config=mine.py",
-    "mine.py --n_layer=9 --n_layer=2",
 ]  # fmt: skip
 
 
@@ -252,6 +253,10 @@ UNPARSED = [
     (["--learning_rate=__import__('os').system('touch x')"], "learning_rate="),
     (["--max_iters", "__import__('os').system('touch x')"], "max_iters="),
     (["--bias=__import__('os').system('touch x')"], "bias="),
+    (["--n_layer=9", "--n_layer=2"], "--n_layer: given 2 times (9, 2); expected one value; try "),
+    (["--n_layer", "9", "--n-layer=2"], "--n_layer: given 2 times (9, 2); expected one value; "),
+    (["--overwrite", "--overwrite"], "--overwrite: given 2 times (True, True); expected one "),
+    (["--config=a.py", "--config", "b.py"], "--config: given 2 times (a.py, b.py); expected one "),
 ]
 
 
@@ -268,14 +273,22 @@ BAD_COMMANDS = {
     "sample --num_samples": "--num_samples: has no value; expected --num_samples=VALUE",
     "export": "--to: missing; expected a value; try jaxgpt export --help",
     "prepare": "--dataset: missing; expected a value; try jaxgpt prepare --help",
+    "sample ''": "'': unexpected argument; expected --key=value; try --help",
     "prepare a b": "b: unexpected argument; expected --key=value; try --help",
+    "sample --seed=1 --start=a --start=b --seed=2": "--seed: given 2 times (1, 2); expected one "
+    "value; try --seed=2",
+    "bench --repeats=3 --pairs 4": "--repeats: given 2 times (3, 4); expected one value; try "
+    "--repeats=4",
+    "plan --search --fit": "--search: given 2 times (True, True); expected one value; try "
+    "--search=True",
+    "prepare a --name=../b": "name='../b': invalid value; expected a name for a folder",
     "plan --topolgy=x": "--topolgy: unknown key; try --topology",
 }
 
 
 @pytest.mark.parametrize("line", BAD_COMMANDS)
 def test_invalid_command_arguments_are_rejected_with_a_suggestion(line):
-    name, *argv = line.split()
+    name, *argv = shlex.split(line)
     assert refusal(cli.COMMANDS[name], argv) == BAD_COMMANDS[line]
 
 

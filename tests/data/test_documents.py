@@ -240,11 +240,17 @@ def test_pieces_of_a_different_preparation_are_rejected_and_kept(tmp_path, bpe_f
     folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     files = read_files(folder)
     message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.3)
-    assert "begun with val_share=0.2, but now val_share=0.3; try another --data_dir" in message
+    assert "begun with val_share=0.2, but now val_share=0.3; expected a new folder; try " in message
     (tmp_path / "plays" / "z.txt").write_text("one more")
     message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.2)
     assert re.search("begun with source='.* 40 files", message)
     assert read_files(folder) == files
+    options = {"val_share": 0.3}
+    named = prepare(source, str(tmp_path / "data"), bpe_file, name="other", **options)
+    assert named == tmp_path / "data" / "other"
+    assert read_files(folder) == files
+    assert prepare(source, str(tmp_path / "data"), bpe_file, overwrite=True, **options) == folder
+    assert read_files(folder) == read_files(named) != files
 
 
 def test_folder_of_another_dataset_is_rejected_and_unchanged(tmp_path, bpe_file):

@@ -23,7 +23,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import prepare as prepares
 from jaxgpt.data import text as texts
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.prepare import find_dataset, prepare
+from jaxgpt.data.prepare import find_dataset, prepare, prepare_if_missing
 from jaxgpt.data.text import Corpus, Download
 from jaxgpt.data.tokenizer import CharTokenizer
 from jaxgpt.data.tokens import open_dataset
@@ -166,12 +166,45 @@ def test_large_text_is_prepared_with_bounded_memory(tmp_path):
 
 def test_preparing_again_writes_identical_files(tmp_path):
     file = write_text(tmp_path, VERSE)
-    first = read_files(prepare(file, str(tmp_path)))
+    folder = prepare(file, str(tmp_path))
+    first = read_files(folder)
     assert sorted(first) == FINAL
-    assert read_files(prepare(file, str(tmp_path))) == first
-    assert prepare(file, str(tmp_path), "byte") == tmp_path / "some"
-    assert read_files(tmp_path / "some") != first
-    assert read_files(prepare(file, str(tmp_path), "char")) == first
+    for name in "train.bin", "tokenizer.json":  # damage is repaired
+        (folder / name).write_bytes(b"?")
+        assert read_files(prepare(file, str(tmp_path))) == first
+
+
+OTHERS = {  # text, tokenizer -> what the folder holds, and the name that is proposed
+    "text": (VERSE.replace("soft", "sotf"), "", "a dataset of another text (", "some_2"),
+    "characters": (VERSE + "z", "", "a dataset of another tokenizer (char, 29 ids)", "some_2"),
+    "tokenizer": (VERSE, "byte", "a dataset of another tokenizer (char, 29 ids)", "some_byte"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_dataset_made_otherwise_is_replaced_only_with_overwrite(tmp_path, case):
+    text, tokenizer, holds, name = OTHERS[case]
+    folder = prepare(write_text(tmp_path, VERSE), str(tmp_path))
+    old = read_files(folder)
+    file = write_text(tmp_path, text)
+    message = refusal(prepare, file, str(tmp_path), tokenizer)
+    assert message.startswith(f"{folder}: holds {holds}")
+    assert message.endswith(f"; try --name={name}, or --overwrite to replace it")
+    assert read_files(folder) == old
+    named = prepare(file, str(tmp_path), tokenizer, name=name)
+    assert named == tmp_path / name
+    assert read_files(folder) == old
+    assert prepare(file, str(tmp_path), tokenizer, overwrite=True) == folder
+    assert read_files(folder) == read_files(named) != old
+
+
+def test_token_files_of_another_program_are_replaced_only_with_overwrite(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "train.bin").write_bytes(b"ab" * 99)
+    file = write_text(tmp_path, VERSE)
+    assert "that jaxgpt prepare did not make; " in refusal(prepare, file, str(tmp_path))
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["train.bin"]
+    assert_opens(prepare(file, str(tmp_path), overwrite=True), VERSE)
 
 
 HANG = """
@@ -185,7 +218,7 @@ def slow(self, text):
         time.sleep(60)
     return encode(self, text)
 tokenizer.CharTokenizer.encode, text.CHUNK_BYTES = slow, 100
-prepare.prepare(*sys.argv[1:])
+prepare.prepare(*sys.argv[1:], overwrite=True)
 """
 
 
@@ -205,7 +238,7 @@ def test_killed_preparation_is_detected_and_can_be_repeated(tmp_path, before):
     assert {name: left[name] for name in left if not name.endswith(".partial")} == old
     assert len(left) > len(old)
     assert re.search("some: .*interrupted", refusal(open_dataset, folder, tmp_path, 8))
-    prepare(str(tmp_path / "some.txt"), str(tmp_path))
+    prepare(str(tmp_path / "some.txt"), str(tmp_path), overwrite=True)
     assert_prepared(folder, VERSE, char_ids, "char", len(set(VERSE)))
     assert_opens(folder, VERSE)
 
@@ -231,14 +264,14 @@ def test_preparation_killed_while_renaming_is_detected_and_can_be_repeated(tmp_p
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Path, "replace", killed_in_time)
         with pytest.raises(Killed) if steps < 4 else nullcontext():
-            prepare(file, str(tmp_path))
+            prepare(file, str(tmp_path), overwrite=True)
     if steps < 4:
         # Both texts have the same counts and characters, so only the partial files show the kill.
         assert re.search("some: .*interrupted", refusal(open_dataset, folder, tmp_path, 8))
         left = read_files(folder)
         changed = sum(left[name] != old[name] for name in ("train.bin", "val.bin"))
         assert changed == max(0, steps - 2)
-        prepare(file, str(tmp_path))
+        prepare(file, str(tmp_path), overwrite=True)
     assert_prepared(folder, VERSE, char_ids, "char", len(set(VERSE)))
 
 
@@ -311,6 +344,56 @@ def test_known_corpus_is_prepared_on_first_use(tmp_path, monkeypatch, corpus):
     check()  # an interrupted one is prepared again
     monkeypatch.setattr(prepares, "prepare", None)
     check()  # a whole one is not
+
+
+FIRST, SECOND = VERSE, "JULIET:\nO Romeo, Romeo! wherefore art thou Romeo?\n\n" * 30
+
+
+@pytest.fixture
+def fallback(tmp_path, monkeypatch, corpus):
+    """Return the folder of the corpus `bard`, made from the fallback text FIRST."""
+    folder = tmp_path / "bard"
+    folder.mkdir()
+    write_text(folder, FIRST, "input.txt")
+    with monkeypatch.context() as patched:
+        source = f"plays, because {texts.FALLBACK}"
+        patched.setattr(prepares, "get_corpus", lambda *_: (folder / "input.txt", source))
+        prepare("bard", str(tmp_path))
+    return folder
+
+
+def text_of(dataset) -> str:
+    splits = dataset.train, dataset.val
+    return "".join(dataset.tokenizer.decode(split.read(0, len(split))) for split in splits)
+
+
+def test_text_put_beside_fallback_token_files_is_used_by_a_fresh_run(tmp_path, fallback, capsys):
+    before = read_files(fallback)
+    prepare_if_missing(config(tmp_path, "bard"), is_fresh=True)
+    assert read_files(fallback) == before  # the text is still that of the fallback
+    write_text(fallback, SECOND, "input.txt")
+    resumed = find_dataset(config(tmp_path, "bard"), 8)
+    assert text_of(resumed) == FIRST
+    (note,) = resumed.notes
+    assert note.startswith(f"{fallback}: its token files are not of the input.txt in it, and are ")
+    prepare_if_missing(config(tmp_path, "bard"), is_fresh=True)
+    kept = tmp_path / "bard_fallback"
+    said = f"{fallback}: now made from the input.txt in it; {kept} is the old one\n"
+    assert said in capsys.readouterr().err
+    fresh = find_dataset(config(tmp_path, "bard"), 8)
+    assert (text_of(fresh), fresh.notes) == (SECOND, ())
+    assert text_of(open_dataset(kept, tmp_path, 8)) == FIRST
+
+
+def test_preparing_a_corpus_takes_the_text_put_beside_fallback_token_files(tmp_path, fallback):
+    source = json.loads((fallback / "meta.json").read_text())["source"]
+    prepare("bard", str(tmp_path))
+    assert json.loads((fallback / "meta.json").read_text())["source"] == source
+    write_text(fallback, SECOND, "input.txt")
+    prepare("bard", str(tmp_path))
+    assert text_of(find_dataset(config(tmp_path, "bard"), 8)) == SECOND
+    write_text(fallback, FIRST, "input.txt")  # what was made from a text of the user's stays
+    assert "another text" in refusal(prepare, "bard", str(tmp_path))
 
 
 def test_partial_corpus_text_does_not_count_as_interrupted_preparation(

@@ -59,6 +59,11 @@ def test_char_tokenizer_names_exactly_the_unknown_characters(known, text):
         assert refusal(tokenizer.encode, text).startswith(f"text: no token for {unknown!r}; ")
 
 
+def test_id_without_a_character_is_named():
+    message = refusal(CharTokenizer("abc").decode, [0, 7, 2])
+    assert message.startswith("id 7: this tokenizer has only 3 characters; expected ")
+
+
 @pytest.mark.parametrize("size", [65_536, 65_537, 70_000])
 def test_char_ids_of_large_vocabularies_do_not_overflow(size):
     chars = "".join(map(chr, range(0xE000, 0xE000 + size)))  # past the surrogates
@@ -166,5 +171,7 @@ def test_gpt2_files_are_downloaded_once_if_missing_or_damaged(monkeypatch, tmp_p
 
 
 def test_unavailable_gpt2_files_are_rejected_with_the_url(tmp_path, web, no_gpt2):
-    assert f"{web.url}/vocab.bpe" in refusal(tokenizers.gpt2, tmp_path)
+    message = refusal(tokenizers.gpt2, tmp_path)
+    assert message.startswith(f"{tmp_path}/gpt2: GPT-2's tokenizer is not in it and could not be ")
+    assert f"; expected {web.url}/vocab.bpe and {web.url}/encoder.json; try to put both" in message
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

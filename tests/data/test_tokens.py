@@ -11,6 +11,7 @@ from helpers import refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jaxgpt.data.foreign import likely_dtype
 from jaxgpt.data.tokenizer import CharTokenizer
 from jaxgpt.data.tokens import Dataset, TokenSplit, is_prepared, open_dataset
 
@@ -120,7 +121,71 @@ def test_nanogpt_folder_without_meta_has_gpt2_vocabulary(tmp_path, no_gpt2):
     assert_dataset(open_folder(tmp_path), splits, GPT2_VOCAB)
     assert open_folder(tmp_path).tokenizer is None
     write_ids(tmp_path / "val.bin", [0] * 6 + [GPT2_VOCAB])
-    assert f"val.bin: id {GPT2_VOCAB} at token 6 " in refusal(open_folder(tmp_path).val.read, 2, 5)
+    assert f"val.bin: id {GPT2_VOCAB} at token 6 " in refusal(open_folder, tmp_path)
+
+
+OTHER_DTYPES = {  # dtype of val.bin -> (ids, words of the message)
+    "uint32": (RNG.integers(0, GPT2_VOCAB, 200), "uint32 ids (every second 16-bit number is 0)"),
+    "int64": (RNG.integers(0, 65, 200), "int64 ids (three of four 16-bit numbers are 0)"),
+    "uint8": (RNG.integers(32, 127, 200), "uint8 ids (the bytes at even and at odd positions"),
+    "int32": (
+        RNG.integers(0, GPT2_VOCAB, 200) * np.resize([1, -1], 200),
+        "int32 ids (every second 16-bit number is below 16 or 65535)",
+    ),
+    "<u4": (RNG.integers(0, 2**17, 200), "uint32 ids (every second 16-bit number is below 16)"),
+}
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES)
+@each_split
+def test_files_of_another_dtype_without_meta_are_rejected_by_its_name(
+    tmp_path, no_gpt2, split, dtype
+):
+    """The other file is uint16. All ids of the wrong file, read as uint16, can be in range."""
+    ids, said = OTHER_DTYPES[dtype]
+    for name in "train", "val":
+        write_ids(tmp_path / f"{name}.bin", RNG.integers(0, GPT2_VOCAB, 200))
+    write_ids(tmp_path / f"{split}.bin", ids, dtype)
+    message = refusal(open_folder, tmp_path)
+    assert message.startswith(f"{tmp_path}/{split}.bin: looks like {said}")
+
+
+@given(st.sampled_from([2, 17, 65, 129, 300, 4000, 32_000, GPT2_VOCAB]), st.integers(0, 99))
+def test_uint16_ids_of_any_vocabulary_do_not_look_like_another_dtype(vocab_size, seed):
+    """The ids have the frequencies of words: the n-th one is drawn with a probability of 1/n."""
+    rng = np.random.default_rng(seed)
+    ids = vocab_size ** rng.uniform(0, 1, 500) - 1
+    assert likely_dtype(rng.permutation(vocab_size)[ids.astype(int)].astype(np.uint16)) is None
+
+
+def test_splits_of_different_vocabularies_are_rejected(tmp_path, no_gpt2):
+    sizes = {"train": GPT2_VOCAB, "val": 65}
+    for splits in sizes, dict(zip(sizes, reversed(sizes.values()), strict=True)):
+        for name, size in splits.items():
+            write_ids(tmp_path / f"{name}.bin", np.arange(500) % size + (size > 65) * 100)
+        larger = max(splits, key=splits.get)
+        message = refusal(open_folder, tmp_path)
+        assert message.startswith(f"{tmp_path}/{larger}.bin: 100% of its ids are above 64, ")
+
+
+def test_unknown_vocabulary_is_assumed_and_said(tmp_path, no_gpt2):
+    splits = write_nanogpt(tmp_path, 65)
+    largest = max(ids.max() for ids in splits.values())
+    start = f"{tmp_path}: its vocabulary is not known; assumed: "
+    (note,) = open_folder(tmp_path).notes
+    assert note.startswith(f"{start}GPT-2's 50,257 ids; try --vocab_size=N for another vocabulary,")
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    (note,) = open_folder(tmp_path).notes
+    assert note.startswith(f"{start}GPT-2's 50,257 ids, not the {largest + 1} that its files use: ")
+    assert note.endswith(f"; try its text as {tmp_path}/input.txt, or --vocab_size={largest + 1}")
+    dataset = open_dataset(tmp_path, tmp_path, 4, vocab_size=70)
+    assert_dataset(dataset, splits, 70)
+    assert dataset.notes == (f"{start}vocab_size=70; its tokenizer is not known either",)
+    assert dataset.fingerprint["vocab_size"] == 70
+    message = refusal(open_dataset, tmp_path, tmp_path, 4, vocab_size=int(largest))
+    assert f"expected ids below vocab_size={largest}; try a larger --vocab_size" in message
+    padded = open_dataset(tmp_path, tmp_path, 4, vocab_size=50_304)
+    assert padded.vocab_size == GPT2_VOCAB
 
 
 def test_nanogpt_folder_with_gpt2_files_has_gpt2_tokenizer(tmp_path, gpt2, gpt2_data):

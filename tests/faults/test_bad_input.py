@@ -68,7 +68,24 @@ def cut_ids(bytes_left: int) -> None:
 
 def prepare_other_text() -> None:
     Path("tale.txt").write_text(TEXT.replace("sound", "dnuos"))
-    prepare("tale.txt", "data")
+    prepare("tale.txt", "data", overwrite=True)
+
+
+def write_uint32() -> None:
+    Path("data/wide").mkdir()
+    shutil.copy(IDS, "data/wide/train.bin")
+    np.fromfile("data/tale/val.bin", "<u2").astype("<u4").tofile("data/wide/val.bin")
+
+
+def prepare_other_tokenizer(name: str) -> None:
+    Path(f"{name}.txt").write_text(TEXT.replace("sound", "fury"))
+    prepare(f"{name}.txt", "data", "byte", overwrite=True)
+
+
+def forget_tokenizer() -> None:
+    """Make the run one that was trained on token files without a known tokenizer."""
+    prepare_other_tokenizer("song")
+    Path("run/tokenizer.json").unlink()
 
 
 TRAIN, NEW, SAMPLE = "train c.py", "train c.py --out_dir=new", "sample --out_dir=run"
@@ -80,12 +97,48 @@ BAD = {
     "another dtype": (partial(edit_json, META, dtype="uint32"), NEW, "meta.json says"),
     "an unknown dtype": (partial(edit_json, META, dtype="object"), NEW, "dtype='object'"),
     "other data than before": (prepare_other_text, f"{TRAIN} --max_iters=30", "files have changed"),
+    "a resume on data of another tokenizer": (
+        partial(prepare_other_tokenizer, "song"), f"{TRAIN} --dataset=song --max_iters=30",
+        "song': its tokenizer is not the one in run/tokenizer.json"),
+    "a resume on its data in another tokenizer": (
+        partial(prepare_other_tokenizer, "tale"), f"{TRAIN} --max_iters=30", "files have changed"),
+    "a resume on data of another vocabulary": (
+        forget_tokenizer, f"{TRAIN} --dataset=song --max_iters=30", "a vocabulary of 256 ids"),
+    "an evaluation on data of another tokenizer": (
+        partial(prepare_other_tokenizer, "song"), "eval --out_dir=run --dataset=song",
+        "song': its tokenizer is not the one in run/tokenizer.json"),
     "no data": (nothing, f"{NEW} --dataset=../../etc", "dataset="),
     "a text that is not UTF-8": (nothing, "prepare latin-1.txt", "is not UTF-8"),
+    "a text of a name that is taken": (
+        partial(Path("tale.txt").write_text, TEXT[::-1]), "prepare tale.txt",
+        "data/tale: holds a dataset of another text ("),
+    "a tokenizer of a name that is taken": (
+        partial(Path("tale.txt").write_text, TEXT), "prepare tale.txt --tokenizer=byte",
+        "data/tale: holds a dataset of another tokenizer (char, 21 ids)"),
     "a text that is not there": (nothing, "prepare no.txt", "neither a text file, a folder nor"),
     "a prompt of unknown letters": (nothing, f"{SAMPLE} --start=\u0416", "\u0416"),
-    "a prompt file that is not there": (nothing, f"{SAMPLE} --start=FILE:no", "No such file"),
-    "a prompt file that is not UTF-8": (nothing, f"{SAMPLE} --start=FILE:latin-1.txt", "decode"),
+    "a prompt file that is not there": (nothing, f"{SAMPLE} --start=FILE:no", "no': no such file"),
+    "a prompt file that is not UTF-8": (
+        nothing, f"{SAMPLE} --start=FILE:latin-1.txt", "latin-1.txt': byte 3 is not UTF-8"),
+    "a prompt file that is a folder": (nothing, f"{SAMPLE} --start=FILE:run", "run': is a folder"),
+    "a tokenizer of no JSON": (
+        partial(Path("run/tokenizer.json").write_text, '{"type": "char"'), SAMPLE,
+        "run/tokenizer.json: not a tokenizer (line 1 is not valid JSON)"),
+    "a tokenizer that is not there": (
+        partial(Path("run/tokenizer.json").unlink), SAMPLE, "not a tokenizer (no such file)"),
+    "a text that is a folder": (
+        partial(Path("data/shakespeare_plays/input.txt").mkdir, parents=True),
+        f"{NEW} --dataset=shakespeare_plays", "input.txt: is a folder; expected a UTF-8 text"),
+    "a meta.json that is a folder": (
+        partial(Path("data/other/meta.json").mkdir, parents=True), f"{NEW} --dataset=other",
+        "data/other/meta.json: is a folder"),
+    "a config file that exits": (
+        partial(Path("c.py").write_text, "import sys\nsys.exit(3)\n"), NEW,
+        "c.py, line 2: 'sys.exit(3)': SystemExit: 3; expected a config file that runs without"),
+    "a config file that is a folder": (nothing, "train run", "config='run': is a folder"),
+    "ids of another dtype without a meta.json": (
+        write_uint32, f"{NEW} --dataset=wide", "data/wide/val.bin: looks like uint32 ids"),
+    "a flag given twice": (nothing, f"{NEW} --seed=1 --seed=2", "--seed: given 2 times (1, 2)"),
     "a step that is not there": (nothing, f"{SAMPLE} --checkpoint=7", "checkpoint='7'"),
     "a run that is not there": (nothing, "sample --out_dir=no", "no run in it"),
     "a config.json with a bad value": (partial(edit_run, n_layer=9e99), SAMPLE, "n_layer"),
@@ -132,8 +185,8 @@ def test_bad_input_exits_with_code_2_in_one_line_and_computes_nothing(
     assert lines == errors.splitlines()[-1:]
     assert ERROR_FORM.fullmatch(lines[0].removeprefix("error: "))
     after = contents(world / "run") | contents(world / "data")
-    changed = {path.name for path in before if before[path] != after.get(path)}
-    assert changed <= {"config.json", ".lock", "log.txt", "metrics.jsonl"}
+    changed = {path.name for path in before | after if before.get(path) != after.get(path)}
+    assert changed <= {".lock"}
 
 
 def test_run_output_contains_no_environment_secrets(data, tmp_path, capsys, monkeypatch):

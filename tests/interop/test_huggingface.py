@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROOT, exit_code, log_of, make_data, params_of, refusal, write_run
+from helpers import ROOT, exit_code, log_of, make_data, params_of, random_params, refusal, write_run
 from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
@@ -373,7 +373,8 @@ def fake_torch(monkeypatch):
             raise RuntimeError("a pickle\nthat wants to run")
         return held
 
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    torch = SimpleNamespace(load=load, device=type(None))  # tyro looks for torch.device
+    monkeypatch.setitem(sys.modules, "torch", torch)
     return held
 
 
@@ -404,6 +405,44 @@ def test_nanogpt_checkpoint_gives_the_logits_of_the_huggingface_weights(tmp_path
         assert (config.bias, config.mlp) == (bias, "gelu")
         logits = logits_of(config, params, tokens)
         np.testing.assert_allclose(logits, logits_of(hf_config, hf, tokens), rtol=0, atol=1e-5)
+
+
+def write_checkpoint(folder: Path, fake_torch: dict) -> Path:
+    """Write a ckpt.pt of random weights with GPT-2's initialisation; return the file."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 128}
+    config = Config(**sizes, mlp="gelu", mlp_dim=64, dtype="float32", attention="reference")
+    tensors = to_tensors(config, random_params(config))
+    theirs = {
+        name: FakeTensor(t.T if ".h." in name and t.ndim == 2 else t) for name, t in tensors.items()
+    }
+    fake_torch |= {"model": theirs, "model_args": sizes | {"bias": True}}
+    file = folder / "ckpt.pt"
+    file.write_bytes(b"")
+    return file
+
+
+def test_export_and_eval_commands_take_a_nanogpt_checkpoint_directly(tmp_path, fake_torch, capsys):
+    file = write_checkpoint(tmp_path, fake_torch)
+    characters = tokenizers.CharTokenizer("".join(map(chr, range(10, 127))))
+    (tmp_path / "tokenizer.json").write_text(characters.to_json())
+    to = tmp_path / "folder"
+    assert exit_code(cli.run, cli.export, [f"--init_from={file}", f"--to={to}"]) is None
+    assert capsys.readouterr().out == f"wrote {file} to {to}\n"
+    (config, ours), (_, theirs) = load(file), load(to)
+    tokens = np.arange(12)[None]
+    np.testing.assert_array_equal(
+        logits_of(config, ours, tokens), logits_of(config, theirs, tokens)
+    )
+    assert (to / "jaxgpt_tokenizer.json").is_file()
+    make_data(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    losses = []
+    for source in file, to:
+        argv = [f"--init_from={source}", "--dataset=tale", f"--data_dir={tmp_path}", "--device=cpu"]
+        assert exit_code(cli.run, cli.evaluate, argv) is None
+        lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+        assert lines["weights"] == str(source)
+        losses.append(float(lines["val_loss"]))
+    assert losses[0] == losses[1]
 
 
 def test_invalid_nanogpt_checkpoint_or_missing_pytorch_is_rejected(

@@ -16,7 +16,7 @@ from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.distributed import init_distributed
+from jaxgpt.runtime.distributed import abort_all_on_error, init_distributed
 
 CONFIG = """
 from jaxgpt.config import Config
@@ -251,6 +251,29 @@ def test_user_error_in_process_0_ends_every_process(folder):
     assert "process 0: failed; try its log" in nothing.errors[1]
 
 
+GONE = "UNKNOWN: Gloo all-reduce failed: [pair.cc:547] Connection closed by peer [10.0.0.5]:15769"
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_lost_process_is_one_line_and_other_errors_keep_the_traceback(monkeypatch, capsys, ours):
+    class Ended(BaseException):
+        """Raised in place of the end of the process."""
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended, abort_all_on_error():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory" if ours else GONE)
+    assert ended.value.args == (1,)
+    *before, last = capsys.readouterr().err.splitlines()
+    assert bool(before) == ours
+    said = "RESOURCE_EXHAUSTED: out" if ours else f"another process of this run has ended ({GONE})"
+    assert last.startswith(f"error: process 0: {said}")
+    assert last.endswith("; try --init_from=auto to continue from the last checkpoint")
+
+
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_processes_with_a_checkpoint(folder):
     endless = endless_run(folder, "stopped")
@@ -276,7 +299,9 @@ def test_death_of_one_process_ends_the_other_within_a_minute(folder, gone):
     endless.processes[gone].kill()
     assert endless.processes[1 - gone].wait(timeout=60) != 0
     endless.wait()
-    assert "another task died" in endless.errors[1 - gone] or "error: " in endless.errors[1 - gone]
+    error = endless.errors[1 - gone]
+    assert "another task died" in error or "another process of this run has ended" in error
+    assert "Traceback" not in error
     saved = max(int(p.parent.name) for p in (folder / out).glob("checkpoints/[0-9]*/digest.json"))
     if gone:  # one process goes on from there
         losses = run(folder, out, 1, "--init_from=auto", f"--max_iters={saved + 1}")

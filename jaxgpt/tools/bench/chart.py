@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import atomic_path
+from jaxgpt.runtime.files import atomic_path, reason
 from jaxgpt.runtime.metrics import read_metrics
 
 LABELS = {
@@ -78,7 +78,7 @@ def read_speedups(file: Path) -> list[tuple[str, float, float, float]]:
         facts = json.loads(file.read_text(encoding="utf-8"))
         comparisons = {name: facts["results"].get(name, {}) for name in LABELS}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: {error}; expected a file that --json wrote") from error
+        raise UserError(f"{file}: {reason(error)}; expected a file that --json wrote") from error
     found = []
     for name, result in comparisons.items():
         if "ratio" in result:

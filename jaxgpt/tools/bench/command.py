@@ -154,7 +154,7 @@ def make_data(config: Config, folder: Path) -> tuple[Config, Dataset]:
     random phrases in random order, so that there is something to learn.
     """
     if is_prepared(Path(config.data_dir, config.dataset)):
-        found = find_dataset(config, config.block_size)
+        found = find_dataset(config, config.block_size, config.vocab_size)
         ids = [t.read(0, min(len(t), MAX_TOKENS)) for t in (found.train, found.val)]
         vocab, source = found.vocab_size, found.source
     else:

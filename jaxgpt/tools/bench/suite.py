@@ -18,7 +18,7 @@ import jax
 
 from jaxgpt.config import UserError
 from jaxgpt.runtime import device
-from jaxgpt.runtime.files import atomic_write
+from jaxgpt.runtime.files import atomic_write, reason
 from jaxgpt.tools.bench.command import check_folders
 from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import describe_machine
@@ -149,7 +149,7 @@ def read_results(file: Path) -> dict[str, Any]:
         return {key: found[key] for key in ("machine", "rows")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         expected = "expected a file that --suite wrote, or none; try another --json"
-        raise UserError(f"{file}: cannot be read ({error}); {expected}") from error
+        raise UserError(f"{file}: cannot be read ({reason(error)}); {expected}") from error
 
 
 def write_results(file: Path, rows: dict[str, Any], machine: dict[str, Any]) -> None:
