@@ -1,6 +1,7 @@
 """Test `jaxgpt eval`: HellaSwag against a NumPy scorer, and the losses of weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -232,5 +233,9 @@ def test_val_loss_of_weights_matches_numpy(case, folder, tmp_path, capsys):
 def test_dataset_with_more_ids_than_the_model_is_rejected(folder, tmp_path):
     chars = "".join(map(chr, range(300, 600)))
     make_data(tmp_path, chars * 12, "many")
-    with pytest.raises(UserError, match=r"dataset='many': has 300 ids.*vocab_size=256"):
+    with pytest.raises(UserError, match=r"many': its tokenizer is not the one in .*jaxgpt_tokeni"):
         evaluate("", "best", str(tmp_path), init_from=str(folder), dataset="many")
+    unknown = tmp_path / "unknown"
+    shutil.copytree(folder, unknown, ignore=shutil.ignore_patterns("jaxgpt_tokenizer.json"))
+    with pytest.raises(UserError, match=r"dataset='many': has 300 ids.*vocab_size=256"):
+        evaluate("", "best", str(tmp_path), init_from=str(unknown), dataset="many")
