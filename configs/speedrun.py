@@ -13,9 +13,7 @@ recipe = {
     "position": "rope",
     "mlp": "relu2",
     "tie_embeddings": False,
-    "zero_init_projections": True,
     "qk_norm": True,
-    "logit_softcap": 15.0,
     "dropout": 0.0,
     "norm_gain": False,
     "optimizer": "normuon",
@@ -25,7 +23,6 @@ recipe = {
     "lr_schedule": "wsd",
     "decay_fraction": 0.5,
     "warmup_iters": 20,
-    "value_embeddings": 2,
     "embedding_lr_scale": 0.5,
 }
 
