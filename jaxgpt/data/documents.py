@@ -103,9 +103,7 @@ def prepare(
         "end_of_text": encoder.eot,
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
-    if overwrite and _made_otherwise(folder, manifest):
-        _delete_dataset(folder)
-    _mark_unfinished(folder, manifest, encoder)
+    _mark_unfinished(folder, manifest, encoder, overwrite)
     numbers = range(int(wanted[1]), len(pieces), int(wanted[2]))
     own_pieces = {number: pieces[number] for number in numbers}
     _make_pieces(folder, manifest, own_pieces, min(processes or cores(), len(own_pieces)))
@@ -193,10 +191,17 @@ def _delete_dataset(folder: Path) -> None:
             file.unlink()
 
 
-def _mark_unfinished(folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer) -> None:
-    """Mark the folder as unfinished. Raises `UserError` if it holds another dataset."""
+def _mark_unfinished(
+    folder: Path, manifest: dict[str, Any], encoder: BpeTokenizer, overwrite: bool
+) -> None:
+    """Mark the folder as unfinished. Raises `UserError` if it holds another dataset.
+
+    With `overwrite`, the other dataset is deleted instead.
+    """
     problem = _made_otherwise(folder, manifest)
-    if problem:
+    if problem and overwrite:
+        _delete_dataset(folder)
+    elif problem:
         advice = "expected a new folder; try another --name, or --overwrite to replace it"
         raise UserError(f"{folder}: {problem}; {advice}")
     make_folder(folder, str(folder), "--data_dir")
