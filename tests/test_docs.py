@@ -15,9 +15,9 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs that are not ours; the tests check ours only.
 OTHER_PROGRAMS = {
-    "[", "cd", "cp", "echo", "exit", "export", "gcloud", "git", "head", "kill", "ls", "mkdir",
-    "mkdocs", "mpirun", "pip", "pytest", "rm", "ruff", "sbatch", "scontrol", "scp", "source",
-    "srun", "status=$?", "tail", "tar", "tensorboard", "unshare", "unzip", "wget",
+    "[", "cd", "cp", "echo", "exit", "export", "gcloud", "git", "head", "jupyter", "kill", "ls",
+    "mkdir", "mkdocs", "mpirun", "pip", "pytest", "rm", "ruff", "sbatch", "scontrol", "scp",
+    "source", "srun", "status=$?", "tail", "tar", "tensorboard", "unshare", "unzip", "wget",
 }  # fmt: skip
 
 

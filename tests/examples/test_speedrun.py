@@ -133,7 +133,8 @@ def run(folder, **keys) -> run_dir.Config:
     """Train a few steps on a small text; return the config of the run."""
     config = SpeedrunConfig(
         **SIZES | every_part | {"vocab_size": 0},
-        data_dir=str(folder / "data"), dataset="tale", batch_size=4, gradient_accumulation_steps=1, max_iters=6, eval_interval=100, eval_iters=1, warmup_iters=2,
+        data_dir=str(folder / "data"), dataset="tale", batch_size=4,
+        gradient_accumulation_steps=1, max_iters=6, eval_interval=100, eval_iters=1, warmup_iters=2,
         optimizer="normuon", learning_rate=1e-2, min_lr=1e-3, log_interval=1, steps_per_call=10,
         **keys,
     )  # fmt: skip
