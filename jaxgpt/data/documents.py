@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -45,6 +46,10 @@ from jaxgpt.runtime.files import atomic_write, cores, import_extra, make_folder,
 COLUMN = "text"
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
+NO_TIKTOKEN = (
+    "tiktoken is not installed, so the library tokenizers encodes the documents, which is slower; "
+    "try pip install 'jaxgpt[data]'"
+)
 Piece = Callable[[], Iterable[str]]
 _load_encoder = cache(tokenizers.load)  # once in each worker
 
@@ -104,6 +109,8 @@ def prepare(
         "dtype": tokenizers.id_dtype(encoder.vocab_size).name,
     }
     _mark_unfinished(folder, manifest, encoder, overwrite)
+    if encoder.kind == "gpt2" and find_spec("tiktoken") is None:
+        print(NO_TIKTOKEN, file=sys.stderr)
     numbers = range(int(wanted[1]), len(pieces), int(wanted[2]))
     own_pieces = {number: pieces[number] for number in numbers}
     _make_pieces(folder, manifest, own_pieces, min(processes or cores(), len(own_pieces)))
@@ -250,7 +257,7 @@ def _make_piece(folder: Path, manifest: dict[str, Any], number: int, piece: Piec
         noted = _read_json(note)
         if all(f.is_file() and sha256_of(f) == noted[s]["sha256"] for s, f in files.items()):
             return 0
-    encoder: Any = _load_encoder(folder / tokenizers.FILE)
+    encoder: Any = _load_encoder(folder / tokenizers.FILE, manifest["tokenizer"])
     counts, sums, _ = write_partial(files, _encode(piece(), encoder, manifest["val_share"]))
     rename_partial(files)
     noted = {s: {"tokens": counts[s], "sha256": sums[s]} for s in SPLITS} | {"plan": manifest}

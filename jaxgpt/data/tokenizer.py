@@ -2,9 +2,10 @@
 
 import json
 import re
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import tokenizers
@@ -140,13 +141,26 @@ class BpeTokenizer(Tokenizer):
     def encode_documents(self, documents: list[str]) -> np.ndarray:
         """Encode documents with an end-of-text after each; <|endoftext|> inside is plain text."""
         cuts = [_cut(text) for text in documents]
-        self._bpe.encode_special_tokens = True
-        encoded = iter(self._encode_pieces(list(chain.from_iterable(cuts))))
-        self._bpe.encode_special_tokens = False
+        encoded = iter(self._encode_plain(list(chain.from_iterable(cuts))))
         ids: list[list[int]] = []
         for pieces in cuts:
             ids += [*islice(encoded, len(pieces)), [cast(int, self.eot)]]
         return self._join(ids)
+
+    def _encode_plain(self, pieces: list[str]) -> list[list[int]]:
+        """Encode pieces in which <|endoftext|> is plain text."""
+        # `_cut` leaves runs of spaces whole, and on a million spaces tiktoken overflows its stack
+        if self.tiktoken and max(map(len, pieces), default=0) <= PIECE_CHARS:
+            return [self.tiktoken.encode_ordinary(piece) for piece in pieces]
+        self._bpe.encode_special_tokens = True
+        encoded = self._encode_pieces(pieces)
+        self._bpe.encode_special_tokens = False
+        return encoded
+
+    @cached_property
+    def tiktoken(self) -> Any:
+        """GPT-2's encoding by tiktoken; None for other encodings, and if it is not installed."""
+        return tiktoken_gpt2(self._bpe) if self.kind == "gpt2" else None
 
     def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
         return [e.ids for e in self._bpe.encode_batch_fast(pieces, add_special_tokens=False)]
@@ -202,6 +216,10 @@ GPT2_FILES = tuple(
 )
 
 
+# GPT-2's pattern of words, as in tiktoken, where ++ never gives back what it has matched
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
 def gpt2(data_dir: str | Path) -> BpeTokenizer:
     """Load GPT-2's encoding (Radford et al. 2019) from `data_dir`/gpt2 or OpenAI's server.
 
@@ -224,6 +242,27 @@ def gpt2(data_dir: str | Path) -> BpeTokenizer:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT])
     return BpeTokenizer(bpe, "gpt2")
+
+
+def tiktoken_gpt2(bpe: tokenizers.Tokenizer) -> Any:
+    """Make tiktoken's encoding from GPT-2's; return None if tiktoken is not installed.
+
+    tiktoken merges the pair with the lowest id first. GPT-2's ids are in the order of its merges,
+    so both libraries give the same ids.
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    # GPT-2 writes each byte as a printable character: as itself, or as one from chr(256) on
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocab = bpe.get_vocab()
+    del vocab[END_OF_TEXT]
+    ids = {bytes(byte_of[char] for char in token): id for token, id in vocab.items()}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ids, special_tokens={})
 
 
 def find(name: str, data_dir: str) -> Tokenizer | None:

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -95,6 +97,17 @@ def test_gpt2_is_the_default_tokenizer_for_documents(tmp_path, gpt2_data, gpt2):
     kept = [text for text in texts if not is_val(text, 0.5)]
     expected = [id for text in kept for id in [*gpt2.encode(text), 50256]]
     np.testing.assert_array_equal(train.read(0, len(train)), expected)
+
+
+def test_missing_tiktoken_is_said_once_for_gpt2_only(tmp_path, gpt2_data, bpe_file, capfd):
+    source = write_texts(tmp_path / "verses", make_texts(9))
+    said = "tiktoken is not installed"
+    with patch.dict(sys.modules, {"tiktoken": None}):
+        prepare(source, str(tmp_path / "own"), bpe_file, val_share=0.2, processes=2)
+        assert said not in capfd.readouterr().err
+        folder = prepare(source, str(gpt2_data), val_share=0.5, processes=2)
+        assert capfd.readouterr().err.count(said) == 1
+    shutil.rmtree(folder)
 
 
 def test_sharded_preparation_writes_the_same_files_as_one_machine(tmp_path, bpe_file, capsys):

@@ -1,6 +1,7 @@
 """Test tokenizers against their definitions, and GPT-2's against OpenAI's tiktoken."""
 
 import json
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer, last_break, load
+from jaxgpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, last_break, load
 
 ASTRAL = "nul \0, \u00e9, \uffff and \U0001f600, \U0010ffff\r\n"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gpt2_ids.json").read_text())
@@ -140,6 +141,49 @@ def test_gpt2_ids_do_not_depend_on_the_piece_size(gpt2, text, size):
 @example(ASTRAL)
 def test_gpt2_decode_inverts_encode(gpt2, text):
     assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@pytest.fixture(scope="session")
+def gpt2_without_tiktoken(gpt2_data):
+    """Return GPT-2's tokenizer as it is where tiktoken is not installed."""
+    slow = tokenizers.gpt2(gpt2_data)
+    with patch.dict(sys.modules, {"tiktoken": None}):
+        assert slow.tiktoken is None
+    return slow
+
+
+def mixed_documents() -> list[str]:
+    """Return documents of every golden text in random order, with very long words and spaces."""
+    rng = np.random.default_rng(0)
+    texts = [golden["text"] for golden in GOLDEN[:-1]]
+    documents = ["".join(rng.permutation(texts)) for _ in range(300)]
+    chars = "".join(texts)
+    documents += ["".join(rng.choice([*chars], size=n)) for n in range(0, 2000, 10)]
+    words = ["a" * 30_000, "\u4f60\u597d" * 9000, "1" * 20_000, "=" * 20_000, "ab\u00e9" * 9000]
+    spaces = [f"x{c * 20_000}y{c * 9000}" for c in " \n\u3000"] + ["x" + " \n\t" * 9000]
+    return documents + words + spaces + [END_OF_TEXT, f" {END_OF_TEXT}", f"a{END_OF_TEXT}" * 2000]
+
+
+def test_documents_have_the_same_ids_with_and_without_tiktoken(gpt2, gpt2_without_tiktoken):
+    pytest.importorskip("tiktoken")
+    assert gpt2.tiktoken is not None
+    documents = mixed_documents()
+    ids = gpt2.encode_documents(documents)
+    assert (ids == gpt2.eot).sum() == len(documents), "end-of-text within a text is plain text"
+    assert_ids(ids, gpt2_without_tiktoken.encode_documents(documents).tolist())
+
+
+@given(st.lists(st.text() | WORDS))
+def test_any_documents_have_the_same_ids_without_tiktoken(gpt2, gpt2_without_tiktoken, documents):
+    pytest.importorskip("tiktoken")
+    ids = gpt2_without_tiktoken.encode_documents(documents)
+    assert_ids(gpt2.encode_documents(documents), ids.tolist())
+
+
+def test_a_million_spaces_do_not_overflow_the_stack_of_tiktoken(gpt2):
+    ids = gpt2.encode_documents(["a" + " " * 1_100_000 + "b", "a b"])
+    assert len(ids) > 1_100_000
+    assert_ids(ids[-3:], [64, 275, gpt2.eot])
 
 
 @given(WORDS, st.integers(0, 5), st.integers(0, 30))
