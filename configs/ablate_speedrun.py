@@ -1,4 +1,4 @@
-"""Define the study of docs/speedrun.md: a recipe of all parts, and what each of them gains.
+"""Define the study of docs/speedrun.md: the speedrun's recipe, and what each of its parts gains.
 
 Used by `jaxgpt ablate --config configs/ablate_speedrun.py`. The baseline is the quick start's
 config for a CPU; n_layer and n_embd set the size of both.
@@ -16,13 +16,5 @@ study = {
     "log_interval": 50,
 }
 
-every_part = {  # those that configs/speedrun.py does not use, because they gain nothing here
-    "zero_init_projections": True,
-    "logit_softcap": 15.0,
-    "value_embeddings": 2,
-    "embedding_shortcut": True,
-    "unet_skips": True,
-}
-
 baseline = quick_start.replace(**study)
-config = speedrun.replace(**study, **every_part)
+config = speedrun.replace(**study)

@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import ROOT, make_data, rows_of
 from reference import numpy_gpt as ref
 
-from configs.ablate_speedrun import every_part
+from configs.speedrun import more_parts
 from examples.speedrun.model import SpeedrunConfig
 from jaxgpt import model
 from jaxgpt.config import UserError
@@ -27,7 +27,7 @@ SIZES = {
 
 
 def init(**keys) -> tuple[SpeedrunConfig, dict]:
-    config = SpeedrunConfig(**SIZES | every_part | keys)
+    config = SpeedrunConfig(**SIZES | more_parts | keys)
     return config, model.init_params(config, jax.random.key(0))
 
 
@@ -70,7 +70,7 @@ def test_logits_do_not_depend_on_later_tokens(keys):
 
 
 @pytest.mark.parametrize("name", MODEL_PARTS)
-def test_every_part_of_the_model_changes_its_function(name):
+def test_more_parts_of_the_model_changes_its_function(name):
     """Without the part, the same weights give other logits, or weights that act are missing."""
     config, params = init()
     other, others = init(**MODEL_PARTS[name])
@@ -132,7 +132,7 @@ def test_windows_grow_to_the_whole_context_in_equal_phases():
 def run(folder, **keys) -> run_dir.Config:
     """Train a few steps on a small text; return the config of the run."""
     config = SpeedrunConfig(
-        **SIZES | every_part | {"vocab_size": 0},
+        **SIZES | more_parts | {"vocab_size": 0},
         data_dir=str(folder / "data"), dataset="tale", batch_size=4,
         gradient_accumulation_steps=1, max_iters=6, eval_interval=100, eval_iters=1, warmup_iters=2,
         optimizer="normuon", learning_rate=1e-2, min_lr=1e-3, log_interval=1, steps_per_call=10,
