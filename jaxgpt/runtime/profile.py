@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,15 @@ Labels = Mapping[str, Mapping[str, str]]  # of each program: the label of each i
 
 _INSTRUCTION = re.compile(r'^ +(?:ROOT )?%?([\w.-]+) = .*?metadata=\{.*?op_name="([^"]*)"', re.M)
 _WRAPPER = re.compile(r"\b(?:transpose|jvp|vmap|remat|checkpoint)\(|\)")
-_CONTROL = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
+_CONTROL = {
+    "while",
+    "body",
+    "cond",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "shard_map",
+}
 
 
 def program_labels(text: str) -> dict[str, dict[str, str]]:
@@ -47,6 +55,21 @@ def program_labels(text: str) -> dict[str, dict[str, str]]:
     program = text.removeprefix("HloModule ").partition(",")[0]
     scopes = _INSTRUCTION.findall(text)
     return {program: {symbol(instruction): label_of(scope) for instruction, scope in scopes}}
+
+
+def live_labels() -> dict[str, dict[str, str]]:
+    """Return the labels of all programs that this process has compiled, by the program's name.
+
+    Programs of one name differ in shapes; an instruction whose label they do not share has none.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for executable in jax.local_devices()[0].client.live_executables():
+        for module in executable.hlo_modules():
+            for program, labels in program_labels(module.to_string()).items():
+                known = found.setdefault(program, {})
+                for name, label in labels.items():
+                    known[name] = label if known.get(name, label) == label else ""
+    return found
 
 
 def symbol(instruction: str) -> str:
@@ -147,7 +170,7 @@ def label_kernel(kernel: Event, labels: Labels) -> tuple[str, str]:
     program = args.get("hlo_module") or next(iter(labels))
     if program not in labels:
         return program.removeprefix("jit_"), name  # such as the program that makes a batch
-    return labels[program].get(symbol(name), re.sub(r"[._]\d+$", "", name)), name
+    return labels[program].get(symbol(name)) or re.sub(r"[._]\d+$", "", name), name
 
 
 def write_profile(
@@ -203,6 +226,16 @@ def make_table(
     lines += ["", f"{columns[0]}  {columns[1]}  part, all layers together"]
     lines += [cells(ms) + part for part, ms in most(parts, PARTS)]
     return "\n".join(lines) + "\n"
+
+
+def profile_calls(folder: Path, run: Callable[[], Any], count: int) -> tuple[str, Path]:
+    """Trace `run`, which makes `count` calls of compiled programs; return `write_profile`'s."""
+    shutil.rmtree(folder, ignore_errors=True)
+    start_trace(folder)
+    began = time.perf_counter()
+    run()
+    wall_s = time.perf_counter() - began
+    return write_profile(folder, stop_trace(folder), live_labels(), wall_s, count, "call")
 
 
 class Profiler:
