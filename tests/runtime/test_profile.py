@@ -11,6 +11,7 @@ import jax
 import pytest
 from helpers import all_rows, log_of, make_config, make_data, make_windows, stop_at, tiny_run
 
+from jaxgpt.cli.commands import sample
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.runtime.profile import find_kernels, label_kernel, label_of, own_times, program_labels
 from jaxgpt.train import train
@@ -51,15 +52,13 @@ def shares(table: str) -> tuple[list[float], list[float]]:
     "keys", [{"steps_per_call": 1}, {"steps_per_call": 3, "scan_layers": True}]
 )
 def test_profile_names_layers_and_parts_and_leaves_the_run_unchanged(make_run, keys):
-    plain, profiled = (
-        make_run("plain", eval_interval=24, **keys),
-        make_run("profiled", eval_interval=24, profile=8, **keys),
-    )
+    keys |= {"max_iters": 12, "eval_interval": 12}
+    plain, profiled = make_run("plain", **keys), make_run("profiled", profile=5, **keys)
     assert [train(plain), train(profiled)] == [0, 0]
     assert numbers_of(profiled) == numbers_of(plain)
     events, table = read_profile(profiled)
     steps, ms = re.match(r"(\d+) steps, ([\d.]+) ms per step\n", table).groups()
-    assert int(steps) == (8 if keys["steps_per_call"] == 1 else 9), "whole calls"
+    assert int(steps) == (5 if keys["steps_per_call"] == 1 else 6), "whole calls"
     operations, parts = shares(table)
     assert len(operations) == 10
     assert operations == sorted(operations, reverse=True)
@@ -76,11 +75,11 @@ def test_profile_names_layers_and_parts_and_leaves_the_run_unchanged(make_run, k
 
 
 def test_profile_ends_at_an_evaluation_and_at_a_signal(make_run, monkeypatch):
-    config = make_run(profile=20)
+    config = make_run(profile=20, steps_per_call=1)
     train(config)
     assert "profile of steps 3 to 8, because the run pauses before 20: 6 steps" in log_of(config)
     stop_at(monkeypatch, 5)
-    stopped = make_run("stopped", profile=20)
+    stopped = make_run("stopped", profile=20, steps_per_call=1)
     assert train(stopped) == 128 + signal.SIGTERM
     assert re.search(r"profile of steps 3 to [67], because", log_of(stopped))
     assert read_profile(stopped)[0]
@@ -92,6 +91,24 @@ def test_run_that_ends_before_the_profile_says_so(make_run):
     train(config)
     assert "profile=20: the run ended in its first 2 calls" in log_of(config)
     assert not Path(config.out_dir, "profile").exists()
+
+
+def test_sampling_is_profiled_after_the_same_samples(make_run, capsys):
+    config = make_run(max_iters=2, eval_iters=1)
+    train(config)
+    flags = [f"--out_dir={config.out_dir}", "--num_samples=2", "--max_new_tokens=20"]
+    capsys.readouterr()
+    sample(flags)
+    plain = capsys.readouterr().out
+    sample([*flags, "--profile=9"])
+    printed = capsys.readouterr()
+    assert printed.out == plain
+    folder = Path(config.out_dir, "profile", "sample")
+    table = (folder / "profile.txt").read_text()
+    assert re.match(r"2 calls, [\d.]+ ms per call\n", table), "20 tokens are two calls"
+    assert "lm_head" in table
+    assert f"profile of 2 decode calls of 16 tokens: {table}" in printed.err
+    assert json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
 
 
 def without_names(program: str) -> str:
