@@ -111,6 +111,9 @@ class RunConfig:
     """Project name at Weights & Biases."""
     wandb_run_name: str = ""
     """Run name at Weights & Biases; if empty, the name of `out_dir`."""
+    profile: NonNegativeInt = 0
+    """Training steps to trace, after the first two calls: a trace and a table of the most expensive
+    operations in `out_dir`/profile. 0 traces none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import jax
 from jaxgpt import kernels
 
 
+@jax.named_scope("loss")
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the summed cross-entropy in nats, at least float32, and the number of targets.
 

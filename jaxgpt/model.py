@@ -25,6 +25,7 @@ from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
 from jaxgpt.kernels.linear import LINEAR_OUTPUT
 from jaxgpt.kernels.position import apply_rope, sinusoids
+from jaxgpt.runtime.scopes import name_scopes, scoped
 from jaxgpt.sharding import constrain, constrain_batch
 
 INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
@@ -68,11 +69,13 @@ class Linear(nnx.Module):
         zeros = jnp.zeros([shape[i] for i in kept])
         self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept)) if bias else None
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = kernels.linear_map(self.equation, x, self.kernel[...])
         y = checkpoint_name(y, LINEAR_OUTPUT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    @scoped
     def parts(self, x: jax.Array) -> list[jax.Array]:
         """Return the C parts of a fused map, such as query, key and value."""
         bias = None if self.bias is None else self.bias[...]
@@ -104,6 +107,7 @@ class Norm(nnx.Module):
         has_bias = bias and gain and self.centered
         self.bias = nnx.Param(jnp.zeros(width), axes=axes) if has_bias else None
 
+    @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = jnp.ones(x.shape[-1]) if self.scale is None else self.scale[...]
         y: Any = kernels.normalize(x, scale, centered=self.centered)
@@ -133,6 +137,7 @@ class Attention(nnx.Module):
             self.value_mix = nnx.Param(jnp.array(0.5), axes="")
         self.config: Any = c
 
+    @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Return the branch's output [B, T, D], and the context with updated cache and values."""
         c, ctx = self.config, context
@@ -188,6 +193,7 @@ class MLP(nnx.Module):
             self.up = linear("BTD,DF->BTF", D, F)
         self.down = linear("BTF,FD->BTD", F, D, std=residual_std(c))
 
+    @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         h = self.up(x_BTD)
         if self.kind == "swiglu":
@@ -207,6 +213,7 @@ class Block(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
         self.ln_2 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
 
+    @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         # x passes through a branch's norm, so that one kernel can add both gradients of x
         x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_1)
@@ -220,6 +227,7 @@ class Block(nnx.Module):
 class PostNormBlock(Block):
     """The block of Vaswani et al. (2017), with a norm after each addition."""
 
+    @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         attn_BTD, context = self.attn(x_BTD, context)
         x_BTD = self.ln_1(x_BTD + attn_BTD)
@@ -290,6 +298,7 @@ class GPT(nnx.Module):
         logits_BTV = self.logits(x_BTD)
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
+    @jax.named_scope("embed")
     def embed_tokens(self, tokens_BT: jax.Array, position: DecodePosition | None) -> jax.Array:
         """Return the sum of token and position embeddings, [B, T, D]."""
         c, T = self.config, tokens_BT.shape[1]
@@ -305,6 +314,7 @@ class GPT(nnx.Module):
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)
         return x_BTD
 
+    @jax.named_scope("lm_head")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
@@ -390,7 +400,9 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
     unless the config's class makes another one.
     """
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the cached shapes name no mesh
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0)))
+    name_scopes(model)
+    graphdef, state = nnx.split(model)
 
     def letters(param: Any) -> str:
         axes = getattr(param, "axes", None)

@@ -32,6 +32,7 @@ from jaxgpt.resolve import (
 from jaxgpt.runtime import distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
+from jaxgpt.runtime.profile import Profiler
 from jaxgpt.runtime.step_log import StepLog, Stopwatch
 from jaxgpt.sample import Sampler
 from jaxgpt.sharding import replicated
@@ -67,6 +68,7 @@ def train(
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         peak = peak_tokens_per_s(config, run.mesh)
         step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch)
+        profiler = Profiler(config, log, step_log)
         phases, train_step = config.phases(), None
 
         next_pause = step + steps_to_next_pause(config, step)
@@ -75,16 +77,20 @@ def train(
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
             if train_step is None or step in phases:
                 train_step = compile_train_step(run, log, step, state, windows_UMBT)
+                profiler.program = train_step
                 stopwatch.resume()  # compiling, and what came before, is not step time
+            profiler.before_call(step)
             state, metrics = train_step(state, windows_UMBT, replicated_int(run.mesh, count))
             step_log.launched(step, count, metrics)  # logs the previous call, and updates `stop`
             step += count
+            profiler.after_call(step, is_pause=step == next_pause)
             if step == next_pause:
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
                 stopwatch.resume()  # evaluations are not step time
                 next_pause = step + steps_to_next_pause(config, step)
         step_log.flush()
+        profiler.finish(step)
         periodic.finish(state, step)
         return stop.exit_code
 

@@ -161,6 +161,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     return jax.jit(train_step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
 
 
+@jax.named_scope("optimizer")
 def apply_update(
     optimizer: optax.GradientTransformationExtraArgs,
     is_frozen: dict,

@@ -21,7 +21,7 @@ DEFAULTS = Config().to_dict()
 
 # (keys of one kind, an invalid value, the allowed values as the message names them)
 KINDS = [
-    ("max_iters eval_iters sample_every save_interval early_stopping_patience batch_tokens "
+    ("max_iters eval_iters sample_every save_interval profile early_stopping_patience batch_tokens "
      "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
      "max_nonfinite_steps num_processes steps_per_call momentum_warmup_iters", -1,
      "a whole number at least 0"),

@@ -155,6 +155,8 @@ class SampleArgs(ModelArgs):
     # bfloat16, which is faster.
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     interactive: bool = False  # Read prompts, one per line, until an empty line.
+    # Decode calls to trace after the samples, into OUT_DIR/profile/sample; 0 traces none.
+    profile: keys.NonNegativeInt = 0
 
 
 def sample(argv: list[str]) -> None:
@@ -232,6 +234,27 @@ def print_samples(args: SampleArgs, sampler: Any, tokenizer: Any, prompts: list[
     seconds = time.perf_counter() - began
     rate = sampler.num_generated / seconds
     print(f"{rate:,.0f} tokens/s, compilation included", file=sys.stderr)
+    if args.profile:
+        del options["stop"]  # every traced call decodes a whole chunk
+        profile_decoding(args, sampler, list(map(tokenizer.encode, prompts)), options)
+
+
+def profile_decoding(
+    args: SampleArgs, sampler: Any, prompts: list[Any], options: dict[str, Any]
+) -> None:
+    """Generate the beginning of the samples again, traced, and print what took the time.
+
+    The samples have compiled the programs, so the trace has no compilation.
+    """
+    from jaxgpt.runtime.profile import FOLDER, VIEWER, profile_calls
+    from jaxgpt.sample import CHUNK
+
+    calls = min(args.profile, -(-args.max_new_tokens // CHUNK))
+    generate = partial(sampler.generate, prompts, max_new_tokens=calls * CHUNK, **options)
+    folder = Path(args.out_dir, FOLDER, "sample")
+    table, trace = profile_calls(folder, lambda: list(generate()), calls)
+    print(f"profile of {calls} decode calls of {CHUNK} tokens: {table}", file=sys.stderr)
+    print(f"open {trace} at {VIEWER} to see every operation of the profile", file=sys.stderr)
 
 
 @dataclass(frozen=True)

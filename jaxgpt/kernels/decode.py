@@ -92,6 +92,7 @@ def data_parallel_jit(merge: Callable, function: Callable) -> Callable:
         specs = {"in_specs": in_specs, "out_specs": by_sequence}
         return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, donated, *rows)
 
+    run.__name__ = function.__name__  # the program's name in a profile
     return jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
 
 

@@ -132,7 +132,10 @@ def branch_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
     The gradient comes from the result, so x is not kept. A norm with a gain is computed as on any
     platform (docs/performance.md, "One kernel per norm and direction").
     """
-    return branch_reference(x, norm) if norm.scale is not None else _branch(x, norm.centered)
+    if norm.scale is not None:
+        return branch_reference(x, norm)
+    with jax.named_scope(getattr(norm, "scope", "norm")):
+        return _branch(x, norm.centered)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -28,7 +28,16 @@ from jaxgpt.train_step import abstract_params
 CONFIG = "config.json"
 LOCK = ".lock"
 NO_CHECKPOINT = "no checkpoint in it yet; expected a run that has saved one"
-RUN_FILES = (CONFIG, "metrics.jsonl", "loss.png", "log.txt", "tensorboard", "tokenizer.json")
+RUN_FILES = (
+    CONFIG,
+    "metrics.jsonl",
+    "loss.png",
+    "log.txt",
+    "tensorboard",
+    "tokenizer.json",
+    "profile",
+    "report.html",
+)
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """The rows of `jaxgpt bench --suite=gpu`: what each measures, and the configs that it measures."""
 
 import gc
-import gzip
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,7 @@ from jaxgpt.kernels import TABLE
 from jaxgpt.kernels.platform import current_platform
 from jaxgpt.runtime import device
 from jaxgpt.runtime.metrics import read_metrics
+from jaxgpt.runtime.profile import start_trace, stop_trace
 from jaxgpt.tools.bench import sampling
 from jaxgpt.tools.bench.command import BABY, GPT2, PRESETS, make_data
 from jaxgpt.tools.bench.nanogpt import NanoGPT, check_comparable
@@ -235,13 +234,10 @@ def profile_steps(suite: Suite) -> Result:
     steps = model.whole_calls(PROFILED_STEPS)
     model.train(2 * model.U)
     folder = Path(mkdtemp(dir=suite.folder))
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with jax.profiler.trace(folder, profiler_options=options):
-        model.train(steps)
+    start_trace(folder)
+    model.train(steps)
+    events = stop_trace(folder)
     program = Program(model.step.as_text() or "")
-    file = next(folder.rglob("*.trace.json.gz"))
-    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     by_kind, by_kernel = read_trace(events, program.kinds())
     if not by_kernel:
         raise RuntimeError("the trace has no kernels")

@@ -3,6 +3,8 @@
 import re
 from collections import defaultdict
 
+from jaxgpt.runtime.profile import find_kernels
+
 # Kinds of kernels whose instruction a trace does not name, by words in the kernel's name.
 KINDS = {
     "attention, backward": r"(sdpa|fmha|flash).*(bprop|backward)",
@@ -29,21 +31,6 @@ def read_trace(events: list[dict], kinds: dict[str, str]) -> tuple[dict, dict]:
         by_kind["gaps"] += max(0, start - (start if end is None else end)) / 1000
         end = max(end or 0, start + event["dur"])
     return dict(by_kind), dict(by_kernel)
-
-
-def find_kernels(events: list[dict], kinds: dict[str, str]) -> list[dict]:
-    """Return the events that are kernels, in order of their start."""
-    named = {
-        (e["name"], e["pid"], e.get("tid")): e["args"]["name"]
-        for e in events
-        if e.get("name") in ("process_name", "thread_name")
-    }
-    devices = {pid for (_, pid, _), name in named.items() if name.startswith("/device:")}
-    streams = {(p, t) for (_, p, t), name in named.items() if p in devices and "Stream" in name}
-    on_stream = lambda e: (e["pid"], e["tid"]) in streams
-    in_program = lambda e: e.get("args", {}).get("hlo_op") in kinds
-    is_kernel = on_stream if streams else in_program
-    return sorted((e for e in events if e.get("ph") == "X" and is_kernel(e)), key=lambda e: e["ts"])
 
 
 def kind_of_kernel(name: str) -> str:
