@@ -100,9 +100,9 @@ def tiny_run(out_dir: Path | str, data_dir: Path | str, **keys) -> Config:
 
 
 def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str = "") -> Path:
-    """Prepare `text` as the dataset `name`; return the data folder."""
+    """Prepare `text` as the dataset `name`, also if it exists; return the data folder."""
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    prepare(str(folder / f"{name}.txt"), str(folder), tokenizer)
+    prepare(str(folder / f"{name}.txt"), str(folder), tokenizer, overwrite=True)
     return folder
 
 

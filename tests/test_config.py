@@ -31,12 +31,13 @@ KINDS = [
     ("digits", 10, "a whole number from 1 to 9"),
     ("muon_iterations", 6, "a whole number from 1 to 5"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
-    ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss", -1e-9,
-     "a number at least 0"),
+    ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss "
+     "skip_loss_spikes", -1e-9, "a number at least 0"),
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
-    ("overwrite eval_only always_save_checkpoint tensorboard wandb_log attention_dropout bias "
-     "tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
+    ("spike_window", 1, "a whole number at least 2"),
+    ("overwrite report eval_only always_save_checkpoint tensorboard wandb_log attention_dropout "
+     "bias tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
      "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "
      "cautious_weight_decay muon_per_head", "yes",
      "True or False"),

@@ -45,7 +45,7 @@ def test_wheel_holds_the_package_its_configs_and_its_examples(site):
         for path in (ROOT / part).rglob("*.py")
     }
     packaged = {name for name in files if ".dist-info" not in name}
-    assert packaged == expected | {"jaxgpt/py.typed"}
+    assert packaged == expected | {"jaxgpt/py.typed", "jaxgpt/tools/report.html"}
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "speedrun"])

@@ -617,7 +617,8 @@ def command(runs, capsys, monkeypatch):
     jax.config.update("jax_enable_x64", False)
 
 
-SHORT = ("--temperature=0", "--max_new_tokens=5", "--num_samples=1")
+SHORT = ("--temperature=0", "--max_new_tokens=5")
+ONE = "--num_samples=1"
 CONTROLS = "--start=a\x1b --num_samples=2"
 
 
@@ -642,7 +643,8 @@ CONTROLS = "--start=a\x1b --num_samples=2"
     ids=str,
 )  # fmt: skip
 def test_sample_command_prints_prompts_and_continuations(command, run, argv, texts, line):
-    code, out, err = command(f"--out_dir={run}", *SHORT, *argv.split(" ") * bool(argv))
+    few = () if "--num_samples" in argv else (ONE,)
+    code, out, err = command(f"--out_dir={run}", *SHORT, *argv.split(" ") * bool(argv), *few)
     assert (code, out) == (0, "".join(f"{text}\n{SEPARATOR}" for text in texts))
     assert err.startswith(f"{run}, {line}")
     assert "tokens/s" in err
@@ -697,7 +699,7 @@ def test_sample_command_errors_are_one_line_without_output(command, argv, messag
 @pytest.mark.parametrize("end", ["", "\n", "\nb\n"], ids=["EOF", "empty line", "empty line first"])
 def test_interactive_mode_reads_prompts_until_empty_line_or_end_of_input(command, monkeypatch, end):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nZ\nfgh\n" + end))
-    code, out, err = command("--out_dir=letters", *SHORT, "--interactive")
+    code, out, err = command("--out_dir=letters", *SHORT, ONE, "--interactive")
     last = "" if end else "\n"
     assert (code, out) == (0, f"> abcdef\n{SEPARATOR}> > fgh\nabcd\n{SEPARATOR}> {last}")
     assert err.count("error: text: no token for 'Z'") == 1

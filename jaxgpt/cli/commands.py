@@ -350,7 +350,7 @@ def export(argv: list[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArgs:
-    """Write a page about runs, which any browser shows: curves, configs, and views of a model."""
+    """Write a page with the curves and configs of runs, and views of a model."""
 
     # Run directories, or weights. The page compares them, and shows the model of the first.
     runs: tyro.conf.Positional[tuple[str, ...]]

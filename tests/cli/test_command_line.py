@@ -468,6 +468,7 @@ FREE = """
 out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboard wandb_run_name
 data_on_device device use_cpu_variant dtype mesh attention xla deterministic remat
 scan_layers shard_optimizer steps_per_call coordinator num_processes process_id max_nonfinite_steps
+profile report skip_loss_spikes spike_window
 early_stopping_patience target_val_loss freeze decay_fraction digits muon_polynomial
 momentum_warmup_iters cautious_weight_decay muon_iterations muon_per_head
 """
