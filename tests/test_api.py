@@ -119,17 +119,16 @@ def test_run_on_one_or_four_devices_differs_only_by_rounding(run, tmp_path, mesh
     assert texts == run.generate(prompts, max_new_tokens=20, temperature=0)
 
 
-def test_interrupt_saves_and_returns_the_run_which_resumes_bit_exact(
-    run, data, tmp_path, monkeypatch
-):
+def test_interrupt_saves_and_returns_the_run_which_resumes_bit_exact(data, tmp_path, monkeypatch):
     config = tiny_run(tmp_path / "run", data, steps_per_call=1)
+    whole = jaxgpt.train(config.replace(out_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         stop_at(patch, 5, number=signal.SIGINT)
         stopped = jaxgpt.train(config)
     assert 5 <= stopped.step < 8  # the interrupt waits for the end of a call
     assert stopped.generate("It", max_new_tokens=4).startswith("It")
-    whole = jaxgpt.train(config.replace(init_from="resume"))
-    assert rows_of(whole.config) == rows_of(run.config)
+    resumed = jaxgpt.train(config.replace(init_from="resume"))
+    assert rows_of(resumed.config) == rows_of(whole.config)
 
 
 def test_second_interrupt_raises_keyboard_interrupt_and_frees_the_run(data, tmp_path, monkeypatch):
