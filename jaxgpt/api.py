@@ -72,7 +72,7 @@ def train(config: Config) -> "Run":
         signal.raise_signal(signal.SIGTERM)
     trained = huggingface.load_trained("resume", c.out_dir, config_class=type(c))
     run = Run(trained, c.out_dir, device=c.device)
-    if c.report and code == 0:
+    if c.report and code == 0 and distributed.is_process_0():
         run.report()
     return run
 
@@ -103,6 +103,10 @@ def load(
     run = Run(trained, name)
     _ = run.params  # fails now, and not at the first use
     return run
+
+
+class NoAttention(UserError):
+    """A model of one's own computes no attention in `jaxgpt.kernels`."""
 
 
 class Interrupt(distributed.StopSignal):
@@ -206,7 +210,7 @@ class Run:
         """Return the attention weights of every layer and head, float32 [L, N, T, T].
 
         Row t of the last two axes says how much token t attends to each token; it sums to 1.
-        Raises `UserError` for a model of one's own that computes no attention in `jaxgpt.kernels`.
+        Raises `NoAttention`, a `UserError`, for a model that computes none in `jaxgpt.kernels`.
         """
         c, params = self._network()
         tokens_1T = self._tokens_1T(text)
@@ -215,7 +219,7 @@ class Run:
         if [w.shape for w in weights] != c.n_layer * [shape]:
             problem = f"its model has no {c.n_layer} calls of attention in jaxgpt.kernels"
             expected = "one call of kernels.dot_product_attention per layer"
-            raise UserError(f"{type(c).__name__}: {problem}; expected {expected}")
+            raise NoAttention(f"{type(c).__name__}: {problem}; expected {expected}")
         return np.array([w[0] for w in weights], np.float32).reshape(c.n_layer, *shape[1:])
 
     def _network(self) -> tuple[Config, dict[str, Any]]:

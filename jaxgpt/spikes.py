@@ -20,7 +20,8 @@ def is_spike(recent_2W: jax.Array, loss: jax.Array, norm: jax.Array, sigmas: flo
 
     It is False in the first W steps, while the mean is infinite.
     """
-    mean_2, deviation_2 = jnp.mean(recent_2W, axis=1), jnp.std(recent_2W, axis=1)
+    mean_2 = jnp.mean(recent_2W, axis=1)
+    deviation_2 = jnp.std(recent_2W, axis=1)
     return (jnp.stack([loss, norm]) > mean_2 + sigmas * deviation_2).any()
 
 

@@ -34,7 +34,6 @@ from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
-
 DatasetName = Annotated[str, keys.Pattern(r"(\w[\w.+-]*(/\w[\w.+-]*)*)?", "a name for a folder")]
 
 
@@ -114,7 +113,6 @@ class RunArgs:
     out_dir: keys.NonEmptyStr = "out"  # Run directory.
     config: str = ""  # Config file of the run; needed only if the file defines a config class.
     checkpoint: keys.Checkpoint = "best"  # Checkpoint of the run: best, latest, or a step.
-
     # `resume` loads the run. Otherwise the weights to load: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # a folder, or nanoGPT's ckpt.pt.
     init_from: keys.InitFrom = "resume"

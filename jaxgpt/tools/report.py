@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.api import Run
+from jaxgpt.api import NoAttention, Run
 from jaxgpt.config import UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import TASKS
@@ -97,9 +97,10 @@ def summary(runs: Sequence[Run]) -> str:
 
 def figures(run: Run) -> dict[str, str]:
     """Return what the summary says about a run; what has not been measured is empty."""
-    steps = [row for row in run.metrics if row.get("loss") is not None]
-    evals = [row for row in run.metrics if row.get("val_loss") is not None]
-    wholes = [row for row in run.metrics if row.get("full_val_loss") is not None]
+    rows = run.metrics  # reads the file
+    steps = [row for row in rows if row.get("loss") is not None]
+    evals = [row for row in rows if row.get("val_loss") is not None]
+    wholes = [row for row in rows if row.get("full_val_loss") is not None]
     found = {
         "dataset": run.config.dataset,
         "parameters": f"{count_params(run.config) / 1e6:,.2f}M",
@@ -251,10 +252,9 @@ def next_logits(run: Run, ids_T: np.ndarray) -> np.ndarray:
 
 def attention(run: Run, ids_T: np.ndarray) -> dict[str, Any]:
     """Return the attention weights as the page draws them: bytes of 255 x weight, [L, N, T, T]."""
-    run.logits(ids_T)  # raises if the ids are too many; an error below is the model's
     try:
         weights_LNTT = run.attention(ids_T)
-    except UserError as error:
+    except NoAttention as error:
         return {"missing": str(error)}
     L, N = weights_LNTT.shape[:2]
     levels = np.round(255 * weights_LNTT).astype(np.uint8)
