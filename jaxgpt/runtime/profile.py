@@ -45,6 +45,7 @@ _CONTROL = {
     "cond",
     "closed_call",
     "checkpoint",
+    "eval_jaxpr",
     "rematted_computation",
     "shard_map",
 }
