@@ -29,7 +29,7 @@ from jaxgpt.cli.command_line import (
 )
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import reason
+from jaxgpt.runtime.files import check_is_folder, is_url, reason
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
@@ -160,6 +160,8 @@ class SampleArgs(ModelArgs):
 def sample(argv: list[str]) -> None:
     """Stream samples from a run or from GPT-2 weights."""
     args = parse(SampleArgs, argv, "sample.py")
+    if args.profile:
+        check_is_folder("out_dir", args.out_dir)
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
     from jaxgpt.interop import huggingface
@@ -286,6 +288,7 @@ class PrepareArgs:
 def prepare(argv: list[str]) -> None:
     """Turn text into token files."""
     args = parse(PrepareArgs, argv, "jaxgpt prepare")
+    check_is_folder("data_dir", args.data_dir)
     from jaxgpt.data.prepare import prepare
 
     folder = prepare(**vars(args))
@@ -369,7 +372,9 @@ def report(argv: list[str]) -> None:
     from jaxgpt.tools.report import write_report
 
     load = partial(api.load, checkpoint=args.checkpoint, config=args.config)
-    print(write_report([load(run) for run in args.runs], args.prompt, args.to))
+    path = write_report([load(run) for run in args.runs], args.prompt, args.to)
+    in_store = is_url(args.runs[0]) and not args.to
+    print(f"{args.runs[0].rstrip('/')}/{path.name}" if in_store else path)
 
 
 def bench(argv: list[str]) -> None:
@@ -410,6 +415,7 @@ def ablate(argv: list[str]) -> int:
         config = configs.get("cpu_config", config)
     config = config.replace(**command_line.overrides)
     out_dir = args.out_dir or config.out_dir
+    check_is_folder("out_dir", out_dir)
     if "baseline" in configs:
         baseline = configs["baseline"].replace(**command_line.overrides)
         return time_to_loss.measure(baseline, config, args.features, args.seeds, out_dir)

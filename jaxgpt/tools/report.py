@@ -23,9 +23,11 @@ from jaxgpt.config import UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import TASKS
 from jaxgpt.resolve import count_params
-from jaxgpt.runtime.files import atomic_write, import_extra
+from jaxgpt.runtime import storage
+from jaxgpt.runtime.files import atomic_write, import_extra, is_url
 from jaxgpt.runtime.metrics import Row
 
+REPORT = "report.html"
 CURVES = {  # the charts: names of their curves, by the field of metrics.jsonl
     "loss": {"loss": "batch", "train_loss": "train split", "val_loss": "validation split"},
     "learning rate": {"lr": "learning rate"},
@@ -65,13 +67,15 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
         "Nearest embeddings": neighbours(run, ids_T),
     }
     data = {"charts": charts(runs), "attention": attention(run, prompt_T)}
-    folder = run.source if Path(run.source).is_dir() else ""
-    path = Path(file or Path(folder, "report.html"))
+    folder = storage.local(run.source)
+    path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
     try:
         atomic_write(path, page(runs, sections, data))
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise UserError(f"{path}: {problem}; expected a file in a folder that exists") from error
+    if not file and is_url(run.source):
+        storage.upload(run.source, REPORT)
     return path
 
 
