@@ -73,7 +73,7 @@ class Bucket:
             stores = " or ".join(f"{known}://bucket/path" for known in PACKAGES)
             raise UserError(f"{subject}: unknown kind of object store; expected a folder, {stores}")
         self.url, self.subject = url.rstrip("/"), subject
-        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+        options: dict[str, Any] = {"use_listings_cache": False}
         if scheme == "s3":
             attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
             retries = {"mode": "standard", "total_max_attempts": attempts}
@@ -253,9 +253,7 @@ class Mirror:
 
     def download(self) -> None:
         """Make the folder equal to the bucket, without the arrays of the steps."""
-        for path in self.folder.iterdir():
-            if path.name not in (LOCK, OWNER):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.clear()
         objects = self.bucket.sizes()
         steps = _steps(objects, DIGEST)
         wanted = [f"{STEPS}/{step}/{name}" for step in steps for name in (META, DIGEST)]
@@ -270,6 +268,14 @@ class Mirror:
         if self._best in steps:
             make_link(self.folder / STEPS / BEST, self._best)
         self._sent = self._files()
+
+    def clear(self) -> None:
+        """Delete all files here but those of the lock and the lease."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (LOCK, OWNER):
+                path.unlink()
 
     def fetch(self, step: int) -> None:
         """Download the files of a step that are missing here, as far as the bucket has them."""
@@ -316,6 +322,7 @@ class Mirror:
         self.bucket.upload(self.folder, [str(path.relative_to(self.folder)) for path in files])
         self.lease.check()
         self.bucket.upload(self.folder, [f"{STEPS}/{step}/{DIGEST}"])
+        shutil.rmtree(f"{folder}.corrupt", ignore_errors=True)  # its objects are overwritten
 
     def _publish_best(self) -> None:
         link = self.folder / STEPS / BEST
@@ -456,7 +463,7 @@ def open_to_write(out_dir: str) -> Iterator[None]:
                 _finish(mirror)
             raise
         finally:
-            del _mirrors[out_dir]
+            _mirrors.pop(out_dir, None)
         _finish(mirror)
 
 
@@ -464,6 +471,7 @@ def _finish(mirror: Mirror) -> None:
     for checkpoints in mirror.checkpoints:
         checkpoints.wait()
     mirror.publish()
+    mirror.clear()  # it may be large
 
 
 def publish(out_dir: str) -> None:
@@ -486,4 +494,6 @@ def _steps(objects: dict[str, int], name: str) -> set[str]:
 
 def _complete_steps(folder: Path) -> set[str]:
     """Return the names of the steps in a folder that have a digest."""
-    return {path.parent.name for path in folder.glob(f"[0-9]*/{DIGEST}") if path.parent.name.isdecimal()}
+    return {
+        path.parent.name for path in folder.glob(f"[0-9]*/{DIGEST}") if path.parent.name.isdecimal()
+    }
