@@ -59,7 +59,7 @@ class ObjectStore:
         if fault:
             self.faults.append(fault)
         if fault in BROKEN:
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             code = BROKEN[fault].partition(" ")[2].replace(" ", "")
             start_response(BROKEN[fault], [("Content-Type", "application/xml")])
             return [f"<Error><Code>{code}</Code><Message>test</Message></Error>".encode()]

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -137,18 +138,21 @@ class Bucket:
                 self._store.rm(paths)
 
     def upload(self, folder: Path, names: Iterable[str]) -> None:
-        """Upload files of a folder."""
-        self._copy(self._store.put, [(str(folder / name), self._path(name)) for name in names])
+        """Upload files of a folder, several at a time."""
+        pairs = [(str(folder / name), self._path(name)) for name in names]
+        self._copy(self._store.put_file, pairs)
 
     def download(self, folder: Path, names: Iterable[str]) -> None:
-        """Download objects to a folder."""
-        self._copy(self._store.get, [(self._path(name), str(folder / name)) for name in names])
+        """Download objects to a folder, several at a time."""
+        pairs = [(self._path(name), str(folder / name)) for name in names]
+        for _, file in pairs:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+        self._copy(self._store.get_file, pairs)
 
-    def _copy(self, function: Callable, pairs: list[tuple[str, str]]) -> None:
-        with self._asking():
-            if pairs:
-                sources, targets = map(list, zip(*pairs, strict=True))
-                function(sources, targets, batch_size=PARALLEL)
+    def _copy(self, copy: Callable[[str, str], None], pairs: list[tuple[str, str]]) -> None:
+        with self._asking(), ThreadPoolExecutor(PARALLEL) as pool:
+            for done in [pool.submit(copy, *pair) for pair in pairs]:
+                done.result()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -377,7 +381,7 @@ class MirroredCheckpoints(Checkpoints):
         super().__init__(mirror.folder / STEPS, keep)
 
     def _verify(self, step: int) -> None:
-        """Verify a step; one that seems damaged is downloaded twice, as the network may have failed.
+        """Verify a step; if it seems damaged, download it again, as the network may have failed.
 
         Raises `CorruptCheckpoint`, and `StoreError` if the step cannot be downloaded.
         """
