@@ -69,7 +69,8 @@ class RunConfig:
     """The run directory, the length of the run, and what it logs and saves."""
 
     out_dir: NonEmptyStr = "out"
-    """The run directory: config, metrics, picture, log and checkpoints."""
+    """The run directory: config, metrics, picture, log and checkpoints. A folder, or s3://bucket/path
+    or gs://bucket/path (needs the extra `cloud`)."""
     init_from: InitFrom = "scratch"
     """`scratch` starts a new run; `resume` continues from the newest checkpoint; `auto` resumes if
     there is a checkpoint. Other values name the initial weights: gpt2, gpt2-medium, gpt2-large,

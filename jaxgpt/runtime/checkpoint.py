@@ -71,6 +71,11 @@ class Checkpoints:
     def best(self) -> int | None:
         """Return the step with the lowest validation loss, if it exists and is readable."""
         link = self.folder / BEST
+        if link.is_file():  # a copy from an object store, which has no links
+            name = link.read_text(encoding="utf-8")
+            return (
+                int(name) if name.isdecimal() and (self.folder / name / DIGEST).exists() else None
+            )
         if not (link / DIGEST).exists():
             return None
         if link.is_symlink():
