@@ -22,6 +22,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB, PADDED_GPT2
 from jaxgpt.kernels.norm import NORM_EPSILON
 from jaxgpt.runtime import run_dir, storage
+from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.files import import_extra, reason
 from jaxgpt.train_step import abstract_params
@@ -136,7 +137,7 @@ class Weights:
         if file.is_file():
             tokenizer = tokenizers.load(file)
         elif vocab_size in PADDED_GPT2:
-            tokenizer = tokenizers.gpt2(data_dir)
+            tokenizer = tokenizers.gpt2(local_data_dir(data_dir, "gpt2"))
         else:
             raise UserError(f"{self.source}: no tokenizer; expected {file}")
         if tokenizer.vocab_size > vocab_size:

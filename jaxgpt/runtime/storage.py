@@ -16,8 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import jax
 
 from jaxgpt.config import UserError
+from jaxgpt.runtime.bucket import Bucket, StoreError
 from jaxgpt.runtime.checkpoint import (
     BEST,
     DIGEST,
@@ -39,7 +39,7 @@ from jaxgpt.runtime.files import atomic_write, is_url
 
 CONFIG = "config.json"
 LOCK = ".lock"
-OWNER = ".owner"  # in a writer's mirror: the owner of the lease that was taken last
+OWNERS = ".owners"  # in a writer's mirror: who has tried to take the lease from this machine
 LEASE = ".lease"  # in the bucket
 RUN_FILES = (
     CONFIG,
@@ -54,108 +54,8 @@ RUN_FILES = (
 STEPS = "checkpoints"
 CORRUPT = "digest.json.corrupt"  # the digest of a quarantined step
 MIRRORS = Path.home() / ".cache" / "jaxgpt" / "runs"
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
+MOST_OWNERS = 100
 RENEW_S, LEASE_S = 10, 60  # a lease that is not renewed for LEASE_S is free
-CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
-ATTEMPTS = 5  # per request, with growing pauses; AWS_MAX_ATTEMPTS overrides it
-PARALLEL = 16  # requests
-
-
-class StoreError(UserError):
-    """The error of an object store that does not do what it was asked."""
-
-
-class Bucket:
-    """The objects under one URL. Every method raises `StoreError` if the store fails."""
-
-    def __init__(self, url: str, subject: str):
-        scheme = url.partition("://")[0]
-        if scheme not in PACKAGES:
-            stores = " or ".join(f"{known}://bucket/path" for known in PACKAGES)
-            raise UserError(f"{subject}: unknown kind of object store; expected a folder, {stores}")
-        self.url, self.subject = url.rstrip("/"), subject
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if scheme == "s3":
-            attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
-            retries = {"mode": "standard", "total_max_attempts": attempts}
-            timeouts = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
-            options["config_kwargs"] = {"retries": retries, **timeouts}
-        try:
-            import fsspec
-
-            with self._asking():
-                self._store = fsspec.filesystem(scheme, **options)
-        except ImportError as error:
-            problem, advice = f"needs {PACKAGES[scheme]}", 'try pip install -e ".[cloud]"'
-            raise UserError(f"{subject}: {problem}; expected the extra cloud; {advice}") from error
-        self._root = self.url.partition("://")[2]
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        try:
-            yield
-        except ImportError:
-            raise
-        except Exception as error:  # s3fs, botocore, aiohttp and gcsfs raise many types
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise StoreError(
-                f"{self.subject}: the object store failed ({reason}); expected a bucket that can "
-                "be read and written; try to check its name, its credentials and AWS_ENDPOINT_URL"
-            ) from error
-
-    def sizes(self) -> dict[str, int]:
-        """List the objects: their names below the URL, and their sizes in bytes."""
-        with self._asking():
-            found = self._store.find(self._root, detail=True)
-        start = len(self._root) + 1
-        return {path[start:]: info["size"] for path, info in found.items()}
-
-    def read(self, name: str) -> bytes | None:
-        """Read an object, or return None if there is none."""
-        with self._asking():
-            try:
-                return self._store.cat_file(self._path(name))
-            except FileNotFoundError:
-                return None
-
-    def write(self, name: str, data: bytes) -> None:
-        with self._asking():
-            self._store.pipe_file(self._path(name), data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless it exists, and return whether it was written."""
-        with self._asking():
-            try:
-                self._store.pipe_file(self._path(name), data, mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def delete(self, names: Iterable[str]) -> None:
-        paths = list(map(self._path, names))
-        with self._asking(), suppress(FileNotFoundError):
-            if paths:
-                self._store.rm(paths)
-
-    def upload(self, folder: Path, names: Iterable[str]) -> None:
-        """Upload files of a folder, several at a time."""
-        pairs = [(str(folder / name), self._path(name)) for name in names]
-        self._copy(self._store.put_file, pairs)
-
-    def download(self, folder: Path, names: Iterable[str]) -> None:
-        """Download objects to a folder, several at a time."""
-        pairs = [(self._path(name), str(folder / name)) for name in names]
-        for _, file in pairs:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-        self._copy(self._store.get_file, pairs)
-
-    def _copy(self, copy: Callable[[str, str], None], pairs: list[tuple[str, str]]) -> None:
-        with self._asking(), ThreadPoolExecutor(PARALLEL) as pool:
-            for done in [pool.submit(copy, *pair) for pair in pairs]:
-                done.result()
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
 
 
 class Lease:
@@ -164,7 +64,7 @@ class Lease:
     def __init__(self, bucket: Bucket, mirror: Path):
         self.bucket = bucket
         self.owner = secrets.token_hex(8)
-        self._last_owner = mirror / OWNER
+        self._owners = mirror / OWNERS
         self._count = 0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -183,14 +83,14 @@ class Lease:
 
     def _take(self) -> None:
         """Create the lease. Raises `UserError` if another process holds and renews it."""
-        last = self._last_owner.read_text() if self._last_owner.exists() else ""
-        atomic_write(self._last_owner, self.owner)
+        # Earlier owners on this machine are dead, because they would hold the mirror's lock.
+        dead = self._owners.read_text().split() if self._owners.exists() else []
+        atomic_write(self._owners, "\n".join([*dead[-MOST_OWNERS:], self.owner]))
         while not self.bucket.create(LEASE, self._text()):
             held = self._holder()
             if held.get("owner") == self.owner:  # created, but the answer was lost
                 return
-            # The last owner on this machine is dead, because it would hold the mirror's lock.
-            if held and held.get("owner") != last:
+            if held and held.get("owner") not in dead:
                 self._wait_until_free(held)
             self.bucket.delete([LEASE])
 
@@ -278,7 +178,7 @@ class Mirror:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in (LOCK, OWNER):
+            elif path.name not in (LOCK, OWNERS):
                 path.unlink()
 
     def fetch(self, step: int) -> None:
@@ -351,7 +251,7 @@ class Mirror:
         found = {}
         for path in self.folder.rglob("*"):
             name = str(path.relative_to(self.folder))
-            is_ours = name in (LOCK, OWNER) or ".partial" in path.name
+            is_ours = name in (LOCK, OWNERS) or ".partial" in path.name
             if path.is_file() and not is_ours and not name.startswith(f"{STEPS}/"):
                 found[name] = path.stat().st_size, path.stat().st_mtime_ns
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import make_data
 
+from jaxgpt.runtime import bucket as buckets
 from jaxgpt.runtime import metrics, run_dir, storage
 from jaxgpt.train import train
 
@@ -78,5 +79,6 @@ def bucket(store, tmp_path, monkeypatch):
     for name, value in (store.env | {"HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "MIRRORS", tmp_path / "mirrors")
+    monkeypatch.setattr(buckets, "DATA", tmp_path / "data")
     monkeypatch.setattr(storage, "_mirrors", {})
     return Files(store, f"test-{secrets.token_hex(4)}")

@@ -14,6 +14,7 @@ from helpers import ROOT, TRAIN_SCRIPT, refusal, rows_of, start, stop_at
 
 import jaxgpt
 from jaxgpt.cli import commands as cli
+from jaxgpt.data.prepare import find_dataset
 from jaxgpt.runtime import run_dir, storage
 from jaxgpt.train import train
 
@@ -52,7 +53,7 @@ def test_run_in_a_bucket_equals_a_local_run_and_leaves_the_same_files(quiet, rem
     assert outcome(remote) == outcome(quiet)
     assert json.loads(bucket.read("some/run/config.json"))["out_dir"] == remote.out_dir
     mirror = storage.mirror_folder(remote.out_dir)
-    assert {path.name for path in mirror.iterdir()} == {".lock", ".owner"}
+    assert {path.name for path in mirror.iterdir()} == {".lock", ".owners"}
 
 
 def test_stopped_run_resumes_on_another_machine(quiet, remote, tmp_path, monkeypatch):
@@ -129,6 +130,31 @@ def test_new_run_starts_from_weights_in_a_bucket(remote, tmp_path):
     assert "weights of s3://" in Path(finetuned.out_dir, "log.txt").read_text()
 
 
+def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
+    quiet, data, bucket, tmp_path, capsys
+):
+    def upload() -> None:
+        for file in (data / "tale").iterdir():
+            bucket.write(f"sets/tale/{file.name}", file.read_bytes())
+
+    upload()
+    keys = {"data_dir": f"s3://{bucket.name}/sets", "out_dir": str(tmp_path / "run")}
+    config = quiet.replace(**keys)
+    assert train(config) == 0
+    assert outcome(config) == outcome(quiet)
+    assert capsys.readouterr().err.count(f"{keys['data_dir']}/tale: copying 0.0 MB to ") == 1
+    copy = next((tmp_path / "data").glob("*/tale/val.bin"))
+    before = copy.stat().st_ino
+    find_dataset(config, config.block_size)
+    assert copy.stat().st_ino == before
+    copy.write_bytes(b"")  # as if a copy was stopped
+    meta = json.loads((data / "tale/meta.json").read_text())
+    bucket.write("sets/tale/meta.json", json.dumps(meta | {"source": "another text"}).encode())
+    assert find_dataset(config, config.block_size).source == "another text"
+    assert copy.read_bytes() == (data / "tale/val.bin").read_bytes()
+    assert "no s3://" not in refusal(find_dataset, config.replace(dataset="none"), 8)
+
+
 # ---- who may write ---------------------------------------------------------------------------
 
 
@@ -168,9 +194,16 @@ def test_lease_of_a_dead_writer_elsewhere_is_taken_over_after_a_wait(
     assert bucket.names() == set()
 
 
-def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(remote, bucket):
-    lease = bucket_lease(remote)
-    lease._take()  # and never released, as after SIGKILL
+def killed(*args) -> None:
+    raise KeyboardInterrupt
+
+
+def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(remote, bucket, monkeypatch):
+    bucket_lease(remote)._take()  # and never released, as after SIGKILL
+    with monkeypatch.context() as patched:  # the next one is killed before it takes the lease
+        patched.setattr(storage.Bucket, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bucket_lease(remote)._take()
     assert bucket.names("some/run") == {".lease"}
     began = time.monotonic()
     with run_dir.lock_run_dir(remote.out_dir):
@@ -181,7 +214,7 @@ def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(remote, bu
 
 def bucket_lease(config) -> storage.Lease:
     mirror = storage.mirror_folder(config.out_dir)
-    mirror.mkdir(parents=True)
+    mirror.mkdir(parents=True, exist_ok=True)
     return storage.Lease(storage.Bucket(config.out_dir, f"out_dir={config.out_dir!r}"), mirror)
 
 

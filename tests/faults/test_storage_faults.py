@@ -9,6 +9,7 @@ import time
 import pytest
 from helpers import refusal, start
 
+from jaxgpt.runtime import bucket as bucket_module
 from jaxgpt.runtime import run_dir, storage
 from jaxgpt.train import train
 
@@ -42,7 +43,7 @@ KINDS = {"errors": ("500", "503"), "breaks": ("half", "lost"), "delays": ("slow"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_failed_requests_are_repeated(quiet, remote, store, monkeypatch, kind):
-    monkeypatch.setattr(storage, "READ_S", 1)
+    monkeypatch.setattr(bucket_module, "READ_S", 1)
     with store.disturbed(at_random(KINDS[kind], 0.05)) as faults:
         assert train(remote) == 0
         assert outcome(remote) == outcome(quiet)
