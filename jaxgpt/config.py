@@ -125,7 +125,8 @@ class DataConfig:
     """Folder in `data_dir` with token files; a known corpus is prepared on first use. `adder` and
     `calculator` are arithmetic problems, generated on the fly."""
     data_dir: NonEmptyStr = "data"
-    """Folder of all datasets. nanoGPT's own `data` folder works too."""
+    """Folder of all datasets; nanoGPT's own `data` folder works too. Datasets at
+    s3://bucket/path or gs://bucket/path are copied to this machine (needs the extra `cloud`)."""
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
     batch_size: PositiveInt = 12

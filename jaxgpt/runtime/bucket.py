@@ -21,7 +21,8 @@ from jaxgpt.runtime.files import is_url
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
 CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
 ATTEMPTS = 5  # per request, with growing pauses; AWS_MAX_ATTEMPTS overrides it
-PARALLEL = 16  # requests
+PARALLEL = 8  # files at a time
+PARTS = 2  # of a large file at a time, each of 50 MB in memory
 DATA = Path.home() / ".cache" / "jaxgpt" / "data"
 
 
@@ -44,6 +45,7 @@ class Bucket:
             retries = {"mode": "standard", "total_max_attempts": attempts}
             timeouts = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
             options["config_kwargs"] = {"retries": retries, **timeouts}
+            options["max_concurrency"] = PARTS
         try:
             import fsspec
 

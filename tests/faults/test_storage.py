@@ -116,6 +116,12 @@ def test_commands_read_a_run_from_a_bucket(remote, bucket, tmp_path, capsys, mon
     cli.export([f"--out_dir={remote.out_dir}", f"--to={tmp_path / 'exported'}"])
     assert (tmp_path / "exported/config.json").exists()
     assert bucket.names() == before
+
+
+def test_report_is_written_to_the_bucket(remote, bucket, capsys, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)  # JAX has started
+    assert train(remote.replace(max_iters=3)) == 0
+    before = bucket.names()
     capsys.readouterr()
     cli.report([remote.out_dir])
     assert capsys.readouterr().out == f"{remote.out_dir}/report.html\n"
@@ -266,6 +272,7 @@ def test_unusable_stores_are_rejected_in_one_line(remote, monkeypatch, tmp_path)
     ("command", "argv"),
     [
         ("ablate", ["--config=ablate", "--out_dir=s3://b/run"]),
+        ("plan", ["--config=gpt2", "--data_dir=s3://b/data", "--topology=h100:8"]),
         ("prepare", ["text.txt", "--data_dir=s3://b/data"]),
         ("sample", ["--out_dir=s3://b/run", "--profile=1"]),
     ],
