@@ -444,6 +444,7 @@ def plan(argv: list[str]) -> int:
     args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
     command_line = parse_command_line(flags, other_flags=vars(args))
     config = command_line.config.replace(**command_line.overrides)
+    check_is_folder("data_dir", config.data_dir)
     import jax
 
     jax.config.update("jax_platforms", "cpu")

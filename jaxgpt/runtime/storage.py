@@ -189,7 +189,7 @@ class Mirror:
             wanted = [f"{name}/{file}" for file in digest]
         except (OSError, ValueError, TypeError):
             return  # a damaged digest, which the caller reports
-        objects = self.bucket.sizes()
+        objects = self.bucket.sizes(name)
         missing = [file for file in wanted if not (self.folder / file).is_file()]
         missing = [file for file in missing if file in objects]
         self.bucket.download(self.folder, missing)
@@ -201,9 +201,14 @@ class Mirror:
                     f"{objects[file]} bytes; try again"
                 )
 
-    def forget(self, step: int) -> None:
-        """Delete the arrays of a step here, so that they are downloaded again."""
-        shutil.rmtree(self.folder / STEPS / str(step) / "state", ignore_errors=True)
+    def fetch_again(self, step: int) -> None:
+        """Download all files of a step, also if they are here."""
+        name = f"{STEPS}/{step}"
+        found = {f"{name}/{META}", f"{name}/{DIGEST}"}.intersection(self.bucket.sizes(name))
+        shutil.rmtree(self.folder / name)
+        (self.folder / name).mkdir()
+        self.bucket.download(self.folder, found)
+        self.fetch(step)
 
     def publish(self) -> None:
         """Make the bucket equal to the folder. Raises `StoreError`, and `LeaseLost`.
@@ -289,8 +294,7 @@ class MirroredCheckpoints(Checkpoints):
         try:
             super()._verify(step)
         except CorruptCheckpoint:
-            self.mirror.forget(step)
-            self.mirror.fetch(step)
+            self.mirror.fetch_again(step)
             super()._verify(step)
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:

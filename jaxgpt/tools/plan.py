@@ -27,7 +27,6 @@ from jaxgpt.data import batch_size
 from jaxgpt.data.tokens import GPT2_VOCAB
 from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
-from jaxgpt.runtime.files import check_is_folder
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools.hlo import Collective, KernelGroup, Overlap, Program
 from jaxgpt.train_step import abstract_state, make_train_step
@@ -186,7 +185,6 @@ def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     config, notes = device.resolve_auto(config, chip.platform)
     if config.vocab_size:
         return config, notes
-    check_is_folder("data_dir", config.data_dir)
     meta = Path(config.data_dir, config.dataset, "meta.json")
     if meta.is_file():
         vocab_size = json.loads(meta.read_text())["vocab_size"]

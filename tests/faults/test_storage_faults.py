@@ -96,18 +96,19 @@ def test_step_that_cannot_be_read_is_not_taken_for_damaged(remote, store, bucket
     assert bucket.names() == before
 
 
-def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch):
-    """The first download of an array has a wrong byte."""
+@pytest.mark.parametrize("part", ["/d/", "meta.json"])
+def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch, part):
+    """The first download of this part of a step has wrong bytes."""
     assert train(remote) == 0
     download, changed = storage.Bucket.download, []
 
     def download_changed(self, folder, names):
         names = list(names)
         download(self, folder, names)
-        arrays = [folder / name for name in names if "/d/" in name]
-        if arrays and not changed:
-            changed.append(arrays[0])
-            arrays[0].write_bytes(bytes(reversed(arrays[0].read_bytes())))
+        found = [folder / name for name in names if "/6/" in name and part in name]
+        if found and not changed:
+            changed.append(found[0])
+            found[0].write_bytes(bytes(reversed(found[0].read_bytes())))
 
     monkeypatch.setattr(storage.Bucket, "download", download_changed)
     with run_dir.lock_run_dir(remote.out_dir):
