@@ -1,6 +1,7 @@
-"""Train a GPT that adds, subtracts, multiplies and divides: "12*34=" and the answer, units first.
+"""Train a GPT that adds, subtracts, multiplies and divides, because it writes down its working.
 
-Division drops the remainder. docs/exercises.md shows what the model learns.
+`jaxgpt eval --out_dir=out/calculator` counts its correct answers to held-out problems.
+docs/exercises.md describes the data and the results.
 """
 
 from configs.adder import config as adder
@@ -8,11 +9,12 @@ from configs.adder import config as adder
 config = adder.replace(
     out_dir="out/calculator",
     dataset="calculator",
-    digits=2,
+    working=True,
     always_save_checkpoint=False,
-    block_size=10,
+    block_size=74,
     n_layer=3,
+    n_head=3,
     n_embd=96,
-    learning_rate=3e-3,
-    max_iters=4000,
+    optimizer="muon",
+    max_iters=1800,
 )

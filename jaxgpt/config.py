@@ -129,6 +129,10 @@ class DataConfig:
     s3://bucket/path or gs://bucket/path are copied to this machine (needs the extra `cloud`)."""
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
+    working: bool = False
+    """Write the working of a problem, digit by digit, before its answer."""
+    reverse_digits: bool = True
+    """Write the numbers of working and answer units first, as carries go."""
     batch_size: PositiveInt = 12
     """Largest number of sequences that a device processes at a time."""
     gradient_accumulation_steps: PositiveInt = 40

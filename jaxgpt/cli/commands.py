@@ -153,6 +153,7 @@ class SampleArgs(ModelArgs):
     # bfloat16, which is faster.
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     interactive: bool = False  # Read prompts, one per line, until an empty line.
+    show_working: bool = False  # Print the working of a problem of arithmetic, and its answer.
     # Decode calls to trace after the samples, into OUT_DIR/profile/sample; 0 traces none.
     profile: keys.NonNegativeInt = 0
 
@@ -164,6 +165,7 @@ def sample(argv: list[str]) -> None:
         check_is_folder("out_dir", args.out_dir)
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
+    from jaxgpt.data.tokenizer import with_working
     from jaxgpt.interop import huggingface
 
     is_run = args.init_from == "resume"
@@ -172,6 +174,8 @@ def sample(argv: list[str]) -> None:
     )
     run = Run(trained, args.out_dir if is_run else args.init_from, args.device, args.dtype)
     tokenizer = run.tokenizer  # before the weights, which take longer to load
+    if args.show_working:
+        tokenizer = with_working(tokenizer)
     sampler = run.sampler
     step = f", step {run.step}" if is_run else ""
     print(f"{run.source}{step}, {run.inference_config.dtype}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Generate problems of arithmetic on the fly: "123+456=" and its answer, units first.
+"""Generate problems of arithmetic on the fly: "123+456=", its working if wanted, and its answer.
 
 The digits of an answer are reversed, because carries start at the units. The numbers of a problem
 have leading zeros. The tokenizer undoes both in text. n is the number of problems.
@@ -11,12 +11,16 @@ import numpy as np
 
 from jaxgpt.config import DataConfig, UserError
 from jaxgpt.data.order import permute, splitmix64
-from jaxgpt.data.tokenizer import ArithmeticTokenizer
+from jaxgpt.data.tokenizer import REMAINDER, UNDEFINED, ArithmeticTokenizer
 from jaxgpt.data.tokens import Dataset, TokenSplit
+from jaxgpt.data.working import OPERATIONS, characters, digits_of, divisor_digits
 
 TASKS = {"adder": "+", "calculator": "+-*/"}
 ONE_IN = 20  # of the pairs of one operation and length, one in this many is held out
 MAX_HELD_OUT = 10_000  # per operation and length
+
+
+BLANK = 0  # in place of a character that a problem leaves out
 
 
 class Problems(NamedTuple):
@@ -26,37 +30,44 @@ class Problems(NamedTuple):
     a: np.ndarray
     b: np.ndarray
 
-    def answers(self) -> np.ndarray:
-        """Compute the answers, int64 [n]. A quotient is rounded down."""
-        kind, a, b = self
-        return np.choose(kind, [a + b, a - b, a * b, a // np.maximum(b, 1)])
-
 
 class Arithmetic:
-    """The problems of some operations with numbers of 1 to `digits` digits.
+    """The problems of some operations with numbers of 1 to `digits` digits, divisors of 1 or 2.
 
     For every length n, a fixed rule holds out some pairs below 10^n: the first ones in the order
     of `permute`. Neither a held-out pair nor its mirror image is ever drawn.
     """
 
-    def __init__(self, operations: str, digits: int):
+    def __init__(
+        self, operations: str, digits: int, *, working: bool = False, reverse_digits: bool = True
+    ):
         self.operations, self.digits = operations, digits
-        self.tokenizer = ArithmeticTokenizer(operations, digits)
-        self.longest_answer = (2 * digits if "*" in operations else digits + 1) + 1  # line break
-        self.longest = 2 * digits + 2 + self.longest_answer
-        parts = []
-        for n in range(1, digits + 1):
-            num_pairs = 10 ** (2 * n)
-            first = np.arange(min(MAX_HELD_OUT, num_pairs // ONE_IN))
-            for kind in range(len(operations)):
-                key = np.full(len(first), 100 * n + kind, np.uint64)
-                a, b = np.divmod(permute(first, num_pairs, key).astype(np.int64), 10**n)
-                parts.append(np.stack([np.full(len(first), kind), a, b]))
-        problems = _problems(*np.concatenate(parts, axis=1))
-        triples = np.unique(np.stack(problems), axis=1)
-        hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
-        self.held_out = Problems(*triples[:, np.argsort(hashes, kind="stable")])
+        self.working, self.reverse_digits = working, reverse_digits
+        forms = {"working": working, "reverse_digits": reverse_digits}
+        self.tokenizer = ArithmeticTokenizer(operations, digits, **forms)
+        top = 10**digits - 1
+        a, b = (x.ravel() for x in np.meshgrid([0, top], [0, 1, top]))  # of the longest answers
+        sizes = [self._text(sign, a, b)[1].max() + 1 for sign in operations]  # with a line break
+        self.longest = int(max(sizes))
+        self.longest_answer = self.longest - (2 * digits + 2)
+        self._drawn_until = np.cumsum(sizes).astype(np.uint64)  # longer problems are drawn more
+        self.held_out = self._hold_out()
         self._held_ids = np.unique(self._ids(self.held_out))
+
+    def _hold_out(self) -> Problems:
+        """Choose the held-out problems of every operation and length, and shuffle them."""
+        parts = []
+        for n in range(1, self.digits + 1):
+            for kind, sign in enumerate(self.operations):
+                top = 10 ** (divisor_digits(n) if sign == "/" else n)  # of the second number
+                num_pairs = 10**n * top
+                first = np.arange(min(MAX_HELD_OUT, num_pairs // ONE_IN))
+                key = np.full(len(first), 100 * n + kind, np.uint64)
+                a, b = np.divmod(permute(first, num_pairs, key).astype(np.int64), top)
+                parts.append(np.stack([np.full(len(first), kind), a, b]))
+        triples = np.unique(np.concatenate(parts, axis=1), axis=1)
+        hashes = splitmix64(self._ids(Problems(*triples)).astype(np.uint64))
+        return Problems(*triples[:, np.argsort(hashes, kind="stable")])
 
     def _ids(self, problems: Problems) -> np.ndarray:
         """Number the problems, below 2^63. A problem and its mirror image share a number."""
@@ -68,6 +79,7 @@ class Arithmetic:
         """Draw a problem from each key, [n]. A key whose problem is held out is hashed again.
 
         The length is the longer of two uniform draws, because long numbers are harder to learn.
+        An operation's share is proportional to the length of its text.
         """
         keys = keys.astype(np.uint64)
         while True:
@@ -84,38 +96,92 @@ class Arithmetic:
         for _ in range(5):
             keys = splitmix64(keys)
             random.append(keys)
-        digits, operations = np.uint64(self.digits), np.uint64(len(self.operations))
+        digits = np.uint64(self.digits)
         length = np.maximum(random[0] % digits, random[1] % digits) + np.uint64(1)
-        top = np.uint64(10) ** length
-        drawn = random[2] % operations, random[3] % top, random[4] % top
-        return _problems(*(x.astype(np.int64) for x in drawn))
+        place = random[2] % self._drawn_until[-1]
+        kind = np.searchsorted(self._drawn_until, place, side="right")
+        is_division = np.array([sign == "/" for sign in self.operations])[kind]
+        size = np.where(is_division, np.minimum(length, divisor_digits(self.digits)), length)
+        a, b = random[3] % np.uint64(10) ** length, random[4] % np.uint64(10) ** size
+        return Problems(kind, a.astype(np.int64), b.astype(np.int64))
 
     def windows(self, problems: Problems, length: int) -> np.ndarray:
-        """Write one problem per row, int32 [n, `length`]; targets are the answer and its end."""
-        kind, a, b = problems
-        answers, d, start = problems.answers(), self.digits, 2 * self.digits + 2
-        powers = 10 ** np.arange(self.longest_answer - 1)
-        text = np.full((len(a), length), ord("\n"), np.uint8)
-        for at, numbers in (0, a), (d + 1, b):
-            text[:, at : at + d] = ord("0") + numbers[:, None] // powers[d - 1 :: -1] % 10
-        text[:, d] = np.frombuffer(self.operations.encode(), np.uint8)[kind]
-        text[:, start - 1] = ord("=")
-        is_negative, size = (answers < 0)[:, None], np.abs(answers)[:, None]
-        num_digits = np.maximum(1, (size >= powers).sum(1, keepdims=True))
-        exponent = np.arange(len(powers)) - is_negative  # of an answer's digits; -1 is its sign
-        answer = ord("0") + size // powers[np.maximum(exponent, 0)] % 10
-        answer = np.where(exponent < 0, ord("-"), answer)
-        text[:, start:][:, : len(powers)] = np.where(exponent < num_digits, answer, ord("\n"))
+        """Write one problem per row, int32 [n, `length`].
+
+        Targets are the working, the answer and the line break after it.
+        """
+        text = np.full((len(problems.kind), length), ord("\n"), np.uint8)
+        ends = np.empty((len(text), 1), int)
+        for kind, sign in enumerate(self.operations):
+            chosen = problems.kind == kind
+            rows, sizes = self._text(sign, problems.a[chosen], problems.b[chosen])
+            is_text = np.arange(rows.shape[1]) < sizes[:, None]
+            width = min(length, rows.shape[1])
+            text[chosen, :width] = np.where(is_text, rows, ord("\n"))[:, :width]
+            ends[chosen, 0] = sizes
         column = np.arange(length)
-        is_target = (column >= start) & (column <= start + is_negative + num_digits)
+        is_target = (column >= 2 * self.digits + 2) & (column <= ends)
         alphabet = np.frombuffer(self.tokenizer.chars.encode(), np.uint8)
         ids = np.searchsorted(alphabet, text).astype(np.int32)
         return np.where(is_target, ids, ~ids)
 
+    def solutions(self, problems: Problems) -> list[str]:
+        """Return the characters of each problem's targets: working, answer and line break."""
+        rows = self.windows(problems, self.longest)
+        alphabet = self.tokenizer.chars
+        return ["".join(alphabet[id] for id in row[row >= 0]) for row in rows]
 
-def _problems(kind: np.ndarray, a: np.ndarray, b: np.ndarray) -> Problems:
-    """Make problems with divisors of at least 1."""
-    return Problems(kind, a, np.where(kind == 3, np.maximum(b, 1), b))
+    def _text(self, sign: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the characters of problems of one operation, uint8 [n, width], and their numbers.
+
+        Blanks follow the text of a problem.
+        """
+        x, y = (characters(digits_of(number, self.digits)[::-1]) for number in (a, b))
+        working = self._working(sign, a, b) if self.working else []
+        solution = working + self._answer(sign, a, b)
+        if sign == "/":
+            solution = [np.where(b == 0, BLANK, column) for column in solution]
+            solution += [np.where(b == 0, letter, BLANK) for letter in repeat(UNDEFINED, len(a))]
+        text = np.stack(x + repeat(sign, len(a)) + y + repeat("=", len(a)) + solution, axis=1)
+        blanks_last = np.argsort(text == BLANK, axis=1, kind="stable")
+        return np.take_along_axis(text, blanks_last, axis=1), (text != BLANK).sum(1)
+
+    def _working(self, sign: str, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        """Return the characters of the working: its rows, and the mark at the end of each."""
+        rows = OPERATIONS[sign](a, b, self.digits)
+        columns = []
+        for number, row in enumerate(rows, 1):
+            columns += [character for chain in row for character in self._order(chain)]
+            columns += repeat("=" if number == len(rows) else ";", len(a))
+        return columns
+
+    def _answer(self, sign: str, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        """Return the characters of the answers, blank where a number has no digit or sign."""
+        if sign == "/":
+            quotient, rest = np.divmod(a, np.maximum(b, 1))
+            digits = self._spell(quotient, self.digits) + repeat(REMAINDER, len(a))
+            return digits + self._spell(rest, divisor_digits(self.digits))
+        if sign == "-":
+            minus = np.where(a < b, ord("-"), BLANK)
+            return [minus, *self._spell(np.abs(a - b), self.digits)]
+        if sign == "*":
+            return self._spell(a * b, 2 * self.digits)
+        return self._spell(a + b, self.digits + 1)
+
+    def _spell(self, number: np.ndarray, count: int) -> list[np.ndarray]:
+        """Return the digits of numbers as characters, blank in place of leading zeros."""
+        digits = characters(digits_of(number, count))
+        is_leading = [(number < 10**i) & (i > 0) for i in range(count)]
+        pairs = zip(is_leading, digits, strict=True)
+        return self._order([np.where(leading, BLANK, digit) for leading, digit in pairs])
+
+    def _order(self, chain: list[np.ndarray]) -> list[np.ndarray]:
+        return chain if self.reverse_digits else chain[::-1]
+
+
+def repeat(text: str, n: int) -> list[np.ndarray]:
+    """Return the characters of a text, each for n problems."""
+    return [np.full(n, ord(char), np.uint8) for char in text]
 
 
 class TrainProblems(TokenSplit):
@@ -164,7 +230,8 @@ class ValProblems(TokenSplit):
 def open_task(config: DataConfig, block_size: int) -> Dataset:
     """Make the dataset of a task. Raises `UserError` if `block_size` is too small."""
     operations, digits = TASKS[config.dataset], config.digits
-    task = Arithmetic(operations, digits)
+    forms = {"working": config.working, "reverse_digits": config.reverse_digits}
+    task = Arithmetic(operations, digits, **forms)
     least = task.longest - 1
     if block_size < least:
         problem = f"too short for {config.dataset} with digits={digits}"
@@ -173,6 +240,6 @@ def open_task(config: DataConfig, block_size: int) -> Dataset:
     train, val = TrainProblems(task), ValProblems(task, block_size)
     vocab_size = task.tokenizer.vocab_size
     source = f"{operations} of numbers up to {digits} digits, {len(val.rows):,} held out"
-    fingerprint = {"operations": operations, "digits": digits}
+    fingerprint = {"operations": operations, "digits": digits}  # the tokenizer holds the forms
     example = "7" * digits + operations[0] + "5" * digits + "="
     return Dataset(train, val, vocab_size, task.tokenizer, source, fingerprint, example)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import copy
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -12,10 +13,12 @@ import tokenizers
 
 from jaxgpt.config import UserError
 from jaxgpt.data.text import Download, fetch
+from jaxgpt.data.working import divisor_digits
 from jaxgpt.runtime.files import reason
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+UNDEFINED, REMAINDER = "undefined", "r"  # in answers to divisions
 PIECE_CHARS = 1 << 16
 
 
@@ -71,39 +74,72 @@ class CharTokenizer(Tokenizer):
 
 
 class ArithmeticTokenizer(CharTokenizer):
-    """A tokenizer of problems such as 123+456= and of answers, which end with a line break.
+    """A tokenizer of problems such as 123+456= and of their answers, which end with a line break.
 
-    In the ids, the numbers of a problem have leading zeros, so that their digits line up, and the
-    digits of an answer are reversed. An answer without its line break is incomplete, so it decodes
-    to U+FFFD, as half a character would.
+    In the ids, the numbers of a problem have leading zeros, so that their digits line up. The
+    digits of an answer are reversed if `reverse_digits`. With `working`, the working and another
+    equals sign stand before the answer; the text leaves them out unless `shows_working`. A number
+    or working that may go on decodes to U+FFFD, as half a character would.
     """
 
     kind = "arithmetic"
     stop = ("\n",)
+    shows_working = False
 
-    def __init__(self, operations: str, digits: int):
+    def __init__(
+        self, operations: str, digits: int, *, working: bool = False, reverse_digits: bool = True
+    ):
         minus = "-" if "-" in operations else ""
-        super().__init__(f"\n0123456789={operations}{minus}")
+        words = UNDEFINED + REMAINDER if "/" in operations else ""
+        marks = ";<>" if working else ""
+        super().__init__(f"\n0123456789={operations}{minus}{words}{marks}")
         self.operations, self.digits = operations, digits
-        number = rf"(0|[1-9]\d{{0,{digits - 1}}})"
-        self._problem = re.compile(f"{number}[{re.escape(operations)}]{number}=")
+        self.forms = {"working": working, "reverse_digits": reverse_digits}
+        second = {sign: divisor_digits(digits) if sign == "/" else digits for sign in operations}
+        number = lambda size: rf"(0|[1-9]\d{{0,{size - 1}}})"
+        rest = "|".join(re.escape(sign) + number(size) for sign, size in second.items())
+        self._problem = re.compile(f"{number(digits)}({rest})=")
 
     def encode(self, text: str) -> np.ndarray:
         if not self._problem.fullmatch(text):
-            parts = f"two numbers of at most {self.digits} digits and one of"
+            parts = f"two numbers of at most {self.digits} digits"
+            if "/" in self.operations and self.digits > divisor_digits(self.digits):
+                parts += f" (a divisor of at most {divisor_digits(self.digits)})"
             example = f"{'12'[: self.digits]}{self.operations[0]}{'34'[: self.digits]}="
-            expected = f"{parts} {' '.join(self.operations)}; try {example}"
+            expected = f"{parts} and one of {' '.join(self.operations)}; try {example}"
             raise UserError(f"{text!r}: is not a problem; expected {expected}")
         return super().encode(re.sub(r"\d+", lambda n: n[0].zfill(self.digits), text))
 
     def decode(self, ids) -> str:
-        text = re.sub(r"\d+\n", lambda answer: answer[0][-2::-1] + "\n", super().decode(ids))
-        text = re.sub(r"(?<!\d)0+(?=\d+[-+*/=])", "", text)
-        return re.sub(r"\d+\Z", "\ufffd", text)
+        return "".join(map(self.read, super().decode(ids).splitlines(keepends=True)))
+
+    def read(self, line: str) -> str:
+        """Return the text of the characters of a problem, of its solution, of both, or a part."""
+        found = re.match(r"\d+[-+*/]\d+=", line)
+        problem = found[0] if found else ""
+        working, mark, answer = line.removeprefix(problem).rpartition("=")
+        if self.forms["working"] and not mark:
+            working, answer = answer, ""
+        if self.forms["reverse_digits"]:
+            answer = re.sub(r"\d+(?=\D)", lambda number: number[0][::-1], answer)
+            answer = re.sub(r"\d+\Z", "\ufffd", answer)  # more digits may follow
+        if not self.shows_working and not working.endswith("\n"):
+            working, mark = "" if mark or not working else "\ufffd", ""
+        return re.sub(r"(?<!\d)0+(?=\d)", "", problem) + working + mark + answer
 
     def to_json(self) -> str:
         fields = {"type": self.kind, "operations": self.operations, "digits": self.digits}
-        return json.dumps(fields)
+        return json.dumps(fields | self.forms)
+
+
+def with_working(tokenizer: Tokenizer) -> ArithmeticTokenizer:
+    """Return a tokenizer whose text contains the working. Raises `UserError` if there is none."""
+    if not (isinstance(tokenizer, ArithmeticTokenizer) and tokenizer.forms["working"]):
+        expected = "expected a run of --dataset=calculator with --working=True"
+        raise UserError(f"show_working=True: the model writes no working; {expected}")
+    shown = copy(tokenizer)
+    shown.shows_working = True
+    return shown
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -306,8 +342,9 @@ def load(file: str | Path, kind: str = "bpe") -> Tokenizer:
                 return CharTokenizer(chars)
             case {"type": "byte"}:
                 return ByteTokenizer()
-            case {"type": "arithmetic", "operations": str(operations), "digits": int(digits)}:
-                return ArithmeticTokenizer(operations, digits)
+            case {"type": "arithmetic", "operations": str(signs), "digits": int(digits), **forms}:
+                if forms or "/" not in signs:  # divisions without remainder had other ids
+                    return ArithmeticTokenizer(signs, digits, **forms)
         return BpeTokenizer(tokenizers.Tokenizer.from_str(text), kind)
     except Exception as error:  # the library raises plain Exception for what it cannot read
         expected = "a tokenizer.json of jaxgpt or of Hugging Face"

@@ -1,7 +1,7 @@
 """`jaxgpt eval`: the loss on a whole validation split, and the fraction of exact answers."""
 
 import math
-from itertools import product
+from collections import Counter
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxgpt.config import UserError
 from jaxgpt.data import batch_size
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.data.tasks import Arithmetic, Problems, ValProblems
+from jaxgpt.data.tasks import Arithmetic, ValProblems
 from jaxgpt.data.tokenizer import Tokenizer, check_same
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.evaluate import full_split, mean_loss
@@ -93,35 +93,80 @@ def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
 def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     """Compute the fraction of held-out problems whose greedy answer is right in every digit.
 
-    The result also has the fraction per operation and length of the longer number, and the first
-    `ERRORS_SHOWN` wrong answers.
+    The result also has this fraction, with its 95% interval, per operation and per length of the
+    longer number; how many errors there are of each kind; and the first `ERRORS_SHOWN` of them.
     """
     kinds, a, b = problems = task.held_out
-    answers = greedy_answers(sampler, task, problems)
-    expected = task.windows(problems, task.longest)
-    pairs = zip(answers, (row[row >= 0] for row in expected), strict=True)
-    is_right = np.array([(answer[: len(ids)] == ids).all() for answer, ids in pairs])
+    solutions, expected = greedy_solutions(sampler, task), task.solutions(problems)
+    errors = [kind_of_error(*pair) for pair in zip(solutions, expected, strict=True)]
+    is_right = np.array([error is None for error in errors])
     result: dict[str, Any] = {"problems": len(a), "exact": float(is_right.mean())}
     lengths = np.char.str_len(np.maximum(a, b).astype(str))
-    for (kind, name), length in product(enumerate(task.operations), range(1, task.digits + 1)):
-        chosen = is_right[(kinds == kind) & (lengths == length)]
-        result[f"exact {name} of {length} digits"] = f"{chosen.mean():.2%} of {len(chosen):,}"
-    right_answers = problems.answers()
+    for kind, name in enumerate(task.operations):
+        result[f"exact {name}"] = proportion(is_right[kinds == kind])
+        for length in range(1, task.digits + 1):
+            chosen = is_right[(kinds == kind) & (lengths == length)]
+            result[f"exact {name} of {length} digits"] = proportion(chosen)
+    for error, count in Counter(errors).items():
+        if error:
+            result[f"errors, {error}"] = count
     for n in np.flatnonzero(~is_right)[:ERRORS_SHOWN]:
+        lines = (texts[n].rstrip("\n") + "\n" for texts in (solutions, expected))
+        answer, right = (task.tokenizer.read(line).rstrip("\n") for line in lines)
         problem = f"{a[n]}{task.operations[kinds[n]]}{b[n]}"
-        answer = task.tokenizer.decode(answers[n]).partition("\n")[0]
-        result[problem] = f"{answer}, but expected {right_answers[n]}"
+        result[problem] = f"{answer}, but expected {right}"
     return result
 
 
-def greedy_answers(sampler: Sampler, task: Arithmetic, problems: Problems) -> np.ndarray:
-    """Return the most likely tokens after each problem, [n, `longest_answer`], int32."""
-    prompts = [~row[: (row >= 0).argmax()] for row in task.windows(problems, task.longest)]
-    greedy = SamplingParams(temperature=0)
-    answers = []
-    for start in range(0, len(prompts), PROBLEMS_PER_BATCH):
-        batch = prompts[start : start + PROBLEMS_PER_BATCH]
-        chunks = sampler.generate(batch, max_new_tokens=task.longest_answer, sampling=greedy)
-        answers.append(np.concatenate(list(chunks), axis=1)[:, : task.longest_answer])
-    tokens = np.concatenate(answers)
-    return np.where(tokens == NO_TOKEN, 0, tokens)
+def proportion(is_right: np.ndarray) -> str:
+    """Describe the fraction of right answers, with its 95% interval (Wilson 1927)."""
+    n, fraction, z = len(is_right), is_right.mean(), 1.96
+    scale = 1 + z**2 / n
+    center = (fraction + z**2 / (2 * n)) / scale
+    radius = z / scale * math.sqrt(fraction * (1 - fraction) / n + (z / (2 * n)) ** 2)
+    low, high = max(0.0, center - radius), min(1.0, center + radius)
+    interval = f"95% interval {low:.2%} to {high:.2%}"
+    return f"{fraction:.2%} of {n:,}, {n - is_right.sum():,} wrong ({interval})"
+
+
+def kind_of_error(solution: str, expected: str) -> str | None:
+    """Name what is wrong with the characters of a solution; None if its answer is right."""
+    working, _, answer = solution.rpartition("=")
+    expected_working, _, expected_answer = expected.rpartition("=")
+    if not solution.endswith("\n"):
+        return "no end"
+    if answer == expected_answer:
+        return None
+    if not expected_working:
+        return "wrong answer"
+    return "wrong working" if working != expected_working else "right working and wrong answer"
+
+
+def greedy_solutions(sampler: Sampler, task: Arithmetic) -> list[str]:
+    """Return the most likely characters after each held-out problem, up to the line break."""
+    rows = task.windows(task.held_out, task.longest)
+    prompts = [~row[: (row >= 0).argmax()] for row in rows]
+    solutions = [""] * len(prompts)
+    size = min(PROBLEMS_PER_BATCH, len(prompts))
+    for kind in range(len(task.operations)):  # problems of one operation end at about one time
+        numbers = np.flatnonzero(task.held_out.kind == kind)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            same_size = np.resize(batch, size)  # another size would be compiled
+            tokens = greedy_tokens(sampler, [prompts[n] for n in same_size], task)
+            for n, row in zip(batch, tokens, strict=False):
+                text = "".join(task.tokenizer.chars[id] for id in row)
+                solutions[n] = text[: text.find("\n") + 1] or text
+    return solutions
+
+
+def greedy_tokens(sampler: Sampler, prompts: list[np.ndarray], task: Arithmetic) -> np.ndarray:
+    """Return the most likely tokens after each prompt, int32 [n, at most `longest_answer`]."""
+    line_break = task.tokenizer.chars.index("\n")
+    active, chunks = np.ones(len(prompts), bool), []
+    options = {"max_new_tokens": task.longest_answer, "sampling": SamplingParams(temperature=0)}
+    for chunk in sampler.generate(prompts, active=active, **options):
+        chunks.append(chunk)
+        active &= (chunk != line_break).all(1)
+    tokens = np.concatenate(chunks, axis=1)[:, : task.longest_answer]
+    return np.where(tokens == NO_TOKEN, line_break, tokens)

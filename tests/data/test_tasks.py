@@ -19,22 +19,30 @@ from jaxgpt.data.batches import Batches
 from jaxgpt.data.prepare import find_dataset, prepare
 from jaxgpt.data.tasks import TASKS, Arithmetic, Problems, TrainProblems, ValProblems
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.data.tokenizer import ArithmeticTokenizer
+from jaxgpt.data.tokenizer import ArithmeticTokenizer, CharTokenizer
 from jaxgpt.evaluate import full_split
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.tools import evaluation
 from jaxgpt.train import train
 
-PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ALL = [("adder", 1), ("adder", 3), ("calculator", 1), ("calculator", 2), ("calculator", 9)]
+FORMS = [
+    {"working": on, "reverse_digits": units} for on in (False, True) for units in (True, False)
+]
+forms_of_tasks = pytest.mark.parametrize("forms", FORMS, ids=str)
 
 
-def task_of(name: str, digits: int) -> Arithmetic:
-    return Arithmetic(TASKS[name], digits)
+def task_of(name: str, digits: int, **forms) -> Arithmetic:
+    return Arithmetic(TASKS[name], digits, **forms)
+
+
+def draw(task: Arithmetic, count: int) -> Problems:
+    return task.draw(np.arange(count, dtype=np.uint64))
 
 
 def spelled(task: Arithmetic, problems: Problems, length: int) -> list[tuple[str, str]]:
-    """Return the problem and the answer of each window, as the characters that are trained on."""
+    """Return the problem and the targets of each window, as the characters that are trained on."""
     alphabet, pairs = task.tokenizer.chars, []
     for row in task.windows(problems, length):
         targets = np.flatnonzero(row >= 0)
@@ -43,6 +51,13 @@ def spelled(task: Arithmetic, problems: Problems, length: int) -> list[tuple[str
         read = "".join(alphabet[id if id >= 0 else ~id] for id in row)
         pairs.append((read[: targets[0]], read[targets[0] : targets[-1] + 1]))
     return pairs
+
+
+def answer_to(a: int, sign: str, b: int) -> str:
+    """Return the answer to a problem in plain text."""
+    if sign == "/":
+        return "{}r{}".format(*divmod(a, b)) if b else "undefined"
+    return str(PYTHON[sign](a, b))
 
 
 def triples(problems: Problems) -> set[tuple[int, int, int]]:
@@ -54,35 +69,146 @@ def make_config(**keys) -> Config:
     return Config(**{"dataset": "adder", "digits": 2, "mesh": "data:1"} | model | keys)
 
 
+@forms_of_tasks
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_windows_hold_problems_and_answers_with_reversed_digits(name, digits):
-    task = task_of(name, digits)
-    problems = task.draw(np.arange(3000, dtype=np.uint64))
-    for ask, said in spelled(task, problems, task.longest + 2):
+def test_windows_hold_problems_and_answers(name, digits, forms):
+    task = task_of(name, digits, **forms)
+    for ask, said in spelled(task, draw(task, 3000), task.longest + 2):
         a, sign, b = re.fullmatch(r"(\d+)(\D)(\d+)=", ask).groups()
         assert len(a) == len(b) == digits
-        answer = str(PYTHON[sign](int(a), int(b)))
-        minus = "-" if answer.startswith("-") else ""
-        assert said == minus + answer.removeprefix("-")[::-1] + "\n"
+        answer = answer_to(int(a), sign, int(b))
+        if forms["reverse_digits"]:
+            answer = re.sub(r"\d+", lambda number: number[0][::-1], answer)
+        working, _, written = said.rpartition("=")
+        assert written == answer + "\n"
+        assert bool(working) == (forms["working"] and answer != "undefined")
 
 
+@forms_of_tasks
 @pytest.mark.parametrize(("name", "digits"), ALL)
-def test_longest_problem_has_exactly_the_declared_length(name, digits):
-    task, top = task_of(name, digits), 10**digits - 1
-    kinds = np.arange(len(task.operations))
-    largest = Problems(kinds, np.full(len(kinds), top), np.full(len(kinds), top))
-    smallest = largest._replace(a=np.zeros(len(kinds), int))
-    pairs = spelled(task, largest, task.longest) + spelled(task, smallest, task.longest)
-    assert max(len(ask + said) for ask, said in pairs) == task.longest
-    assert max(len(said) for _, said in pairs) == task.longest_answer
+def test_longest_problem_has_exactly_the_declared_length(name, digits, forms):
+    task, top = task_of(name, digits, **forms), 10**digits - 1
+    pairs = [(k, a, b) for k in range(len(task.operations)) for a in (0, top) for b in (0, 1, top)]
+    extremes = Problems(*np.array(pairs).T)
+    found = spelled(task, extremes, task.longest) + spelled(task, draw(task, 3000), task.longest)
+    assert max(len(ask + said) for ask, said in found) == task.longest
+    assert max(len(said) for _, said in found) == task.longest_answer
+
+
+# ---- the working, read by the rules that a pupil follows ---------------------------------------
+
+
+def number(chain: str) -> int:
+    """Return the number whose digits are written units first."""
+    return int(chain[::-1])
+
+
+def read_chain(chain: str, totals: list[int]) -> int:
+    """Check digits and carries against the total at each digit; return the number they write."""
+    carry = 0
+    for digit, next_carry, total in zip(chain[::2], chain[1::2], totals, strict=True):
+        assert 10 * int(next_carry) + int(digit) == total + carry
+        carry = int(next_carry)
+    return number(chain[::2]) + carry * 10 ** len(totals)
+
+
+def check_addition(rows: list[str], a: str, b: str) -> None:
+    (row,) = rows
+    totals = [int(x) + int(y) for x, y in zip(a[::-1], b[::-1], strict=True)]
+    assert read_chain(row, totals) == int(a) + int(b)
+
+
+def read_borrows(chain: str, totals: list[int]) -> int:
+    """Check digits and borrows against the total at each digit; return the number they write."""
+    borrow = 0
+    for digit, next_borrow, total in zip(chain[::2], chain[1::2], totals, strict=True):
+        assert int(digit) - 10 * int(next_borrow) == total - borrow
+        borrow = int(next_borrow)
+    return number(chain[::2]) - borrow * 10 ** len(totals)
+
+
+def check_subtraction(rows: list[str], a: str, b: str) -> None:
+    difference, distance = rows
+    totals = [int(x) - int(y) for x, y in zip(a[::-1], b[::-1], strict=True)]
+    assert read_borrows(difference, totals) == int(a) - int(b)
+    is_negative = difference[-1] == "1"
+    totals = [-int(digit) if is_negative else int(digit) for digit in difference[::2]]
+    read_borrows(distance, totals)
+    assert number(distance[::2]) == abs(int(a) - int(b))
+
+
+def check_multiplication(rows: list[str], a: str, b: str) -> None:
+    so_far = 0
+    for place, factor in enumerate(map(int, b[::-1])):
+        product = read_chain(rows.pop(0), [int(digit) * factor for digit in a[::-1]])
+        assert product == int(a) * factor
+        before = so_far // 10
+        so_far = product
+        if place:
+            digits = [f"{term:0{len(a) + 1}}"[::-1] for term in (before, product)]
+            totals = [int(x) + int(y) for x, y in zip(*digits, strict=True)]
+            so_far = read_chain(rows.pop(0), totals)
+        assert so_far == int(a) * int(b[len(b) - 1 - place :]) // 10**place
+    assert not rows
+
+
+def check_division(rows: list[str], a: str, b: str) -> None:
+    multiples, *rows = rows
+    size = min(len(a), 2)
+    parts = re.findall(rf"\d{{{size + 1}}}", multiples)
+    assert [number(part) for part in parts] == [2 * int(b), 4 * int(b), 8 * int(b)]
+    rest, quotient = 0, 0
+    for digit, row in zip(a, rows, strict=True):
+        rest = 10 * rest + int(digit)
+        steps = re.findall(r"[<>]\d+", row[:-1])
+        for times, step in zip((8, 4, 2, 1), steps, strict=True):
+            assert (step[0] == ">") == (rest >= times * int(b))
+            rest -= times * int(b) if step[0] == ">" else 0
+            assert number(step[1:]) == rest
+        quotient = 10 * quotient + int(row[-1])
+    assert (quotient, rest) == divmod(int(a), int(b))
+
+
+CHECKS = {
+    "+": check_addition,
+    "-": check_subtraction,
+    "*": check_multiplication,
+    "/": check_division,
+}
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3, 9])
+def test_working_is_right_in_every_digit_and_carry(digits):
+    task = task_of("calculator", digits, working=True)
+    for ask, said in spelled(task, draw(task, 2000), task.longest):
+        a, sign, b = re.fullmatch(r"(\d+)(\D)(\d+)=", ask).groups()
+        if said != "undefined\n":
+            CHECKS[sign](said.rpartition("=")[0].split(";"), a, b)
+
+
+def test_plain_order_reverses_each_number_of_the_working():
+    problems = Problems(*np.array([[2, 3], [37, 99], [48, 5]]))
+    tasks = [
+        task_of("calculator", 2, working=True, reverse_digits=order) for order in (True, False)
+    ]
+    assert tasks[0].solutions(problems) == [
+        "6592;8241;717010=6771\n",
+        "010020040;<900<900<900>401;>900<900<900>409=91r4\n",
+    ]
+    assert tasks[1].solutions(problems) == [
+        "2956;1428;010717=1776\n",
+        "010020040;<009<009<009>041;>009<009<009>049=19r4\n",
+    ]
 
 
 @pytest.mark.parametrize(("name", "digits"), ALL)
 def test_drawn_operations_and_number_lengths_have_expected_frequencies(name, digits):
-    task = task_of(name, digits)
-    kind, a, b = task.draw(np.arange(20_000, dtype=np.uint64))
-    operations = len(task.operations)
-    np.testing.assert_allclose(np.bincount(kind) / len(kind), 1 / operations, atol=0.03)
+    task = task_of(name, digits, working=True)
+    kind, a, b = draw(task, 20_000)
+    tokens = [len(ask + said) for ask, said in spelled(task, Problems(kind, a, b), task.longest)]
+    longest = np.array([max(np.array(tokens)[kind == k]) for k in range(len(task.operations))])
+    np.testing.assert_allclose(np.bincount(kind) / len(kind), longest / longest.sum(), atol=0.03)
+    a, b = a[kind != 3], b[kind != 3]  # divisors have at most two digits
     below = [(np.maximum(a, b) < 10**n).mean() for n in range(1, digits + 1)]
     odds = np.diff((np.arange(digits + 1) / digits) ** 2)  # of the larger of two even draws
     lengths = np.arange(1, digits + 1)
@@ -104,14 +230,13 @@ def test_held_out_problems_and_mirror_images_are_never_drawn(name, digits):
     if digits == 1:  # all others are
         numbers = [(a, b) for a in range(10) for b in range(10)]
         every = {(k, a, b) for k in range(len(task.operations)) for a, b in numbers}
-        every -= {(kind, a, b) for kind, a, b in every if kind == 3 and b == 0}
         assert drawn == every - held - mirrored
 
 
 COUNTS = [
     ("adder", 1, {1: 5}),
     ("adder", 3, {1: 5, 2: 500, 3: 10_000}),
-    ("calculator", 2, {1: 5, 2: 500}),
+    ("calculator", 3, {1: 5, 2: 500, 3: 10_000}),
 ]
 
 
@@ -120,8 +245,10 @@ def test_every_operation_and_length_has_held_out_problems(name, digits, counts):
     task = task_of(name, digits)
     kind, a, b = task.held_out
     assert len(triples(task.held_out)) == len(kind)
+    assert b[kind == 3].max(initial=0) < 100
     for n, count in counts.items():
-        for operation in range(len(task.operations)):
+        for operation, sign in enumerate(task.operations):
+            count = min(count, 5000) if sign == "/" else count
             below = ((kind == operation) & (np.maximum(a, b) < 10**n)).sum()
             assert 0.9 * count < below <= sum(counts.values())
     lengths = np.array([len(str(max(pair))) for pair in zip(a, b, strict=True)])
@@ -164,14 +291,20 @@ def test_batches_depend_only_on_seed_step_and_stream():
         assert (other != several).any()
 
 
-def test_drawn_and_held_out_problems_match_recorded_values():
+RECORDED = [
+    ("adder", 3, "068+023= 047+006= 371+497= 082+041=", "299+165= 705+386= 086+479= 867+930="),
+    ("calculator", 2, "68-23= 47+06= 71-97= 02*01=", "87+15= 07/84= 13*49= 96-88="),
+]
+
+
+@pytest.mark.parametrize(("name", "digits", "drawn", "held"), RECORDED)
+def test_drawn_and_held_out_problems_match_recorded_values(name, digits, drawn, held):
     """Otherwise a run resumed on another machine would train on other, even held-out, problems."""
-    task = task_of("calculator", 2)
+    task = task_of(name, digits)
     keys = TrainProblems(task).starts(np.arange(4), block_size=9, seed=1, stream=0)
-    drawn = [ask for ask, _ in spelled(task, task.draw(keys.view(np.uint64)), 11)]
-    held = [ask for ask, _ in spelled(task, task.held_out, 11)[:4]]
-    assert drawn == ["68+23=", "47*06=", "71*97=", "37/04="]
-    assert held == ["87+15=", "07/84=", "13*49=", "96-88="]
+    problems = task.draw(keys.view(np.uint64))
+    assert " ".join(ask for ask, _ in spelled(task, problems, task.longest)) == drawn
+    assert " ".join(ask for ask, _ in spelled(task, task.held_out, task.longest)[:4]) == held
 
 
 def test_decoded_text_shows_answers_in_normal_digit_order(tmp_path):
@@ -187,6 +320,49 @@ def test_decoded_text_shows_answers_in_normal_digit_order(tmp_path):
     assert shown == ["-", "", "", "28", ""]
     assert stream.stopped
     assert tokenizer.decode(answer[:3]) == "-\ufffd"  # 8 is not a number of tens yet
+
+
+WORKINGS = [("37*48=", "6592;8241;717010=6771", "1776"), ("1/0=", "undefined", "undefined")]
+
+
+@pytest.mark.parametrize(("prompt", "solution", "answer"), WORKINGS)
+def test_working_is_shown_only_on_demand(tmp_path, prompt, solution, answer):
+    (tmp_path / "t.json").write_text(ArithmeticTokenizer("+-*/", 2, working=True).to_json())
+    hidden = tokenizers.load(tmp_path / "t.json")
+    shown = tokenizers.with_working(hidden)
+    ids = [hidden.chars.index(char) for char in solution + "\n"]
+    problem = hidden.encode(prompt).tolist()
+    working = solution.rpartition("=")[0] + "=" if "=" in solution else ""
+    for tokenizer, text in (hidden, answer), (shown, working + answer):
+        assert tokenizer.decode(problem + ids) == prompt + text + "\n"
+        stream, pieces = TextStream(tokenizer, tokenizer.stop), []
+        for n in range(1, len(ids) + 1):
+            pieces.append(stream.push(ids[:n]))
+        assert "".join(pieces) == text
+        assert stream.stopped
+    assert hidden.decode(problem + ids[:3]) == prompt + "\ufffd"
+    assert tokenizers.same_ids(hidden, shown)
+
+
+@pytest.mark.parametrize("tokenizer", [ArithmeticTokenizer("+-*/", 2), CharTokenizer("ab")])
+def test_working_of_a_model_that_writes_none_is_refused(tokenizer):
+    said = refusal(tokenizers.with_working, tokenizer)
+    assert "show_working=True: the model writes no working; expected a run of" in said
+
+
+def test_tokenizer_of_a_calculator_without_remainders_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text('{"type": "arithmetic", "operations": "+-*/", "digits": 2}')
+    assert "t.json: not a tokenizer" in refusal(tokenizers.load, tmp_path / "t.json")
+    (tmp_path / "t.json").write_text('{"type": "arithmetic", "operations": "+", "digits": 2}')
+    assert tokenizers.load(tmp_path / "t.json").decode([1]) == "+"
+
+
+def test_divisors_have_at_most_two_digits():
+    tokenizer = ArithmeticTokenizer("+-*/", 3)
+    assert len(tokenizer.encode("999/99=")) == len(tokenizer.encode("1*123=")) == 8
+    said = refusal(tokenizer.encode, "999/100=")
+    parts = "two numbers of at most 3 digits (a divisor of at most 2) and one of + - * /"
+    assert said == f"'999/100=': is not a problem; expected {parts}; try 12+34="
 
 
 @pytest.mark.parametrize(
@@ -229,28 +405,62 @@ def test_preparing_an_arithmetic_task_is_rejected(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_accuracy_counts_correct_answers_and_lists_errors(monkeypatch):
-    task = task_of("calculator", 2)
+def next_digit(text: str) -> str:
+    """Return the text with another first digit."""
+    return re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), text, count=1)
+
+
+def test_accuracy_counts_answers_and_names_errors(monkeypatch):
+    task = task_of("calculator", 2, working=True)
     kind, a, b = task.held_out
-    rows = task.windows(task.held_out, task.longest)
-    answers = iter(np.stack([np.resize(row[row >= 0], task.longest_answer) for row in rows]))
-
-    def answer(_, task, problems):
-        said = np.stack([next(answers) for _ in problems.a])
-        wrong = (problems.kind == 1) & (problems.a == 90 + problems.a % 10)
-        said[wrong, 0] = 0
-        return said
-
-    wrong = (kind == 1) & (a >= 90)
-    monkeypatch.setattr(evaluation, "greedy_answers", answer)
+    right = [text.rpartition("=") for text in task.solutions(task.held_out)]
+    said = ["".join(parts) for parts in right]
+    mistakes = {
+        "right working and wrong answer": (kind == 1) & (a >= 90) & (b < 50),
+        "wrong working": (kind == 2) & (a >= 80) & (b >= 10),
+        "no end": (kind == 0) & (a < 5),
+    }
+    harmless = (kind == 2) & (a < 10) & (b >= 10)  # an error of the working, but not of the answer
+    for n, (working, mark, answer) in enumerate(right):
+        if mistakes["right working and wrong answer"][n]:
+            said[n] = working + mark + next_digit(answer)
+        elif mistakes["wrong working"][n]:
+            said[n] = next_digit(working) + mark + next_digit(answer)
+        elif mistakes["no end"][n]:
+            said[n] = working + mark + answer.strip()
+        elif harmless[n]:
+            said[n] = next_digit(working) + mark + answer
+    monkeypatch.setattr(evaluation, "greedy_solutions", lambda *_: said)
     found = evaluation.accuracy(None, task)
-    assert found["problems"] == len(a)
+    wrong = np.any(list(mistakes.values()), axis=0)
+    assert harmless.any()
+    assert found["problems"] == len(kind)
     assert found["exact"] == pytest.approx(1 - wrong.mean())
-    two = (kind == 1) & (np.maximum(a, b) >= 10)
-    assert found["exact - of 2 digits"] == f"{1 - wrong.sum() / two.sum():.2%} of {two.sum():,}"
-    assert found["exact * of 1 digits"].startswith("100.00% of ")
-    listed = {f"{a[n]}-{b[n]}" for n in np.flatnonzero(wrong)[: evaluation.ERRORS_SHOWN]}
-    assert listed == {name for name in found if re.fullmatch(r"\d+\D\d+", name)}
+    assert {f"errors, {name}": chosen.sum() for name, chosen in mistakes.items()} == {
+        name: count for name, count in found.items() if name.startswith("errors")
+    }
+    two, count = (kind == 1) & (np.maximum(a, b) >= 10), (wrong & (kind == 1)).sum()
+    beginning = f"{1 - count / two.sum():.2%} of {two.sum():,}, {count} wrong (95% interval "
+    assert found["exact - of 2 digits"].startswith(beginning)
+    assert found["exact /"].startswith(f"100.00% of {(kind == 3).sum():,}, 0 wrong (")
+    shown = np.flatnonzero(wrong)[: evaluation.ERRORS_SHOWN]
+    names = [f"{a[n]}{task.operations[kind[n]]}{b[n]}" for n in shown]
+    assert names == [name for name in found if re.fullmatch(r"\d+\D\d+", name)]
+    for n, name in zip(shown, names, strict=True):
+        expected = answer_to(a[n], task.operations[kind[n]], b[n])
+        answer, right_answer = found[name].split(", but expected ")
+        assert right_answer == expected
+        assert (answer == expected) == (said[n][-1] != "\n")
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(1, 2, 0.0945, 0.9055), (95, 100, 0.8882, 0.9785), (10, 10, 0.7225, 1)],
+)
+def test_interval_of_a_proportion_matches_published_values(right, n, low, high):
+    text = evaluation.proportion(np.arange(n) < right)
+    found = [float(number) / 100 for number in re.findall(r"([\d.]+)% to ([\d.]+)%", text)[0]]
+    assert found == pytest.approx([low, high], abs=1e-4)
 
 
 @pytest.mark.slow
