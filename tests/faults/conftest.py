@@ -61,6 +61,14 @@ def quiet(quick, data, tmp_path_factory):
     return config
 
 
+@pytest.fixture(scope="module")
+def short(quick, data, tmp_path_factory):
+    """Return a local run of 6 steps with checkpoints 3 and 6."""
+    config = tiny(tmp_path_factory.mktemp("short"), data, max_iters=6, eval_interval=3)
+    assert train(config) == 0
+    return config
+
+
 @pytest.fixture(scope="session")
 def store():
     """Start an S3 server."""

@@ -18,51 +18,43 @@ from jaxgpt.data.prepare import find_dataset
 from jaxgpt.runtime import run_dir, storage
 from jaxgpt.train import train
 
-from .harness import outcome, tiny
+from .harness import outcome
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.fixture(scope="module")
-def quiet(quick, data, tmp_path_factory):
-    """Return a local run of 6 steps with checkpoints 3 and 6."""
-    config = tiny(tmp_path_factory.mktemp("quiet"), data, max_iters=6, eval_interval=3)
-    assert train(config) == 0
-    return config
-
-
 @pytest.fixture
-def remote(quiet, bucket):
-    """Return the config of a run like `quiet`, in the bucket."""
-    return quiet.replace(out_dir=f"s3://{bucket.name}/some/run")
+def remote(short, bucket):
+    """Return the config of a run like `short`, in the bucket."""
+    return short.replace(out_dir=f"s3://{bucket.name}/some/run")
 
 
 def step_names(bucket) -> set[str]:
     return {name.split("/")[0] for name in bucket.names("some/run/checkpoints")}
 
 
-def test_run_in_a_bucket_equals_a_local_run_and_leaves_the_same_files(quiet, remote, bucket):
+def test_run_in_a_bucket_equals_a_local_run_and_leaves_the_same_files(short, remote, bucket):
     assert train(remote) == 0
-    local = Path(quiet.out_dir)
+    local = Path(short.out_dir)
     names = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
     hashes = lambda names: {name for name in names if "/d/" not in name}  # named by their content
     assert hashes(bucket.names("some/run")) == hashes(names) - {".lock"} | {"checkpoints/best"}
     assert bucket.read("some/run/checkpoints/best").decode() == os.readlink(
         local / "checkpoints/best"
     )
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
     assert json.loads(bucket.read("some/run/config.json"))["out_dir"] == remote.out_dir
     mirror = storage.mirror_folder(remote.out_dir)
     assert {path.name for path in mirror.iterdir()} == {".lock", ".owners"}
 
 
-def test_stopped_run_resumes_on_another_machine(quiet, remote, tmp_path, monkeypatch):
+def test_stopped_run_resumes_on_another_machine(short, remote, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_at(patched, 4)
         assert train(remote) == 128 + signal.SIGTERM
     monkeypatch.setattr(storage, "MIRRORS", tmp_path / "other")
     assert train(remote) == 0
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
 
 
 def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(remote, bucket):
@@ -82,7 +74,7 @@ def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(re
     assert "some/run/tensorboard/events.1" not in left
 
 
-def test_damaged_step_is_quarantined_in_the_bucket(quiet, remote, bucket):
+def test_damaged_step_is_quarantined_in_the_bucket(short, remote, bucket):
     assert train(remote) == 0
     name = next(n for n in sorted(bucket.names()) if "/6/state/params/ocdbt" in n and "/d/" in n)
     data = bytearray(bucket.read(name))
@@ -101,7 +93,7 @@ def test_damaged_step_is_quarantined_in_the_bucket(quiet, remote, bucket):
         assert checkpoints.latest() == 3
         assert [path.name for path in checkpoints.damaged()] == ["6.corrupt"]
     assert train(remote) == 0
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
     assert not [name for name in bucket.names() if name.endswith(".corrupt")]
 
 
@@ -137,7 +129,7 @@ def test_new_run_starts_from_weights_in_a_bucket(remote, tmp_path):
 
 
 def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
-    quiet, data, bucket, tmp_path, capsys
+    short, data, bucket, tmp_path, capsys
 ):
     def upload() -> None:
         for file in (data / "tale").iterdir():
@@ -145,9 +137,9 @@ def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
 
     upload()
     keys = {"data_dir": f"s3://{bucket.name}/sets", "out_dir": str(tmp_path / "run")}
-    config = quiet.replace(**keys)
+    config = short.replace(**keys)
     assert train(config) == 0
-    assert outcome(config) == outcome(quiet)
+    assert outcome(config) == outcome(short)
     assert capsys.readouterr().err.count(f"{keys['data_dir']}/tale: copying 0.0 MB to ") == 1
     copy = next((tmp_path / "data").glob("*/tale/val.bin"))
     before = copy.stat().st_ino

@@ -18,18 +18,10 @@ from .harness import outcome, tiny
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.fixture(scope="module")
-def quiet(quick, data, tmp_path_factory):
-    """Return a local run of 6 steps with checkpoints 3 and 6."""
-    config = tiny(tmp_path_factory.mktemp("quiet"), data, max_iters=6, eval_interval=3)
-    assert train(config) == 0
-    return config
-
-
 @pytest.fixture
-def remote(quiet, bucket):
-    """Return the config of a run like `quiet`, in the bucket."""
-    return quiet.replace(out_dir=f"s3://{bucket.name}/run")
+def remote(short, bucket):
+    """Return the config of a run like `short`, in the bucket."""
+    return short.replace(out_dir=f"s3://{bucket.name}/run")
 
 
 def at_random(kinds: tuple[str, ...], rate: float, seed: int = 0):
@@ -42,17 +34,17 @@ KINDS = {"errors": ("500", "503"), "breaks": ("half", "lost"), "delays": ("slow"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_single_failed_requests_are_repeated(quiet, remote, store, monkeypatch, kind):
+def test_single_failed_requests_are_repeated(short, remote, store, monkeypatch, kind):
     monkeypatch.setattr(bucket_module, "READ_S", 1)
     with store.disturbed(at_random(KINDS[kind], 0.05)) as faults:
         assert train(remote) == 0
-        assert outcome(remote) == outcome(quiet)
+        assert outcome(remote) == outcome(short)
     assert len(faults) > 2
     assert set(faults) <= set(KINDS[kind])
 
 
 def test_step_that_cannot_be_uploaded_is_uploaded_with_the_next_save(
-    quiet, remote, store, bucket, monkeypatch, capsys
+    short, remote, store, bucket, monkeypatch, capsys
 ):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     down = lambda request: "503" if request.startswith("PUT") and "/3/state" in request else ""
@@ -70,11 +62,11 @@ def test_step_that_cannot_be_uploaded_is_uploaded_with_the_next_save(
     warning = r"warning: out_dir=.*: the object store failed .*; step 3 is uploaded with the next"
     assert re.search(warning, capsys.readouterr().err)
     assert {"3/digest.json", "6/digest.json"} <= bucket.names("run/checkpoints")
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
 
 
 def test_store_that_stays_down_ends_the_run_with_one_line_and_loses_no_saved_step(
-    quiet, remote, store, bucket, monkeypatch
+    short, remote, store, bucket, monkeypatch
 ):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     down = lambda request: "503" if request.startswith("PUT") and "/6/" in request else ""
@@ -83,7 +75,7 @@ def test_store_that_stays_down_ends_the_run_with_one_line_and_loses_no_saved_ste
     assert "3/digest.json" in bucket.names("run/checkpoints")
     assert "6/digest.json" not in bucket.names("run/checkpoints")
     assert train(remote) == 0
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
 
 
 def test_step_that_cannot_be_read_is_not_taken_for_damaged(remote, store, bucket, monkeypatch):
@@ -129,7 +121,7 @@ MOMENTS = {  # the request that is never answered -> the newest step in the buck
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_during_an_upload_leaves_the_steps_before(quiet, remote, store, moment):
+def test_kill_during_an_upload_leaves_the_steps_before(short, remote, store, moment):
     part, newest = MOMENTS[moment]
     reached, killed = threading.Event(), threading.Event()
 
@@ -151,7 +143,7 @@ def test_kill_during_an_upload_leaves_the_steps_before(quiet, remote, store, mom
     found = run_dir.open_checkpoints(remote).latest()
     assert found == newest or (newest is None and found in (3, 6))
     assert train(remote) == 0
-    assert outcome(remote) == outcome(quiet)
+    assert outcome(remote) == outcome(short)
 
 
 @pytest.mark.slow
