@@ -35,8 +35,7 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
 
     Raises `UserError`, also if the disk is full.
     """
-    folder = storage.mirror_folder(out_dir)
-    file = distributed.on_process_0(partial(_lock, out_dir, folder))
+    file = distributed.on_process_0(partial(_lock, out_dir))
     try:
         with storage.open_to_write(out_dir):
             yield
@@ -50,9 +49,9 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
             os.close(file)
 
 
-def _lock(out_dir: str, folder: Path) -> int:
+def _lock(out_dir: str) -> int:
     """Return the open lock file. The file is never deleted, because that would be a race."""
-    subject = f"out_dir={out_dir!r}"
+    subject, folder = f"out_dir={out_dir!r}", storage.mirror_folder(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
