@@ -128,13 +128,13 @@ def test_kill_during_an_upload_leaves_the_steps_before(short, remote, store, mom
     def block(request: str) -> str:
         if not killed.is_set() and request.startswith("PUT") and part in request:
             reached.set()
-            killed.wait(30)
+            killed.wait(60)
             return "half"
         return ""
 
     with store.disturbed(block):
         process = start(remote)
-        assert reached.wait(60)
+        assert reached.wait(180)
         process.kill()
         process.communicate()
         killed.set()
@@ -154,7 +154,7 @@ def test_run_killed_ten_times_at_random_ends_bit_exact(data, bucket, tmp_path, m
     while kills < 10:
         process = start(remote)
         try:
-            process.communicate(timeout=rng.uniform(5, 15))
+            process.communicate(timeout=rng.uniform(5, 20))
             assert process.returncode == 0
             remote = remote.replace(out_dir=f"s3://{bucket.name}/run{kills}")
         except subprocess.TimeoutExpired:
