@@ -213,16 +213,16 @@ class Mirror:
     def publish(self) -> None:
         """Make the bucket equal to the folder. Raises `StoreError`, and `LeaseLost`.
 
-        Steps come first, and a step's digest after its other files. Then come the name of the best
-        step and the run's other files. Old steps are deleted last, each beginning with its digest.
+        The metrics come before the steps, so that a step that counts has its rows. A step's digest
+        comes after its other files. Old steps are deleted last, each beginning with its digest.
         """
         with self._publishing:
             self.lease.check()
             objects, steps = self.bucket.sizes(), _complete_steps(self.folder / STEPS)
+            self._publish_files(objects)
             for step in sorted(steps - _steps(objects, DIGEST), key=int):
                 self._upload_step(step)
             self._publish_best()
-            self._publish_files(objects)
             self._delete_steps(objects, steps)
 
     def _upload_step(self, step: str) -> None:

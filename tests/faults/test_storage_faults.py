@@ -1,5 +1,6 @@
 """Test that runs in an object store lose nothing when it fails, and when they are killed."""
 
+import json
 import random
 import re
 import subprocess
@@ -108,6 +109,24 @@ def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch
         checkpoints.quarantine_corrupt()
         assert checkpoints.newest == 6
     assert changed
+
+
+def test_metrics_are_uploaded_before_the_digest_of_their_step(remote, bucket, monkeypatch):
+    """So a run that is killed between the two has the rows of the step from which it resumes."""
+    upload, last_rows = storage.Bucket.upload, {}
+
+    def look(self, folder, names):
+        names = list(names)
+        for name in names:
+            if name.endswith("digest.json"):
+                rows = bucket.read("run/metrics.jsonl").splitlines()
+                last_rows[int(name.split("/")[1])] = json.loads(rows[-1])["step"]
+        upload(self, folder, names)
+
+    monkeypatch.setattr(storage.Bucket, "upload", look)
+    assert train(remote) == 0
+    assert last_rows.keys() == {3, 6}
+    assert all(last >= step for step, last in last_rows.items())
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------
