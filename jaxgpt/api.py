@@ -34,7 +34,7 @@ from jaxgpt.interop import huggingface
 from jaxgpt.kernels.attention import accum_dtype
 from jaxgpt.model import GPT, abstract_model, unstack_layers
 from jaxgpt.runtime import device as devices
-from jaxgpt.runtime import distributed, run_dir
+from jaxgpt.runtime import distributed, run_dir, storage
 from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.runtime.metrics import Row, read_metrics
 from jaxgpt.sample import Sampler, SamplingParams
@@ -90,7 +90,7 @@ def load(
     one's own needs its config class, or its config file, as `config`. Raises `UserError`.
     """
     name = os.fspath(source)
-    if run_dir.is_run(Path(name)):
+    if run_dir.is_run(name):
         step = check_value("checkpoint", str(checkpoint), Checkpoint)
         key = "config_file" if isinstance(config, str) else "config_class"
         options: dict[str, Any] = {key: config}
@@ -155,7 +155,7 @@ class Run:
     @property
     def metrics(self) -> list[Row]:
         """The rows of metrics.jsonl, as `pandas.DataFrame` takes them; empty for weights."""
-        return read_metrics(Path(self.source, "metrics.jsonl"))
+        return read_metrics(storage.local(self.source) / "metrics.jsonl")
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -253,7 +253,7 @@ class Run:
         return f"Run({self.source!r})"
 
     def _repr_png_(self) -> bytes | None:
-        picture = Path(self.source, "loss.png")
+        picture = storage.local(self.source) / "loss.png"
         return picture.read_bytes() if picture.is_file() else None
 
 

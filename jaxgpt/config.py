@@ -69,7 +69,8 @@ class RunConfig:
     """The run directory, the length of the run, and what it logs and saves."""
 
     out_dir: NonEmptyStr = "out"
-    """The run directory: config, metrics, picture, log and checkpoints."""
+    """The run directory: config, metrics, picture, log and checkpoints. A folder, or s3://bucket/path
+    or gs://bucket/path (needs the extra `cloud`)."""
     init_from: InitFrom = "scratch"
     """`scratch` starts a new run; `resume` continues from the newest checkpoint; `auto` resumes if
     there is a checkpoint. Other values name the initial weights: gpt2, gpt2-medium, gpt2-large,
@@ -124,7 +125,8 @@ class DataConfig:
     """Folder in `data_dir` with token files; a known corpus is prepared on first use. `adder` and
     `calculator` are arithmetic problems, generated on the fly."""
     data_dir: NonEmptyStr = "data"
-    """Folder of all datasets. nanoGPT's own `data` folder works too."""
+    """Folder of all datasets; nanoGPT's own `data` folder works too. Datasets at
+    s3://bucket/path or gs://bucket/path are copied to this machine (needs the extra `cloud`)."""
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
     working: bool = False

@@ -25,8 +25,9 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluate import Evaluator
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
-from jaxgpt.runtime import run_dir
+from jaxgpt.runtime import run_dir, storage
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.files import is_url
 from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.runtime.metrics import Log, read_metrics
 from jaxgpt.train_step import abstract_state, init_state, make_train_step
@@ -214,7 +215,9 @@ def assert_trees_close(ours: dict, theirs: dict, atol: float) -> None:
 
 
 def all_rows(config: Config) -> list[dict]:
-    return read_metrics(Path(config.out_dir, "metrics.jsonl"))
+    if is_url(config.out_dir):
+        storage.open_to_read(config.out_dir)
+    return read_metrics(storage.local(config.out_dir) / "metrics.jsonl")
 
 
 def rows_of(config: Config) -> list[dict]:

@@ -21,7 +21,7 @@ ALLOWED = {
     "config": set(),
     "kernels": set(),
     "sharding": {"config", "kernels"},
-    "data": {"config", "kernels", "sharding", "runtime.files"},
+    "data": {"config", "kernels", "sharding", "runtime.files", "runtime.bucket"},
     "runtime": {"config", "sharding", "kernels", "data"},
     "core": {"config", "sharding", "kernels", "data", "runtime"},
     "interop": {"config", "sharding", "kernels", "data", "runtime", "core"},

@@ -29,7 +29,7 @@ from jaxgpt.cli.command_line import (
 )
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import reason
+from jaxgpt.runtime.files import check_is_folder, is_url, reason
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
@@ -161,6 +161,8 @@ class SampleArgs(ModelArgs):
 def sample(argv: list[str]) -> None:
     """Stream samples from a run or from GPT-2 weights."""
     args = parse(SampleArgs, argv, "sample.py")
+    if args.profile:
+        check_is_folder("out_dir", args.out_dir)
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
     from jaxgpt.data.tokenizer import with_working
@@ -290,6 +292,7 @@ class PrepareArgs:
 def prepare(argv: list[str]) -> None:
     """Turn text into token files."""
     args = parse(PrepareArgs, argv, "jaxgpt prepare")
+    check_is_folder("data_dir", args.data_dir)
     from jaxgpt.data.prepare import prepare
 
     folder = prepare(**vars(args))
@@ -373,7 +376,9 @@ def report(argv: list[str]) -> None:
     from jaxgpt.tools.report import write_report
 
     load = partial(api.load, checkpoint=args.checkpoint, config=args.config)
-    print(write_report([load(run) for run in args.runs], args.prompt, args.to))
+    path = write_report([load(run) for run in args.runs], args.prompt, args.to)
+    in_store = is_url(args.runs[0]) and not args.to
+    print(f"{args.runs[0].rstrip('/')}/{path.name}" if in_store else path)
 
 
 def bench(argv: list[str]) -> None:
@@ -414,6 +419,7 @@ def ablate(argv: list[str]) -> int:
         config = configs.get("cpu_config", config)
     config = config.replace(**command_line.overrides)
     out_dir = args.out_dir or config.out_dir
+    check_is_folder("out_dir", out_dir)
     if "baseline" in configs:
         baseline = configs["baseline"].replace(**command_line.overrides)
         return time_to_loss.measure(baseline, config, args.features, args.seeds, out_dir)
@@ -442,6 +448,7 @@ def plan(argv: list[str]) -> int:
     args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
     command_line = parse_command_line(flags, other_flags=vars(args))
     config = command_line.config.replace(**command_line.overrides)
+    check_is_folder("data_dir", config.data_dir)
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -22,6 +22,7 @@ from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
+from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
 
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
@@ -119,11 +120,12 @@ def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
     A run that `is_fresh` also prepares the fallback text's dataset again if its text was replaced.
     The old dataset is kept under another name, because other runs may have to resume with it.
     """
-    folder = Path(config.data_dir, config.dataset)
     if config.dataset not in CORPORA:
         return
+    data_dir = local_data_dir(config.data_dir, config.dataset)
+    folder = data_dir / config.dataset
     if not tokens.is_prepared(folder):
-        prepare(config.dataset, config.data_dir)
+        prepare(config.dataset, str(data_dir))
     elif is_fresh and text_was_replaced(config.dataset, folder):
         kept = folder.with_name(f"{folder.name}_fallback")
         print(
@@ -132,7 +134,7 @@ def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
         shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt"}, dirs_exist_ok=True)
         kind = tokens.read_meta(folder)["tokenizer"]
         tokenizer = str(folder / tokenizers.FILE) if kind == "bpe" else kind
-        prepare(config.dataset, config.data_dir, tokenizer)
+        prepare(config.dataset, str(data_dir), tokenizer)
 
 
 def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Dataset:
@@ -143,13 +145,14 @@ def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Da
     if config.dataset in TASKS:
         return open_task(config, block_size)
     prepare_if_missing(config)
-    folder = Path(config.data_dir, config.dataset)
+    data_dir = local_data_dir(config.data_dir, config.dataset)
+    folder = data_dir / config.dataset
     if not folder.is_dir():
         expected = f"a prepared dataset, or one of {', '.join([*CORPORA, *TASKS])}"
         is_known = config.dataset in (*documents.HUB, *SHARD_SETS)
         advice = f"try jaxgpt prepare {folder.name}{'' if is_known else '.txt'}"
         raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
-    found = tokens.open_dataset(folder, Path(config.data_dir), block_size, vocab_size)
+    found = tokens.open_dataset(folder, data_dir, block_size, vocab_size)
     if config.dataset in CORPORA and text_was_replaced(config.dataset, folder):
         note = f"{folder}: its token files are not of the input.txt in it, and are kept, because "
         note += "the run resumes with them; a new run takes the text"

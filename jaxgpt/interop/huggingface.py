@@ -21,7 +21,8 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokens import GPT2_VOCAB, PADDED_GPT2
 from jaxgpt.kernels.norm import NORM_EPSILON
-from jaxgpt.runtime import run_dir
+from jaxgpt.runtime import run_dir, storage
+from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.files import import_extra, reason
 from jaxgpt.train_step import abstract_params
@@ -136,7 +137,7 @@ class Weights:
         if file.is_file():
             tokenizer = tokenizers.load(file)
         elif vocab_size in PADDED_GPT2:
-            tokenizer = tokenizers.gpt2(data_dir)
+            tokenizer = tokenizers.gpt2(local_data_dir(data_dir, "gpt2"))
         else:
             raise UserError(f"{self.source}: no tokenizer; expected {file}")
         if tokenizer.vocab_size > vocab_size:
@@ -187,7 +188,7 @@ def resolve_init(
         changed = [f"{k}={v}" for k, v in theirs.items() if v != getattr(config, k)]
         notes = [f"model of the run: {', '.join(changed)}"] if changed else []
         return None, merged, notes
-    is_run = run_dir.is_run(Path(config.init_from))
+    is_run = run_dir.is_run(config.init_from)
     weights = run_dir.open_weights(config) if is_run else open_weights(config.init_from)
     positions = weights.keys["block_size"]
     theirs = weights.keys | {"block_size": min(positions, config.block_size)}
@@ -232,7 +233,7 @@ def load_trained(
         config = run_dir.load_config(out_dir, config_file, config_class)
         config = config.replace(data_dir=data_dir or config.data_dir)
         load = partial(run_dir.load_params, config, checkpoint)
-        file = Path(out_dir, tokenizers.FILE)
+        file = storage.local(out_dir) / tokenizers.FILE
         return Trained(config, load, TokenizerLoader(file, partial(tokenizers.load, file)))
     weights = open_weights(init_from)
     config = Config(**weights.keys, data_dir=data_dir or "data")

@@ -71,6 +71,11 @@ class Checkpoints:
     def best(self) -> int | None:
         """Return the step with the lowest validation loss, if it exists and is readable."""
         link = self.folder / BEST
+        if link.is_file():  # a copy from an object store, which has no links
+            name = link.read_text(encoding="utf-8")
+            return (
+                int(name) if name.isdecimal() and (self.folder / name / DIGEST).exists() else None
+            )
         if not (link / DIGEST).exists():
             return None
         if link.is_symlink():
@@ -97,7 +102,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             if self._was_best(step) and self._is_verified(step):
                 if step != self.best():  # the run was killed before it made the link
-                    _link(self.folder / BEST, str(step))
+                    make_link(self.folder / BEST, str(step))
                 break
 
     def _was_best(self, step: int) -> bool:
@@ -187,7 +192,7 @@ class Checkpoints:
             atomic_write(step / META, json.dumps(meta, indent=1))
             atomic_write(step / DIGEST, json.dumps(make_digest(step), indent=1))
             if best:
-                _link(self.folder / BEST, step.name)
+                make_link(self.folder / BEST, step.name)
             _verify(step, by=_size)  # before older steps are deleted
             kept = {*self.steps()[-self.keep :], self.best()}
             for folder in self._folders():
@@ -285,7 +290,7 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def _link(link: Path, target: str) -> None:
+def make_link(link: Path, target: str) -> None:
     """Point `link` at `target` atomically."""
     partial = link.with_name(link.name + ".partial")
     partial.unlink(missing_ok=True)

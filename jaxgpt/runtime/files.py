@@ -51,6 +51,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_url(path: str) -> bool:
+    """Tell whether a path names an object store."""
+    return "://" in path
+
+
+def check_is_folder(key: str, path: str) -> None:
+    """Raise `UserError` if a path names an object store."""
+    if is_url(path):
+        raise UserError(f"{key}={path!r}: is in an object store; expected a folder")
+
+
 def make_folder(folder: str | Path, subject: str, key: str) -> None:
     """Make a folder and its parents. Raises the `folder_error` of `subject` and `key`."""
     try:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxgpt.config import Config
+from jaxgpt.runtime import storage
 from jaxgpt.runtime.files import atomic_path, atomic_write, import_extra
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ class Log:
     """
 
     def __init__(self, config: Config, first_step: int, *, enabled: bool = True):
-        self.folder = Path(config.out_dir)
+        self.folder = storage.local(config.out_dir)
         self.enabled = enabled
         self._stack = ExitStack()
         self._live: TerminalLine | NotebookLine | None = None
@@ -220,7 +221,7 @@ def draw_losses(folder: Path) -> None:
 def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[[Row], None]:
     tensorboard = import_extra("tensorboardX", "tensorboard=True", "log")
     writer = tensorboard.SummaryWriter(
-        str(Path(config.out_dir, "tensorboard")), purge_step=first_step + 1
+        str(storage.local(config.out_dir) / "tensorboard"), purge_step=first_step + 1
     )
     stack.callback(writer.close)
 
@@ -236,7 +237,7 @@ def _wandb(config: Config, stack: ExitStack) -> Callable[[Row], None]:
     run = import_extra("wandb", "wandb_log=True", "log").init(
         project=config.wandb_project,
         name=config.wandb_run_name or Path(config.out_dir).name,
-        dir=config.out_dir,
+        dir=str(storage.local(config.out_dir)),
         config=config.to_dict(),
     )
     stack.callback(run.finish)

@@ -18,7 +18,7 @@ import jax
 from jax import stages
 
 from jaxgpt.config import Config
-from jaxgpt.runtime import distributed
+from jaxgpt.runtime import distributed, storage
 from jaxgpt.runtime.files import atomic_write
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
@@ -250,7 +250,7 @@ class Profiler:
 
     def __init__(self, config: Config, log: Log, step_log: StepLog):
         self.log, self.step_log = log, step_log
-        self.folder = Path(config.out_dir, FOLDER)
+        self.folder = storage.local(config.out_dir) / FOLDER
         self.steps = config.profile  # 0 after the profile
         if config.profile:  # the cache may hold the program with names from an older version
             jax.config.update("jax_compilation_cache_include_metadata_in_key", True)

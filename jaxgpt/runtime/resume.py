@@ -1,12 +1,10 @@
 """Compare a run that resumes with its checkpoint: reject other data, name the keys that changed."""
 
-from pathlib import Path
-
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.batch_size import global_batch_size
 from jaxgpt.data.tokens import Dataset
-from jaxgpt.runtime import run_dir
+from jaxgpt.runtime import run_dir, storage
 from jaxgpt.runtime.checkpoint import Checkpoints
 
 # Keys that say where and how a run is started, and change nothing that it computes.
@@ -27,7 +25,7 @@ def check_data(config: Config, checkpoints: Checkpoints, dataset: Dataset) -> No
         problem = "its token files have changed since the checkpoint; expected the same files"
         advice = "try to restore them, or --init_from=scratch in a new out_dir"
         raise UserError(f"{subject}: {problem}; {advice}")
-    file = Path(config.out_dir, tokenizers.FILE)
+    file = storage.local(config.out_dir) / tokenizers.FILE
     tokenizers.check_same(config.dataset, dataset.tokenizer, file)
     vocab_size = meta["data"].get("vocab_size", dataset.vocab_size)
     if not (dataset.tokenizer and file.is_file()) and vocab_size != dataset.vocab_size:

@@ -19,25 +19,14 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
-from jaxgpt.runtime import distributed
+from jaxgpt.runtime import distributed, storage
 from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, CorruptCheckpoint, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write, folder_error, make_folder, reason
+from jaxgpt.runtime.files import atomic_write, folder_error, is_url, make_folder, reason
+from jaxgpt.runtime.storage import CONFIG, LOCK, RUN_FILES
 from jaxgpt.train_step import abstract_params
 
-CONFIG = "config.json"
-LOCK = ".lock"
 NO_CHECKPOINT = "no checkpoint in it yet; expected a run that has saved one"
-RUN_FILES = (
-    CONFIG,
-    "metrics.jsonl",
-    "loss.png",
-    "log.txt",
-    "tensorboard",
-    "tokenizer.json",
-    "profile",
-    "report.html",
-)
 
 
 @contextmanager
@@ -48,7 +37,8 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
     """
     file = distributed.on_process_0(partial(_lock, out_dir))
     try:
-        yield
+        with storage.open_to_write(out_dir):
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -61,10 +51,10 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
 
 def _lock(out_dir: str) -> int:
     """Return the open lock file. The file is never deleted, because that would be a race."""
-    subject = f"out_dir={out_dir!r}"
+    subject, folder = f"out_dir={out_dir!r}", storage.mirror_folder(out_dir)
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = os.open(Path(out_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise folder_error(subject, "out_dir", error) from error
     try:
@@ -85,7 +75,7 @@ def _lock(out_dir: str) -> int:
 
 
 def open_checkpoints(config: Config) -> Checkpoints:
-    return Checkpoints(Path(config.out_dir, "checkpoints"), config.keep_checkpoints)
+    return storage.checkpoints(config.out_dir, config.keep_checkpoints)
 
 
 def resume_step(config: Config, checkpoints: Checkpoints) -> int:
@@ -169,7 +159,7 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
 
     Raises `UserError` for files that only look like a run's.
     """
-    folder, subject = Path(config.out_dir), f"out_dir={config.out_dir!r}"
+    folder, subject = storage.local(config.out_dir), f"out_dir={config.out_dir!r}"
     existing = [folder / name for name in (*RUN_FILES, "checkpoints") if (folder / name).exists()]
     if fresh and existing and not is_run(folder):
         problem = f"holds {existing[0].name}, but no run"
@@ -187,12 +177,14 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
             path.unlink()
     if dataset.tokenizer:
         atomic_write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
+    storage.publish(config.out_dir)
 
 
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder holds the config of a run."""
+def is_run(out_dir: str | Path) -> bool:
+    """Tell whether a folder or a URL holds the config of a run."""
+    file = storage.local(str(out_dir)) / CONFIG
     try:
-        return "max_iters" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return "max_iters" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -204,7 +196,9 @@ def load_config(out_dir: str, config_file: str = "", config_class: type[Config] 
     """
     if config_file:
         config_class = type(load_config_file(config_file)["config"])
-    subject, file = f"out_dir={out_dir!r}", Path(out_dir, CONFIG)
+    if is_url(out_dir):
+        storage.open_to_read(out_dir)
+    subject, file = f"out_dir={out_dir!r}", storage.local(out_dir) / CONFIG
     if not file.is_file():
         raise UserError(f"{subject}: no run in it; expected a folder with {CONFIG}")
     try:
@@ -270,7 +264,7 @@ class RunWeights:
 
     @property
     def tokenizer_file(self) -> Path:
-        return Path(self.config.out_dir, tokenizers.FILE)
+        return storage.local(self.config.out_dir) / tokenizers.FILE
 
 
 def open_weights(config: Config) -> RunWeights:

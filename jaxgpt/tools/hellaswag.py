@@ -18,6 +18,7 @@ from jaxgpt.data import batch_size
 from jaxgpt.data.text import Download
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import abstract_model
+from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.tools.evaluation import name_source, open_model
 from jaxgpt.train_step import cast_params, inputs_and_targets
 
@@ -46,7 +47,7 @@ def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
     """
     trained, mesh = open_model(*where, **options, attention="xla")  # xla supports every length
     config, encode = trained.config, trained.tokenizer().encode
-    default = Path(config.data_dir, "hellaswag", "hellaswag_val.jsonl")
+    default = local_data_dir(config.data_dir, "hellaswag") / "hellaswag/hellaswag_val.jsonl"
     questions = read_questions(Path(file or default))
     windows = []
     for question in questions:

@@ -19,13 +19,16 @@ import jax
 import numpy as np
 
 from jaxgpt.api import NoAttention, Run
-from jaxgpt.config import UserError
+from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import TASKS
 from jaxgpt.resolve import count_params
-from jaxgpt.runtime.files import atomic_write, import_extra
+from jaxgpt.runtime import storage
+from jaxgpt.runtime.bucket import local_data_dir
+from jaxgpt.runtime.files import atomic_write, import_extra, is_url
 from jaxgpt.runtime.metrics import Row
 
+REPORT = "report.html"
 CURVES = {  # the charts: names of their curves, by the field of metrics.jsonl
     "loss": {"loss": "batch", "train_loss": "train split", "val_loss": "validation split"},
     "learning rate": {"lr": "learning rate"},
@@ -65,13 +68,15 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
         "Nearest embeddings": neighbours(run, ids_T),
     }
     data = {"charts": charts(runs), "attention": attention(run, prompt_T)}
-    folder = run.source if Path(run.source).is_dir() else ""
-    path = Path(file or Path(folder, "report.html"))
+    folder = storage.local(run.source)
+    path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
     try:
         atomic_write(path, page(runs, sections, data))
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise UserError(f"{path}: {problem}; expected a file in a folder that exists") from error
+    if not file and is_url(run.source):
+        storage.upload(run.source, REPORT)
     return path
 
 
@@ -204,14 +209,20 @@ def samples(run: Run) -> str:
 def passage_tokens(run: Run) -> tuple[np.ndarray, str]:
     """Return a text as ids [T], int32, and its source: the validation split, or else a sample."""
     config = run.config
-    has_data = config.dataset in TASKS or Path(config.data_dir, config.dataset).is_dir()
-    if run.step is not None and has_data:
+    if run.step is not None and has_data(config):
         val = find_dataset(config, config.block_size).val
         ids_T = val.read(0, min(PASSAGE_TOKENS, len(val))).astype(np.int32)
         return np.where(ids_T < 0, ~ids_T, ids_T), f"the validation split of {config.dataset}"
     text = run.generate("\n", max_new_tokens=PASSAGE_TOKENS)
     source = "a sample of the model, because its dataset is not on this machine"
     return run.tokenizer.encode(text).astype(np.int32), source
+
+
+def has_data(config: Config) -> bool:
+    """Tell whether the dataset of a run is on this machine or in a bucket."""
+    if config.dataset in TASKS:
+        return True
+    return (local_data_dir(config.data_dir, config.dataset) / config.dataset).is_dir()
 
 
 def passage(run: Run, ids_T: np.ndarray, source: str) -> str:

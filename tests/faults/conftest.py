@@ -1,13 +1,15 @@
 """Define fixtures: a text, an uninterrupted run, and steps that are traced only once."""
 
 import json
+import secrets
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_data
 
-from jaxgpt.runtime import metrics, run_dir
+from jaxgpt.runtime import bucket as buckets
+from jaxgpt.runtime import metrics, run_dir, storage
 from jaxgpt.train import train
 
 from .harness import tiny
@@ -57,3 +59,34 @@ def quiet(quick, data, tmp_path_factory):
     assert train(config) == 0
     assert run_dir.open_checkpoints(config).steps()[-2:] == [21, 24]
     return config
+
+
+@pytest.fixture(scope="module")
+def short(quick, data, tmp_path_factory):
+    """Return a local run of 6 steps with checkpoints 3 and 6."""
+    config = tiny(tmp_path_factory.mktemp("short"), data, max_iters=6, eval_interval=3)
+    assert train(config) == 0
+    return config
+
+
+@pytest.fixture(scope="session")
+def store():
+    """Start an S3 server."""
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def bucket(store, tmp_path, monkeypatch):
+    """Return the files of a new bucket, which runs find by the environment."""
+    from object_store import Files
+
+    for name, value in (store.env | {"HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "MIRRORS", tmp_path / "mirrors")
+    monkeypatch.setattr(buckets, "DATA", tmp_path / "data")
+    monkeypatch.setattr(storage, "_mirrors", {})
+    return Files(store, f"test-{secrets.token_hex(4)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import UserError
+from jaxgpt.runtime import storage
 from jaxgpt.runtime.files import atomic_path, reason
 from jaxgpt.runtime.metrics import read_metrics
 
@@ -29,7 +30,7 @@ def draw_chart(results: Sequence[str], out_dir: str, file: str) -> list[str]:
     bars = [bar for path in results for bar in read_speedups(Path(path))]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    draw_losses(left, Path(out_dir))
+    draw_losses(left, storage.local(out_dir))
     names, medians, lows, highs = zip(*bars, strict=True)
     rows = range(len(bars), 0, -1)
     errors = [

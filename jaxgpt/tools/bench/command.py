@@ -16,6 +16,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
+from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
@@ -153,7 +154,7 @@ def make_data(config: Config, folder: Path) -> tuple[Config, Dataset]:
     The tokens are the first ones of the config's dataset if it is prepared. Otherwise they are 500
     random phrases in random order, so that there is something to learn.
     """
-    if is_prepared(Path(config.data_dir, config.dataset)):
+    if is_prepared(local_data_dir(config.data_dir, config.dataset) / config.dataset):
         found = find_dataset(config, config.block_size, config.vocab_size)
         ids = [t.read(0, min(len(t), MAX_TOKENS)) for t in (found.train, found.val)]
         vocab, source = found.vocab_size, found.source

@@ -1,0 +1,167 @@
+"""Read and write objects of an object store, s3:// or gs://, and copy datasets from there.
+
+The packages are imported when a URL is used. The data loaders import this module, so it must not
+import JAX.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import UserError
+from jaxgpt.runtime.files import is_url
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
+CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
+ATTEMPTS = 5  # per request, with growing pauses; AWS_MAX_ATTEMPTS overrides it
+PARALLEL = 8  # files at a time
+PARTS = 2  # of a large file at a time, each of 50 MB in memory
+DATA = Path.home() / ".cache" / "jaxgpt" / "data"
+
+
+class StoreError(UserError):
+    """The error of an object store that does not do what it was asked."""
+
+
+class Bucket:
+    """The objects under one URL. Every method raises `StoreError` if the store fails."""
+
+    def __init__(self, url: str, subject: str):
+        scheme = url.partition("://")[0]
+        if scheme not in PACKAGES:
+            stores = " or ".join(f"{known}://bucket/path" for known in PACKAGES)
+            raise UserError(f"{subject}: unknown kind of object store; expected a folder, {stores}")
+        self.url, self.subject = url.rstrip("/"), subject
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme == "s3":
+            attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+            retries = {"mode": "standard", "total_max_attempts": attempts}
+            timeouts = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
+            options["config_kwargs"] = {"retries": retries, **timeouts}
+            options["max_concurrency"] = PARTS
+        try:
+            import fsspec
+
+            with self._asking():
+                self._store = fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            problem, advice = f"needs {PACKAGES[scheme]}", 'try pip install -e ".[cloud]"'
+            raise UserError(f"{subject}: {problem}; expected the extra cloud; {advice}") from error
+        self._root = self.url.partition("://")[2]
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:  # s3fs, botocore, aiohttp and gcsfs raise many types
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise StoreError(
+                f"{self.subject}: the object store failed ({reason}); expected a bucket that can "
+                "be read and written; try to check its name, its credentials and AWS_ENDPOINT_URL"
+            ) from error
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        """List the objects in a folder: their names below the URL, and their sizes in bytes."""
+        with self._asking():
+            found = self._store.find(self._path(under).rstrip("/"), detail=True)
+        start = len(self._root) + 1
+        return {path[start:]: info["size"] for path, info in found.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """Read an object, or return None if there is none."""
+        with self._asking():
+            try:
+                return self._store.cat_file(self._path(name))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._asking():
+            self._store.pipe_file(self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless it exists, and return whether it was written."""
+        with self._asking():
+            try:
+                self._store.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def delete(self, names: Iterable[str]) -> None:
+        paths = list(map(self._path, names))
+        with self._asking(), suppress(FileNotFoundError):
+            if paths:
+                self._store.rm(paths)
+
+    def upload(self, folder: Path, names: Iterable[str]) -> None:
+        """Upload files of a folder, several at a time."""
+        pairs = [(str(folder / name), self._path(name)) for name in names]
+        self._copy(self._store.put_file, pairs)
+
+    def download(self, folder: Path, names: Iterable[str]) -> None:
+        """Download objects to a folder, several at a time."""
+        pairs = [(self._path(name), str(folder / name)) for name in names]
+        for _, file in pairs:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+        self._copy(self._store.get_file, pairs)
+
+    def _copy(self, copy: Callable[[str, str], None], pairs: list[tuple[str, str]]) -> None:
+        with self._asking(), ThreadPoolExecutor(PARALLEL) as pool:
+            for done in [pool.submit(copy, *pair) for pair in pairs]:
+                done.result()
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def local_data_dir(data_dir: str, dataset: str) -> Path:
+    """Return the folder of the datasets on this machine; copy a dataset there from a URL.
+
+    Files are copied if they are missing, or if their size or the dataset's meta.json differs.
+    GPT-2's encoding is copied too. Raises `UserError`.
+    """
+    if not is_url(data_dir):
+        return Path(data_dir)
+    bucket = Bucket(data_dir, f"data_dir={data_dir!r}")
+    folder = DATA / hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
+    for name in {dataset, "gpt2"}:
+        _copy_changed(bucket, name, folder)
+    return folder
+
+
+def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
+    objects, meta = bucket.sizes(name), f"{name}/meta.json"
+    if meta in objects and _bytes_of(folder / meta) != bucket.read(meta):
+        changed = list(objects)
+    else:
+        here = {file for file in objects if (folder / file).is_file()}
+        changed = [f for f in objects if f not in here or (folder / f).stat().st_size != objects[f]]
+    if not changed:
+        return
+    size = sum(objects[file] for file in changed)
+    print(f"{bucket.url}/{name}: copying {size / 1e6:,.1f} MB to {folder}", file=sys.stderr)
+    partial = folder / f".{secrets.token_hex(4)}.partial"
+    try:
+        bucket.download(partial, changed)
+        for file in sorted(changed, key=meta.__eq__):  # meta.json last
+            if (partial / file).stat().st_size != objects[file]:
+                problem = f"{bucket.url}/{file}: the download was not complete"
+                raise StoreError(f"{problem}; expected {objects[file]} bytes; try again")
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (partial / file).replace(folder / file)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
