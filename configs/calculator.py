@@ -11,10 +11,11 @@ config = adder.replace(
     dataset="calculator",
     working=True,
     always_save_checkpoint=False,
-    block_size=74,
+    block_size=98,
     n_layer=3,
     n_head=3,
     n_embd=96,
     optimizer="muon",
-    max_iters=1800,
+    learning_rate=1e-2,
+    max_iters=1600,
 )

@@ -91,7 +91,7 @@ class ArithmeticTokenizer(CharTokenizer):
     ):
         minus = "-" if "-" in operations else ""
         words = UNDEFINED + REMAINDER if "/" in operations else ""
-        marks = ";<>" if working else ""
+        marks = ";<~>" if working else ""
         super().__init__(f"\n0123456789={operations}{minus}{words}{marks}")
         self.operations, self.digits = operations, digits
         self.forms = {"working": working, "reverse_digits": reverse_digits}

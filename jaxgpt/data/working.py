@@ -23,11 +23,6 @@ def characters(digits: Iterable[np.ndarray]) -> Chain:
     return [(ord("0") + digit).astype(np.uint8) for digit in digits]
 
 
-def choose(condition: np.ndarray, yes: str, no: str) -> np.ndarray:
-    """Return one of two characters for each problem."""
-    return np.where(condition, ord(yes), ord(no)).astype(np.uint8)
-
-
 def carry_chain(totals: Iterable[np.ndarray]) -> tuple[Digits, Digits]:
     """Return the digit of each total, to which the carry before it is added, and the carries.
 
@@ -100,13 +95,20 @@ def division(a: np.ndarray, b: np.ndarray, count: int) -> list[Row]:
         quotient = np.zeros_like(a)
         row: Row = []
         for times in (8, 4, 2, 1):
+            row += comparison(rest, times * b, size + 1)
             fits = rest >= times * b
             rest = rest - fits * times * b
             quotient = quotient + times * fits
-            row.append([choose(fits, ">", "<")])
             row.append(characters(digits_of(rest, size if times == 1 else size + 1)))
         rows.append([*row, characters([quotient])])
     return rows
+
+
+def comparison(a: np.ndarray, b: np.ndarray, count: int) -> Row:
+    """Compare the digits of two numbers from the top: the first that differs decides."""
+    pairs = zip(digits_of(a, count)[::-1], digits_of(b, count)[::-1], strict=True)
+    signs = [np.where(x < y, ord("<"), np.where(x > y, ord(">"), ord("~"))) for x, y in pairs]
+    return [[sign.astype(np.uint8)] for sign in signs]
 
 
 def divisor_digits(count: int) -> int:
