@@ -49,7 +49,6 @@ class Arithmetic:
         a, b = (x.ravel() for x in np.meshgrid([0, top], [0, 1, top]))  # of the longest answers
         sizes = [self._text(sign, a, b)[1].max() + 1 for sign in operations]  # with a line break
         self.longest = int(max(sizes))
-        self.longest_answer = self.longest - (2 * digits + 2)
         self._drawn_until = np.cumsum(sizes).astype(np.uint64)  # longer problems are drawn more
         self.held_out = self._hold_out()
         self._held_ids = np.unique(self._ids(self.held_out))

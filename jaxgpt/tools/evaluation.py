@@ -22,7 +22,7 @@ from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.train_step import make_eval_step
 
 DECODE_TOKENS = 1 << 20  # tokens decoded at a time
-PROBLEMS_PER_BATCH, ERRORS_SHOWN = 2000, 10
+PROBLEMS_PER_BATCH, ERRORS_SHOWN = 128, 10
 WEIGHTS_BATCH = 8  # sequences per device for weights, which have no run's batch_size
 
 
@@ -50,7 +50,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     """Compute the loss in nats per token on a validation split, perplexity and bits per byte.
 
     The split is that of `dataset`, by default the run's. A task's split is its held-out problems,
-    for which the fraction of exact answers is computed too. For `where` and `options` see
+    for which the fraction of exact answers is computed instead. For `where` and `options` see
     `open_model`. Raises `UserError`.
     """
     if options.get("init_from", "resume") != "resume" and not dataset:
@@ -66,13 +66,13 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
         expected = "expected a dataset prepared with the model's tokenizer"
         raise UserError(f"dataset={config.dataset!r}: {problem}; {expected}")
     params, step = trained.load(mesh)
+    if isinstance(data.val, ValProblems):
+        return name_source(step, **options) | accuracy(Sampler(config).load(params), data.val.task)
     sequences = batch_size.global_batch_size(config) // batch_size.num_microbatches(config, mesh)
     batches = full_split(data.val, mesh, sequences, config.block_size)
     loss = mean_loss(make_eval_step(config, mesh), params, batches)
     result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
     result["perplexity"] = math.exp(loss)
-    if isinstance(data.val, ValProblems):
-        return result | accuracy(Sampler(config).load(params), data.val.task)
     if data.tokenizer:
         targets, size = count_bytes(data.val, data.tokenizer)
         result["bits_per_byte"] = loss / math.log(2) * targets / size
@@ -148,25 +148,28 @@ def greedy_solutions(sampler: Sampler, task: Arithmetic) -> list[str]:
     prompts = [~row[: (row >= 0).argmax()] for row in rows]
     solutions = [""] * len(prompts)
     size = min(PROBLEMS_PER_BATCH, len(prompts))
-    for kind in range(len(task.operations)):  # problems of one operation end at about one time
+    for kind in range(len(task.operations)):
         numbers = np.flatnonzero(task.held_out.kind == kind)
+        longest = int((rows[numbers] >= 0).sum(1).max())
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
             same_size = np.resize(batch, size)  # another size would be compiled
-            tokens = greedy_tokens(sampler, [prompts[n] for n in same_size], task)
+            tokens = greedy_tokens(sampler, [prompts[n] for n in same_size], task, longest)
             for n, row in zip(batch, tokens, strict=False):
                 text = "".join(task.tokenizer.chars[id] for id in row)
                 solutions[n] = text[: text.find("\n") + 1] or text
     return solutions
 
 
-def greedy_tokens(sampler: Sampler, prompts: list[np.ndarray], task: Arithmetic) -> np.ndarray:
-    """Return the most likely tokens after each prompt, int32 [n, at most `longest_answer`]."""
+def greedy_tokens(
+    sampler: Sampler, prompts: list[np.ndarray], task: Arithmetic, longest: int
+) -> np.ndarray:
+    """Return the most likely tokens after each prompt, int32 [n, at most `longest`]."""
     line_break = task.tokenizer.chars.index("\n")
     active, chunks = np.ones(len(prompts), bool), []
-    options = {"max_new_tokens": task.longest_answer, "sampling": SamplingParams(temperature=0)}
-    for chunk in sampler.generate(prompts, active=active, **options):
+    greedy = SamplingParams(temperature=0)
+    for chunk in sampler.generate(prompts, max_new_tokens=longest, sampling=greedy, active=active):
         chunks.append(chunk)
         active &= (chunk != line_break).all(1)
-    tokens = np.concatenate(chunks, axis=1)[:, : task.longest_answer]
+    tokens = np.concatenate(chunks, axis=1)[:, :longest]
     return np.where(tokens == NO_TOKEN, line_break, tokens)

@@ -12,6 +12,7 @@ from helpers import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxgpt.api import load
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
 from jaxgpt.data import tokenizer as tokenizers
@@ -92,7 +93,6 @@ def test_longest_problem_has_exactly_the_declared_length(name, digits, forms):
     extremes = Problems(*np.array(pairs).T)
     found = spelled(task, extremes, task.longest) + spelled(task, draw(task, 3000), task.longest)
     assert max(len(ask + said) for ask, said in found) == task.longest
-    assert max(len(said) for _, said in found) == task.longest_answer
 
 
 # ---- the working, read by the rules that a pupil follows ---------------------------------------
@@ -160,11 +160,12 @@ def check_division(rows: list[str], a: str, b: str) -> None:
     rest, quotient = 0, 0
     for digit, row in zip(a, rows, strict=True):
         rest = 10 * rest + int(digit)
-        steps = re.findall(r"[<>]\d+", row[:-1])
-        for times, step in zip((8, 4, 2, 1), steps, strict=True):
-            assert (step[0] == ">") == (rest >= times * int(b))
-            rest -= times * int(b) if step[0] == ">" else 0
-            assert number(step[1:]) == rest
+        steps = re.findall(r"([<~>]+)(\d+)", row[:-1])
+        for times, (signs, left) in zip((8, 4, 2, 1), steps, strict=True):
+            pairs = zip(f"{rest:0{size + 1}}", f"{times * int(b):0{size + 1}}", strict=True)
+            assert signs == "".join("<" if x < y else ">" if x > y else "~" for x, y in pairs)
+            rest -= times * int(b) if "<" not in signs.lstrip("~")[:1] else 0
+            assert number(left) == rest
         quotient = 10 * quotient + int(row[-1])
     assert (quotient, rest) == divmod(int(a), int(b))
 
@@ -187,17 +188,19 @@ def test_working_is_right_in_every_digit_and_carry(digits):
 
 
 def test_plain_order_reverses_each_number_of_the_working():
-    problems = Problems(*np.array([[2, 3], [37, 99], [48, 5]]))
+    problems = Problems(*np.array([[1, 2, 3], [12, 37, 99], [34, 48, 5]]))
     tasks = [
         task_of("calculator", 2, working=True, reverse_digits=order) for order in (True, False)
     ]
     assert tasks[0].solutions(problems) == [
+        "8171;2121=-22\n",
         "6592;8241;717010=6771\n",
-        "010020040;<900<900<900>401;>900<900<900>409=91r4\n",
+        "010020040;~<>900~<>900~<>900~~>401;~~>900~<>900~<>900~~>409=91r4\n",
     ]
     assert tasks[1].solutions(problems) == [
+        "1718;1212=-22\n",
         "2956;1428;010717=1776\n",
-        "010020040;<009<009<009>041;>009<009<009>049=19r4\n",
+        "010020040;~<>009~<>009~<>009~~>041;~~>009~<>009~<>009~~>049=19r4\n",
     ]
 
 
@@ -477,3 +480,25 @@ def test_trained_two_digit_adder_answers_every_held_out_sum(tmp_path, capsys):
     capsys.readouterr()
     cli.sample([f"--out_dir={config.out_dir}", "--start=95+7=", "--num_samples=2", "--device=cpu"])
     assert capsys.readouterr().out == 2 * f"95+7=102\n{cli.SEPARATOR}\n"
+
+
+@pytest.mark.slow
+def test_one_digit_calculator_learns_every_problem_and_its_working(tmp_path, capsys):
+    """Held-out problems would be holes in its tables of one digit; longer numbers fill them."""
+    config = make_config(
+        out_dir=str(tmp_path / "run"), dataset="calculator", digits=1, working=True, block_size=40,
+        n_layer=2, n_head=3, n_embd=48, bias=False, batch_size=64, gradient_accumulation_steps=1,
+        steps_per_call=10, optimizer="muon", learning_rate=1e-2, min_lr=1e-5, warmup_iters=50,
+        max_iters=400, eval_interval=400, eval_iters=1,
+    )  # fmt: skip
+    assert train(config) == 0
+    run = load(config.out_dir, checkpoint="latest")
+    task = task_of("calculator", 1, working=True)
+    every = triples(task.draw(np.arange(20_000, dtype=np.uint64)))
+    task.held_out = Problems(*np.array(sorted(every)).T)
+    assert evaluation.greedy_solutions(run.sampler, task) == task.solutions(task.held_out)
+    capsys.readouterr()
+    flags = [f"--out_dir={config.out_dir}", "--start=7*8=", "--num_samples=1", "--temperature=0"]
+    cli.sample([*flags, "--device=cpu"])
+    cli.sample([*flags, "--device=cpu", "--show_working"])
+    assert capsys.readouterr().out == f"7*8=56\n{cli.SEPARATOR}\n7*8=65=56\n{cli.SEPARATOR}\n"
