@@ -489,7 +489,7 @@ def test_one_digit_calculator_learns_every_problem_and_its_working(tmp_path, cap
         out_dir=str(tmp_path / "run"), dataset="calculator", digits=1, working=True, block_size=40,
         n_layer=2, n_head=3, n_embd=48, bias=False, batch_size=64, gradient_accumulation_steps=1,
         steps_per_call=10, optimizer="muon", learning_rate=1e-2, min_lr=1e-5, warmup_iters=50,
-        max_iters=400, eval_interval=400, eval_iters=1,
+        max_iters=600, eval_interval=600, eval_iters=1,
     )  # fmt: skip
     assert train(config) == 0
     run = load(config.out_dir, checkpoint="latest")
