@@ -35,7 +35,8 @@ def likely_dtype(ids: np.ndarray) -> tuple[str, str] | None:
         return "int64", "three of four 16-bit numbers are 0"
     is_masked = high == 0xFFFF  # the upper half of a negative number
     is_upper_half = np.mean((high < 16) | is_masked) > NEARLY_ALL
-    if is_upper_half and (low.max() >= 16 or not high.any()):
+    is_lower_half = np.mean(low >= 16) > 1 - MOST  # one id of 16 may be there by chance
+    if is_upper_half and (is_lower_half or not high.any()):
         dtype = "int32" if is_masked.any() else "uint32"
         shown = "0" if not high.any() else f"below 16{' or 65535' if is_masked.any() else ''}"
         return dtype, f"every second 16-bit number is {shown}"

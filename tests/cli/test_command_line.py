@@ -469,7 +469,8 @@ out_dir data_dir overwrite save_interval keep_checkpoints sample_every tensorboa
 data_on_device device use_cpu_variant dtype mesh attention xla deterministic remat
 scan_layers shard_optimizer steps_per_call coordinator num_processes process_id max_nonfinite_steps
 profile report skip_loss_spikes spike_window
-early_stopping_patience target_val_loss freeze decay_fraction digits muon_polynomial
+early_stopping_patience target_val_loss freeze decay_fraction muon_polynomial
+digits working reverse_digits
 momentum_warmup_iters cautious_weight_decay muon_iterations muon_per_head
 """
 
