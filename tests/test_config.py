@@ -36,7 +36,8 @@ KINDS = [
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("spike_window", 1, "a whole number at least 2"),
-    ("overwrite report eval_only always_save_checkpoint tensorboard wandb_log attention_dropout "
+    ("working reverse_digits "
+     "overwrite report eval_only always_save_checkpoint tensorboard wandb_log attention_dropout "
      "bias tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
      "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "
      "cautious_weight_decay muon_per_head", "yes",
