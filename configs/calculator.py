@@ -1,4 +1,4 @@
-"""Train a GPT that adds, subtracts, multiplies and divides, because it writes down its working.
+"""Train a GPT to add, subtract, multiply and divide by writing down its working.
 
 `jaxgpt eval --out_dir=out/calculator` counts its correct answers to held-out problems.
 docs/exercises.md describes the data and the results.

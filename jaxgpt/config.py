@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -402,6 +402,15 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         """Return the keys that describe the model: those of `ModelConfig` and of a subclass."""
         others = key_types(Config).keys() - key_types(ModelConfig).keys() | {*cls.training_keys}
         return [key for key in key_types(cls) if key not in others]
+
+    def check_absent(self, absent: Iterable[str], model: str) -> None:
+        """Raise `UserError` if a key that `model` does not have is not at its default."""
+        for key in absent:
+            value, expected = getattr(self, key), getattr(type(self), key)
+            if value != expected:
+                problem = f"{model} does not have this key"
+                advice = f"expected {expected!r}; try {key}={expected}"
+                raise UserError(f"{key}={value!r}: {problem}; {advice}")
 
     def validate(self) -> None:
         """Raise `UserError` for keys that contradict each other. A subclass may add checks."""

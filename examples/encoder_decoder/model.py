@@ -53,11 +53,7 @@ class EncoderDecoderConfig(Config):
 
     def validate(self) -> None:
         super().validate()
-        for key in ABSENT_KEYS:
-            value, expected = getattr(self, key), getattr(type(self), key)
-            if value != expected:
-                problem = "the encoder-decoder does not have this key"
-                raise UserError(f"{key}={value!r}: {problem}; expected {expected!r}")
+        self.check_absent(ABSENT_KEYS, "the encoder-decoder")
         if self.target_length < 1:
             problem = "leaves no room for a target"
             limit = f"expected less than block_size={self.block_size}"
@@ -130,7 +126,7 @@ class EncoderDecoder(nnx.Module):
         return jnp.pad(logits_BTV, [(0, 0), (S, 0), (0, 0)])
 
     def encode(self, source_BS: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
-        """Return a vector per position of the source, [B, S, D], which knows the whole source."""
+        """Return a vector per position, [B, S, D], each computed from the whole source."""
         x_BSD = self.embed(source_BS, self.config.dtype) + self.source_pos.kernel[...]
         # padding is a segment of its own, which no character attends to
         context = Context(dropout, segment_ids_BT=source_BS != PAD_ID)

@@ -106,12 +106,7 @@ class SpeedrunConfig(Config):
 
     def validate(self) -> None:
         super().validate()
-        for key in ABSENT_KEYS:
-            value, expected = getattr(self, key), getattr(type(self), key)
-            if value != expected:
-                problem = "the speedrun's model does not have this key"
-                advice = f"expected {expected!r}; try {key}={expected}"
-                raise UserError(f"{key}={value!r}: {problem}; {advice}")
+        self.check_absent(ABSENT_KEYS, "the speedrun's model")
         if 2 * self.value_embeddings > self.n_layer:
             most = self.n_layer // 2
             limit = f"expected at most {most} for n_layer={self.n_layer}"

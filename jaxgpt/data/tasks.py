@@ -18,8 +18,6 @@ from jaxgpt.data.working import OPERATIONS, characters, digits_of, divisor_digit
 TASKS = {"adder": "+", "calculator": "+-*/"}
 ONE_IN = 20  # of the pairs of one operation and length, one in this many is held out
 MAX_HELD_OUT = 10_000  # per operation and length
-
-
 BLANK = 0  # in place of a character that a problem leaves out
 
 
@@ -38,13 +36,10 @@ class Arithmetic:
     of `permute`. Neither a held-out pair nor its mirror image is ever drawn.
     """
 
-    def __init__(
-        self, operations: str, digits: int, *, working: bool = False, reverse_digits: bool = True
-    ):
+    def __init__(self, operations: str, digits: int, **forms: bool):
         self.operations, self.digits = operations, digits
-        self.working, self.reverse_digits = working, reverse_digits
-        forms = {"working": working, "reverse_digits": reverse_digits}
         self.tokenizer = ArithmeticTokenizer(operations, digits, **forms)
+        self.forms = self.tokenizer.forms  # `working` and `reverse_digits` of the config
         top = 10**digits - 1
         a, b = (x.ravel() for x in np.meshgrid([0, top], [0, 1, top]))  # of the longest answers
         sizes = [self._text(sign, a, b)[1].max() + 1 for sign in operations]  # with a line break
@@ -114,9 +109,8 @@ class Arithmetic:
         for kind, sign in enumerate(self.operations):
             chosen = problems.kind == kind
             rows, sizes = self._text(sign, problems.a[chosen], problems.b[chosen])
-            is_text = np.arange(rows.shape[1]) < sizes[:, None]
             width = min(length, rows.shape[1])
-            text[chosen, :width] = np.where(is_text, rows, ord("\n"))[:, :width]
+            text[chosen, :width] = rows[:, :width]
             ends[chosen, 0] = sizes
         column = np.arange(length)
         is_target = (column >= 2 * self.digits + 2) & (column <= ends)
@@ -131,19 +125,21 @@ class Arithmetic:
         return ["".join(alphabet[id] for id in row[row >= 0]) for row in rows]
 
     def _text(self, sign: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the characters of problems of one operation, uint8 [n, width], and their numbers.
+        """Write problems of one operation; return characters, uint8 [n, width], and lengths [n].
 
-        Blanks follow the text of a problem.
+        Line breaks fill the row after the text of a problem.
         """
         x, y = (characters(digits_of(number, self.digits)[::-1]) for number in (a, b))
-        working = self._working(sign, a, b) if self.working else []
+        working = self._working(sign, a, b) if self.forms["working"] else []
         solution = working + self._answer(sign, a, b)
         if sign == "/":
             solution = [np.where(b == 0, BLANK, column) for column in solution]
             solution += [np.where(b == 0, letter, BLANK) for letter in repeat(UNDEFINED, len(a))]
         text = np.stack(x + repeat(sign, len(a)) + y + repeat("=", len(a)) + solution, axis=1)
         blanks_last = np.argsort(text == BLANK, axis=1, kind="stable")
-        return np.take_along_axis(text, blanks_last, axis=1), (text != BLANK).sum(1)
+        lengths = (text != BLANK).sum(1)
+        text = np.take_along_axis(text, blanks_last, axis=1)
+        return np.where(text == BLANK, ord("\n"), text), lengths
 
     def _working(self, sign: str, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
         """Return the characters of the working: its rows, and the mark at the end of each."""
@@ -175,7 +171,7 @@ class Arithmetic:
         return self._order([np.where(leading, BLANK, digit) for leading, digit in pairs])
 
     def _order(self, chain: list[np.ndarray]) -> list[np.ndarray]:
-        return chain if self.reverse_digits else chain[::-1]
+        return chain if self.forms["reverse_digits"] else chain[::-1]
 
 
 def repeat(text: str, n: int) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ DATA = Path.home() / ".cache" / "jaxgpt" / "data"
 
 
 class StoreError(UserError):
-    """The error of an object store that does not do what it was asked."""
+    """A request to an object store failed, or a download is incomplete."""
 
 
 class Bucket:

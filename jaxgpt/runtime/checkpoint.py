@@ -73,9 +73,8 @@ class Checkpoints:
         link = self.folder / BEST
         if link.is_file():  # a copy from an object store, which has no links
             name = link.read_text(encoding="utf-8")
-            return (
-                int(name) if name.isdecimal() and (self.folder / name / DIGEST).exists() else None
-            )
+            is_complete = name.isdecimal() and (self.folder / name / DIGEST).exists()
+            return int(name) if is_complete else None
         if not (link / DIGEST).exists():
             return None
         if link.is_symlink():

@@ -140,7 +140,7 @@ class Lease:
 
 
 class LeaseLost(UserError):
-    """Another process writes to the run now."""
+    """Another process has taken the lease of the run."""
 
 
 class Mirror:
@@ -202,7 +202,7 @@ class Mirror:
                 )
 
     def fetch_again(self, step: int) -> None:
-        """Download all files of a step, also if they are here."""
+        """Download all files of a step, and replace those that are here."""
         name = f"{STEPS}/{step}"
         found = {f"{name}/{META}", f"{name}/{DIGEST}"}.intersection(self.bucket.sizes(name))
         shutil.rmtree(self.folder / name)
