@@ -103,8 +103,9 @@ def train(config: EncoderDecoderConfig) -> dict:
     batches = islice(training_windows(config.batch_size, config.seed), config.max_iters)
     for i, windows in enumerate(batches, 1):
         state, metrics = step(state, windows[None, None], 1)
+        loss = float(metrics["loss"][0])  # wait: many queued steps deadlock a CPU's devices
         if i % 100 == 0:
-            print(f"step {i}: loss {metrics['loss'][0]:.4f}", flush=True)
+            print(f"step {i}: loss {loss:.4f}", flush=True)
     return state.params
 
 
