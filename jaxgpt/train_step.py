@@ -104,8 +104,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps, and
     reuses the old state's memory. Metrics [U]: `loss` (nats per target), `grad_norm` (unclipped),
     `lr`, and `spike` if `skip_loss_spikes`. A step whose loss or norm is not finite, or a spike,
-    counts, but changes no weights and moments. Read the metrics of each call, or of the call before:
-    a loop that never waits deadlocks the virtual devices of a CPU after some dozens of calls.
+    counts, but changes no weights and moments. A loop should read the metrics of the last or the
+    second last call, because dozens of queued calls deadlock the virtual devices of a CPU.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])

@@ -108,12 +108,17 @@ class Bucket:
         pairs = [(str(folder / name), self._path(name)) for name in names]
         self._copy(self._store.put_file, pairs)
 
-    def download(self, folder: Path, names: Iterable[str]) -> None:
-        """Download objects to a folder, several at a time."""
-        pairs = [(self._path(name), str(folder / name)) for name in names]
+    def download(self, folder: Path, sizes: dict[str, int]) -> None:
+        """Download objects, of at least these bytes, to a folder, several at a time."""
+        pairs = [(self._path(name), str(folder / name)) for name in sizes]
         for _, file in pairs:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
         self._copy(self._store.get_file, pairs)
+        for name, size in sizes.items():
+            if (folder / name).stat().st_size < size:  # one that a run appends to may have grown
+                (folder / name).unlink()
+                problem = f"{self.url}/{name}: the download was not complete"
+                raise StoreError(f"{problem}; expected {size} bytes; try again")
 
     def _copy(self, copy: Callable[[str, str], None], pairs: list[tuple[str, str]]) -> None:
         with self._asking(), ThreadPoolExecutor(PARALLEL) as pool:
@@ -142,21 +147,18 @@ def local_data_dir(data_dir: str, dataset: str) -> Path:
 def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
     objects, meta = bucket.sizes(name), f"{name}/meta.json"
     if meta in objects and _bytes_of(folder / meta) != bucket.read(meta):
-        changed = list(objects)
+        changed = objects
     else:
-        here = {file for file in objects if (folder / file).is_file()}
-        changed = [f for f in objects if f not in here or (folder / f).stat().st_size != objects[f]]
+        here = {f: (folder / f).stat().st_size for f in objects if (folder / f).is_file()}
+        changed = {file: size for file, size in objects.items() if here.get(file) != size}
     if not changed:
         return
-    size = sum(objects[file] for file in changed)
-    print(f"{bucket.url}/{name}: copying {size / 1e6:,.1f} MB to {folder}", file=sys.stderr)
+    megabytes = sum(changed.values()) / 1e6
+    print(f"{bucket.url}/{name}: copying {megabytes:,.1f} MB to {folder}", file=sys.stderr)
     partial = folder / f".{secrets.token_hex(4)}.partial"
     try:
         bucket.download(partial, changed)
         for file in sorted(changed, key=meta.__eq__):  # meta.json last
-            if (partial / file).stat().st_size != objects[file]:
-                problem = f"{bucket.url}/{file}: the download was not complete"
-                raise StoreError(f"{problem}; expected {objects[file]} bytes; try again")
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (partial / file).replace(folder / file)
     finally:

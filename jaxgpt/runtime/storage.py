@@ -10,12 +10,9 @@ import atexit
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import socket
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,12 +32,11 @@ from jaxgpt.runtime.checkpoint import (
     make_link,
     warn,
 )
-from jaxgpt.runtime.files import atomic_write, is_url
+from jaxgpt.runtime.files import is_url
+from jaxgpt.runtime.lease import OWNERS, Lease
 
 CONFIG = "config.json"
 LOCK = ".lock"
-OWNERS = ".owners"  # in a writer's mirror: who has tried to take the lease from this machine
-LEASE = ".lease"  # in the bucket
 RUN_FILES = (
     CONFIG,
     "metrics.jsonl",
@@ -54,93 +50,6 @@ RUN_FILES = (
 STEPS = "checkpoints"
 CORRUPT = "digest.json.corrupt"  # the digest of a quarantined step
 MIRRORS = Path.home() / ".cache" / "jaxgpt" / "runs"
-MOST_OWNERS = 100
-RENEW_S, LEASE_S = 10, 60  # a lease that is not renewed for LEASE_S is free
-
-
-class Lease:
-    """The right to write to a run: an object with its owner, which a thread renews."""
-
-    def __init__(self, bucket: Bucket, mirror: Path):
-        self.bucket = bucket
-        self.owner = secrets.token_hex(8)
-        self._owners = mirror / OWNERS
-        self._count = 0
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
-
-    def __enter__(self) -> "Lease":
-        self._take()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._released.set()
-        self._thread.join()
-        with suppress(StoreError):
-            if self._holder().get("owner") == self.owner:
-                self.bucket.delete([LEASE])
-
-    def _take(self) -> None:
-        """Create the lease. Raises `UserError` if another process holds and renews it."""
-        # Earlier owners on this machine are dead, because they would hold the mirror's lock.
-        dead = self._owners.read_text().split() if self._owners.exists() else []
-        atomic_write(self._owners, "\n".join([*dead[-MOST_OWNERS:], self.owner]))
-        while not self.bucket.create(LEASE, self._text()):
-            held = self._holder()
-            if held.get("owner") == self.owner:  # created, but the answer was lost
-                return
-            if held and held.get("owner") not in dead:
-                self._wait_until_free(held)
-            self.bucket.delete([LEASE])
-
-    def _wait_until_free(self, held: dict[str, Any]) -> None:
-        subject, who = self.bucket.subject, self._name(held)
-        warn(f"{subject}: {who} held this run; waiting {LEASE_S} s to see whether it still does")
-        until = time.monotonic() + LEASE_S
-        while time.monotonic() < until:
-            time.sleep(RENEW_S / 10)
-            now = self._holder()
-            if now and now != held:
-                raise UserError(
-                    f"{subject}: {self._name(now)} is writing to this run; expected an out_dir "
-                    "that no other process uses; try another out_dir, or stop that process"
-                )
-
-    def check(self) -> None:
-        """Raise `UserError` if another process has taken the lease."""
-        held = self._holder()
-        if held.get("owner") == self.owner:
-            return
-        problem = f"{self._name(held)} has taken over this run"
-        expected = "expected one process that writes to it"
-        advice = "try --init_from=auto after the other process has ended"
-        raise LeaseLost(f"{self.bucket.subject}: {problem}; {expected}; {advice}")
-
-    def _keep(self) -> None:
-        while not self._released.wait(RENEW_S):
-            with suppress(StoreError):  # the next try may succeed
-                if self._holder().get("owner") != self.owner:
-                    return
-                self._count += 1
-                self.bucket.write(LEASE, self._text())
-
-    def _holder(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.bucket.read(LEASE) or b"{}"))
-        except ValueError:
-            return {}
-
-    def _text(self) -> bytes:
-        who = {"owner": self.owner, "host": socket.gethostname(), "process": os.getpid()}
-        return json.dumps(who | {"renewed": self._count}).encode()
-
-    def _name(self, held: dict[str, Any]) -> str:
-        return f"process {held.get('process', '?')} on {held.get('host', 'another machine')}"
-
-
-class LeaseLost(UserError):
-    """Another process has taken the lease of the run."""
 
 
 class Mirror:
@@ -162,7 +71,7 @@ class Mirror:
         steps = _steps(objects, DIGEST)
         wanted = [f"{STEPS}/{step}/{name}" for step in steps for name in (META, DIGEST)]
         wanted = [name for name in (*RUN_FILES, *wanted) if name in objects]
-        self.bucket.download(self.folder, wanted)
+        self.bucket.download(self.folder, {name: objects[name] for name in wanted})
         for name in RUN_FILES:
             if any(other.startswith(f"{name}/") for other in objects):
                 (self.folder / name).mkdir()
@@ -191,23 +100,17 @@ class Mirror:
             return  # a damaged digest, which the caller reports
         objects = self.bucket.sizes(name)
         missing = [file for file in wanted if not (self.folder / file).is_file()]
-        missing = [file for file in missing if file in objects]
-        self.bucket.download(self.folder, missing)
-        for file in missing:
-            if (self.folder / file).stat().st_size != objects[file]:
-                (self.folder / file).unlink()
-                raise StoreError(
-                    f"{self.bucket.url}/{file}: the download was not complete; expected "
-                    f"{objects[file]} bytes; try again"
-                )
+        sizes = {file: objects[file] for file in missing if file in objects}
+        self.bucket.download(self.folder, sizes)
 
     def fetch_again(self, step: int) -> None:
         """Download all files of a step, and replace those that are here."""
         name = f"{STEPS}/{step}"
-        found = {f"{name}/{META}", f"{name}/{DIGEST}"}.intersection(self.bucket.sizes(name))
+        objects = self.bucket.sizes(name)
+        first = {f"{name}/{META}", f"{name}/{DIGEST}"}.intersection(objects)
         shutil.rmtree(self.folder / name)
         (self.folder / name).mkdir()
-        self.bucket.download(self.folder, found)
+        self.bucket.download(self.folder, {file: objects[file] for file in first})
         self.fetch(step)
 
     def publish(self) -> None:
@@ -312,14 +215,19 @@ def local(path: str) -> Path:
     """Return the folder of a run on this machine: the path itself, or the mirror of a URL."""
     if not is_url(path):
         return Path(path)
-    return (_mirrors.get(path) or open_to_read(path)).folder
+    return _mirror(path).folder
 
 
 def checkpoints(out_dir: str, keep: int) -> Checkpoints:
     """Open the checkpoints of a run."""
     if not is_url(out_dir):
         return Checkpoints(Path(out_dir, STEPS), keep)
-    return MirroredCheckpoints(_mirrors.get(out_dir) or open_to_read(out_dir), keep)
+    return MirroredCheckpoints(_mirror(out_dir), keep)
+
+
+def _mirror(url: str) -> Mirror:
+    """Return the mirror that this process works on; open one to read if there is none."""
+    return _mirrors.get(url) or open_to_read(url)
 
 
 def open_to_read(url: str) -> Mirror:

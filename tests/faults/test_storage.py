@@ -15,7 +15,8 @@ from helpers import ROOT, TRAIN_SCRIPT, refusal, rows_of, start, stop_at
 import jaxgpt
 from jaxgpt.cli import commands as cli
 from jaxgpt.data.prepare import find_dataset
-from jaxgpt.runtime import run_dir, storage
+from jaxgpt.runtime import lease, run_dir, storage
+from jaxgpt.runtime.lease import Lease
 from jaxgpt.train import train
 
 from .harness import outcome
@@ -158,8 +159,8 @@ def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
 
 @pytest.fixture
 def quick_lease(monkeypatch):
-    monkeypatch.setattr(storage, "RENEW_S", 0.2)
-    monkeypatch.setattr(storage, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "LEASE_S", 1.0)
 
 
 def elsewhere(monkeypatch, tmp_path) -> None:
@@ -210,10 +211,10 @@ def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(remote, bu
     assert bucket.names() == set()
 
 
-def bucket_lease(config) -> storage.Lease:
+def bucket_lease(config) -> Lease:
     mirror = storage.mirror_folder(config.out_dir)
     mirror.mkdir(parents=True, exist_ok=True)
-    return storage.Lease(storage.Bucket(config.out_dir, f"out_dir={config.out_dir!r}"), mirror)
+    return Lease(storage.Bucket(config.out_dir, f"out_dir={config.out_dir!r}"), mirror)
 
 
 def test_writer_that_has_lost_its_lease_uploads_no_further_step(remote, bucket, monkeypatch):

@@ -95,10 +95,9 @@ def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch
     assert train(remote) == 0
     download, changed = storage.Bucket.download, []
 
-    def download_changed(self, folder, names):
-        names = list(names)
-        download(self, folder, names)
-        found = [folder / name for name in names if "/6/" in name and part in name]
+    def download_changed(self, folder, sizes):
+        download(self, folder, sizes)
+        found = [folder / name for name in sizes if "/6/" in name and part in name]
         if found and not changed:
             changed.append(found[0])
             found[0].write_bytes(bytes(reversed(found[0].read_bytes())))
