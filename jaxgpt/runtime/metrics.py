@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -251,28 +251,40 @@ def _duration(seconds: float) -> str:
     return f"{clock} left"
 
 
-def draw_losses(folder: Path) -> None:
-    """Redraw loss.png from metrics.jsonl."""
+@cache
+def _picture() -> Any:
+    """Return the axes of loss.png, with a line per loss whose label is the key of its rows.
+
+    Python frees a figure late, because its parts refer to each other. So there is only one.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sample_metrics(folder / "metrics.jsonl", PICTURE_ROWS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # keeps its pixels for the next picture
     axes = figure.subplots()
-    for key, line, label in (
-        ("loss", "0.75", "training steps"),
-        ("train_loss", "C0.-", "train split"),
-        ("val_loss", "C1.-", "val split"),
-    ):
+    for key, line in ("loss", "0.75"), ("train_loss", "C0.-"), ("val_loss", "C1.-"):
+        axes.plot([], [], line, label=key)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(axes.lines, ["training steps", "train split", "val split"])
+    return axes
+
+
+def draw_losses(folder: Path) -> None:
+    """Redraw loss.png from metrics.jsonl."""
+    rows, axes = sample_metrics(folder / "metrics.jsonl", PICTURE_ROWS), _picture()
+    for line in axes.lines:
+        key = line.get_label()
         some = [row for row in rows if key in row]
-        axes.plot([r["step"] for r in some], [r[key] for r in some], line, label=label)
+        line.set_data([r["step"] for r in some], [r[key] for r in some])
+    axes.relim()
+    axes.autoscale()
     val = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     title = f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
     with atomic_path(folder / "loss.png") as file:
-        figure.savefig(file, dpi=120)
+        axes.figure.savefig(file, dpi=120)
 
 
 def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[[Row], None]:
