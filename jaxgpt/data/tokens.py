@@ -84,9 +84,9 @@ class TokenSplit:
         Random windows of a memory map make the system read megabytes around each of them, and
         count as the memory of the process (docs/performance.md, "Windows by pread").
         """
-        wanted = piece.view(np.uint8)
+        wanted = piece.view(np.uint8).data
         at = self._offsets[part] + offset * self.dtype.itemsize
-        while len(wanted):  # one call reads at most 2 GB
+        while wanted:  # one call reads at most 2 GB
             count = os.preadv(self._opened[part], [wanted], at)
             if count == 0:
                 problem = "has become shorter since it was opened"
