@@ -7,6 +7,8 @@ read too: nanoGPT's train.bin and val.bin (uint16, no meta.json), and llm.c's sh
 
 import hashlib
 import json
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ PADDED_GPT2 = range(GPT2_VOCAB, GPT2_VOCAB + 128)  # values of vocab_size that m
 
 
 class TokenSplit:
-    """One split as one long sequence of ids, mapped into memory from one or many files.
+    """One split as one long sequence of ids in one or many files, which stay open.
 
     Reading checks every id against `vocab_size`, because a JAX gather silently clamps an id that
     is out of range. A negative number is `~id`: a token that is read but is not a target.
@@ -48,9 +50,12 @@ class TokenSplit:
         self.files = files
         self.vocab_size = vocab_size
         self.advice = advice  # for an id out of range
-        self._parts = [_map_ids(file, dtype) for file in files]
-        self._starts = np.cumsum([0] + [len(part) for part in self._parts])
-        self.dtype = self._parts[0].dtype
+        maps = [_map_ids(file, dtype) for file in files]
+        self._offsets = [ids.offset for ids in maps]  # bytes before the first id
+        self._starts = np.cumsum([0] + [len(ids) for ids in maps])
+        self.dtype = maps[0].dtype
+        self._opened = [os.open(file, os.O_RDONLY) for file in files]
+        weakref.finalize(self, _close, self._opened)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -61,24 +66,45 @@ class TokenSplit:
         part = int(np.searchsorted(self._starts, start, "right")) - 1
         while done < length:
             offset = int(start + done - self._starts[part])
-            piece = self._parts[part][offset : offset + length - done]
+            end = done + int(self._starts[part + 1] - self._starts[part]) - offset
+            piece = ids[done:end]
+            self._read_into(piece, part, offset)
             if max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
                 at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
                 problem = f"id {piece[at]} at token {offset + at} is out of range"
                 limit = f"expected ids below vocab_size={self.vocab_size}"
                 raise UserError(f"{self.files[part]}: {problem}; {limit}; {self.advice}")
-            ids[done : done + len(piece)] = piece
             done += len(piece)
             part += 1
         return ids
 
+    def _read_into(self, piece: np.ndarray, part: int, offset: int) -> None:
+        """Fill `piece` with the ids of a file from `offset` on.
+
+        Random windows of a memory map make the system read megabytes around each of them, and
+        count as the memory of the process (docs/performance.md, "Windows by pread").
+        """
+        wanted = piece.view(np.uint8).data
+        at = self._offsets[part] + offset * self.dtype.itemsize
+        while wanted:  # one call reads at most 2 GB
+            count = os.preadv(self._opened[part], [wanted], at)
+            if count == 0:
+                problem = "has become shorter since it was opened"
+                raise UserError(f"{self.files[part]}: {problem}; expected a complete file; {AGAIN}")
+            wanted = wanted[count:]
+            at += count
+
     def head(self, part: int, length: int) -> np.ndarray:
         """Copy at most `length` ids from the start of a file, without a check of their range."""
-        return np.array(self._parts[part][:length])
+        return np.array(self._map(part)[:length])
 
     def largest_id(self) -> int:
         """Return the largest id of the split, by reading all of it."""
-        return max(int(part.max()) for part in self._parts)
+        return max(int(self._map(part).max()) for part in range(len(self.files)))
+
+    def _map(self, part: int) -> np.ndarray:
+        """Map the ids of a file into memory, to read them in order."""
+        return _map_ids(self.files[part], self.dtype.name)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Read `length` ids from each start on, [n, `length`]."""
@@ -87,9 +113,10 @@ class TokenSplit:
     def positions_of(self, id: int) -> np.ndarray:
         """Find every position of an id, int64, by reading the whole split."""
         found = [np.empty(0, np.int64)]
-        for start, part in zip(self._starts, self._parts, strict=False):
-            for at in range(0, len(part), SCAN_IDS):
-                found.append(start + at + np.flatnonzero(part[at : at + SCAN_IDS] == id))
+        for part, start in enumerate(self._starts[:-1]):
+            ids = self._map(part)
+            for at in range(0, len(ids), SCAN_IDS):
+                found.append(start + at + np.flatnonzero(ids[at : at + SCAN_IDS] == id))
         return np.concatenate(found)
 
     def starts(
@@ -115,7 +142,12 @@ class AlignedSplit(TokenSplit):
         return self.window_starts[order.astype(np.int64)]
 
 
-def _map_ids(file: Path, dtype: str) -> np.ndarray:
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _map_ids(file: Path, dtype: str) -> np.memmap:
     """Map the ids of a file into memory. Raises `UserError` if it does not hold whole ids."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected token ids; {AGAIN}")

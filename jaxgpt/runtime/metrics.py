@@ -2,10 +2,12 @@
 
 import json
 import math
+import mmap
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxgpt.config import Config
 from jaxgpt.runtime import storage
-from jaxgpt.runtime.files import atomic_path, atomic_write, import_extra
+from jaxgpt.runtime.files import atomic_path, import_extra
 
 Row = dict[str, Any]
+EVALUATION = b'"val_loss"'  # in the rows of evaluations only
+PICTURE_ROWS = 4_000  # that loss.png shows, which is several rows per pixel
 NOTEBOOK_INTERVAL_S = 1.0  # between two texts of the live line, which are all sent to the browser
 
 
@@ -45,8 +49,7 @@ class Log:
             return
         with ExitStack() as stack:
             file = self.folder / "metrics.jsonl"
-            rows = [row for row in read_metrics(file) if row["step"] <= first_step]
-            atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
+            delete_rows_after(file, first_step)
             append = partial(open, mode="a", buffering=1, encoding="utf-8")  # line by line
             self._metrics = stack.enter_context(append(file))
             self._text = stack.enter_context(append(self.folder / "log.txt"))
@@ -126,14 +129,68 @@ class Log:
 
 def read_metrics(file: Path) -> list[Row]:
     """Read the rows of a metrics.jsonl, except for a last line that is incomplete after a crash."""
-    rows = []
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    rows: list[Row] = []
+    if not file.exists():
+        return rows
+    with open(file, "rb") as lines:
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
     return rows
+
+
+def sample_metrics(file: Path, count: int) -> list[Row]:
+    """Read the evaluation rows of a metrics.jsonl, and about `count` rows at equal distances.
+
+    The file may have millions of rows, so it is searched in pieces, and other rows are not parsed.
+    """
+    rows: list[Row] = []
+    piece_bytes = 1 + file.stat().st_size // count
+    with open(file, "rb") as stream:
+        while piece := stream.read(piece_bytes) + stream.readline():  # whole lines
+            found = [0, *(match.start() for match in re.finditer(EVALUATION, piece))]
+            lines = dict.fromkeys(_line_at(piece, at) for at in found)
+            with suppress(ValueError):  # the last line may be incomplete
+                rows += [json.loads(line) for line in lines]
+    return rows
+
+
+def _line_at(text: bytes, at: int) -> bytes:
+    """Return the line of a text that holds a position."""
+    return text[text.rfind(b"\n", 0, at) + 1 : text.find(b"\n", at)]
+
+
+def delete_rows_after(file: Path, step: int) -> None:
+    """Delete the rows of a metrics.jsonl after a step, and a last line that is incomplete.
+
+    The rows are in the order of the steps, so only the end of the file is read.
+    """
+    if not file.exists() or not file.stat().st_size:
+        return
+    with open(file, "r+b") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            end = len(lines)
+            last = b""
+            while end:
+                start = lines.rfind(b"\n", 0, end - 1) + 1
+                last = lines[start:end]
+                if _step_of(last) <= step:
+                    break
+                end = start
+        stream.truncate(end)
+        if end and not last.endswith(b"\n"):
+            stream.seek(end)
+            stream.write(b"\n")
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a row, or infinity for an incomplete row."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class Terminal(Console):
@@ -194,28 +251,40 @@ def _duration(seconds: float) -> str:
     return f"{clock} left"
 
 
-def draw_losses(folder: Path) -> None:
-    """Redraw loss.png from metrics.jsonl."""
+@cache
+def _picture() -> Any:
+    """Return the axes of loss.png, with a line per loss whose label is the key of its rows.
+
+    Python frees a figure late, because its parts refer to each other. So there is only one.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(folder / "metrics.jsonl")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # keeps its pixels for the next picture
     axes = figure.subplots()
-    for key, line, label in (
-        ("loss", "0.75", "training steps"),
-        ("train_loss", "C0.-", "train split"),
-        ("val_loss", "C1.-", "val split"),
-    ):
+    for key, line in ("loss", "0.75"), ("train_loss", "C0.-"), ("val_loss", "C1.-"):
+        axes.plot([], [], line, label=key)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(axes.lines, ["training steps", "train split", "val split"])
+    return axes
+
+
+def draw_losses(folder: Path) -> None:
+    """Redraw loss.png from metrics.jsonl."""
+    rows, axes = sample_metrics(folder / "metrics.jsonl", PICTURE_ROWS), _picture()
+    for line in axes.lines:
+        key = line.get_label()
         some = [row for row in rows if key in row]
-        axes.plot([r["step"] for r in some], [r[key] for r in some], line, label=label)
+        line.set_data([r["step"] for r in some], [r[key] for r in some])
+    axes.relim()
+    axes.autoscale()
     val = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     title = f"{folder.name}: best val loss {min(val):.4f}" if val else folder.name
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
     with atomic_path(folder / "loss.png") as file:
-        figure.savefig(file, dpi=120)
+        axes.figure.savefig(file, dpi=120)
 
 
 def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[[Row], None]:

@@ -1,6 +1,7 @@
 """Test token files, written here from the format descriptions, and damaged files."""
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -93,6 +94,14 @@ def test_out_of_range_id_is_named_with_file_and_position(tmp_path, at):
         assert expected in refusal(tokens.read, start, at + 1 - start)
         np.testing.assert_array_equal(tokens.read(start, at - start), ids[start:at])
     np.testing.assert_array_equal(tokens.read(at + 1, 11 - at), ids[at + 1 :])
+
+
+def test_file_that_becomes_shorter_while_it_is_open_is_an_error(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(20_000))
+    split = TokenSplit([tmp_path / "a.bin"], "uint16", 5)
+    os.truncate(tmp_path / "a.bin", 10_000)
+    assert len(split.read(0, 5000)) == 5000
+    assert "has become shorter" in refusal(split.read, 4000, 2000)
 
 
 def test_llmc_shards_are_concatenated_in_name_order(tmp_path, no_gpt2):

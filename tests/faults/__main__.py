@@ -1,7 +1,8 @@
-"""Kill runs and damage checkpoints, or run one long run under faults.
+"""Kill runs and damage checkpoints, run one long run under faults, or read a large dataset.
 
 python -m tests.faults --rounds=50
 python -m tests.faults --soak=30 [--disk=FOLDER, a small file system to fill up]
+python -m tests.faults --tokens=10_000_000_000
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does, for `helpe
 from helpers import make_data
 
 from .harness import damage_at_random, fork, kill_at_random, tiny
+from .large import read_large
 from .soak import soak
 
 
@@ -29,6 +31,7 @@ def main() -> int:
     parser.add_argument("--damages", type=int, help="files damaged; default: 2 x rounds")
     parser.add_argument("--soak", type=float, default=0, help="minutes of a soak, instead")
     parser.add_argument("--disk", type=Path, help="a small file system for the soak to fill up")
+    parser.add_argument("--tokens", type=int, default=0, help="read sparse shards, instead")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -37,6 +40,8 @@ def main() -> int:
         folder = Path(name)
         if args.soak:
             return not soak(folder, args.soak, rng, args.disk)
+        if args.tokens:
+            return not read_large(folder / "sparse", args.tokens)
         damages = 2 * args.rounds if args.damages is None else args.damages
         damaged = not damages or _damage(folder / "damage", damages, rng)
         killed = not args.rounds or _kill(folder / "kill", args.rounds, rng)

@@ -1,13 +1,16 @@
 """Test the output of a run: metric rows, console lines, the loss plot and trackers."""
 
 import builtins
+import gc
 import io
 import json
 import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -17,7 +20,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt.config import Config
 from jaxgpt.runtime import metrics
-from jaxgpt.runtime.metrics import Log, draw_losses, escape_controls, read_metrics
+from jaxgpt.runtime.metrics import (
+    Log,
+    draw_losses,
+    escape_controls,
+    read_metrics,
+    sample_metrics,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +104,42 @@ def test_rows_after_the_resumed_step_are_deleted(config, tmp_path, first_step, t
     kept += [{"step": 6}] if torn == '{"step": 6}' and first_step >= 6 else []
     found = [json.loads(line) for line in lines(tmp_path, "metrics.jsonl")]
     assert found == read_metrics(tmp_path / "metrics.jsonl") == [*kept, train_row(first_step + 1)]
+
+
+def long_metrics(folder, count: int) -> None:
+    """Write `count` training rows, with an evaluation after every thousandth."""
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(1, count + 1):
+            file.write(json.dumps(train_row(step)) + "\n")
+            if step % 1000 == 0:
+                file.write(json.dumps(eval_row(step)) + "\n")
+
+
+def test_memory_of_resuming_and_drawing_does_not_grow_with_the_rows(config, tmp_path):
+    draw(tmp_path, [])  # imports packages
+    peaks = []
+    for count in 8_000, 24_000:
+        long_metrics(tmp_path, count)
+        tracemalloc.start()
+        with Log(config, first_step=count) as log:
+            log.eval(eval_row(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_sample_of_the_rows_is_whole_for_a_short_run_and_keeps_every_evaluation(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    long_metrics(tmp_path, 5000)
+    rows = read_metrics(file)
+    assert sample_metrics(file, 1_000_000) == rows
+    sample = sample_metrics(file, 100)
+    evals = [row for row in rows if "val_loss" in row]
+    assert [row for row in sample if "val_loss" in row] == evals
+    steps = [row["step"] for row in sample if "loss" in row]
+    assert 50 < len(steps) <= 101
+    assert steps == sorted(set(steps))
+    assert max(b - a for a, b in pairwise(steps)) < 110  # at equal distances
 
 
 def test_disabled_log_writes_nothing(config, tmp_path, capsys):
@@ -259,6 +304,13 @@ def test_loss_plot_depends_on_every_kind_of_loss(tmp_path, key):
     assert draw(tmp_path, rows) == picture
     others = [row | {key: row[key] + 0.2} if key in row else row for row in rows[:-1]]
     assert draw(tmp_path, [*others, rows[-1]]) != picture  # whose title's best is the same
+
+
+def test_redrawing_leaves_no_figure_for_the_garbage_collector(tmp_path):
+    draw(tmp_path, ROWS["train"])
+    gc.collect()
+    draw(tmp_path, ROWS["train"])
+    assert gc.collect() < 100  # a figure has thousands of parts that refer to each other
 
 
 def test_evaluation_redraws_the_loss_plot(config, tmp_path):
