@@ -50,10 +50,13 @@ class TokenSplit:
         self.files = files
         self.vocab_size = vocab_size
         self.advice = advice  # for an id out of range
-        maps = [_map_ids(file, dtype) for file in files]
-        self._offsets = [ids.offset for ids in maps]  # bytes before the first id
-        self._starts = np.cumsum([0] + [len(ids) for ids in maps])
-        self.dtype = maps[0].dtype
+        self.dtype = _map_ids(files[0], dtype).dtype
+        self._offsets, sizes = [], [0]
+        for file in files:
+            ids = _map_ids(file, dtype)  # one at a time, because a map is an open file
+            self._offsets.append(ids.offset)  # bytes before the first id
+            sizes.append(len(ids))
+        self._starts = np.cumsum(sizes)
         self._opened = [os.open(file, os.O_RDONLY) for file in files]
         weakref.finalize(self, _close, self._opened)
 
