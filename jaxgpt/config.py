@@ -129,6 +129,12 @@ class DataConfig:
     s3://bucket/path or gs://bucket/path are copied to this machine (needs the extra `cloud`)."""
     digits: Annotated[int, Range(1, 9)] = 3
     """Maximum number of digits in problems of `dataset=adder` and `dataset=calculator`."""
+    train_digits: Annotated[int, Range(0, 9)] = 0
+    """Maximum number of digits in training problems; held-out problems have up to `digits`. 0 means
+    `digits`."""
+    random_offset: bool = False
+    """Move the digits of a training sum or difference up by a random number of places, so that
+    shorter numbers also train the places of longer ones. Needs `train_digits` below `digits`."""
     working: bool = False
     """Write the working of a problem, digit by digit, before its answer."""
     reverse_digits: bool = True

@@ -29,6 +29,7 @@ KINDS = [
      "block_size n_head n_embd", 0, "a whole number at least 1"),
     ("eot_id process_id", -2, "a whole number at least -1"),
     ("digits", 10, "a whole number from 1 to 9"),
+    ("train_digits", 10, "a whole number from 0 to 9"),
     ("muon_iterations", 6, "a whole number from 1 to 5"),
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
     ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss "
@@ -36,7 +37,7 @@ KINDS = [
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("spike_window", 1, "a whole number at least 2"),
-    ("working reverse_digits "
+    ("working reverse_digits random_offset "
      "overwrite report eval_only always_save_checkpoint tensorboard wandb_log attention_dropout "
      "bias tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
      "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "

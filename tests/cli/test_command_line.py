@@ -470,7 +470,7 @@ data_on_device device use_cpu_variant dtype mesh attention xla deterministic rem
 scan_layers shard_optimizer steps_per_call coordinator num_processes process_id max_nonfinite_steps
 profile report skip_loss_spikes spike_window
 early_stopping_patience target_val_loss freeze decay_fraction muon_polynomial
-digits working reverse_digits
+digits train_digits random_offset working reverse_digits
 momentum_warmup_iters cautious_weight_decay muon_iterations muon_per_head
 """
 

@@ -236,6 +236,42 @@ def test_held_out_problems_and_mirror_images_are_never_drawn(name, digits):
         assert drawn == every - held - mirrored
 
 
+@pytest.mark.parametrize("name", ["adder", "calculator"])
+def test_train_digits_limit_the_drawn_numbers_and_no_others(name):
+    whole, short = task_of(name, 3), task_of(name, 3, train_digits=2)
+    _, a, b = draw(short, 20_000)
+    assert max(a.max(), b.max()) == 99
+    assert not triples(draw(short, 20_000)) & triples(whole.held_out)
+    assert short.tokenizer.to_json() == whole.tokenizer.to_json()
+    np.testing.assert_array_equal(short.held_out, whole.held_out)
+    for same in task_of(name, 3, train_digits=0), task_of(name, 3, train_digits=3):
+        np.testing.assert_array_equal(draw(same, 1000), draw(whole, 1000))
+
+
+@forms_of_tasks
+@pytest.mark.parametrize(("name", "digits"), [("adder", 3), ("calculator", 3), ("calculator", 4)])
+def test_moved_problem_is_one_of_fewer_places_after_masked_line_breaks(name, digits, forms):
+    task = task_of(name, digits, train_digits=2, **forms)
+    split, alphabet = TrainProblems(task, random_offset=True), np.array(list(task.tokenizer.chars))
+    starts = split.starts(np.arange(3000), block_size=9, seed=1, stream=0)
+    problems, rows = task.draw(starts.view(np.uint64)), split.windows(starts, task.longest)
+    is_unused = rows[:, :digits] == ~task.tokenizer.chars.index("\n")
+    offsets = is_unused.sum(1)
+    assert not offsets[problems.kind >= 2].any()  # products and quotients
+    longer = np.char.str_len(np.maximum(problems.a, problems.b).astype(str))
+    for length in (1, 2):
+        moves = offsets[(longer == length) & (problems.kind < 2)]
+        shares = np.bincount(moves) / len(moves)
+        np.testing.assert_allclose(shares, 1 / (digits - length + 1), atol=0.08)
+    for offset in range(digits):
+        chosen, small = offsets == offset, task_of(name, digits - offset, **forms)
+        assert is_unused[chosen, digits - offset : digits].all()  # the lowest places
+        unmoved = spelled(small, Problems(*(x[chosen] for x in problems)), small.longest)
+        for row, (ask, said) in zip(rows[chosen], unmoved, strict=True):
+            assert "".join(alphabet[~row[row < 0]]).replace("\n", "") == ask
+            assert "".join(alphabet[row[row >= 0]]) == said
+
+
 COUNTS = [
     ("adder", 1, {1: 5}),
     ("adder", 3, {1: 5, 2: 500, 3: 10_000}),
@@ -386,6 +422,9 @@ def test_example_problem_in_the_error_message_is_valid():
 IMPOSSIBLE = [
     ({"block_size": 8}, "adder with digits=2; expected at least 9; try --block_size=9"),
     ({"dataset": "calculator"}, "block_size=9: too short for calculator with digits=2; expected"),
+    ({"train_digits": 3}, "digits of any problem; expected at most 2; try --train_digits=2"),
+    ({"random_offset": True}, "reach all places of digits=2; expected train_digits below digits"),
+    ({"random_offset": True, "train_digits": 2}, "random_offset=True: training problems already"),
     ({"data_on_device": "always"}, "data_on_device='always'"),
 ]
 
