@@ -119,6 +119,7 @@ def test_run_on_one_or_four_devices_differs_only_by_rounding(run, tmp_path, mesh
     assert texts == run.generate(prompts, max_new_tokens=20, temperature=0)
 
 
+@pytest.mark.slow
 def test_interrupt_saves_and_returns_the_run_which_resumes_bit_exact(data, tmp_path, monkeypatch):
     config = tiny_run(tmp_path / "run", data, steps_per_call=1)
     whole = jaxgpt.train(config.replace(out_dir=str(tmp_path / "whole")))

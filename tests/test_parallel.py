@@ -208,6 +208,7 @@ def test_nonfinite_step_changes_no_split_array(optimizer):
     jax.tree.map(np.testing.assert_array_equal, floats(after), floats(before))
 
 
+@pytest.mark.slow
 def test_checkpoint_resumes_with_the_other_shard_optimizer(tmp_path):
     """The restored arrays have the same bits, and the shardings of the new config."""
     for i, (before, after) in enumerate([("data:4", "data:2"), ("data:2", "data:4")]):

@@ -164,6 +164,7 @@ def make_run(tmp_path, data_dir):
     return lambda name="run", **more: tiny_run(tmp_path / name, data_dir, **keys | more)
 
 
+@pytest.mark.slow
 def test_aligned_run_resumes_exactly_on_other_devices_and_with_data_on_the_host(
     make_run, monkeypatch
 ):

@@ -153,6 +153,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_training_is_equal_on_a_mesh(folder):
     alone = run(folder, out_dir=str(folder / "one"), mesh="data:1")
     for mesh in "data:2", "data:2,fsdp:2":
@@ -160,6 +161,7 @@ def test_training_is_equal_on_a_mesh(folder):
         np.testing.assert_allclose(losses(others), losses(alone), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_in_phases_resumes_as_if_it_had_not_stopped(folder, monkeypatch):
     keys = {"first_window": 2, "window_sizes": 2, "mesh": "data:1"}
     whole = run(folder, out_dir=str(folder / "whole"), **keys)

@@ -48,6 +48,7 @@ def shares(table: str) -> tuple[list[float], list[float]]:
     return list(map(float, operations)), list(map(float, parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys", [{"steps_per_call": 1}, {"steps_per_call": 3, "scan_layers": True}]
 )
@@ -74,6 +75,7 @@ def test_profile_names_layers_and_parts_and_leaves_the_run_unchanged(make_run, k
     assert f"open {profiled.out_dir}/profile/trace.json.gz at https://ui" in log_of(profiled)
 
 
+@pytest.mark.slow
 def test_profile_ends_at_an_evaluation_and_at_a_signal(make_run, monkeypatch):
     config = make_run(profile=20, steps_per_call=1)
     train(config)
@@ -93,6 +95,7 @@ def test_run_that_ends_before_the_profile_says_so(make_run):
     assert not Path(config.out_dir, "profile").exists()
 
 
+@pytest.mark.slow
 def test_sampling_is_profiled_after_the_same_samples(make_run, capsys):
     config = make_run(max_iters=2, eval_iters=1)
     train(config)

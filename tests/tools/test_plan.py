@@ -176,6 +176,7 @@ def test_oversized_state_is_split_by_fsdp_unless_a_mesh_is_given(compiles, mesh,
     assert any("use: --mesh=fsdp:8" in line for line in lines) == fits
 
 
+@pytest.mark.slow
 def test_levers_compare_the_step_with_the_step_without_each_variant(found):
     """A CPU's variants that a training step uses are in the table, and others are not."""
     lines, table = [], dict(plan.kernels.TABLE)

@@ -56,6 +56,7 @@ class Recipe(Config):
     parts: ClassVar = {"rope": {"position": "learned"}}
 
 
+@pytest.mark.slow
 def test_study_trains_the_baseline_the_recipe_and_the_recipe_without_each_part(
     tmp_path, monkeypatch
 ):
