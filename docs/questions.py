@@ -48,19 +48,19 @@ def losses(config: LectureConfig, folder: Path) -> np.ndarray:
             eval_interval=1_000_000,  # evaluate only at the end
         )
         try:
-            code = train_run(run)
-        except UserError as error:  # the loss or the gradient is no longer finite
+            if code := train_run(run):
+                sys.exit(code)
+        except UserError as error:
+            if "expected finite numbers" not in str(error):  # as of a full disk
+                raise
             print(error)
-            code = 0
-        if code:
-            sys.exit(code)
         loss = final_loss(run)
         found.append(math.nan if loss is None else loss)
     return np.array(found)
 
 
 def describe(losses_R: np.ndarray) -> str:
-    """Return the mean and standard deviation of the runs that did not diverge, and the others."""
+    """Return mean and standard deviation of the finite losses, and how many runs diverged."""
     finite = losses_R[np.isfinite(losses_R)]
     diverged = len(losses_R) - len(finite)
     text = spread(finite, ".3f") if len(finite) else ""
