@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,13 +50,9 @@ class TokenSplit:
         self.files = files
         self.vocab_size = vocab_size
         self.advice = advice  # for an id out of range
-        self.dtype = _map_ids(files[0], dtype).dtype
-        self._offsets, sizes = [], [0]
-        for file in files:
-            ids = _map_ids(file, dtype)  # one at a time, because a map is an open file
-            self._offsets.append(ids.offset)  # bytes before the first id
-            sizes.append(len(ids))
-        self._starts = np.cumsum(sizes)
+        self._layouts = [_layout(file, dtype) for file in files]
+        self.dtype = self._layouts[0].dtype
+        self._starts = np.cumsum([0] + [layout.count for layout in self._layouts])
         self._opened = [os.open(file, os.O_RDONLY) for file in files]
         weakref.finalize(self, _close, self._opened)
 
@@ -88,7 +84,7 @@ class TokenSplit:
         count as the memory of the process (docs/performance.md, "Windows by pread").
         """
         wanted = piece.view(np.uint8).data
-        at = self._offsets[part] + offset * self.dtype.itemsize
+        at = self._layouts[part].offset + offset * self.dtype.itemsize
         while wanted:  # one call reads at most 2 GB
             count = os.preadv(self._opened[part], [wanted], at)
             if count == 0:
@@ -107,7 +103,8 @@ class TokenSplit:
 
     def _map(self, part: int) -> np.ndarray:
         """Map the ids of a file into memory, to read them in order."""
-        return _map_ids(self.files[part], self.dtype.name)
+        dtype, offset, _ = self._layouts[part]
+        return np.memmap(self.files[part], dtype, "r", offset=offset)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Read `length` ids from each start on, [n, `length`]."""
@@ -150,8 +147,16 @@ def _close(files: list[int]) -> None:
         os.close(file)
 
 
-def _map_ids(file: Path, dtype: str) -> np.memmap:
-    """Map the ids of a file into memory. Raises `UserError` if it does not hold whole ids."""
+class _Layout(NamedTuple):
+    """Where the ids of a file are: their dtype, the bytes before the first id, and their number."""
+
+    dtype: np.dtype
+    offset: int
+    count: int
+
+
+def _layout(file: Path, dtype: str) -> _Layout:
+    """Read the layout of a file. Raises `UserError` if the file does not hold whole ids."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected token ids; {AGAIN}")
     size, offset = file.stat().st_size, 0
@@ -164,10 +169,12 @@ def _map_ids(file: Path, dtype: str) -> np.memmap:
             raise UserError(f"{file}: holds {size} bytes; {advice}; try another copy of the file")
     if size == offset:
         raise UserError(f"{file}: holds no tokens; expected at least one; {AGAIN}")
-    if (size - offset) % np.dtype(dtype).itemsize:
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    count, rest = divmod(size - offset, little_endian.itemsize)
+    if rest:
         problem = f"holds {size} bytes, which is not a whole number of {dtype} ids"
         raise UserError(f"{file}: {problem}; expected a complete file; {AGAIN}")
-    return np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r", offset=offset)
+    return _Layout(little_endian, offset, count)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Kill runs and damage checkpoints, run one long run under faults, or read a large dataset.
+"""Test and measure what is too long for pytest; without another flag, kills and damage.
 
 python -m tests.faults --rounds=50
 python -m tests.faults --soak=30 [--disk=FOLDER, a small file system to fill up]
+python -m tests.faults --bucket=10
+python -m tests.faults --processes=64
+python -m tests.faults --saves=configs/gpt2.py
 python -m tests.faults --tokens=10_000_000_000
 """
 
@@ -21,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does, for `helpe
 from helpers import make_data
 
 from .harness import damage_at_random, fork, kill_at_random, tiny
+from .in_bucket import kill_in_bucket
 from .large import read_large
+from .many_processes import start_and_end
+from .saves import measure_saves
 from .soak import soak
 
 
@@ -29,9 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=50, help="SIGKILLs")
     parser.add_argument("--damages", type=int, help="files damaged; default: 2 x rounds")
-    parser.add_argument("--soak", type=float, default=0, help="minutes of a soak, instead")
+    parser.add_argument("--soak", type=float, default=0, help="minutes of a soak test")
     parser.add_argument("--disk", type=Path, help="a small file system for the soak to fill up")
-    parser.add_argument("--tokens", type=int, default=0, help="read sparse shards, instead")
+    parser.add_argument("--bucket", type=int, default=0, help="SIGKILLs of a run in a bucket")
+    parser.add_argument("--processes", type=int, default=0, help="processes of one run")
+    parser.add_argument("--saves", default="", help="a config file, to measure what saves cost")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens of sparse shards to read")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -40,6 +49,12 @@ def main() -> int:
         folder = Path(name)
         if args.soak:
             return not soak(folder, args.soak, rng, args.disk)
+        if args.bucket:
+            return not kill_in_bucket(folder / "bucket", args.bucket, rng)
+        if args.processes:
+            return not start_and_end(folder / "processes", args.processes, rng)
+        if args.saves:
+            return not measure_saves(folder / "saves", args.saves)
         if args.tokens:
             return not read_large(folder / "sparse", args.tokens)
         damages = 2 * args.rounds if args.damages is None else args.damages
