@@ -20,10 +20,27 @@ config = Config(
 """
 
 
+TRAIN = ("train.py",)
+# Processes that share a core may send no heartbeat for half a minute while they compile.
+TRAIN_PATIENTLY = (
+    "-c",
+    "import runpy; from jaxgpt.runtime import distributed; distributed.HEARTBEAT_S = 600; "
+    "runpy.run_path('train.py', run_name='__main__')",
+)
+
+
 class Run:
     """The processes of one run, all on this machine, with two devices each by default."""
 
-    def __init__(self, folder: Path, out: str, processes: int, *flags: str, devices: int = 2):
+    def __init__(
+        self,
+        folder: Path,
+        out: str,
+        processes: int,
+        *flags: str,
+        devices: int = 2,
+        script: tuple[str, ...] = TRAIN,
+    ):
         config = folder / f"{out}.py"
         config.write_text(CONFIG.format(out=str(folder / out), data=str(folder / "data")))
         with socket.socket() as free:
@@ -34,7 +51,7 @@ class Run:
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         self.folder, self.processes = folder / out, []
         for i in range(processes):
-            command = [sys.executable, str(ROOT / "train.py"), str(config), *flags]
+            command = [sys.executable, *script, str(config), *flags]
             command += [*others, f"--process_id={i}"] if processes > 1 else []
             self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
 

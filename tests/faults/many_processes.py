@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from helpers import make_data
-from processes import Run
+from processes import TRAIN_PATIENTLY, Run
 
 TIMEOUT_S = 1800
 
@@ -59,7 +59,7 @@ def _flags(keys: dict) -> list[str]:
 def _start(folder: Path, count: int, flags: list[str], after: int) -> tuple[Run, float]:
     """Start a run and wait until it has logged a step later than `after`; return the seconds."""
     began = time.perf_counter()
-    run = Run(folder, "run", count, *flags, devices=1)
+    run = Run(folder, "run", count, *flags, devices=1, script=TRAIN_PATIENTLY)
     while _last_logged(run) <= after:
         ended = [number for number, process in enumerate(run.processes) if process.poll()]
         if ended or time.perf_counter() > began + TIMEOUT_S:

@@ -11,7 +11,7 @@ from helpers import CHILD_ENV, ROOT
 
 from jaxgpt.runtime.metrics import read_metrics
 
-INTERVAL, SAVES, TOKENS = 20, 3, 64
+INTERVAL, SAVES, TOKENS = 10, 3, 64
 USUAL_INTERVAL = 1000
 
 
