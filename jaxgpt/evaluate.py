@@ -52,7 +52,11 @@ def mean_loss(
 
     A call is (windows [U, 1, B, T + 1], count); only the first `count` of its U batches count.
     """
-    sums = [eval_step(params, batches, count) for batches, count in calls]
+    sums = []
+    for batches, count in calls:
+        sums.append(eval_step(params, batches, count))
+        if len(sums) > 1:
+            jax.block_until_ready(sums[-2])  # many queued calls deadlock the devices of a CPU
     total, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(total / targets)
 

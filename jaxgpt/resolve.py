@@ -54,8 +54,9 @@ class ResolvedRun:
 def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Iterator[ResolvedRun]:
     """Lock the run directory, check the run, fill in its keys, and write config.json.
 
-    `cli_keys` are the keys set on the command line. Raises `UserError` before the run directory
-    changes, if a key does not fit the data, the weights, the devices or the run that is resumed.
+    `cli_keys` are the keys set on the command line. Corrupt checkpoints are quarantined first.
+    Then, before anything else changes, raises `UserError` if a key does not fit the data, the
+    weights, the devices or the run that is resumed.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
         checkpoints = run_dir.open_checkpoints(config)
@@ -72,12 +73,14 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         if config.align_documents:
             dataset = _align(config, dataset)
         check_freeze(config)
+        _check_sampled(config)
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
         mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
         distributed.on_process_0(create)
+        checkpoints.newest = checkpoints.latest()  # `create` deletes those of an old run
         notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
         yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
@@ -263,11 +266,21 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     }
 
 
+def _check_sampled(config: Config) -> None:
+    """Raise `UserError` if the run would sample from an encoder."""
+    if config.sample_every and not config.causal:
+        raise UserError(
+            f"sample_every={config.sample_every}: an encoder cannot be sampled; expected "
+            "causal=True, or sample_every=0"
+        )
+
+
 @dataclass
 class Best:
     """The lowest validation loss so far, and its step."""
 
-    patience_steps: int  # the run stops after so many steps without a lower loss; 0 means never
+    patience: int  # the run stops after so many evaluations without a lower loss; 0 means never
+    eval_interval: int
     target: float = 0.0  # the run stops at a loss that is at most this; 0 means never
     val_loss: float = math.inf
     step: int = 0
@@ -281,7 +294,8 @@ class Best:
 
     def stops_early(self, step: int) -> bool:
         """Return whether the run stops at this step, because its loss no longer improves."""
-        return 0 < self.patience_steps <= step - self.step
+        evaluations = step // self.eval_interval - self.step // self.eval_interval
+        return 0 < self.patience <= evaluations
 
     def ends_run(self, step: int) -> bool:
         """Return whether the run ends at this step, before `max_iters`."""
@@ -296,8 +310,8 @@ class Best:
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    patience_steps = config.early_stopping_patience * config.eval_interval
-    best = Best(patience_steps, config.target_val_loss, step=step)
+    patience, interval = config.early_stopping_patience, config.eval_interval
+    best = Best(patience, interval, config.target_val_loss, step=step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:

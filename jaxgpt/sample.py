@@ -195,6 +195,7 @@ def draw(state: DecodeState, logits_BV, uniform_B, is_drawing_B, sampling: Sampl
     lengths_B = state.lengths_B + is_drawing_B
     seen_BV = state.seen_BV
     if seen_BV is not None:
+        # NO_TOKEN is the last column, where the maximum with False changes nothing
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].max(is_drawing_B)
     state = replace(state, num_drawn_B=num_drawn_B, lengths_B=lengths_B, seen_BV=seen_BV)
     return state, token_B
@@ -212,7 +213,9 @@ class Sampler:
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled; expected causal=True")
         dtype = kernels.compute_dtype(config.dtype)
-        self.config = config.replace(remat="none", scan_layers=False, dropout=0.0, dtype=dtype)
+        keys = {"remat": "none", "scan_layers": False, "dropout": 0.0, "dtype": dtype}
+        keys["document_mask"] = False  # of training: a cache has no mask either
+        self.config = config.replace(**keys)
         graphdef, shapes, _ = model.abstract_model(self.config)
         self.num_generated = 0  # tokens that the latest `generate` yielded
         self._has_cache = hasattr(nnx.merge(graphdef, shapes), "init_cache")
@@ -231,6 +234,10 @@ class Sampler:
         self.params, self.row_params = self._weights_for(params)  # row: for a single sequence
         self._replicas: dict[Mesh, Any] = {}  # the parameters on several devices
         return self
+
+    def unload(self) -> None:
+        """Free the parameters, and keep the compiled programs."""
+        del self.params, self.row_params, self._replicas
 
     def generate(
         self, prompts: list[np.ndarray], *, max_new_tokens: int,

@@ -47,7 +47,7 @@ def train(
     notes: Sequence[str] = (),
     stop_signal: type[StopSignal] = StopSignal,
 ) -> int:
-    """Train `config` to its end; return 0, or 128 + n if signal n ended the run early.
+    """Train `config` to its end; return 0, or 128 + n if signal n arrived.
 
     JAX must have been started (`device.start`). `cli_keys` are the keys set on the command line,
     `notes` are lines for the log. Raises `UserError`. The host logs the metrics of the previous
@@ -213,10 +213,13 @@ class PeriodicWork:
         seed = self.config.seed
         text = generate_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
         self.log.info("".join(new for (new,) in text))
+        self.sampler.unload()
 
     def save(self, state: TrainState, step: int, *, is_best: bool) -> None:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
-        if not self.all_finite(state):  # an update can overflow although its gradient is finite
+        items = {"params": state.params, "opt_state": state.opt_state}
+        # an update can overflow although its gradient is finite; `recent_2W` starts infinite
+        if not self.all_finite(items):
             raise UserError(
                 f"step {step}: a weight or moment is not finite, so the state is not saved; try a "
                 "lower learning_rate, then --init_from=resume"
@@ -233,11 +236,13 @@ class PeriodicWork:
         }
         if state.recent_2W is not None:
             meta["recent_steps"] = spikes.to_json(state.recent_2W)
-        items = {"params": state.params, "opt_state": state.opt_state}
         self.run.checkpoints.save(items, meta, best=is_best)
 
     def finish(self, state: TrainState, step: int) -> None:
         """Save the last state unless it is saved, wait for the save, and log how the run ended."""
+        if step == 0:  # a run that resumes from step 0 would start anew, without `init_from`
+            self.log.info(f"{self.config.out_dir} holds no checkpoint, because no step was taken")
+            return
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)
         self.run.checkpoints.wait()

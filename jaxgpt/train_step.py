@@ -115,10 +115,11 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     shardings = state_shardings(config, mesh)
     # in the update each device has its share of the parameters, as it has of their moments
     shares = replace(shardings, params=update_shardings(config, mesh))
-    place, splits = lambda tree, _: tree, None
     if config.shard_optimizer:
         place = jax.lax.with_sharding_constraint
         splits = jax.tree.map(lambda share: share.spec, shares.params)
+    else:  # the update is split as the parameters are
+        place, splits = (lambda tree, _: tree), None
 
     def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
         """Sum the losses, target counts and gradients of the M micro-batches."""
@@ -128,17 +129,15 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
         return totals, *to_params(grads)
 
-    @use_mesh(mesh)
-    def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
-        """Take the steps of one call; return the new state and the metrics, [U]."""
-        if len(windows_UMBT) > 1:  # call this function for each of the steps
-            return repeat_step(train_step, state, windows_UMBT, count)
-        windows_MBT = windows_UMBT[0]
+    def take_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
+        """Take one step; return the new state and the metrics."""
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         over_devices = kernels.accumulation(mesh, splits)
-        params = place(state.params, shardings.params)  # in a loop over steps XLA may split them
+        # without this, XLA may keep them split between the steps of a loop
+        params = place(state.params, shardings.params)
         totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
-        if not is_data_mesh(mesh):  # else XLA splits the sums over data in every micro-batch
+        # without this, XLA sums over `data` in every micro-batch; a mesh of `data` alone has summed
+        if not is_data_mesh(mesh):
             grads = place(grads, shardings.params)
         grads = place(grads, shares.params)
         loss_sum, num_targets = totals
@@ -155,7 +154,14 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             state = replace(state, recent_2W=spikes.remember(state.recent_2W, loss, norm))
         state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_accepted)
         # without the first placement XLA gathers old and new parameters, and then selects
-        state = place(place(state, shares), shardings)
+        return place(place(state, shares), shardings), metrics
+
+    @use_mesh(mesh)
+    def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
+        """Take the first `count` of U steps; return the new state and the metrics, [U]."""
+        if len(windows_UMBT) > 1:
+            return repeat_step(take_step, state, windows_UMBT, count)
+        state, metrics = take_step(state, windows_UMBT[0])
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     outputs, options = (shardings, replicated(mesh)), compiler_options(config, mesh)
@@ -171,13 +177,14 @@ def apply_update(
     is_accepted: jax.Array,
 ) -> TrainState:
     """Update all parameters that are not frozen if `is_accepted`; count the step in any case."""
-    old = state.params
-    updates, opt_state = optimizer.update(grads, state.opt_state, old, is_accepted=is_accepted)
+    params = state.params
+    updates, opt_state = optimizer.update(grads, state.opt_state, params, is_accepted=is_accepted)
 
+    # weight decay gives frozen parameters an update too
     def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if frozen else where_accepted(is_accepted, new, old)  # decay reaches frozen ones
+        return old if frozen else where_accepted(is_accepted, new, old)
 
-    params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(old, updates), old)
+    params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(params, updates), params)
     return replace(state, opt_state=opt_state, params=params, step=state.step + 1)
 
 
@@ -186,11 +193,11 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         state, metrics_U = carry
-        windows_1MBT = jax.lax.dynamic_slice_in_dim(windows_UMBT, i, 1)
-        state, metrics_1 = step(state, windows_1MBT, 1)
-        return state, jax.tree.map(lambda all_U, m: all_U.at[i].set(m[0]), metrics_U, metrics_1)
+        windows_MBT = jax.lax.dynamic_index_in_dim(windows_UMBT, i, keepdims=False)
+        state, metrics = step(state, windows_MBT)
+        return state, jax.tree.map(lambda all_U, one: all_U.at[i].set(one), metrics_U, metrics)
 
-    _, shapes = jax.eval_shape(step, state, windows_UMBT[:1], 1)
+    _, shapes = jax.eval_shape(step, state, windows_UMBT[0])
     U = len(windows_UMBT)
     metrics_U = jax.tree.map(lambda one: jnp.zeros(U, one.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))

@@ -12,6 +12,7 @@ from jaxgpt import model
 from jaxgpt.config import Config, UserError
 from jaxgpt.interop import huggingface
 from jaxgpt.runtime import device
+from jaxgpt.sample import Sampler, SamplingParams
 
 EOT = 0
 TOKENS = np.array(  # EOT in the middle, at both ends, twice in a row, and absent
@@ -94,3 +95,17 @@ def test_kv_cache_ignores_the_document_mask():
     plain = build_model(config.replace(document_mask=False), params)
     np.testing.assert_allclose(cached, plain(TOKENS), atol=1e-6)
     assert not np.allclose(cached, network(TOKENS))
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "slide"])
+def test_sampling_ignores_the_document_mask(overflow):
+    """With "slide" no cache is used once the text is full."""
+    config = make_config()
+    params = random_params(config)
+
+    def sampled(config: Config) -> list[int]:
+        keys = {"sampling": SamplingParams(temperature=0.0), "overflow": overflow}
+        chunks = Sampler(config).load(params).generate([TOKENS[0]], max_new_tokens=16, **keys)
+        return np.concatenate([tokens_Bn[0] for tokens_Bn in chunks]).tolist()
+
+    assert sampled(config) == sampled(config.replace(document_mask=False))

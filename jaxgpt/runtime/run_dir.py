@@ -259,7 +259,7 @@ class RunWeights:
         """Load the parameters onto the mesh, without positions past `config.block_size`."""
         params, _ = load_params(self.config, "best", mesh)
         shapes = abstract_params(config, mesh)
-        cut = partial(jax.tree.map, lambda shape, p: p[: shape.shape[0]], shapes)
+        cut = partial(jax.tree.map, lambda shape, p: p[tuple(map(slice, shape.shape))], shapes)
         return jax.jit(cut, out_shardings=jax.tree.map(lambda p: p.sharding, shapes))(params)
 
     @property

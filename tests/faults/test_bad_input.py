@@ -152,6 +152,8 @@ BAD = {
     "a mesh of more devices": (nothing, f"{NEW} --mesh=data:512", "mesh="),
     "a mesh of no axis": (nothing, f"{NEW} --mesh=wings:2", "mesh="),
     "a mesh that divides nothing": (nothing, f"{NEW} --mesh=tensor:8", "does not divide"),
+    "samples of an encoder": (
+        nothing, f"{NEW} --causal=False --sample_every=1", "sample_every=1: an encoder cannot be"),
     "weights of no name": (nothing, "sample --init_from=gpt5", "init_from='gpt5': no such weights"),
     "a run directory that is a file": (nothing, f"{TRAIN} --out_dir=c.py", "is a file"),
     "code for a number": (nothing, f"{NEW} --n_layer=__import__('os').getpid()", "n_layer"),

@@ -160,6 +160,12 @@ def test_a_resumed_run_skips_the_same_steps(rare, monkeypatch, tmp_path):
     assert state_of(again, 60) == state_of(rare, 60)
 
 
+def test_a_run_that_stops_before_its_window_is_full_is_saved(rare, monkeypatch):
+    stop_at(monkeypatch, W - 5)
+    assert train(rare) == 128 + signal.SIGTERM
+    state_of(rare, W - 5)  # fails without this checkpoint
+
+
 def test_a_run_without_the_key_resumes_with_it(rare, tmp_path):
     plain = rare.replace(out_dir=str(tmp_path / "plain"), skip_loss_spikes=0.0, max_iters=20)
     assert train(plain) == 0

@@ -32,6 +32,7 @@ from jaxgpt.optimizer import frozen_mask
 from jaxgpt.resolve import check_freeze
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.mesh import local_mesh, make_mesh
+from jaxgpt.runtime.metrics import Log
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
@@ -97,6 +98,41 @@ def test_stopped_finetuning_run_resumes_bit_exact(make_run, monkeypatch):
     message = refusal(train, stopped.replace(init_from="resume", freeze="embed", max_iters=9))
     assert message.startswith("freeze='embed': differs from the run in ")
     assert message.endswith("; try --freeze='embed|blocks/0/'")
+
+
+@pytest.mark.slow
+def test_finetuning_run_stopped_before_its_first_step_starts_again_from_the_weights(
+    make_run, monkeypatch
+):
+    """A checkpoint of step 0 would be taken for a run that has not begun."""
+    first = make_run("first", value_residual=True)  # has a parameter without axes
+    train(first)
+    keys = {"init_from": first.out_dir, "dataset": "song"}
+    quiet, stopped = make_run("quiet", **keys), make_run("stopped", **keys)
+    train(quiet)
+    with monkeypatch.context() as patched:
+        evaluate = Log.eval
+
+        def stop(self, row):
+            signal.raise_signal(signal.SIGTERM)
+            evaluate(self, row)
+
+        patched.setattr(Log, "eval", stop)
+        assert train(stopped) == 128 + signal.SIGTERM
+    assert run_dir.open_checkpoints(stopped).latest() is None
+    assert train(stopped) == 0
+    assert rows_of(stopped) == rows_of(quiet)
+
+
+@pytest.mark.slow
+def test_run_that_overwrites_another_saves_its_last_step_too(make_run, monkeypatch):
+    """Both end at the same step, and save nothing before."""
+    set_val_losses(monkeypatch, dict.fromkeys(range(20), 5.0))
+    keys = {"always_save_checkpoint": False, "early_stopping_patience": 1}
+    config = make_run("run", **keys)
+    for options in {}, {"overwrite": True}:
+        train(config.replace(**options))
+        assert run_dir.open_checkpoints(config).latest() == 4
 
 
 def test_weights_that_do_not_fit_are_rejected_before_anything_is_written(make_run, data_dir):
@@ -265,6 +301,16 @@ def test_early_stopping_count_restarts_without_the_best_checkpoint(make_run, mon
     Path(config.out_dir, "checkpoints/2/digest.json").write_text("{}")  # damaged
     train(config.replace(init_from="resume", max_iters=18))
     assert run_dir.open_checkpoints(config).latest() == 14  # 8 is the best again
+
+
+@pytest.mark.slow
+def test_early_stopping_ends_at_an_evaluation_after_the_interval_has_changed(make_run, monkeypatch):
+    set_val_losses(monkeypatch, {step: 1.0 if step == 4 else 5.0 for step in range(20)})
+    config = make_run("run", max_iters=4, eval_interval=2, early_stopping_patience=2)
+    train(config)
+    train(config.replace(init_from="resume", eval_interval=3, max_iters=18))
+    last = all_rows(config)[-1]
+    assert (last["step"], last["full_val_loss"]) == (9, 9.0)
 
 
 @pytest.mark.slow
