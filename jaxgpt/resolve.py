@@ -82,7 +82,8 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         distributed.on_process_0(create)
         checkpoints.newest = checkpoints.latest()  # `create` deletes those of an old run
         notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
-        yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
+        with checkpoints.completing():
+            yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
 
 def data_fits_on_device(config: Config, dataset: Dataset) -> bool:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ from jaxgpt.runtime import distributed
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.profile import Profiler
-from jaxgpt.runtime.step_log import StepLog, Stopwatch
+from jaxgpt.runtime.step_log import SkippedSteps, StepLog, Stopwatch
 from jaxgpt.sample import Sampler
 from jaxgpt.sharding import replicated
 from jaxgpt.train_step import TrainState, make_train_step
@@ -55,10 +56,10 @@ def train(
     """
     with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, stop_signal() as stop:
         config, step = run.config, run.resume_step
-        stopwatch = start_stopwatch(run)
+        stopwatch, skipped = resume_counts(run)
         batches = make_batches(config, run.mesh, run.dataset)
         state, best = init_or_restore(run)
-        periodic = PeriodicWork(run, batches, best, log, stopwatch)
+        periodic = PeriodicWork(run, batches, best, log, stopwatch, skipped)
         if step == 0 or config.eval_only:
             periodic.evaluate(state, step, with_full_loss=config.eval_only)
         if best.reached_target and not config.eval_only:
@@ -67,7 +68,7 @@ def train(
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         peak = peak_tokens_per_s(config, run.mesh)
-        step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch)
+        step_log = StepLog(config, log, stop, tokens_per_step(config), peak, stopwatch, skipped)
         profiler = Profiler(config, log, step_log)
         phases, train_step = config.phases(), None
 
@@ -106,10 +107,11 @@ def open_log(run: ResolvedRun, notes: Sequence[str]) -> Log:
     return log
 
 
-def start_stopwatch(run: ResolvedRun) -> Stopwatch:
-    """Start the run's stopwatch with the seconds that its last checkpoint has recorded."""
+def resume_counts(run: ResolvedRun) -> tuple[Stopwatch, SkippedSteps]:
+    """Return the seconds and the skipped steps that the run's last checkpoint has recorded."""
     meta = run.checkpoints.meta(run.resume_step) if run.resume_step else {}
-    return Stopwatch(meta.get("train_s", 0.0), meta.get("total_s", 0.0))
+    stopwatch = Stopwatch(meta.get("train_s", 0.0), meta.get("total_s", 0.0))
+    return stopwatch, SkippedSteps(**meta.get("skipped", {}))
 
 
 def reached_before(config: Config, best: Best) -> str:
@@ -155,9 +157,10 @@ class PeriodicWork:
         best: Best,
         log: Log,
         stopwatch: Stopwatch,
+        skipped: SkippedSteps,
     ):
         self.run, self.config, self.best, self.log = run, run.config, best, log
-        self.stopwatch = stopwatch
+        self.stopwatch, self.skipped = stopwatch, skipped
         self.evaluator = Evaluator(run.config, run.mesh, batches[EVAL_TRAIN], batches[EVAL_VAL])
         self.sampler: Sampler | None = None
         whole = replicated(run.mesh)
@@ -231,17 +234,20 @@ class PeriodicWork:
             "best_step": self.best.step,
             "train_s": self.stopwatch.train_s,
             "total_s": self.stopwatch.total_s,
+            "skipped": asdict(self.skipped),
             "dataset": self.config.dataset,
             "data": self.run.dataset.fingerprint,
         }
         if state.recent_2W is not None:
             meta["recent_steps"] = spikes.to_json(state.recent_2W)
+        self.log.sync()
         self.run.checkpoints.save(items, meta, best=is_best)
 
     def finish(self, state: TrainState, step: int) -> None:
         """Save the last state unless it is saved, wait for the save, and log how the run ended."""
         if step == 0:  # a run that resumes from step 0 would start anew, without `init_from`
-            self.log.info(f"{self.config.out_dir} holds no checkpoint, because no step was taken")
+            held = f"{self.config.out_dir} holds no checkpoint, because no step was taken"
+            self.log.info(f"{held}; try the same command again")
             return
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)

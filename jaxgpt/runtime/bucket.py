@@ -4,6 +4,7 @@ The packages are imported when a URL is used. The data loaders import this modul
 import JAX.
 """
 
+import errno
 import hashlib
 import os
 import secrets
@@ -63,6 +64,8 @@ class Bucket:
         except ImportError:
             raise
         except Exception as error:  # s3fs, botocore, aiohttp and gcsfs raise many types
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # by the disk of this machine
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise StoreError(
                 f"{self.subject}: the object store failed ({reason}); expected a bucket that can "
@@ -98,10 +101,14 @@ class Bucket:
         return True
 
     def delete(self, names: Iterable[str]) -> None:
-        paths = list(map(self._path, names))
-        with self._asking(), suppress(FileNotFoundError):
-            if paths:
-                self._store.rm(paths)
+        """Delete objects one by one, because a request for many does not report failures."""
+
+        def delete_one(path: str) -> None:
+            with suppress(FileNotFoundError):
+                self._store.rm_file(path)
+
+        with self._asking(), ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(delete_one, map(self._path, names)))
 
     def upload(self, folder: Path, names: Iterable[str]) -> None:
         """Upload files of a folder, several at a time."""

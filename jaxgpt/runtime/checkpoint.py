@@ -4,6 +4,7 @@ A step is <folder>/<step>/{state/..., meta.json, digest.json}, and the link `bes
 with the lowest validation loss. The digest is written last; a step without a digest is ignored.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -11,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -171,15 +172,34 @@ class Checkpoints:
         """Wait until the last save is on disk. Raises its error once if it failed."""
         if self._writing:
             writing, self._writing = self._writing, None
-            writing.result()
+            if not distributed.is_process_0():
+                writing.result()
+            distributed.on_process_0(writing.result)
+
+    @contextmanager
+    def completing(self) -> Iterator[None]:
+        """Complete the save that is being written if the `with` block fails.
+
+        While Python exits, Orbax can complete no save.
+        """
+        try:
+            yield
+        except Exception:
+            if jax.process_count() == 1:  # several processes end at once, and cannot wait
+                with suppress(Exception):  # the first error is the one to report
+                    self.wait()
+            raise
 
     def _disk_error(self, error: BaseException, step: Path) -> BaseException:
         """Return a `UserError` for an error of the disk, and other errors as they are."""
-        if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        if not isinstance(error, OSError) and not is_full:
             return error
         shutil.rmtree(step, ignore_errors=True)  # the user needs the space to continue
+        is_full = is_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        advice = FREE_SPACE if is_full else "expected a disk that can be written"
         reason = getattr(error, "strerror", None) or "No space left on device"
-        return UserError(f"{step}: not saved ({reason.lower()}), {self._saved()}; {FREE_SPACE}")
+        return UserError(f"{step}: not saved ({reason.lower()}), {self._saved()}; {advice}")
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         try:
@@ -196,6 +216,7 @@ class Checkpoints:
             kept = {*self.steps()[-self.keep :], self.best()}
             for folder in self._folders():
                 if int(folder.name) not in kept:
+                    (folder / DIGEST).unlink(missing_ok=True)  # first, so that it does not count
                     shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:  # raised by the next `save` or `wait`
             raise self._disk_error(error, step) from error

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import os
 import re
 import time
 from collections.abc import Callable
@@ -118,6 +119,11 @@ class Log:
             f"{row['tokens']:,} tokens, {row['train_s']:.1f} s of training steps and "
             f"{row['total_s']:.1f} s in total"
         )
+
+    def sync(self) -> None:
+        """Write the rows to the disk, before a checkpoint that counts on them."""
+        if self.enabled:
+            os.fsync(self._metrics.fileno())
 
     def _record(self, row: Row) -> None:
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}

@@ -168,7 +168,7 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     # The config is written first: if the process is killed later, the folder still counts as a run.
     made_by = {"config_file": config.config_file, "config_class": type(config).__name__}
     atomic_write(folder / CONFIG, json.dumps(made_by | config.to_dict(), indent=1))
-    for path in existing:
+    for path in reversed(existing):  # checkpoints first, so that none is left without its rows
         if not fresh or path.name == CONFIG:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class StepLog:
         tokens: int,
         peak: float | None,
         stopwatch: "Stopwatch",
+        skipped: "SkippedSteps",
     ):
         self.config = config
         self.log = log
@@ -34,8 +36,7 @@ class StepLog:
         self.peak = peak
         self.stopwatch = stopwatch
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        self._skipped = 0  # since the last row
-        self._skipped_in_a_row = 0
+        self.skipped = skipped
 
     def launched(self, step: int, count: int, metrics: dict[str, Any]) -> None:
         """Note a call that takes `count` steps from `step` on, and log the previous call.
@@ -74,12 +75,12 @@ class StepLog:
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
-            self._skipped_in_a_row = 0
+            self.skipped.in_a_row = 0
             return
-        self._skipped_in_a_row += 1
-        self._skipped += 1
+        self.skipped.in_a_row += 1
+        self.skipped.since_row += 1
         found = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}"
-        if self._skipped_in_a_row > self.config.max_nonfinite_steps:
+        if self.skipped.in_a_row > self.config.max_nonfinite_steps:
             raise UserError(
                 f"{found}; expected finite numbers; try a lower --learning_rate, more "
                 "--warmup_iters, a --grad_clip, or --max_nonfinite_steps=10 to skip single batches"
@@ -87,7 +88,7 @@ class StepLog:
         self.log.info(f"{found}; expected finite numbers; skipped this step")
 
     def _log_spike(self, step: int, loss: float, norm: float) -> None:
-        self._skipped += 1
+        self.skipped.since_row += 1
         limit = f"at most {self.config.skip_loss_spikes:g} standard deviations above the last steps"
         found = f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}"
         self.log.info(f"{found}; expected {limit}; skipped this step")
@@ -98,10 +99,18 @@ class StepLog:
         row = {"step": step, **numbers, "tokens": step * self.tokens, "tokens_per_s": rate}
         row |= {"step_ms": 1000 * seconds, "time": time.time()}
         if self.config.max_nonfinite_steps or self.config.skip_loss_spikes:
-            row["skipped"] = self._skipped
-            self._skipped = 0
+            row["skipped"] = self.skipped.since_row
+            self.skipped.since_row = 0
         row["mfu"] = rate / self.peak if self.peak else None
         self.log.train(row, seconds * (self.config.max_iters - step))
+
+
+@dataclass
+class SkippedSteps:
+    """Counts of skipped steps, which go on when a run resumes."""
+
+    since_row: int = 0  # since the last row of metrics.jsonl
+    in_a_row: int = 0  # without a finite step between them
 
 
 class Stopwatch:

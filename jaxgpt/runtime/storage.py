@@ -139,9 +139,14 @@ class Mirror:
     def _publish_best(self) -> None:
         link = self.folder / STEPS / BEST
         best = os.readlink(link) if link.is_symlink() else None
-        if best and best != self._best:
-            self.bucket.write(f"{STEPS}/{BEST}", best.encode())
-            self._best = best
+        if best == self._best:
+            return
+        name = f"{STEPS}/{BEST}"
+        if best:
+            self.bucket.write(name, best.encode())
+        else:
+            self.bucket.delete([name])  # of a run that was overwritten
+        self._best = best
 
     def _publish_files(self, objects: dict[str, int]) -> None:
         files = self._files()
@@ -175,7 +180,7 @@ class Mirror:
                 if digest in names:
                     self.bucket.write(f"{STEPS}/{step}/{CORRUPT}", self.bucket.read(digest) or b"")
                     self.bucket.delete([digest])
-            else:
+            elif not self._has(f"{STEPS}/{step}"):  # else its second download has failed
                 self.bucket.delete({digest}.intersection(names))
                 self.bucket.delete({*names} - {digest})
 
@@ -274,8 +279,8 @@ def open_to_write(out_dir: str) -> Iterator[None]:
         _mirrors[out_dir] = mirror
         try:
             yield
-        except UserError:
-            with suppress(UserError):
+        except Exception:
+            with suppress(Exception):  # the next start deletes what is not uploaded
                 _finish(mirror)
             raise
         finally:

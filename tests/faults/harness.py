@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 import zlib
@@ -49,6 +50,12 @@ def outcome(config: Config) -> tuple[list[dict], dict[str, bytes]]:
     return rows_of(config), state_of(config, run_dir.open_checkpoints(config).steps()[-1])
 
 
+def resumed_from(output: str) -> int:
+    """Return the step that a run said it resumed from, or 0."""
+    found = re.search(r"resuming from step (\d+)", output)
+    return int(found[1]) if found else 0
+
+
 def again(config: Config) -> int:
     """Return the number of logged steps that the next start repeats."""
     rows = rows_of(config)
@@ -70,7 +77,10 @@ class Killed(NamedTuple):
 
 
 def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Killed:
-    """Send SIGKILL `rounds` times at random moments of runs that save often; return the results."""
+    """Send SIGKILL `rounds` times at random moments of runs that save often; return the results.
+
+    A start that does not resume from the newest step that was saved has failed.
+    """
     data, output = make_data(folder), folder / "output"
     quiet, config = (tiny(folder, data, name, **keys) for name in ("quiet", "killed"))
     for _ in range(2):  # the first one fills the compilation cache
@@ -80,20 +90,27 @@ def kill_at_random(folder: Path, rounds: int, rng: random.Random, **keys) -> Kil
         lasts = time.perf_counter() - began
         if process.exitcode:
             raise RuntimeError(f"the run that is left alone has failed: {output.read_text()}")
-    whole, kills, failed, runs, others, most = outcome(quiet), 0, [], 0, 0, 0
+    whole, kills, failed, runs, others, most, saved = outcome(quiet), 0, [], 0, 0, 0, 0
     while kills < rounds or not runs:
         process = fork(config, output)
         process.join(rng.uniform(0, lasts) if kills < rounds else None)
-        if process.exitcode is None:
+        is_killed = process.exitcode is None
+        if is_killed:
             process.kill()
             process.join()
+        said = output.read_text()
+        if "compiled in" in said and resumed_from(said) != saved:
+            failed.append(f"step {saved} was saved, but: {said}")
+        if is_killed:
             kills, most = kills + 1, max(most, again(config))
+            saved = run_dir.open_checkpoints(config).latest() or 0
             continue
         if process.exitcode:
             failed.append(output.read_text())
         else:
             runs, others = runs + 1, others + (outcome(config) != whole)
         shutil.rmtree(config.out_dir)
+        saved = 0
     return Killed(kills, failed, runs, others, most)
 
 

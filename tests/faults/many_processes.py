@@ -47,7 +47,9 @@ def start_and_end(folder: Path, count: int, rng: random.Random) -> bool:
 
     saved = _last_saved(folder)
     run = Run(folder, "run", 1, *_flags(keys | {"max_iters": saved + 20}), devices=1)
-    resumed = run.wait(TIMEOUT_S) == [0] and (saved + 1, "loss") in run.losses()
+    codes = run.wait(TIMEOUT_S)
+    last_log = (folder / "run" / "log.txt").read_text().rpartition("device: ")[2]
+    resumed = codes == [0] and f"resuming from step {saved}\n" in last_log
     print(f"resume: one process goes on from step {saved}: {resumed}")
     return all_stopped and all_ended and resumed
 

@@ -27,7 +27,9 @@ from jaxgpt import spikes, train_step
 from jaxgpt.config import Config
 from jaxgpt.data.tokenizer import load
 from jaxgpt.loss import cross_entropy
+from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.mesh import make_mesh
+from jaxgpt.runtime.metrics import Log
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state
 
@@ -160,10 +162,30 @@ def test_a_resumed_run_skips_the_same_steps(rare, monkeypatch, tmp_path):
     assert state_of(again, 60) == state_of(rare, 60)
 
 
+def test_a_resumed_run_counts_the_skipped_steps_since_the_last_row(rare, monkeypatch, tmp_path):
+    """The signal comes with the first skipped step, which the next row has to count."""
+    whole = rare.replace(log_interval=20)
+    assert train(whole) == 0
+    info, said = Log.info, []
+
+    def stop_at_spike(self, text):
+        info(self, text)
+        if "; skipped this step" in text and not said:
+            said.append(text)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "info", stop_at_spike)
+    again = whole.replace(out_dir=str(tmp_path / "again"))
+    assert train(again) == 128 + signal.SIGTERM
+    assert train(again.replace(init_from="resume")) == 0
+    assert rows_of(again) == rows_of(whole)
+
+
 def test_a_run_that_stops_before_its_window_is_full_is_saved(rare, monkeypatch):
-    stop_at(monkeypatch, W - 5)
-    assert train(rare) == 128 + signal.SIGTERM
-    state_of(rare, W - 5)  # fails without this checkpoint
+    config = rare.replace(spike_window=64)  # more steps than the run has
+    stop_at(monkeypatch, 3)
+    assert train(config) == 128 + signal.SIGTERM
+    assert run_dir.open_checkpoints(config).latest() == rows_of(config)[-1]["step"]
 
 
 def test_a_run_without_the_key_resumes_with_it(rare, tmp_path):

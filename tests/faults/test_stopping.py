@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from helpers import rows_of, stop_at
+from helpers import TRAIN_SCRIPT, rows_of, start, stop_at
 
 from jaxgpt.runtime import checkpoint, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
@@ -71,6 +71,27 @@ def test_signal_in_any_phase_saves_the_last_step_and_resumes_bit_exact(
     assert run_dir.open_checkpoints(stopped).latest() == last
     assert train(stopped.replace(sample_every=0)) == 0
     assert outcome(stopped) == outcome(quiet)
+
+
+FAIL_AFTER_A_SAVE = """
+from jaxgpt.config import UserError
+from jaxgpt.runtime.checkpoint import Checkpoints
+save = Checkpoints.save
+
+def save_and_fail(self, *args, **keys):
+    save(self, *args, **keys)
+    raise UserError("here: a test; expected this")
+
+Checkpoints.save = save_and_fail
+"""
+
+
+def test_save_that_is_being_written_is_completed_when_the_run_fails(data, tmp_path):
+    config = tiny(tmp_path, data)
+    process = start(config, FAIL_AFTER_A_SAVE + TRAIN_SCRIPT)
+    assert "here: a test" in process.communicate()[1]
+    assert process.returncode == 2
+    assert run_dir.open_checkpoints(config).latest() == 3
 
 
 def test_signal_during_a_multi_step_call_saves_the_last_launched_step(data, tmp_path, monkeypatch):

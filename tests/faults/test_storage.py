@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import ROOT, TRAIN_SCRIPT, refusal, rows_of, start, stop_at
+from helpers import ROOT, TRAIN_SCRIPT, refusal, rows_of, set_val_losses, start, stop_at
 
 import jaxgpt
 from jaxgpt.cli import commands as cli
@@ -58,7 +58,9 @@ def test_stopped_run_resumes_on_another_machine(short, remote, tmp_path, monkeyp
     assert outcome(remote) == outcome(short)
 
 
-def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(remote, bucket):
+def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(
+    remote, bucket, monkeypatch
+):
     bucket.write("some/run/notes/mine.txt", b"mine")
     bucket.write("some/run2/config.json", b"another run's")
     assert train(remote) == 0
@@ -73,6 +75,9 @@ def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(re
     left = bucket.names()
     assert {"some/run/notes/mine.txt", "some/run2/config.json"} < left
     assert "some/run/tensorboard/events.1" not in left
+    set_val_losses(monkeypatch, {0: 1.0, 3: 2.0})  # a run without a best step
+    assert train(fresh.replace(overwrite=True)) == 0
+    assert step_names(bucket) == {"3"}
 
 
 def test_damaged_step_is_quarantined_in_the_bucket(short, remote, bucket):

@@ -10,11 +10,12 @@ import time
 import pytest
 from helpers import refusal, start
 
-from jaxgpt.runtime import bucket as bucket_module
+from jaxgpt.runtime import bucket as buckets
 from jaxgpt.runtime import run_dir, storage
 from jaxgpt.train import train
 
-from .harness import outcome, tiny
+from .harness import outcome, resumed_from, tiny
+from .in_bucket import newest_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -36,7 +37,7 @@ KINDS = {"errors": ("500", "503"), "breaks": ("half", "lost"), "delays": ("slow"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_failed_requests_are_repeated(short, remote, store, monkeypatch, kind):
-    monkeypatch.setattr(bucket_module, "READ_S", 1)
+    monkeypatch.setattr(buckets, "READ_S", 1)
     with store.disturbed(at_random(KINDS[kind], 0.05)) as faults:
         assert train(remote) == 0
         assert outcome(remote) == outcome(short)
@@ -110,6 +111,27 @@ def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch
     assert changed
 
 
+def test_step_is_kept_in_the_bucket_if_its_second_download_fails(remote, bucket, monkeypatch):
+    """The first download of its meta.json has wrong bytes, and no other file can be read then."""
+    assert train(remote) == 0
+    before = bucket.names()
+    download, changed = storage.Bucket.download, []
+
+    def fail_later(self, folder, sizes):
+        if changed:
+            raise buckets.StoreError("here: the object store failed; expected an answer")
+        download(self, folder, sizes)
+        for name in sizes:
+            if "/6/" in name and "meta.json" in name:
+                changed.append(name)
+                (folder / name).write_bytes(b"{}")
+
+    monkeypatch.setattr(storage.Bucket, "download", fail_later)
+    refusal(train, remote)
+    assert changed
+    assert bucket.names() == before
+
+
 def test_metrics_are_uploaded_before_the_digest_of_their_step(remote, bucket, monkeypatch):
     """So a run that is killed between the two has the rows of the step from which it resumes."""
     upload, last_rows = storage.Bucket.upload, {}
@@ -169,15 +191,19 @@ def test_run_killed_ten_times_at_random_ends_bit_exact(data, bucket, tmp_path, m
     quiet = tiny(tmp_path, data, "local", save_interval=1)
     assert train(quiet) == 0
     remote, rng, kills = quiet.replace(out_dir=f"s3://{bucket.name}/run"), random.Random(0), 0
+    saved = 0
     while kills < 10:
         process = start(remote)
         try:
-            process.communicate(timeout=rng.uniform(5, 20))
+            output, _ = process.communicate(timeout=rng.uniform(5, 20))
             assert process.returncode == 0
-            remote = remote.replace(out_dir=f"s3://{bucket.name}/run{kills}")
+            assert resumed_from(output) == saved
+            remote, saved = remote.replace(out_dir=f"s3://{bucket.name}/run{kills}"), 0
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            output, _ = process.communicate()
+            assert "compiled in" not in output or resumed_from(output) == saved
+            saved = newest_step(remote)
             kills += 1
     assert train(remote) == 0
     assert outcome(remote) == outcome(quiet)
