@@ -281,7 +281,7 @@ class GPT(nnx.Module):
         if c.document_mask and cache is None:
             segment_ids_BT = jnp.cumsum(tokens_BT == c.eot_id, axis=1)
         context = Context(dropout, segment_ids_BT=segment_ids_BT, position=position)
-        x_BTD = constrain_batch(self.embed_tokens(tokens_BT, position))
+        x_BTD = self.embed_tokens(tokens_BT, position)
         x_BTD = dropout(x_BTD, c.n_layer, DropoutSite.EMBEDDING)
         new_cache = []
         if c.scan_layers:  # never with a cache, because the sampler unstacks the layers
@@ -302,6 +302,7 @@ class GPT(nnx.Module):
     def embed_tokens(self, tokens_BT: jax.Array, position: DecodePosition | None) -> jax.Array:
         """Return the sum of token and position embeddings, [B, T, D]."""
         c, T = self.config, tokens_BT.shape[1]
+        # the lookup splits D as the table is split; from here on only the batch is split
         x_BTD = constrain_batch(self.embed(tokens_BT, c.dtype))
         if c.position == "learned":
             table_TD = self.pos_embed.kernel[...].astype(c.dtype)
@@ -312,7 +313,7 @@ class GPT(nnx.Module):
         if c.position == "sinusoidal":
             table_BTD = sinusoids(token_positions(T, position), c.n_embd)
             x_BTD = x_BTD * math.sqrt(c.n_embd) + table_BTD.astype(c.dtype)
-        return x_BTD
+        return constrain_batch(x_BTD)
 
     @jax.named_scope("lm_head")
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import kernels, model
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config, UserError, check_value
 from jaxgpt.kernels import decode
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, flush_chunk
 from jaxgpt.runtime.mesh import local_mesh
@@ -25,6 +25,7 @@ from jaxgpt.train_step import cast_params
 
 CHUNK = 16  # tokens per host round trip; a power of two, to divide most block sizes
 NO_TOKEN = -1  # in a chunk, where a sequence drew no token
+Overflow = Literal["truncate", "slide"]  # what happens to a text that exceeds `block_size`
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ class Sampler:
 
     def generate(
         self, prompts: list[np.ndarray], *, max_new_tokens: int,
-        sampling: SamplingParams = SamplingParams(), seed: int = 1337, overflow: str = "truncate",
-        active: np.ndarray | None = None,
+        sampling: SamplingParams = SamplingParams(), seed: int = 1337,
+        overflow: Overflow = "truncate", active: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Yield chunks of new token ids, int32 [B, n], NO_TOKEN where a sequence drew none.
 
@@ -251,6 +252,7 @@ class Sampler:
         bounded; "slide" runs the model on the last block for each token, as nanoGPT does. The
         caller may clear an entry of `active`, bool [B], to end that sequence after a chunk.
         """
+        check_value("overflow", overflow, Overflow)
         active = np.ones(len(prompts), bool) if active is None else active
         missing_B = np.full(len(prompts), max_new_tokens)
         self.num_generated = 0

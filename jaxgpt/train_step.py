@@ -110,8 +110,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
     with use_mesh(mesh):  # whether gains are folded depends on the platform
-        used = config_in_use(config)
-    grad_fn = jax.value_and_grad(make_loss_fn(config, used), has_aux=True)
+        step_config = make_step_config(config)
+    grad_fn = jax.value_and_grad(make_loss_fn(config, step_config), has_aux=True)
     shardings = state_shardings(config, mesh)
     # in the update each device has its share of the parameters, as it has of their moments
     shares = replace(shardings, params=update_shardings(config, mesh))
@@ -123,8 +123,8 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
         """Sum the losses, target counts and gradients of the M micro-batches."""
-        # the weights of `used`, and the map of their gradients to those of the parameters
-        weights, to_params = jax.vjp(partial(weights_in_use, config, used), params)
+        # the weights of `step_config`, and the map of their gradients to those of the parameters
+        weights, to_params = jax.vjp(partial(to_step_weights, config, step_config), params)
         weights = cast_weights(weights, config.dtype)
         totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
         return totals, *to_params(grads)
@@ -132,7 +132,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     def take_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
         """Take one step; return the new state and the metrics."""
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        over_devices = kernels.accumulation(mesh, splits)
+        over_devices = kernels.sum_over_devices(mesh, splits)
         # without this, XLA may keep them split between the steps of a loop
         params = place(state.params, shardings.params)
         totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
@@ -203,7 +203,7 @@ def repeat_step(step: Callable, state: TrainState, windows_UMBT: jax.Array, coun
     return jax.lax.fori_loop(0, count, body, (state, metrics_U))
 
 
-def config_in_use(config: Config) -> Config:
+def make_step_config(config: Config) -> Config:
     """Return the config of an equivalent model, which the step differentiates.
 
     A tied embedding becomes a weight per use: the step adds their gradients after the last
@@ -217,21 +217,21 @@ def config_in_use(config: Config) -> Config:
     return config.replace(tie_embeddings=False, norm_gain=norm_gain)
 
 
-def weights_in_use(config: Config, used: Config, params: dict) -> dict:
-    """Convert the parameters of `config` to those of `config_in_use`."""
-    if config.tie_embeddings != used.tie_embeddings:
+def to_step_weights(config: Config, step_config: Config, params: dict) -> dict:
+    """Convert the parameters of `config` to those of `make_step_config`."""
+    if config.tie_embeddings != step_config.tie_embeddings:
         params = params | {"lm_head": params["embed"]}
-    return fold_gains(params) if config.norm_gain != used.norm_gain else params
+    return fold_gains(params) if config.norm_gain != step_config.norm_gain else params
 
 
-def make_loss_fn(config: Config, used: Config) -> Callable:
+def make_loss_fn(config: Config, step_config: Config) -> Callable:
     """Return `(weights, windows_BT, keys_B) -> (summed loss, number of targets)`.
 
-    The weights are those of `used`.
+    The weights are those of `step_config`, the model that the step differentiates.
     """
-    graphdef, shapes, _ = abstract_model(used)
+    graphdef, shapes, _ = abstract_model(step_config)
     is_frozen = frozen_mask(config, shapes)
-    if config.tie_embeddings != used.tie_embeddings:
+    if config.tie_embeddings != step_config.tie_embeddings:
         is_frozen["lm_head"] = is_frozen["embed"]
 
     def stop_frozen(frozen: bool, weight: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class TokenSplit:
         self.advice = advice  # for an id out of range
         self._layouts = [_layout(file, dtype) for file in files]
         self.dtype = self._layouts[0].dtype
-        self._starts = np.cumsum([0] + [layout.count for layout in self._layouts])
+        self._starts = np.cumsum([0] + [layout.tokens for layout in self._layouts])
         self._opened = [os.open(file, os.O_RDONLY) for file in files]
         weakref.finalize(self, _close, self._opened)
 
@@ -148,11 +148,11 @@ def _close(files: list[int]) -> None:
 
 
 class _Layout(NamedTuple):
-    """Where the ids of a file are: their dtype, the bytes before the first id, and their number."""
+    """The dtype of a file's ids, the bytes before the first one, and the number of tokens."""
 
     dtype: np.dtype
     offset: int
-    count: int
+    tokens: int
 
 
 def _layout(file: Path, dtype: str) -> _Layout:

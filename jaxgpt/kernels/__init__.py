@@ -30,8 +30,8 @@ from jaxgpt.kernels.platform import current_platform
 ANY = "any platform without a row of its own"
 
 TABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("accumulation", ANY): accumulate.accumulation_reference,
-    ("accumulation", "cpu"): accumulate.accumulation_cpu,
+    ("sum_over_devices", ANY): accumulate.sum_over_devices_reference,
+    ("sum_over_devices", "cpu"): accumulate.sum_over_devices_cpu,
     ("adam_direction", ANY): adamw.adam_direction_folded,
     ("adam_direction", "cpu"): adamw.adam_direction_cpu,
     ("add_positions", ANY): embedding.add_positions_reference,

@@ -44,7 +44,7 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def accumulation_reference(mesh: Mesh, splits: Any = None) -> Callable:
+def sum_over_devices_reference(mesh: Mesh, splits: Any = None) -> Callable:
     """Return a decorator of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
 
     By default it changes nothing, because XLA sums over the devices. `splits` are the
@@ -62,14 +62,14 @@ def accumulation_reference(mesh: Mesh, splits: Any = None) -> Callable:
     return partial(apart, mesh, add, (PartitionSpec(), splits))
 
 
-def accumulation_cpu(mesh: Mesh, splits: Any = None) -> Callable:
+def sum_over_devices_cpu(mesh: Mesh, splits: Any = None) -> Callable:
     """Return a decorator that calls a function on each virtual device, then sums over devices once.
 
     All sums are one array, because XLA:CPU synchronises the devices once per array
     (docs/performance.md, "One all-reduce per step").
     """
     if splits is not None or not is_virtual_cpu_mesh(mesh):
-        return accumulation_reference(mesh, splits)
+        return sum_over_devices_reference(mesh, splits)
 
     def add(sums: tuple) -> tuple:
         flat, unravel = ravel_pytree(sums)

@@ -27,7 +27,7 @@ ELSEWHERE = {
     *(f"attention_{b}" for b in ("cpu", "cudnn", "flash", "reference", "splash", "xla")),
 }
 OTHERWISE = {
-    "accumulation",
+    "sum_over_devices",
     "adam_direction",
     "branch",
     "compute_dtype",
@@ -176,7 +176,7 @@ def test_rope_equals_complex_rotation(positions):
 
 @pytest.mark.parametrize("splits", [None, {"a": PartitionSpec("data"), "b": PartitionSpec()}])
 @pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("row", variants("accumulation"))
+@pytest.mark.parametrize("row", variants("sum_over_devices"))
 def test_accumulated_loss_and_gradients_sum_over_all_sequences(row, micro, splits):
     """The mesh has two CPU devices; bfloat16 gradients are summed in float32.
 

@@ -184,7 +184,7 @@ def test_levers_compare_the_step_with_the_step_without_each_variant(found):
     assert table == plan.kernels.TABLE
     named = [line.split()[0] for line in lines]
     assert named[:2] == ["without", "nothing"]
-    assert {"normalize", "linear_map", "accumulation"} <= set(named)
+    assert {"normalize", "linear_map", "sum_over_devices"} <= set(named)
     assert "max_replicas" not in named  # only sampling uses it
     kernels, traffic = (float(x.replace(",", "")) for x in lines[1].split()[1:3])
     assert (kernels, traffic) == (found.kernels, pytest.approx(found.traffic / 1e9, abs=0.005))
