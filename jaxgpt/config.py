@@ -61,7 +61,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX would silently reduce it modul
 NonEmptyStr = Annotated[str, Pattern(r"[^\0]+", "non-empty text")]
 InitFrom = Annotated[str, Pattern(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
 Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
-Name = Annotated[str, Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")]
+NAME = r"\w[\w.+-]*"
+Name = Annotated[str, Pattern(rf"{NAME}(/{NAME})*", "a name, or names joined by /")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,6 +427,10 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
             raise UserError(
                 f"n_head={c.n_head}: does not divide n_embd={c.n_embd}; expected a divisor; "
                 f"try n_head={max(n for n in range(1, c.n_head) if c.n_embd % n == 0)}"
+            )
+        if c.scan_layers and not c.n_layer:
+            raise UserError(
+                "scan_layers=True: n_layer=0 has no blocks to scan; expected scan_layers=False"
             )
         if c.n_head % c.kv_heads:
             raise UserError(

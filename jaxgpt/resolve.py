@@ -160,6 +160,11 @@ def check_freeze(config: Config) -> None:
             f"freeze={config.freeze!r}: {error}; expected a regular expression"
         ) from error
     _, params, _ = model.abstract_model(config)
+    if _num_frozen(config) != _num_frozen(config.replace(scan_layers=False)):
+        raise UserError(
+            f"freeze={config.freeze!r}: selects single layers, but with scan_layers=True one array "
+            "holds all layers; expected a pattern for all layers, or scan_layers=False"
+        )
     matches = jax.tree.leaves(frozen_mask(config, params))
     if len(set(matches)) > 1:
         return
@@ -170,6 +175,12 @@ def check_freeze(config: Config) -> None:
         f"freeze={config.freeze!r}: matches {'all' if matches[0] else 'none'} of the parameters; "
         f"expected a pattern that matches some of {', '.join(kinds)}"
     )
+
+
+def _num_frozen(config: Config) -> int:
+    _, params, _ = model.abstract_model(config)
+    sizes = jax.tree.map(lambda p, frozen: p.size * frozen, params, frozen_mask(config, params))
+    return sum(jax.tree.leaves(sizes))
 
 
 def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:

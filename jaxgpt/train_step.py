@@ -149,6 +149,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         is_accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
         if state.recent_2W is not None:
             is_spike = spikes.is_spike(state.recent_2W, loss, norm, config.skip_loss_spikes)
+            is_spike &= is_accepted  # a step that is not finite is reported as such
             is_accepted &= ~is_spike
             metrics["spike"] = is_spike
             state = replace(state, recent_2W=spikes.remember(state.recent_2W, loss, norm))
@@ -211,10 +212,11 @@ def make_step_config(config: Config) -> Config:
     of norms may become part of the maps after them.
     """
     graphdef, shapes, _ = abstract_model(config)
-    if not isinstance(nnx.merge(graphdef, shapes), GPT):
+    network = nnx.merge(graphdef, shapes)
+    if not isinstance(network, GPT):
         return config
-    norm_gain = config.norm_gain and not kernels.folds_gains(config)
-    return config.replace(tie_embeddings=False, norm_gain=norm_gain)
+    folds = type(network) is GPT and kernels.folds_gains(config)  # a subclass may have other parts
+    return config.replace(tie_embeddings=False, norm_gain=config.norm_gain and not folds)
 
 
 def to_step_weights(config: Config, step_config: Config, params: dict) -> dict:

@@ -39,6 +39,7 @@ def configs(draw) -> Config:
     keys["n_kv_head"] = draw(st.sampled_from([0, kv_heads]))
     keys["n_embd"] = kv_heads * group * width * (1 + (keys["position"] == "rope"))
     keys["sliding_window"] *= keys["causal"]
+    keys["scan_layers"] &= keys["n_layer"] > 0
     keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
     keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
     return Config(**keys)

@@ -104,6 +104,8 @@ def test_numbers_without_a_bound_may_be_huge():
 
 # (incompatible keys, message)
 TOGETHER = [
+    ({"scan_layers": True, "n_layer": 0},
+     "scan_layers=True: n_layer=0 has no blocks to scan; expected scan_layers=False"),
     ({"n_embd": 100, "n_head": 12},
      "n_head=12: does not divide n_embd=100; expected a divisor; try n_head=10"),
     ({"n_kv_head": 5}, "n_kv_head=5: does not divide n_head=12; expected a divisor"),

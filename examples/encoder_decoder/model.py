@@ -7,7 +7,7 @@ Array names end with their axes: B batch, T target length, S source length, D em
 H head width, V vocabulary, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from flax import nnx
 
 from examples.lecture.cross_attention import CrossAttention
 from jaxgpt.config import Config, PositiveInt, UserError
+from jaxgpt.kernels.attention import accum_dtype
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.model import (
     MLP,
@@ -74,9 +75,11 @@ class SourceAttention(CrossAttention):
         """Return the output [B, T, D] and the attention weights [B, N, T, S]."""
         q_BTNH = self.q(x_BTD)
         k_BSNH, v_BSNH = jnp.unstack(self.kv(source_BSD), axis=2)
-        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / self.config.head_dim**0.5
+        product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
+        scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / self.config.head_dim**0.5
         weights_BNTS = jax.nn.softmax(jnp.where(is_char_BS[:, None, None], scores_BNTS, -jnp.inf))
-        return self.out(jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)), weights_BNTS
+        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+        return self.out(o_BTNH), weights_BNTS
 
 
 class DecoderBlock(nnx.Module):
@@ -130,8 +133,8 @@ class EncoderDecoder(nnx.Module):
         x_BSD = self.embed(source_BS, self.config.dtype) + self.source_pos.kernel[...]
         # padding is a segment of its own, which no character attends to
         context = Context(dropout, segment_ids_BT=source_BS != PAD_ID)
-        for block in self.encoder:
-            x_BSD, _ = block(x_BSD, context)
+        for layer, block in enumerate(self.encoder):
+            x_BSD, _ = block(x_BSD, replace(context, layer=layer))
         return self.ln_source(x_BSD)
 
     def decode(
@@ -143,8 +146,9 @@ class EncoderDecoder(nnx.Module):
         """
         x_BTD = self.embed(target_BT, self.config.dtype) + self.target_pos.kernel[...]
         weights = []
-        for block in self.decoder:
-            x_BTD, weights_BNTS = block(x_BTD, source_BSD, is_char_BS, Context(dropout))
+        for layer, block in enumerate(self.decoder, start=self.config.n_layer):
+            context = Context(dropout, layer)  # after the encoder's layers, for other masks
+            x_BTD, weights_BNTS = block(x_BTD, source_BSD, is_char_BS, context)
             weights.append(weights_BNTS)
         logits_BTV: Any = self.lm_head(self.ln_f(x_BTD))
         return cap_and_mask(logits_BTV, self.config), jnp.stack(weights)

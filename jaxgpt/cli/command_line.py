@@ -156,14 +156,18 @@ def flag_error(argv: Sequence[str], types: dict[str, Any]) -> UserError | None:
 
 
 def reject_repeated(argv: Sequence[str], types: dict[str, Any]) -> None:
-    """Raise `UserError` for a flag that is given twice, unless it takes several values."""
+    """Raise `UserError` for a flag that is given twice, unless it may be repeated."""
     given: dict[str, list[str]] = {}
     for flag in join_values(argv):
         key, value = flag_key(flag), flag.partition("=")[2] or "True"
-        takes_several = typing.get_origin(kind_of(types.get(key))) is tuple
-        if flag.startswith("--") and not takes_several:
+        may_repeat = tyro.conf.UseAppendAction in getattr(types.get(key), "__metadata__", ())
+        if flag.startswith("--") and not may_repeat:
             given.setdefault(key, []).append(value)
     for key, values in given.items():
+        takes_several = typing.get_origin(kind_of(types.get(key))) is tuple
+        if len(values) > 1 and takes_several:
+            problem = f"given {len(values)} times ({', '.join(values)}); expected it once"
+            raise UserError(f"--{key}: {problem}; try --{key} {' '.join(values)}")
         if len(values) > 1:
             problem = f"given {len(values)} times ({', '.join(values)}); expected one value"
             raise UserError(f"--{key}: {problem}; try --{key}={values[-1]}")

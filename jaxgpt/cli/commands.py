@@ -29,12 +29,12 @@ from jaxgpt.cli.command_line import (
 )
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import check_is_folder, is_url, reason
+from jaxgpt.runtime.files import DISK_ERRORS, check_is_folder, folder_error, is_url, reason
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
-DatasetName = Annotated[str, keys.Pattern(r"(\w[\w.+-]*(/\w[\w.+-]*)*)?", "a name for a folder")]
+DatasetName = Annotated[str, keys.Pattern(rf"({keys.NAME}(/{keys.NAME})*)?", "a name for a folder")]
 
 
 def main() -> None:
@@ -295,7 +295,12 @@ def prepare(argv: list[str]) -> None:
     check_is_folder("data_dir", args.data_dir)
     from jaxgpt.data.prepare import prepare
 
-    folder = prepare(**vars(args))
+    try:
+        folder = prepare(**vars(args))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise folder_error(f"data_dir={args.data_dir!r}", "--data_dir", error) from error
     meta = folder / "meta.json"
     if meta.exists():
         print(meta.read_text())
@@ -344,6 +349,7 @@ class ExportArgs(RunArgs):
 def export(argv: list[str]) -> None:
     """Write a run or weights as a folder that transformers loads."""
     args = parse(ExportArgs, argv, "jaxgpt export")
+    check_is_folder("to", args.to)
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
@@ -414,8 +420,9 @@ def ablate(argv: list[str]) -> int:
     from jaxgpt.tools import ablate, time_to_loss
 
     config = configs["config"]
-    device.start(config.device)
-    if device.is_cpu():
+    given = config.to_dict() | command_line.overrides
+    device.start(given["device"], float64=given["dtype"] == "float64")
+    if device.is_cpu() and given["use_cpu_variant"]:
         config = configs.get("cpu_config", config)
     config = config.replace(**command_line.overrides)
     out_dir = args.out_dir or config.out_dir

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxgpt.config import UserError
+from jaxgpt.config import NAME, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
@@ -97,7 +97,9 @@ def prepare(
         expected = f"gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
         raise UserError(f"tokenizer={tokenizer!r}: has no end-of-text; expected {expected}")
     path = Path(dataset).resolve()
-    folder = Path(data_dir, name or (path.stem if path.is_file() else path.name))
+    name = name or (path.stem if path.is_file() else path.name)
+    check_name(name, dataset)
+    folder = Path(data_dir, name)
     manifest = {
         "source": source,
         "pieces": len(pieces),
@@ -116,6 +118,16 @@ def prepare(
     _make_pieces(folder, manifest, own_pieces, min(processes or cores(), len(own_pieces)))
     _finish(folder, manifest)
     return folder
+
+
+def check_name(name: str, source: str) -> None:
+    """Raise `UserError` if a file's or a folder's name cannot be the name of a dataset."""
+    if re.fullmatch(NAME, name):
+        return
+    proposed = re.sub(r"[^\w.+-]+", "_", name).strip("_.+-") or "text"
+    problem = f"{name!r} cannot be the name of a dataset"
+    expected = "letters, digits and . + - _"
+    raise UserError(f"{source}: {problem}; expected {expected}; try --name={proposed}")
 
 
 def _open(dataset: str) -> tuple[list[Piece], str]:
@@ -307,4 +319,5 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"val_share={manifest['val_share']}: {problem}; {advice}")
     meta = manifest | {"counts": counts, "sha256": sums}
     atomic_write(folder / META, json.dumps(meta, indent=1), shared=True)
-    (folder / (META + PARTIAL)).unlink(missing_ok=True)
+    for name in (META, "train.bin", "val.bin"):  # of this set, or of a text that was interrupted
+        (folder / (name + PARTIAL)).unlink(missing_ok=True)

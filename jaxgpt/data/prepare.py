@@ -58,6 +58,8 @@ def prepare(
         options |= {"name": name, "overwrite": overwrite}
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     _reject_options(options, f"{dataset} is a text")
+    if path.is_file():
+        documents.check_name(name or path.stem, dataset)
     folder = Path(data_dir, name or path.stem)
     if dataset in CORPORA:
         _prepare_corpus(dataset, folder, tokenizer, data_dir, overwrite)
@@ -200,6 +202,8 @@ def _write_dataset(
     atomic_write(folder / tokenizers.FILE, encoder.to_json())
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
     tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
+    for left in folder.glob(f"*{tokens.PARTIAL}"):  # of a set of documents that was interrupted
+        left.unlink()
 
 
 def _check_same_dataset(folder: Path, encoder: Tokenizer, ids: SplitIds) -> None:

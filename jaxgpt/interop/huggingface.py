@@ -78,6 +78,7 @@ REQUIRED_FIELDS = {
 REQUIRED_KEYS: dict[str, Any] = {"norm": "layernorm", "norm_position": "pre", "position": "learned"}
 REQUIRED_KEYS |= {"tie_embeddings": True, "qk_norm": False, "logit_softcap": 0.0}
 REQUIRED_KEYS |= {"sliding_window": 0, "causal": True, "value_residual": False}
+REQUIRED_KEYS |= {"norm_gain": True}
 HUB = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 CONFIG, WEIGHTS, CKPT = "config.json", "model.safetensors", "ckpt.pt"
 OUR_TOKENIZER = "jaxgpt_tokenizer.json"  # a tokenizer that transformers cannot read
@@ -101,7 +102,7 @@ class Weights:
     folder: Path
 
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
-        """Read the parameters of `config`'s model, float32, onto the mesh.
+        """Read the parameters of `config`'s model onto the mesh: float32, or float64 in such a run.
 
         Positions past `config.block_size` are cut off. Rows that pad the vocabulary are zero.
         """
@@ -119,7 +120,11 @@ class Weights:
         params = unflatten_dict(arrays)
         if config.scan_layers:
             params = stack_layers(params)
-        put = lambda like, p: jax.make_array_from_callback(like.shape, like.sharding, p.__getitem__)
+
+        def put(like: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
+            array = array.astype(like.dtype, copy=False)
+            return jax.make_array_from_callback(like.shape, like.sharding, array.__getitem__)
+
         return jax.tree.map(put, abstract_params(config, mesh), params)
 
     @property

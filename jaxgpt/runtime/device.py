@@ -29,7 +29,7 @@ CACHE = Path.home() / ".cache" / "jaxgpt" / "compiled"
 # prefix of JAX's name for the device.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12, "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12,
-    "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12, "NVIDIA L40": 181e12, "NVIDIA L40S": 362e12,
     "NVIDIA H100": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989.4e12, "NVIDIA GH200": 989.4e12,
     "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,

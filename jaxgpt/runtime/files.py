@@ -3,6 +3,7 @@
 The workers that tokenize documents import this module, so it must not import JAX.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import UserError
+
+# the disk is full, or its folder cannot be written
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 
 
 @contextmanager

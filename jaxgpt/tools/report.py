@@ -22,6 +22,7 @@ from jaxgpt.api import NoAttention, Run
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import TASKS
+from jaxgpt.data.tokenizer import check_same
 from jaxgpt.resolve import count_params
 from jaxgpt.runtime import storage
 from jaxgpt.runtime.bucket import local_data_dir
@@ -199,21 +200,34 @@ def line_chart(title: str, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 def samples(run: Run) -> str:
     """Return a sample at each temperature."""
-    blocks = []
+    blocks, start = [], first_prompt(run)
     for temperature in TEMPERATURES:
-        text = run.generate("\n", max_new_tokens=SAMPLE_TOKENS, temperature=temperature)
+        text = run.generate(start, max_new_tokens=SAMPLE_TOKENS, temperature=temperature)
         blocks.append(f"<h3>temperature {temperature}</h3><pre>{escape(text.strip())}</pre>")
     return f'<div class="samples">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
+
+
+def first_prompt(run: Run) -> str:
+    """Return a line break; if the tokenizer has none, a problem or its first token."""
+    if run.config.dataset in TASKS and run.step is not None:
+        return find_dataset(run.config, run.config.block_size).example
+    try:
+        run.tokenizer.encode("\n")
+    except UserError:
+        return run.tokenizer.decode([0])
+    return "\n"
 
 
 def passage_tokens(run: Run) -> tuple[np.ndarray, str]:
     """Return a text as ids [T], int32, and its source: the validation split, or else a sample."""
     config = run.config
     if run.step is not None and has_data(config):
-        val = find_dataset(config, config.block_size).val
+        data = find_dataset(config, config.block_size)
+        check_same(config.dataset, data.tokenizer, run._trained.tokenizer.file)
+        val = data.val
         ids_T = val.read(0, min(PASSAGE_TOKENS, len(val))).astype(np.int32)
         return np.where(ids_T < 0, ~ids_T, ids_T), f"the validation split of {config.dataset}"
-    text = run.generate("\n", max_new_tokens=PASSAGE_TOKENS)
+    text = run.generate(first_prompt(run), max_new_tokens=PASSAGE_TOKENS)
     source = "a sample of the model, because its dataset is not on this machine"
     return run.tokenizer.encode(text).astype(np.int32), source
 

@@ -279,6 +279,8 @@ BAD_COMMANDS = {
     "value; try --seed=2",
     "bench --repeats=3 --pairs 4": "--repeats: given 2 times (3, 4); expected one value; try "
     "--repeats=4",
+    "ablate --features rope --features muon": "--features: given 2 times (rope, muon); expected it "
+    "once; try --features rope muon",
     "plan --search --fit": "--search: given 2 times (True, True); expected one value; try "
     "--search=True",
     "prepare a --name=../b": "name='../b': invalid value; expected a name for a folder",

@@ -385,6 +385,15 @@ def test_text_put_beside_fallback_token_files_is_used_by_a_fresh_run(tmp_path, f
     assert text_of(open_dataset(kept, tmp_path, 8)) == FIRST
 
 
+def test_text_can_follow_an_interrupted_set_of_documents_of_its_name(tmp_path):
+    (tmp_path / "verse").mkdir()
+    (tmp_path / "verse" / "meta.json.partial").write_text("{}")
+    (tmp_path / "verse" / "train_00000.bin.partial").write_bytes(b"12")
+    write_text(tmp_path, VERSE, "verse.txt")
+    prepare(str(tmp_path / "verse.txt"), str(tmp_path))
+    assert text_of(find_dataset(config(tmp_path, "verse"), 8)) == VERSE
+
+
 def test_preparing_a_corpus_takes_the_text_put_beside_fallback_token_files(tmp_path, fallback):
     source = json.loads((fallback / "meta.json").read_text())["source"]
     prepare("bard", str(tmp_path))

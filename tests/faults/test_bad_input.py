@@ -152,6 +152,11 @@ BAD = {
     "a mesh of more devices": (nothing, f"{NEW} --mesh=data:512", "mesh="),
     "a mesh of no axis": (nothing, f"{NEW} --mesh=wings:2", "mesh="),
     "a mesh that divides nothing": (nothing, f"{NEW} --mesh=tensor:8", "does not divide"),
+    "an export to an object store": (
+        nothing, "export --out_dir=run --to=s3://bucket/run", "to='s3://bucket/run': is in an obj"),
+    "a text whose name cannot be a dataset's": (
+        partial(Path("poems,2.txt").write_text, TEXT), "prepare poems,2.txt",
+        "poems,2.txt: 'poems,2' cannot be the name of a dataset; expected letters, digits and"),
     "samples of an encoder": (
         nothing, f"{NEW} --causal=False --sample_every=1", "sample_every=1: an encoder cannot be"),
     "weights of no name": (nothing, "sample --init_from=gpt5", "init_from='gpt5': no such weights"),

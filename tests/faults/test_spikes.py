@@ -121,6 +121,14 @@ def test_a_spike_counts_but_changes_no_weight_and_no_moment(config, mesh):
         assert (floats(state.opt_state) == floats(before.opt_state)) == is_spike
 
 
+def test_a_step_that_is_not_finite_is_no_spike(config, monkeypatch):
+    """It would be counted twice."""
+    monkeypatch.setattr(train_step, "cross_entropy", scaled(1, jnp.inf))
+    _, rows = take_steps(config, make_windows(W + 3, spike_at=W + 1)[:, None])
+    assert not np.isfinite(rows[W + 1]["loss"])
+    assert not any(row["spike"] for row in rows)
+
+
 def test_a_call_of_several_steps_skips_the_same_step(config):
     windows = make_windows(12, spike_at=10)
     one, one_rows = take_steps(config, windows[:, None])

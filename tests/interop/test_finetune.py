@@ -242,6 +242,12 @@ def test_freeze_pattern_matching_no_or_all_parameters_is_rejected(make_run, patt
     assert not Path(config.out_dir, "config.json").exists()
 
 
+def test_freeze_pattern_of_single_layers_is_rejected_if_layers_are_scanned():
+    config = Config(n_layer=4, scan_layers=True, freeze="embed|blocks/[01]/")
+    assert refusal(check_freeze, config).startswith("freeze='embed|blocks/[01]/': selects single")
+    check_freeze(config.replace(freeze="embed|blocks/"))
+
+
 def test_empty_freeze_pattern_freezes_nothing_and_invalid_regex_is_rejected():
     params = {"embed": {"kernel": np.zeros(3)}}
     assert not any(jax.tree.leaves(frozen_mask(Config(), params)))

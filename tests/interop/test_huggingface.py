@@ -462,7 +462,7 @@ def test_invalid_nanogpt_checkpoint_or_missing_pytorch_is_rejected(
 INEXPRESSIBLE = {
     "norm": "rmsnorm", "norm_position": "post", "position": "rope", "tie_embeddings": False,
     "qk_norm": True, "logit_softcap": 30.0, "sliding_window": 4, "causal": False,
-    "value_residual": True, "n_kv_head": 1, "mlp": "swiglu",
+    "value_residual": True, "n_kv_head": 1, "mlp": "swiglu", "norm_gain": False,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from helpers import all_rows, make_config
 from jaxgpt.runtime import step_log
 from jaxgpt.runtime.distributed import StopSignal
 from jaxgpt.runtime.metrics import Log
-from jaxgpt.runtime.step_log import StepLog, Stopwatch
+from jaxgpt.runtime.step_log import SkippedSteps, StepLog, Stopwatch
 
 
 def test_stopwatch_measures_steps_without_pauses(monkeypatch):
@@ -66,7 +66,10 @@ class Numbers(np.ndarray):
 def test_steps_are_logged_at_log_interval_one_call_later_or_once_they_end(tmp_path, has_ended):
     config = make_config(out_dir=str(tmp_path), log_interval=2)
     with Log(config, 0) as log:
-        steps = StepLog(config, log, StopSignal(), 1000, peak=None, stopwatch=Stopwatch())
+        watch, skipped = Stopwatch(), SkippedSteps()
+        steps = StepLog(
+            config, log, StopSignal(), 1000, peak=None, stopwatch=watch, skipped=skipped
+        )
         for call in range(3):
             numbers = (np.arange(3.0) + 3 * call + 1).view(Numbers)  # one more than is taken
             numbers.has_ended = has_ended

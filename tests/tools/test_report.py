@@ -132,6 +132,24 @@ def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     assert "a sample of the model, because its dataset is not on this machine" in page
 
 
+def test_page_of_a_task_and_of_a_text_without_line_breaks(tmp_path):
+    """Their tokenizers have no line break with which a sample could start."""
+    make_data(tmp_path, TEXT.replace("\n", " "), "line")
+    for dataset, length in ("adder", 9), ("line", 8):
+        keys = {"dataset": dataset, "digits": 2, "block_size": length, "max_iters": 2}
+        run = jaxgpt.train(tiny_run(tmp_path / f"run_{dataset}", tmp_path, **keys))
+        assert "temperature 0.5" in run.report().read_text(encoding="utf-8")
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(run, data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run.source, moved)
+    make_data(tmp_path, TEXT, tokenizer="byte")
+    config = json.loads((moved / "config.json").read_text())
+    atomic_write(moved / "config.json", json.dumps(config | {"data_dir": str(tmp_path)}))
+    assert "its tokenizer is not the one in" in refusal(jaxgpt.load(moved).report)
+
+
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
