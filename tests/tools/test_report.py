@@ -132,6 +132,7 @@ def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     assert "a sample of the model, because its dataset is not on this machine" in page
 
 
+@pytest.mark.slow
 def test_page_of_a_task_and_of_a_text_without_line_breaks(tmp_path):
     """Their tokenizers have no line break with which a sample could start."""
     make_data(tmp_path, TEXT.replace("\n", " "), "line")
