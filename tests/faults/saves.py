@@ -22,7 +22,7 @@ def measure_saves(folder: Path, config: str) -> bool:
     keys = {"data_dir": folder / "data", "dataset": "zeros", "out_dir": run, "log_interval": 1}
     keys |= {"block_size": TOKENS, "batch_size": 1, "gradient_accumulation_steps": 1}
     keys |= {"max_iters": INTERVAL * (SAVES + 1), "save_interval": INTERVAL, "eval_iters": 1}
-    keys |= {"eval_interval": 1000, "sample_every": 0}
+    keys |= {"eval_interval": 1000, "sample_every": 0, "steps_per_call": 1}
     flags = [f"--{key}={value}" for key, value in keys.items()]
     command = [sys.executable, "train.py", "--config", config, *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=CHILD_ENV)
@@ -36,14 +36,14 @@ def measure_saves(folder: Path, config: str) -> bool:
     median = statistics.median(lasts.values())
     newest = run / "checkpoints" / str(INTERVAL * SAVES)
     size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
-    print(f"a checkpoint has {size / 1e9:.2f} GB; a step takes {median:.2f} s (median)")
+    print(f"a checkpoint has {size / 1e9:.2f} GB; a step takes {median:.3f} s (median)")
     for step, completed in seen.completed.items():
         beside = [s for s in lasts if times[s - 1] < completed and s > step]
         longer = sum(lasts[s] - median for s in beside)
         share = longer / (longer + USUAL_INTERVAL * median)
         print(
-            f"step {step}: complete after {completed - times[step]:.1f} s; the {len(beside)} steps "
-            f"beside it take {longer:.1f} s longer, {share:.2%} of the time with "
+            f"step {step}: complete after {completed - times[step]:.1f} s; the steps beside it "
+            f"({len(beside)}) take {longer:.1f} s longer, {share:.2%} of the time with "
             f"--save_interval={USUAL_INTERVAL}"
         )
     print(f"memory: {seen.before_gb:.1f} GB before the first save, at most {seen.most_gb:.1f} GB")
