@@ -61,8 +61,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX would silently reduce it modul
 NonEmptyStr = Annotated[str, Pattern(r"[^\0]+", "non-empty text")]
 InitFrom = Annotated[str, Pattern(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
 Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
-NAME = r"\w[\w.+-]*"
-Name = Annotated[str, Pattern(rf"{NAME}(/{NAME})*", "a name, or names joined by /")]
+DATASET_NAME = Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")
+Name = Annotated[str, DATASET_NAME]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         """Take one step; return the new state and the metrics."""
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
         over_devices = kernels.sum_over_devices(mesh, splits)
-        # without this, XLA may keep them split between the steps of a loop
+        # without this, XLA may keep the parameters split between the steps of a loop
         params = place(state.params, shardings.params)
         totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
         # without this, XLA sums over `data` in every micro-batch; a mesh of `data` alone has summed

@@ -34,7 +34,9 @@ from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
-DatasetName = Annotated[str, keys.Pattern(rf"({keys.NAME}(/{keys.NAME})*)?", "a name for a folder")]
+DatasetName = Annotated[
+    str, keys.Pattern(rf"({keys.DATASET_NAME.pattern})?", "a name for a folder")
+]
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxgpt.config import NAME, UserError
+from jaxgpt.config import DATASET_NAME, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.text import read_text
 from jaxgpt.data.tokenizer import BpeTokenizer
@@ -122,7 +122,7 @@ def prepare(
 
 def check_name(name: str, source: str) -> None:
     """Raise `UserError` if a file's or a folder's name cannot be the name of a dataset."""
-    if re.fullmatch(NAME, name):
+    if name in DATASET_NAME:
         return
     proposed = re.sub(r"[^\w.+-]+", "_", name).strip("_.+-") or "text"
     problem = f"{name!r} cannot be the name of a dataset"

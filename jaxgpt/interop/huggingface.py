@@ -102,7 +102,7 @@ class Weights:
     folder: Path
 
     def load(self, config: Config, mesh: Mesh) -> dict[str, Any]:
-        """Read the parameters of `config`'s model onto the mesh: float32, or float64 in such a run.
+        """Read the parameters of `config`'s model onto the mesh, in the dtype that the run keeps.
 
         Positions past `config.block_size` are cut off. Rows that pad the vocabulary are zero.
         """

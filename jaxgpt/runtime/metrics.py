@@ -121,7 +121,7 @@ class Log:
         )
 
     def sync(self) -> None:
-        """Write the rows to the disk, before a checkpoint that counts on them."""
+        """Write the rows to the disk, so that no checkpoint outlives the rows before it."""
         if self.enabled:
             os.fsync(self._metrics.fileno())
 

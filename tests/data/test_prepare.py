@@ -385,6 +385,12 @@ def test_text_put_beside_fallback_token_files_is_used_by_a_fresh_run(tmp_path, f
     assert text_of(open_dataset(kept, tmp_path, 8)) == FIRST
 
 
+def test_name_may_be_names_joined_by_slashes(tmp_path):
+    write_text(tmp_path, VERSE, "my verse.txt")
+    prepare(str(tmp_path / "my verse.txt"), str(tmp_path), name="texts/verse")
+    assert text_of(find_dataset(config(tmp_path, "texts/verse"), 8)) == VERSE
+
+
 def test_text_can_follow_an_interrupted_set_of_documents_of_its_name(tmp_path):
     (tmp_path / "verse").mkdir()
     (tmp_path / "verse" / "meta.json.partial").write_text("{}")

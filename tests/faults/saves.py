@@ -58,7 +58,7 @@ def _make_zeros(folder: Path) -> None:
 
 
 class Seen(NamedTuple):
-    """When each save was complete, as seconds of the clock, and the resident memory."""
+    """The `time.time()` at which each save was complete, by step, and the resident memory."""
 
     completed: dict[int, float]
     before_gb: float
