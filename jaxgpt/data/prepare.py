@@ -23,8 +23,9 @@ from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
 from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
 from jaxgpt.runtime.bucket import local_data_dir
-from jaxgpt.runtime.files import atomic_write, make_folder, sha256_of
+from jaxgpt.runtime.files import atomic_write, make_folder, only_writer, sha256_of
 
+LOCK = "lock"  # file in the folder of a corpus, held by the run that prepares it
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
 
@@ -126,17 +127,29 @@ def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
         return
     data_dir = local_data_dir(config.data_dir, config.dataset)
     folder = data_dir / config.dataset
-    if not tokens.is_prepared(folder):
-        prepare(config.dataset, str(data_dir))
-    elif is_fresh and text_was_replaced(config.dataset, folder):
-        kept = folder.with_name(f"{folder.name}_fallback")
-        print(
-            f"{folder}: now made from the input.txt in it; {kept} is the old one", file=sys.stderr
-        )
-        shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt"}, dirs_exist_ok=True)
-        kind = tokens.read_meta(folder)["tokenizer"]
-        tokenizer = str(folder / tokenizers.FILE) if kind == "bpe" else kind
-        prepare(config.dataset, str(data_dir), tokenizer)
+    if _is_up_to_date(config.dataset, folder, is_fresh):
+        return
+    make_folder(folder, str(folder), "--data_dir")
+    with only_writer(folder / LOCK):  # two runs may start at the same time
+        if not tokens.is_prepared(folder):
+            prepare(config.dataset, str(data_dir))
+        elif not _is_up_to_date(config.dataset, folder, is_fresh):
+            _replace_fallback(config.dataset, folder)
+
+
+def _is_up_to_date(corpus: str, folder: Path, is_fresh: bool) -> bool:
+    """Tell whether a corpus is prepared, for a run that `is_fresh` from its present text."""
+    return tokens.is_prepared(folder) and not (is_fresh and text_was_replaced(corpus, folder))
+
+
+def _replace_fallback(corpus: str, folder: Path) -> None:
+    """Prepare a corpus from the text beside its token files, and keep a copy of the old folder."""
+    kept = folder.with_name(f"{folder.name}_fallback")
+    print(f"{folder}: now made from the input.txt in it; {kept} is the old one", file=sys.stderr)
+    shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt", LOCK}, dirs_exist_ok=True)
+    kind = tokens.read_meta(folder)["tokenizer"]
+    tokenizer = str(folder / tokenizers.FILE) if kind == "bpe" else kind
+    prepare(corpus, str(folder.parent), tokenizer)
 
 
 def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Dataset:

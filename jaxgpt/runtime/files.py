@@ -4,12 +4,13 @@ The workers that tokenize documents import this module, so it must not import JA
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None
     """Write `data` (text as UTF-8) to `file` through `atomic_path`."""
     with atomic_path(file, shared=shared) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def only_writer(file: Path) -> Iterator[None]:
+    """Wait until no other process is in this context for the same lock file, then enter it.
+
+    The file is created, and never deleted, because that would be a race. On a network file system
+    without locks nothing is waited for.
+    """
+    with open(file, "a") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sha256_of(file: Path) -> str:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -344,6 +346,23 @@ def test_known_corpus_is_prepared_on_first_use(tmp_path, monkeypatch, corpus):
     check()  # an interrupted one is prepared again
     monkeypatch.setattr(prepares, "prepare", None)
     check()  # a whole one is not
+
+
+def test_two_runs_that_start_at_once_prepare_a_corpus_once(tmp_path, monkeypatch, corpus):
+    (tmp_path / "bard").mkdir()
+    write_text(tmp_path / "bard", VERSE, "input.txt")
+    calls = []
+
+    def prepare_slowly(*args) -> Path:
+        calls.append(args)
+        time.sleep(0.5)
+        return prepare(*args)
+
+    monkeypatch.setattr(prepares, "prepare", prepare_slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(prepare_if_missing, [config(tmp_path, "bard")] * 2))
+    assert len(calls) == 1
+    assert text_of(find_dataset(config(tmp_path, "bard"), 8)) == VERSE
 
 
 FIRST, SECOND = VERSE, "JULIET:\nO Romeo, Romeo! wherefore art thou Romeo?\n\n" * 30
