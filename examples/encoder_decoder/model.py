@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.lecture.cross_attention import CrossAttention
+from examples.lecture.cross_attention import OUTPUT_SITE, WEIGHTS_SITE, CrossAttention
 from jaxgpt.config import Config, PositiveInt, UserError
 from jaxgpt.kernels.attention import accum_dtype
-from jaxgpt.kernels.dropout import Dropout
+from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.model import (
     MLP,
     OUTPUT_EQUATION,
@@ -71,15 +71,20 @@ class EncoderDecoderConfig(Config):
 class SourceAttention(CrossAttention):
     """Cross-attention that never attends to padding."""
 
-    def attend(self, x_BTD, source_BSD, is_char_BS) -> tuple[jax.Array, jax.Array]:
-        """Return the output [B, T, D] and the attention weights [B, N, T, S]."""
+    def attend(
+        self, x_BTD, source_BSD, is_char_BS, context: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the output [B, T, D] and the attention weights [B, N, T, S] before dropout."""
         q_BTNH = self.q(x_BTD)
         k_BSNH, v_BSNH = jnp.unstack(self.kv(source_BSD), axis=2)
         product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
         scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / self.config.head_dim**0.5
         weights_BNTS = jax.nn.softmax(jnp.where(is_char_BS[:, None, None], scores_BNTS, -jnp.inf))
-        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
-        return self.out(o_BTNH), weights_BNTS
+        dropped_BNTS = weights_BNTS.astype(v_BSNH.dtype)
+        if self.config.attention_dropout:
+            dropped_BNTS = context.dropout(dropped_BNTS, context.layer, WEIGHTS_SITE)
+        o_BTD = self.out(jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH))
+        return context.dropout(o_BTD, context.layer, OUTPUT_SITE), weights_BNTS
 
 
 class DecoderBlock(nnx.Module):
@@ -96,7 +101,8 @@ class DecoderBlock(nnx.Module):
         """Return the residual stream [B, T, D] and the cross-attention weights [B, N, T, S]."""
         attn_BTD, _ = self.attn(self.ln_1(x_BTD), context)
         x_BTD = x_BTD + attn_BTD
-        cross_BTD, weights_BNTS = self.cross.attend(self.ln_2(x_BTD), source_BSD, is_char_BS)
+        source = source_BSD, is_char_BS
+        cross_BTD, weights_BNTS = self.cross.attend(self.ln_2(x_BTD), *source, context)
         x_BTD = x_BTD + cross_BTD
         return x_BTD + self.mlp(self.ln_3(x_BTD), context), weights_BNTS
 
@@ -131,6 +137,7 @@ class EncoderDecoder(nnx.Module):
     def encode(self, source_BS: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
         """Return a vector per position, [B, S, D], each computed from the whole source."""
         x_BSD = self.embed(source_BS, self.config.dtype) + self.source_pos.kernel[...]
+        x_BSD = dropout(x_BSD, 0, DropoutSite.EMBEDDING)
         # padding is a segment of its own, which no character attends to
         context = Context(dropout, segment_ids_BT=source_BS != PAD_ID)
         for layer, block in enumerate(self.encoder):
@@ -145,9 +152,11 @@ class EncoderDecoder(nnx.Module):
         Return also the cross-attention weights of all layers, [L, B, N, T, S].
         """
         x_BTD = self.embed(target_BT, self.config.dtype) + self.target_pos.kernel[...]
+        first = self.config.n_layer  # after the encoder's layers, for other masks
         weights = []
-        for layer, block in enumerate(self.decoder, start=self.config.n_layer):
-            context = Context(dropout, layer)  # after the encoder's layers, for other masks
+        x_BTD = dropout(x_BTD, first, DropoutSite.EMBEDDING)
+        for layer, block in enumerate(self.decoder, start=first):
+            context = Context(dropout, layer)
             x_BTD, weights_BNTS = block(x_BTD, source_BSD, is_char_BS, context)
             weights.append(weights_BNTS)
         logits_BTV: Any = self.lm_head(self.ln_f(x_BTD))

@@ -21,7 +21,8 @@ from examples.encoder_decoder.model import (
     translate,
 )
 from jaxgpt.config import UserError
-from jaxgpt.model import init_params
+from jaxgpt.kernels.dropout import Dropout
+from jaxgpt.model import Context, init_params
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import init_state, inputs_and_targets, make_train_step
 
@@ -86,8 +87,28 @@ def test_without_padding_attention_to_the_source_is_the_lectures_cross_attention
     module = SourceAttention(SMALL, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(0), (2, T, 16))
     source_BSD = jax.random.normal(jax.random.key(1), (2, S, 16))
-    ours_BTD, _ = module.attend(x_BTD, source_BSD, jnp.ones((2, S), bool))
+    is_char_BS = jnp.ones((2, S), bool)
+    ours_BTD, _ = module.attend(x_BTD, source_BSD, is_char_BS, Context(Dropout()))
     np.testing.assert_allclose(ours_BTD, module(x_BTD, source_BSD), atol=1e-6)
+    dropout = Dropout(0.4, jax.random.split(jax.random.key(2), 2))
+    ours_BTD, _ = module.attend(x_BTD, source_BSD, is_char_BS, Context(dropout, layer=3))
+    want_BTD = module(x_BTD, source_BSD, 3, dropout)
+    assert 0.2 < np.mean(np.asarray(want_BTD) == 0) < 0.6
+    np.testing.assert_allclose(ours_BTD, want_BTD, atol=1e-6)
+
+
+def test_dropout_acts_on_the_embeddings_and_on_all_three_kinds_of_sublayers():
+    """With nearly everything dropped, no sublayer and no embedding gets through."""
+    model = make_model()
+    dropout = Dropout(1 - 1e-6, jax.random.split(jax.random.key(0), 1))
+    x_1SD = model.encode(SOURCE_1S, dropout)
+    bias_D = model.ln_source.bias[...]
+    np.testing.assert_allclose(x_1SD, np.broadcast_to(bias_D, x_1SD.shape), atol=1e-4)
+    logits_1TV, _ = model.decode(TARGET_1T, x_1SD, SOURCE_1S != PAD_ID, dropout)
+    want_V = model.lm_head(model.ln_f.bias[...][None, None])[0, 0]
+    np.testing.assert_allclose(
+        logits_1TV[0, :, :12], np.broadcast_to(want_V[:12], (T, 12)), atol=1e-4
+    )
 
 
 def test_windows_give_the_logits_of_the_targets():
