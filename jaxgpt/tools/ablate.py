@@ -53,7 +53,7 @@ FEATURES[COMBINED] = (_KEYS, ", ".join(WINNERS))
 # when it reaches the baseline's final loss.
 LENGTHS = dict.fromkeys(FEATURES, (1.0,))
 LENGTHS |= {BASELINE: (0.75, 1.0, 1.5), COMBINED: (0.2, 0.4, 1.0)}
-REPEATS, ROUND_STEPS = 7, 40  # rounds that time a step, and steps per round
+REPEATS = 7  # rounds that time a step
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,6 @@ def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
     file = folder_of(name, out_dir) / "cost.json"
     if not file.exists():
         baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
-        for warm_up in (baseline, feature):
-            warm_up()
         (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
@@ -159,11 +157,15 @@ def folder_of(name: str, out_dir: str) -> Path:
 
 
 def round_of_steps(config: Config) -> Callable[[], float]:
-    """Compile a config's step; return a function that takes `ROUND_STEPS` and times them."""
+    """Compile a config's step; return a function that takes a round of steps and times them.
+
+    It returns seconds per step.
+    """
     dataset = find_dataset(config, config.block_size)
     config = config.replace(vocab_size=dataset.vocab_size)
     jaxgpt = JaxGPT(resolve_auto(config)[0], dataset)
-    return lambda: jaxgpt.train(ROUND_STEPS)[0]
+    steps = jaxgpt.round_steps()
+    return lambda: jaxgpt.train(steps)[0] / steps
 
 
 def read_losses(config: Config, name: str, seeds: int, out_dir: str) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_speedup_is_measured_where_combined_loss_reaches_baseline_loss(config, m
 
 def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "REPEATS", 2)
-    monkeypatch.setattr(ablate, "ROUND_STEPS", 2)
+    monkeypatch.setattr(ablate.JaxGPT, "round_steps", lambda jaxgpt: jaxgpt.whole_calls(2))
     (tmp_path / "muon").mkdir()
     configs = {name: ablate.with_feature(config, name) for name in ("baseline", "muon")}
     cost = ablate.step_cost(configs, "muon", str(tmp_path))
