@@ -156,7 +156,7 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_training_is_equal_on_a_mesh(folder):
     alone = run(folder, out_dir=str(folder / "one"), mesh="data:1")
-    for mesh in "data:2", "data:2,fsdp:2":
+    for mesh in "data:2,fsdp:2", "data:2,fsdp:2,tensor:2":
         others = run(folder, out_dir=str(folder / mesh), mesh=mesh)
         np.testing.assert_allclose(losses(others), losses(alone), atol=1e-4)
 
