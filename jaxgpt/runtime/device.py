@@ -118,9 +118,12 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     jax.config.update("jax_enable_x64", float64)
     try:
         jax.devices()
-    except RuntimeError as error:
-        problem = f"JAX cannot use it ({str(error).splitlines()[0]})"
-        raise UserError(f"device={device!r}: {problem}; try --device=auto") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform is left
+        jax.config.update("jax_platforms", platforms)
+        reason = next(iter(str(error).splitlines()), "there is no such device")
+        advice = f"another JAX_PLATFORMS than {platforms}" if device == "auto" else "--device=auto"
+        problem = f"JAX cannot use it ({reason}); try {advice}"
+        raise UserError(f"device={device!r}: {problem}") from error
     started = jax.default_backend()
     if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
         jax.config.update("jax_platforms", platforms)

@@ -1,11 +1,14 @@
 """Test how JAX is started, and which XLA options the training step gets."""
 
 import os
+import subprocess
+import sys
+from glob import glob
 from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import refusal
+from helpers import CHILD_ENV, refusal
 
 from jaxgpt.config import Config
 from jaxgpt.runtime import device
@@ -38,6 +41,28 @@ def test_start_in_a_process_that_has_started_jax_keeps_its_devices(monkeypatch):
     said = "device='gpu': JAX has started on a cpu in this process; expected cpu, or a new process"
     assert refusal(device.start, "gpu") == said
     assert jax.config.values["jax_platforms"] in ("cpu", platforms)
+
+
+@pytest.mark.skipif(bool(glob("/dev/nvidia*")), reason="there is an NVIDIA GPU")
+def test_missing_device_is_rejected_and_another_can_then_be_started():
+    code = """
+from jaxgpt.config import UserError
+from jaxgpt.runtime import device
+for name in "cuda", "gpu", "tpu", "auto":
+    try:
+        device.start(name)
+        print("started")
+    except UserError as error:
+        print(error)
+"""
+    env = {key: value for key, value in CHILD_ENV.items() if key != "JAX_PLATFORMS"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    *refused, last = done.stdout.splitlines()
+    assert last == "started"
+    for line, name in zip(refused, ("cuda", "gpu", "tpu"), strict=True):
+        assert line.startswith(f"device={name!r}: JAX cannot use it (")
+        assert line.endswith("); try --device=auto")
 
 
 @pytest.mark.parametrize(("platform", "size"), [("gpu", 1), ("gpu", 8), ("tpu", 4)])
