@@ -11,6 +11,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,12 @@ def label_of(op_name: str) -> str:
 
 
 def start_trace(folder: Path) -> None:
-    """Start to trace this process's devices into an empty folder."""
+    """Start to trace this process's devices into an empty folder.
+
+    A trace that a failed run has left open is ended first.
+    """
+    with suppress(RuntimeError):  # there is none
+        jax.profiler.stop_trace()
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
@@ -165,13 +171,17 @@ def label_kernel(kernel: Event, labels: Labels) -> tuple[str, str]:
     """Return the label of a kernel, and the name of its instruction.
 
     A kernel in a CUDA graph names neither program nor instruction, but most are named after theirs.
+    Such a kernel has a label if the programs with this instruction agree on it.
     """
     args = kernel.get("args", {})
     name = args.get("hlo_op") or kernel["name"]
-    program = args.get("hlo_module") or next(iter(labels))
-    if program not in labels:
+    program = args.get("hlo_module")
+    if program and program not in labels:
         return program.removeprefix("jit_"), name  # such as the program that makes a batch
-    return labels[program].get(symbol(name)) or re.sub(r"[._]\d+$", "", name), name
+    programs = [labels[program]] if program else labels.values()
+    found = {known[symbol(name)] for known in programs if symbol(name) in known}
+    label = found.pop() if len(found) == 1 else ""
+    return label or re.sub(r"[._]\d+$", "", name), name
 
 
 def write_profile(

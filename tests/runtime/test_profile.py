@@ -13,7 +13,15 @@ from helpers import all_rows, log_of, make_config, make_data, make_windows, stop
 
 from jaxgpt.cli.commands import sample
 from jaxgpt.runtime.mesh import make_mesh
-from jaxgpt.runtime.profile import find_kernels, label_kernel, label_of, own_times, program_labels
+from jaxgpt.runtime.profile import (
+    find_kernels,
+    label_kernel,
+    label_of,
+    own_times,
+    program_labels,
+    start_trace,
+    stop_trace,
+)
 from jaxgpt.train import train
 from jaxgpt.train_step import init_state, make_train_step
 
@@ -194,3 +202,14 @@ def test_kernels_of_gpus_and_tpus_are_named_by_the_program():
     assert of(kernel(0, 1, "nvjet", hlo_op="fusion.7", hlo_module="jit_f")) == "blocks/1/mlp/up"
     assert of(kernel(0, 1, "loop", hlo_op="fusion.7", hlo_module="jit_other")) == "other"
     assert of(kernel(0, 1, "ampere_gemm")) == "ampere_gemm"
+    other = program_labels("HloModule jit_g\n\n" + line.replace("up/dot", "down/dot"))
+    both = {"jit_f": {}} | other | labels
+    assert label_kernel(on_tpu, other | {"jit_h": {}})[0] == "blocks/1/mlp/down"
+    assert label_kernel(on_tpu, both)[0] == "fusion"  # one of two programs, not known which
+
+
+def test_trace_can_start_after_a_run_that_failed_inside_one(tmp_path):
+    start_trace(tmp_path / "failed")
+    start_trace(tmp_path / "next")
+    jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64))))
+    assert find_kernels(stop_trace(tmp_path / "next"))
