@@ -26,8 +26,8 @@ FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  
 SLICES = {"dynamic-slice", "gather", "slice"}
 PRODUCTS = ("dot", "convolution")
 FORWARD, BACKWARD = "attention, forward", "attention, backward"
-# Flash kernels: words of the kernel's target, name or scope; its kind; its operations per B N T T H
-# of causal attention, half of the square; and T's axis in its output.
+# Flash kernels: words of the kernel's target, name or scope; its kind; its FLOPs / (B N T T H); and
+# T's axis in its queries. Causal attention computes half of the T x T scores.
 FLASH_KERNELS = [
     (r"__cudnn\$fmhaSoftmaxBackward", BACKWARD, 5.0, 2),
     (r"__cudnn\$fmhaSoftmax", FORWARD, 2.0, 2),
@@ -218,6 +218,8 @@ class Program:
         else:
             inside, body, arguments = ops, [op], {name: name for name in op.operands}
         read, written = 0, op.main_bytes - op.workspace
+        if op.opcode.endswith("-start") and len(op.shapes) > len(op.operands):
+            written -= sum(ops[name].main_bytes for name in op.operands)  # returned, not written
         for name, outer in arguments.items():
             size = ops[outer].main_bytes if outer in ops else 0
             users = [o for o in body if name in o.operands]
@@ -270,7 +272,7 @@ class Program:
         """Return the kind of a kernel, and its floating-point operations in products."""
         if op.opcode.removesuffix("-start") in COLLECTIVES:
             return "collectives", 0
-        if attention := attention_work(op):
+        if attention := attention_work(op, ops):
             return attention
         body = [op]
         if op.opcode == "fusion":
@@ -371,16 +373,22 @@ class Program:
         return found
 
 
-def attention_work(op: Op) -> tuple[str, float] | None:
-    """Return the kind of a flash attention kernel, and its operations if attention is causal."""
+def attention_work(op: Op, ops: dict[str, Op]) -> tuple[str, float] | None:
+    """Return the kind of a flash attention kernel, and its operations if attention is causal.
+
+    They follow from the shape of the queries, its largest array whose last axis is the head width.
+    """
     if op.opcode != "custom-call":
         return None
     scope = _search(r'op_name="([^"]*)"', op.attributes)
     text = f"{op.target} {op.name} {scope}"
-    for words, kind, operations, axis in FLASH_KERNELS:
-        outputs = [dims for _, dims in op.shapes if len(dims) == 4]
-        if re.search(words, text) and outputs:
-            return kind, operations * math.prod(outputs[0]) * outputs[0][axis]
+    outputs = [dims for _, dims in op.shapes if len(dims) == 4]
+    for words, kind, operations, axis in FLASH_KERNELS if outputs else ():
+        if re.search(words, text):
+            inputs = [dims for name in op.operands for _, dims in ops[name].shapes]
+            shapes = [dims for dims in inputs if len(dims) == 4 and dims[-1] == outputs[0][-1]]
+            queries = max(outputs[:1] + shapes, key=math.prod)
+            return kind, operations * math.prod(queries) * queries[axis]
     return None
 
 

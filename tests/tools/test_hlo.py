@@ -143,6 +143,19 @@ def test_breakdown_knows_flash_kernels_in_pallas(line, kind, operations):
     }
 
 
+def test_gradient_of_shared_keys_and_values_has_the_flops_of_all_query_heads():
+    """The kernel returns the gradients of one head of keys and values for four of queries."""
+    text = """ENTRY %main (q: bf16[2,16,4,8], k: bf16[2,16,1,8]) -> bf16[2,16,1,8] {
+  %q = bf16[2,16,4,8] parameter(0)
+  %k = bf16[2,16,1,8] parameter(1)
+  %d = bf16[2,16,1,8] custom-call(%q, %k), metadata={op_name="a/flash_dkv/pallas_call"}
+}
+"""
+    assert Program(text).breakdown(lambda *_: 0.0)["attention, backward"].flops == (
+        4 * 2 * 4 * 16 * 16 * 8
+    )
+
+
 def test_breakdown_of_a_loop_counts_every_turn():
     groups = Program(BY_HAND).breakdown(lambda kind, flops, traffic: 1)
     assert {kind: group.kernels for kind, group in groups.items()} == {
@@ -222,6 +235,26 @@ ENTRY %main (p: f32[8], q: f32[4]) -> f32[8] {{
 """
     (found,) = Program(text).collectives()
     assert found.bytes == sent
+
+
+@pytest.mark.parametrize(
+    ("result", "operation", "traffic"),
+    [
+        ("f32[8]{0}", "all-reduce(%p)", 64),
+        ("f32[8]{0}", "all-reduce-start(%p)", 64),
+        ("((f32[8]{0}), f32[8]{0})", "all-reduce-start(%p)", 64),
+        ("f32[32]{0}", "all-gather(%p)", 160),
+        ("(f32[8]{0}, f32[32]{0})", "all-gather-start(%p)", 160),
+    ],
+)
+def test_operands_that_a_start_returns_are_not_written(result, operation, traffic):
+    text = f"""HloModule m, num_partitions=4
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %r = {result} {operation}, replica_groups={{}}, dimensions={{0}}
+}}
+"""
+    assert Program(text).traffic() == traffic
 
 
 OVERLAP = """HloModule m, num_partitions=4

@@ -1,6 +1,7 @@
 """Test plans without a compiler for other hardware (test_aot.py has the rest)."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -174,6 +175,35 @@ def test_oversized_state_is_split_by_fsdp_unless_a_mesh_is_given(compiles, mesh,
     assert lines[0].startswith(f"does not fit: {problem}") == (fits or not compiles)
     assert ("a table" in lines) == (fits or compiles)
     assert any("use: --mesh=fsdp:8" in line for line in lines) == fits
+
+
+def test_lever_without_which_the_step_does_not_fit_has_a_line(found, monkeypatch):
+    def make_plan(config, topology):
+        raise DoesNotFitError("too much")
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    lines = []
+    plan.compare_levers(found, lines.append)
+    assert "normalize            does not fit" in lines
+    assert lines[-1] == "XLA's options        does not fit"
+
+
+@pytest.mark.slow
+def test_figures_of_a_mesh_on_a_part_of_the_devices_are_those_of_its_devices(found):
+    """A step on four of eight devices has the figures of four devices."""
+    part = plan.make_plan(TINY.replace(mesh="data:2,tensor:2"), HERE)
+    four = plan.make_plan(
+        TINY.replace(mesh="data:2,tensor:2"), replace(HERE, devices=jax.devices()[:4])
+    )
+    assert plan.format_plan(part) == plan.format_plan(four)
+    assert plan.format_plan(part).startswith("4 x ")
+    assert plan.format_breakdown(part) == plan.format_breakdown(four)
+    # each of two groups has half of the sequences, and all of their embedding
+    activation = 32 * 16 * 64 * 4
+    memory = part.breakdown["memory"]
+    text = plan.format_breakdown(part)
+    (line,) = [line for line in text.splitlines() if line.startswith("memory")]
+    assert float(line.split()[3]) == pytest.approx(memory.bytes / activation, abs=0.05)
 
 
 @pytest.mark.slow
