@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, refusal
 
 from jaxgpt import resolve
 from jaxgpt.config import Config, RunConfig, UserError
+from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokens import Dataset, TokenSplit
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.tools.bench import command, nanogpt, report, training
+from jaxgpt.tools.bench import command, nanogpt, report, sampling, training
 from jaxgpt.tools.bench.options import BenchArgs
 
 TINY = {
@@ -161,6 +162,10 @@ def test_jaxgpt_and_nanogpt_get_the_same_weights_and_windows(tmp_path, monkeypat
         {"n_kv_head": 1},
         {"mlp_dim": 24},
         {"causal": False},
+        {"freeze": "embed/"},
+        {"remat": "full"},
+        {"cautious_weight_decay": True},
+        {"skip_loss_spikes": 5.0},
     ],
 )
 def test_config_that_nanogpt_cannot_run_is_rejected(keys):
@@ -189,7 +194,37 @@ def test_synthetic_data_is_reproducible_and_can_be_learnt(tmp_path):
     assert entropy(pairs) - entropy(alone) < entropy(alone) - 0.01  # a token tells of the next
 
 
+def test_prompts_and_completions_are_read_as_they_are(tmp_path):
+    """Their token files have int32 ids, and those of prompts are stored as -1 - id."""
+    lines = [json.dumps({"prompt": f"{i}+1=", "completion": str(i + 1)}) for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    folder = prepare(str(tmp_path / "sums.jsonl"), str(tmp_path))
+    _, dataset = command.make_data(
+        RESOLVED.replace(dataset="sums", data_dir=str(tmp_path), vocab_size=0), tmp_path
+    )
+    ids = np.fromfile(folder / "train.bin", np.int32)
+    assert (ids < 0).any()
+    np.testing.assert_array_equal(dataset.train.read(0, len(dataset.train)), ids)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_bytes_of_decoding_are_those_of_the_weights_and_of_the_cache(tie, monkeypatch):
+    monkeypatch.setattr(sampling, "NEW_TOKENS", TINY["block_size"])
+    c = Config(**TINY, tie_embeddings=tie, position="rope", bias=False, dtype="float32")
+    sampler = sampling.make_samplers(c)[""]
+    D, L, V = c.n_embd, c.n_layer, sampler.params["embed"]["kernel"].shape[0]
+    weights = L * (12 * D * D + 2 * D) + D + V * D  # the output layer, tied or not
+    cache = 2 * L * D * np.mean(range(1, c.block_size + 1))
+    found = sampling.decode_bytes(sampler, batch=3)
+    assert found == pytest.approx(4 * (weights + 3 * cache))
+
+
 # --- User errors and the command ----------------------------------------------------------------
+
+
+def test_file_to_write_that_is_a_folder_is_rejected(tmp_path):
+    message = refusal(command.check_folders, BenchArgs(json=str(tmp_path)))
+    assert message == f"{tmp_path}: is a folder; expected a file to write"
 
 
 def test_nanogpt_that_cannot_start_is_rejected_with_the_reason(tmp_path):
@@ -202,10 +237,23 @@ def test_nanogpt_that_cannot_start_is_rejected_with_the_reason(tmp_path):
         nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
 
 
-def test_preset_together_with_a_config_file_is_rejected():
-    args = BenchArgs(config="configs/shakespeare.py", preset="cpu")
-    with pytest.raises(UserError, match=r"^preset='cpu': given with --config; expected one"):
-        command.choose(args)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"config": "configs/shakespeare.py", "preset": "cpu"},
+            "preset='cpu': given with --config; expected one of the two",
+        ),
+        ({"rows": "muon"}, "rows='muon': applies to a suite; try --suite=gpu"),
+        (
+            {"benchmark": "data", "compare_to": "nanoGPT"},
+            "benchmark='data': cannot be compared with nanoGPT; expected train or sample with "
+            "--compare_to",
+        ),
+    ],
+)
+def test_flags_that_do_not_apply_together_are_rejected(flags, message):
+    assert refusal(command.bench, BenchArgs(**flags)) == message
 
 
 def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:

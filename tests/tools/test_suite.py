@@ -15,6 +15,7 @@ from jaxgpt.config import UserError
 from jaxgpt.kernels import ANY, TABLE
 from jaxgpt.kernels.platform import current_platform
 from jaxgpt.tools.bench import report, sampling, suite, suite_rows, training
+from jaxgpt.tools.bench.nanogpt import NanoGPTError
 from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.suite_rows import LEVERS, ROWS, SHARED, TOY, Row, Suite
 from jaxgpt.tools.bench.trace import read_trace
@@ -38,7 +39,7 @@ def make_row(name: str, measure) -> Row:
 @pytest.fixture
 def machine(monkeypatch) -> dict:
     """Return the facts of a machine that the suite sees, which a test may change."""
-    facts = NOW | {"hardware": {"device": "card"}}
+    facts = NOW | {"hardware": {"device": "card", "devices": 1}}
     monkeypatch.setattr(suite, "describe_machine", lambda: facts)
     return facts
 
@@ -99,6 +100,22 @@ def test_rows_are_written_at_once_and_not_measured_again(tmp_path, machine, caps
     machine["commit"] = "d" * 40
     suite.measure_rows(here, rows, time.time() + 9)
     assert len(calls) == 2
+    for changed in {"modes": ["eager"]}, {"xla_flags": "--mine=1"}:
+        suite.measure_rows(replace(here, **changed), rows, time.time() + 9)
+    assert len(calls) == 4
+
+
+def test_row_with_a_failed_part_keeps_its_values_and_is_measured_again(tmp_path, machine, capsys):
+    here = make_suite(tmp_path)
+    for _ in range(2):
+        part = make_row("a", lambda: ({"ms": 2.0}, {"error": "nanoGPT compiled: out of memory"}))
+        suite.measure_rows(here, [part], time.time() + 9)
+    line = "a: 2 ms, failed: nanoGPT compiled: out of memory\n"
+    assert capsys.readouterr().out == 2 * line
+    assert suite.format_table(rows_of(here)).splitlines()[3:] == [
+        "| `a` | what a is | 2 | ms | card, toy size | ccccccc |",
+        "| `a` | what a is | failed | nanoGPT compiled: out of memory | card, toy size | ccccccc |",
+    ]
 
 
 def test_failed_row_has_its_error_in_one_line_and_is_measured_again(tmp_path, machine):
@@ -266,6 +283,37 @@ def test_every_row_ends_at_toy_size(row, toy):
         assert entry.get("error") is None
         assert all(isinstance(value, float | int) for value in entry["values"].values())
     json.dumps(entry)
+
+
+@pytest.mark.slow
+def test_mode_of_nanogpt_that_fails_does_not_hide_the_other_mode(toy, monkeypatch):
+    def load(nanogpt, config, tokens, params, mode):
+        if mode == "compiled":
+            raise NanoGPTError("out of memory")
+
+    monkeypatch.setattr(NanoGPT, "load", load)
+    (row,) = [row for row in ROWS if row.name == "nanogpt_124m"]
+    found = suite.measure(toy, row)
+    assert found["error"] == "nanoGPT compiled: out of memory"
+    assert "times as fast as nanoGPT eager" in found["values"]
+
+
+def test_two_configs_in_turn_have_their_own_times_and_the_second_is_relative_to_the_first(toy):
+    """A config with eight times the blocks takes longer."""
+    small = toy.sizes.gpt2
+    values, _ = suite_rows.in_turn(toy, small, small.replace(n_layer=16), "with 16 blocks")
+    first, second = values["ms per step by default"], values["ms per step with 16 blocks"]
+    assert second > first
+    assert values["times as long as by default"] == pytest.approx(second / first)
+
+
+def test_attention_row_counts_the_flops_of_causal_attention(toy, monkeypatch):
+    """Two products of half the T x T scores in the forward pass, and five in the backward pass."""
+    monkeypatch.setattr(suite_rows, "call_ms", lambda call: [2.0])
+    c = toy.sizes.gpt2
+    products = c.batch_size * c.n_head * c.block_size**2 * c.head_dim * 2 / 2
+    values, _ = suite_rows.time_attention(toy, "reference")
+    assert values["TFLOP/s"] == pytest.approx(7 * products / 0.002 / 1e12)
 
 
 @pytest.mark.parametrize("operation", LEVERS)

@@ -78,7 +78,7 @@ def read_speedups(file: Path) -> list[tuple[str, float, float, float]]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         comparisons = {name: facts["results"].get(name, {}) for name in LABELS}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: {reason(error)}; expected a file that --json wrote") from error
     found = []
     for name, result in comparisons.items():

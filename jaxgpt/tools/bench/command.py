@@ -18,6 +18,7 @@ from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.runtime.files import atomic_write, folder_error
 from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
 from jaxgpt.tools.bench.options import BenchArgs
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
 
 def bench(args: BenchArgs) -> None:
     """Run the benchmark that the flags ask for, and print a report. Raises `UserError`."""
+    check_flags(args)
     check_folders(args)
     if args.chart:
         print("\n".join(draw_chart(args.results, args.out_dir, args.chart)))
@@ -62,28 +64,42 @@ def bench(args: BenchArgs) -> None:
     if load_before > 0.3 * (os.cpu_count() or 1):
         note = f"the load average before the start was {load_before:.1f}: this machine was in use"
         report.notes.append(note)
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     show(report, facts)
+    if args.json:
+        try:
+            atomic_write(Path(args.json), json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise folder_error(args.json, "--json", error) from error
+
+
+def check_flags(args: BenchArgs) -> None:
+    """Raise `UserError` for flags that do not apply together."""
+    if args.rows:
+        raise UserError(f"rows={args.rows!r}: applies to a suite; try --suite=gpu")
+    if args.config and args.preset:
+        raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
+    if args.compare_to and args.benchmark in ("data", "attention"):
+        problem = "cannot be compared with nanoGPT; expected train or sample with --compare_to"
+        raise UserError(f"benchmark={args.benchmark!r}: {problem}")
 
 
 def check_folders(args: BenchArgs) -> None:
-    """Raise `UserError` for a file to write whose folder does not exist."""
+    """Raise `UserError` for a file to write that is a folder, or whose folder does not exist."""
     for file in filter(None, (args.json, args.plot, args.chart)):
         folder = Path(file).parent
         if not folder.is_dir():
             raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
+        if Path(file).is_dir():
+            raise UserError(f"{file}: is a folder; expected a file to write")
 
 
 def choose(args: BenchArgs) -> tuple[str, Config]:
     """Start JAX; return the name of the benchmarked config, and the config for this device.
 
-    The compilation cache is off, so that compile times are those of a first run. With nanoGPT on
-    the same accelerator, JAX allocates memory only as needed and uses one device, as nanoGPT does
-    without torchrun. Raises `UserError`.
+    The compilation cache is off, so that compile times are those of a first run. Presets use one
+    accelerator, as nanoGPT does without torchrun. With nanoGPT on the same accelerator, any config
+    uses one, and JAX allocates memory only as needed. Raises `UserError`.
     """
-    if args.config and args.preset:
-        raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
     if args.compare_to:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     variants = load_config_file(args.config) if args.config else {"config": Config()}
@@ -97,7 +113,7 @@ def choose(args: BenchArgs) -> tuple[str, Config]:
         check_preset(name, args.benchmark, is_cpu)
     elif is_cpu and config.use_cpu_variant:
         config = variants.get("cpu_config", config)
-    if args.compare_to and not is_cpu:
+    if not is_cpu and (args.compare_to or not args.config):
         config = config.replace(mesh="data:1")
     config, _ = device.resolve_auto(config)
     if args.compare_to:
@@ -157,17 +173,17 @@ def make_data(config: Config, folder: Path) -> tuple[Config, Dataset]:
     if is_prepared(local_data_dir(config.data_dir, config.dataset) / config.dataset):
         found = find_dataset(config, config.block_size, config.vocab_size)
         ids = [t.read(0, min(len(t), MAX_TOKENS)) for t in (found.train, found.val)]
-        vocab, source = found.vocab_size, found.source
+        vocab, source, dtype = found.vocab_size, found.source, found.train.dtype
     else:
         vocab, source, rng = config.vocab_size or 65, "synthetic", np.random.default_rng(0)
         phrases = rng.integers(0, vocab, (500, 16), np.uint32)
         ids = [phrases[rng.integers(0, 500, 1 << 17)].ravel() for _ in SPLITS]
+        dtype = np.dtype("uint16" if vocab <= 2**16 else "uint32")
     vocab = max(vocab, config.vocab_size)
-    dtype = "uint16" if vocab <= 2**16 else "uint32"
     splits = []
     for split, tokens in zip(SPLITS, ids, strict=True):
         file = folder / f"{split}.bin"
         tokens.astype(dtype).tofile(file)
-        splits.append(TokenSplit([file], dtype, vocab))
+        splits.append(TokenSplit([file], dtype.name, vocab))
     train, val = splits
     return config.replace(vocab_size=vocab), Dataset(train, val, vocab, None, source, {})

@@ -1,5 +1,6 @@
 """The settings, timers and reports that all benchmarks share."""
 
+import hashlib
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import jaxgpt
 from jaxgpt.config import Config
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import device
@@ -55,8 +57,8 @@ def quartiles(samples: list[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3}
 
 
-def call_ms(call: Callable[[], Any]) -> list[float]:
-    """Return milliseconds per call in each of seven rounds of about 0.1 s, after a warm-up."""
+def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
+    """Return milliseconds per call in each round of about 0.1 s, after a warm-up."""
 
     def time_calls(calls: int) -> float:
         began = time.perf_counter()
@@ -65,7 +67,7 @@ def call_ms(call: Callable[[], Any]) -> list[float]:
 
     time_calls(1)
     calls = max(1, int(100 / time_calls(2)))
-    return [time_calls(calls) for _ in range(7)]
+    return [time_calls(calls) for _ in range(rounds)]
 
 
 def interleaved(
@@ -104,13 +106,19 @@ def format_ratios(name: str, result: dict[str, Any]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the hardware, the versions of the libraries, jaxgpt's commit and the time."""
+    """Return the hardware, the versions of the libraries, jaxgpt's commit and the time.
+
+    The commit of a changed checkout ends with -dirty and a hash of the changes.
+    """
     info, root, git = Path("/proc/cpuinfo"), Path(__file__).parents[3], shutil.which("git")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""
     if git and (root / ".git").exists():
         command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if commit.endswith("-dirty"):
+            changes = subprocess.run([git, "-C", str(root), "diff", "HEAD"], capture_output=True)
+            commit += f"-{hashlib.sha256(changes.stdout).hexdigest()[:7]}"
     hardware = {
         "device": jax.devices()[0].device_kind,
         "devices": 1 if device.is_cpu() else jax.device_count(),
@@ -119,7 +127,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": device.memory_bytes(),
     }
     versions = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    versions["python"] = platform.python_version()
+    versions |= {"jaxgpt": jaxgpt.__version__, "python": platform.python_version()}
     now = time.time()
     return {"hardware": hardware, "versions": versions, "commit": commit or None, "time": now}
 

@@ -23,6 +23,7 @@ from jaxgpt.kernels import dot_product_attention
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import CHUNK, Sampler, SamplingParams
+from jaxgpt.tools.bench.nanogpt import NanoGPTError
 from jaxgpt.tools.bench.report import Bench, Report, call_ms, format_ratios, interleaved, quartiles
 from jaxgpt.train import TRAIN
 
@@ -60,7 +61,12 @@ def bench_sampling(b: Bench) -> Report:
         f"{bandwidth / 1e9:.1f} GB/s of a large array in memory; caches can exceed 100%",
     ]
     headline = f"{results['batch_1']['tokens_per_s']:,.0f} tokens/s at batch 1"
-    for name, found in (compare(b, samplers) if b.nanogpt else {}).items():
+    try:
+        compared = compare(b, samplers) if b.nanogpt else {}
+    except NanoGPTError as error:
+        notes.append(f"nanoGPT: {error}")
+        compared = {}
+    for name, found in compared.items():
         results[f"nanogpt_{name}"] = found
         notes.append(format_ratios(f"batch 1, {name}: nanoGPT", found))
         headline += f"; {found['ratio']:.1f}x nanoGPT ({name})"
@@ -99,7 +105,9 @@ def decode_bytes(sampler: Sampler, batch: int) -> float:
     """Return the mean bytes read to decode one token per sequence: weights, keys and values."""
     config = sampler.config
     params = sampler.row_params if batch == 1 else sampler.params
-    weights = sum(p.nbytes for p in jax.tree.leaves({**params, "pos_embed": None}))
+    looked_up = {"pos_embed"} if config.tie_embeddings else {"pos_embed", "embed"}
+    read = {name: params[name] for name in params.keys() - looked_up}
+    weights = sum(p.nbytes for p in jax.tree.leaves(read))
     graphdef, shapes, _ = model.abstract_model(config)
     if not hasattr(nnx.merge(graphdef, shapes), "init_cache"):
         return weights
@@ -129,7 +137,7 @@ def compare(b: Bench, samplers: dict[str, Sampler]) -> dict[str, dict[str, Any]]
 def read_bandwidth() -> float:
     """Return the bytes per second at which the device, or all cores together, read an array."""
     if device.is_cpu():
-        x = np.ones((device.cores(), 1 << 25), np.float32)
+        x = np.ones((min(device.cores(), 32), 1 << 25), np.float32)  # at most 4 GiB
         with ThreadPoolExecutor(len(x)) as pool:
             ms = call_ms(lambda: list(pool.map(np.max, x)))
     else:
@@ -147,7 +155,8 @@ def bench_data(b: Bench) -> Report:
     for name, resident in ("resident", make_resident(data, mesh)), ("read from disk", None):
         keys = {"block_size": c.block_size, "seed": c.seed, "stream": TRAIN, "ahead": 2}
         batches, steps = Batches(data, mesh, shape_UMB, resident=resident, **keys), count()
-        ms = call_ms(lambda batches=batches, steps=steps: batches.get(next(steps)))
+        make_batch = lambda batches=batches, steps=steps: batches.get(next(steps))
+        ms = call_ms(make_batch, b.repeats)
         windows = 1000 * batch_size.global_batch_size(c) / quartiles(ms)["median"]
         tokens = windows * c.block_size
         results[name] = {"samples_ms": ms, "windows_per_s": windows, "tokens_per_s": tokens}
@@ -167,7 +176,7 @@ def bench_attention(b: Bench) -> Report:
             b.say(f"{backend}, length {T}")
             try:
                 device.choose_attention(c)
-                ms = call_ms(attention_call(c, B))
+                ms = call_ms(attention_call(c, B), b.repeats)
             except UserError as error:
                 notes.append(str(error))
                 break

@@ -47,8 +47,9 @@ def select(names: str, with_nanogpt: bool) -> list[Row]:
 def run_suite(args: BenchArgs) -> None:
     """Measure the rows that the flags ask for, and print a table of them. Raises `UserError`.
 
-    Rows that the file has from this commit, device and these versions are not measured again. A
-    row that fails, or whose process ends, is recorded with its error, and the others follow.
+    Rows that the file has from this commit, device, these versions and settings are not measured
+    again. A row that fails, or whose process ends, is recorded with its error, and the others
+    follow.
     """
     check_folders(args)
     if args.preset or args.config:
@@ -59,6 +60,7 @@ def run_suite(args: BenchArgs) -> None:
     settings = {"file": str(file), "deadline": deadline, "compare_to": args.compare_to}
     settings |= {"torch_python": args.torch_python or sys.executable, "repeats": args.repeats}
     settings["modes"] = ["eager", "compiled"] if args.compile == "both" else [args.compile]
+    settings["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     machine = None  # known once a child process has run
     for env in {json.dumps(row.env): row.env for row in rows}.values():
         names = [row.name for row in rows if row.env == env]
@@ -95,7 +97,7 @@ def main(settings: dict[str, Any]) -> None:
     if sizes is TOY:
         print("JAX computes on a CPU, so the rows have toy sizes", flush=True)
     file, rows = Path(settings["file"]), [row for row in ROWS if row.name in settings["rows"]]
-    keys = {key: settings[key] for key in ("compare_to", "torch_python", "modes")}
+    keys = {key: settings[key] for key in ("compare_to", "torch_python", "modes", "xla_flags")}
     with TemporaryDirectory() as folder:
         measure_rows(Suite(sizes, Path(folder), file, **keys), rows, settings["deadline"])
 
@@ -103,8 +105,10 @@ def main(settings: dict[str, Any]) -> None:
 def measure_rows(suite: Suite, rows: list[Row], deadline: float) -> None:
     """Measure rows, write each to the file and print its line; skip those that the file has."""
     facts = describe_machine()
-    machine = {"device": facts["hardware"]["device"], "commit": facts["commit"]}
-    machine |= {"versions": facts["versions"], "toy": suite.sizes.gpt2 != FULL.gpt2}
+    hardware = {key: facts["hardware"][key] for key in ("device", "devices")}
+    machine = hardware | {key: facts[key] for key in ("commit", "versions")}
+    machine |= {"toy": suite.sizes.gpt2 != FULL.gpt2, "repeats": suite.sizes.repeats}
+    machine |= {"modes": list(suite.modes), "xla_flags": suite.xla_flags}
     write_results(suite.file, {}, machine)
     for row in rows:
         if is_measured(suite.file, row.name, machine):
@@ -121,9 +125,10 @@ def measure_rows(suite: Suite, rows: list[Row], deadline: float) -> None:
 
 
 def is_measured(file: Path, name: str, machine: dict[str, Any]) -> bool:
-    """Return whether the file has a row's values, measured at this commit on this machine."""
+    """Return whether the file has all of a row's values, measured at this commit and machine."""
     found = read_results(file)["rows"].get(name, {})
-    return "values" in found and machine.items() <= found.items()
+    is_whole = "values" in found and "error" not in found
+    return is_whole and all(found.get(key) == value for key, value in machine.items())
 
 
 def measure(suite: Suite, row: Row) -> dict[str, Any]:
@@ -132,6 +137,8 @@ def measure(suite: Suite, row: Row) -> dict[str, Any]:
     try:
         values, details = row.measure(suite)
         found = {"values": values, "details": details}
+        if "error" in details:  # of a part of the row
+            found["error"] = details["error"]
     except Exception as error:  # drivers, libraries and compilers raise many types
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         found = {"error": (kind + str(error)).strip().splitlines()[0][:300]}
@@ -158,9 +165,11 @@ def write_results(file: Path, rows: dict[str, Any], machine: dict[str, Any]) -> 
 
 
 def describe(entry: dict[str, Any]) -> str:
+    values = entry.get("values", {})
+    parts = [f"{format_value(value)} {unit}" for unit, value in values.items()]
     if "error" in entry:
-        return f"failed: {entry['error']}"
-    return ", ".join(f"{format_value(value)} {unit}" for unit, value in entry["values"].items())
+        parts.append(f"failed: {entry['error']}")
+    return ", ".join(parts)
 
 
 def format_value(value: float) -> str:
@@ -174,7 +183,9 @@ def format_table(rows: dict[str, dict[str, Any] | None]) -> str:
         found = entry or {"what": "", "error": "not measured", "device": "", "commit": ""}
         hardware = found["device"] + (", toy size" if found.get("toy") else "")
         commit, dirty, _ = (found["commit"] or "").partition("-dirty")
-        values = found.get("values") or {found["error"].replace("|", "/"): "failed"}
+        values = dict(found.get("values", {}))
+        if "error" in found:
+            values[found["error"].replace("|", "/")] = "failed"
         for unit, value in values.items():
             shown = value if isinstance(value, str) else format_value(value)
             cells = (f"`{name}`", found["what"], shown, unit, hardware, commit[:7] + dirty)
@@ -183,4 +194,7 @@ def format_table(rows: dict[str, dict[str, Any] | None]) -> str:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        main(json.loads(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -71,6 +71,7 @@ class Suite:
     compare_to: str = ""
     torch_python: str = sys.executable
     modes: Sequence[str] = ("eager", "compiled")
+    xla_flags: str = ""  # the user's, without those of a row
     model: JaxGPT | None = None
     model_key: Config | None = None
 
@@ -118,7 +119,10 @@ def time_steps(suite: Suite, size: str, **keys: Any) -> Result:
 
 
 def in_turn(suite: Suite, config: Config, other: Config, word: str, operation: str = "") -> Result:
-    """Time steps of two configs in turn, the second without the fast row of an operation."""
+    """Time steps of two configs in turn, the second without the fast kernel of an operation.
+
+    `word` tells the second's times from the first's.
+    """
     default = suite.trained(config)
     with without(operation) if operation else nullcontext():
         changed = JaxGPT(*suite.prepare(other))
@@ -200,7 +204,10 @@ def train_baby(suite: Suite) -> Result:
 
 
 def versus(suite: Suite, size: str) -> Result:
-    """Compare losses with nanoGPT's, then time both sides in turn, eager and compiled."""
+    """Compare losses with nanoGPT's, then time both sides in turn, eager and compiled.
+
+    The details have the error of a mode that fails, so that the row is measured again.
+    """
     suite.free()
     config, dataset = suite.prepare(getattr(suite.sizes, size))
     check_comparable(config)
@@ -215,7 +222,9 @@ def versus(suite: Suite, size: str) -> Result:
         steps = model.round_steps()
         for mode in suite.modes:
             details[mode] = found = compare(b, model, mode, steps)
-            if "ratio" in found:
+            if "error" in found:
+                details["error"] = f"nanoGPT {mode}: {found['error']}"
+            else:
                 ours = quartiles([1000 * p["jaxgpt_s"] / steps for p in found["pairs"]])["median"]
                 values |= {f"ms per step ({mode} in turn)": ours}
                 values |= {f"ms per step of nanoGPT {mode}": found["step_ms"]["median"]}
@@ -249,8 +258,8 @@ def profile_steps(suite: Suite) -> Result:
     for name, group in roofline.items():
         values[f"ms per step in {name} by a roofline of {chip.kind}"] = 1000 * group.seconds
     details = {"roofline": {name: asdict(group) for name, group in roofline.items()}}
-    kernels = {name: ms / steps for name, ms in ranked(by_kernel)[:LISTED_KERNELS]}
-    return values, details | {"ms_by_kernel": kernels}
+    longest = {name: ms / steps for name, ms in ranked(by_kernel)[:LISTED_KERNELS]}
+    return values, details | {"ms_by_kernel": longest}
 
 
 # ---- the rows ----------------------------------------------------------------------------------
