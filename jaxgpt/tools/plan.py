@@ -56,12 +56,13 @@ class Chip:
 
 # Data sheets give the sum of both directions of a link; these are half of it. Sources for GPUs:
 # NVIDIA's data sheets of the SXM modules, and of DGX systems for the network (400 Gb/s per GPU;
-# A100 200). Sources for TPUs: Google Cloud's pages on v5e, v5p and v6e.
+# A100 200). Their memory is what their drivers report, from the target configs in XLA's source.
+# Sources for TPUs: Google Cloud's pages on v5e, v5p and v6e.
 CHIPS = {
-    "a100": Chip("NVIDIA A100", 80 * GB, 2.039e12, 300e9, 25e9, "8.0 108 64 167936 1.41 41943040"),
-    "h100": Chip("NVIDIA H100", 80 * GB, 3.35e12, 450e9, 50e9, "9.0 132 128 233472 1.98 52428800"),
-    "h200": Chip("NVIDIA H200", 141 * GB, 4.8e12, 450e9, 50e9, "9.0 132 128 233472 1.98 52428800"),
-    "b200": Chip("NVIDIA B200", 180 * GB, 8e12, 900e9, 50e9, "10.0 148 128 233472 1.965 132644864"),
+    "a100": Chip("NVIDIA A100", 85.10e9, 2.039e12, 300e9, 25e9, "8.0 108 64 167936 1.41 41943040"),
+    "h100": Chip("NVIDIA H100", 84.94e9, 3.35e12, 450e9, 50e9, "9.0 132 128 233472 1.98 52428800"),
+    "h200": Chip("NVIDIA H200", 151.4e9, 4.8e12, 450e9, 50e9, "9.0 132 128 233472 1.98 52428800"),
+    "b200": Chip("NVIDIA B200", 191.5e9, 8e12, 900e9, 50e9, "10.0 148 128 233472 1.965 132644864"),
     "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 200e9),
     "v5p": Chip("TPU v5p", 95 * GIB, 2.765e12, 600e9),
     "v6e": Chip("TPU v6e", 32 * GIB, 1.638e12, 400e9),
@@ -166,10 +167,7 @@ def find_topology(name: str) -> Topology:
 
 
 def _gpu_description(chip: Chip) -> str:
-    """Return XLA's GpuTargetConfigProto of a GPU as text, with the figures of XLA's own specs.
-
-    Only the size of the memory is the data sheet's, which is up to 6% less than a driver reports.
-    """
+    """Return XLA's GpuTargetConfigProto of a GPU as text, with the figures of XLA's own specs."""
     capability, count, fpus, shared, clock, l2 = chip.cores.split()
     major, minor = capability.split(".")
     return f"""gpu_device_info {{
