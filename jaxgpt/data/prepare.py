@@ -25,7 +25,6 @@ from jaxgpt.data.tokens import Dataset, SplitIds
 from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.files import atomic_write, make_folder, only_writer, sha256_of
 
-LOCK = "lock"  # file in the folder of a corpus, held by the run that prepares it
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
 
@@ -130,7 +129,7 @@ def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
     if _is_up_to_date(config.dataset, folder, is_fresh):
         return
     make_folder(folder, str(folder), "--data_dir")
-    with only_writer(folder / LOCK):  # two runs may start at the same time
+    with only_writer(folder):  # two runs may start at the same time
         if not tokens.is_prepared(folder):
             prepare(config.dataset, str(data_dir))
         elif not _is_up_to_date(config.dataset, folder, is_fresh):
@@ -146,7 +145,7 @@ def _replace_fallback(corpus: str, folder: Path) -> None:
     """Prepare a corpus from the text beside its token files, and keep a copy of the old folder."""
     kept = folder.with_name(f"{folder.name}_fallback")
     print(f"{folder}: now made from the input.txt in it; {kept} is the old one", file=sys.stderr)
-    shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt", LOCK}, dirs_exist_ok=True)
+    shutil.copytree(folder, kept, ignore=lambda *_: {"input.txt"}, dirs_exist_ok=True)
     kind = tokens.read_meta(folder)["tokenizer"]
     tokenizer = str(folder / tokenizers.FILE) if kind == "bpe" else kind
     prepare(corpus, str(folder.parent), tokenizer)

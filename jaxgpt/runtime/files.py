@@ -46,16 +46,18 @@ def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None
 
 
 @contextmanager
-def only_writer(file: Path) -> Iterator[None]:
-    """Wait until no other process is in this context for the same lock file, then enter it.
+def only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this context for the same folder, then enter it.
 
-    The file is created, and never deleted, because that would be a race. On a network file system
-    without locks nothing is waited for.
+    On a network file system without locks of folders nothing is waited for.
     """
-    with open(file, "a") as lock:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def sha256_of(file: Path) -> str:
