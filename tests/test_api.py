@@ -93,6 +93,7 @@ def test_unknown_names_of_the_package_and_of_a_config_are_rejected():
 # ---- training --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_api_and_command_make_the_same_files_and_digits(run, data, tmp_path):
     ours, theirs = run.config, run.config.replace(out_dir=str(tmp_path / "run"))
     keys = theirs.replace(vocab_size=0, steps_per_call=0).to_dict()
@@ -107,6 +108,7 @@ def test_api_and_command_make_the_same_files_and_digits(run, data, tmp_path):
     assert run.metrics == all_rows(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:1", "data:2,fsdp:2"])
 def test_run_on_one_or_four_devices_differs_only_by_rounding(run, tmp_path, mesh):
     other = jaxgpt.train(run.config.replace(out_dir=str(tmp_path), mesh=mesh))

@@ -185,6 +185,7 @@ def test_config_round_trips_through_json(config):
     assert list(json.loads(text)) == KEYS
 
 
+@pytest.mark.slow
 @given(configs(), configs())
 def test_replace_returns_a_new_config_and_keeps_the_original(config, other):
     before = config.to_dict()

@@ -127,6 +127,7 @@ def test_every_documented_command_parses(name, monkeypatch, tmp_path):
 SHORT = [words for words in COMMANDS.values() if SHORT_FLAGS & set(words)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", SHORT, ids=" ".join)
 def test_every_documented_help_command_runs(words, tmp_path):
     name, argv = our_command(words)

@@ -72,6 +72,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_masked_loss_and_gradients_match_separate_documents(options):
     config = make_config(**options)
@@ -97,6 +98,7 @@ def test_kv_cache_ignores_the_document_mask():
     assert not np.allclose(cached, network(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["truncate", "slide"])
 def test_sampling_ignores_the_document_mask(overflow):
     """With "slide" no cache is used once the text is full."""

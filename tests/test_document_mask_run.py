@@ -8,6 +8,7 @@ from jaxgpt.runtime.run_dir import load_config
 from jaxgpt.train import train
 
 
+@pytest.mark.slow
 def test_document_mask_needs_an_end_of_text_id(tmp_path):
     data_dir = make_data(tmp_path, "to be or not to be\n" * 30, name="verse", tokenizer="char")
     sizes = {"n_layer": 0, "max_iters": 2, "eval_iters": 1, "mesh": "data:1", "dataset": "verse"}

@@ -144,6 +144,7 @@ def test_attention_and_gradients_match_numpy(platform, name, dtype, case):
     check(run, arrays, [want, *grads], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["reference", "saved weights", "flash"])
 def test_attention_with_dropout_matches_the_equations(name, dtype, platform):
@@ -198,6 +199,7 @@ def test_every_gpu_row_is_compared_with_its_reference():
     assert in_table == {*IMPLEMENTATIONS.values()} | others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("operation", KERNELS)
 def test_gpu_row_matches_its_reference(operation, dtype, platform, monkeypatch):
@@ -246,6 +248,7 @@ def losses(config: Config, devices: list, batches: list) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "atol"),  # the largest difference of the losses, which are between 3 and 4
     [
@@ -278,6 +281,7 @@ TRAIN_ALL = (
 )
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, platform):
     """XLA's flag makes the order of sums the same in each run."""
     data = make_data(tmp_path)

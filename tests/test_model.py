@@ -54,6 +54,7 @@ def test_model_loss_and_gradients_match_numpy(options, dtype):
 SCANNABLE = [{}, {"value_residual": True, "n_layer": 3, "position": "rope", "n_kv_head": 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("options", SCANNABLE, ids=str)
 def test_scan_layers_and_remat_keep_loss_and_gradients(options, remat):
@@ -137,6 +138,7 @@ def test_token_change_affects_logits_only_from_that_position_on():
         np.testing.assert_array_equal(changed, np.arange(config.block_size) >= t)
 
 
+@pytest.mark.slow
 def test_initial_weights_have_gpt2_standard_deviations():
     config = make_config(n_layer=8, n_embd=128, mlp_dim=512, vocab_size=1000, block_size=256)
     params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
@@ -196,6 +198,7 @@ def test_parameter_and_flop_counts_match_nanogpt(options, millions):
 # ---- KV cache --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unfilled_cache_positions_do_not_affect_logits():
     """Garbage in positions that are not filled yet does not change the logits."""
     config = make_config()
@@ -214,6 +217,7 @@ def test_unfilled_cache_positions_do_not_affect_logits():
         np.testing.assert_array_equal(clean, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [o for o in MODEL_CASES if o.get("causal", True)], ids=str)
 def test_cached_logits_equal_full_forward_before_and_after_flush(options):
     config = make_config(**options)

@@ -64,6 +64,7 @@ class DecayAll(Config):
         return jax.tree.map(lambda _: True, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clip", "kind"), [(0.0, Config), (0.5, Config), (100.0, Config), (0.0, DecayAll)]
 )
@@ -217,6 +218,7 @@ def muon_by_numpy(config: Config, start: dict, grads: list[dict]) -> dict:
     return wanted
 
 
+@pytest.mark.slow
 def test_learning_rate_scale_multiplies_the_updates():
     class Scaled(Config):
         def learning_rate_scale(self, params):
@@ -233,6 +235,7 @@ def test_learning_rate_scale_multiplies_the_updates():
     assert not np.any(scaled["embed"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys", [{}, {"optimizer": "muon"}, {"optimizer": "normuon"}, {"freeze": "embed"}], ids=str
 )

@@ -78,6 +78,7 @@ def assert_same(ours: tuple[dict, list], theirs: tuple[dict, list], tolerance: f
     assert_trees_close(ours[0], theirs[0], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [*SLOW_MESHES, "data:2", "fsdp:2,tensor:2", ALL_AXES])
 def test_training_is_equal_on_every_mesh(mesh):
     """Losses, gradient norms and parameters are equal in float64, with dropout."""
@@ -111,6 +112,7 @@ def test_dropout_changes_the_loss_measurably():
     assert abs(seeds[0] - seeds[1]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [pytest.param("fsdp:8", marks=pytest.mark.slow), ALL_AXES])
 def test_evaluation_is_equal_on_every_mesh(mesh):
     def total(config: Config) -> tuple[float, int]:
@@ -166,6 +168,7 @@ SHARDED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keys", "mesh"), SHARDED, ids=str)
 def test_shard_optimizer_changes_no_result(keys, mesh):
     """The runs have dropout, clipping and several micro-batches per device."""
@@ -180,6 +183,7 @@ def share(tree: dict) -> float:
     return held / sum(a.nbytes for a in arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_shard_optimizer_splits_moments_and_keeps_parameters(optimizer):
     """The shares are those of the initial state and of the state after a step."""
@@ -193,6 +197,7 @@ def test_shard_optimizer_splits_moments_and_keeps_parameters(optimizer):
             state, _ = take_steps(config, state, range(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_nonfinite_step_changes_no_split_array(optimizer):
     keys = {"optimizer": optimizer, "dtype": "float32", "shard_optimizer": True}
@@ -284,6 +289,7 @@ def unordered(times: dict[tuple[int, ...], int]) -> Counter:
     return Counter(tuple(sorted(shape)) for shape in Counter(times).elements())
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_parameters_once_and_sums_gradients_per_micro_batch():
     """XLA:CPU sums whole gradients and then slices; GPUs and TPUs use reduce-scatter.
 
@@ -306,6 +312,7 @@ def test_tensor_mesh_sums_activations_twice_per_block_and_direction():
     assert sums == {(B, T, D): MICRO * (4 + 2), (B, T): MICRO * 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", ALL_AXES])
 def test_no_device_holds_activations_of_the_whole_batch(mesh):
     """An array of all sequences may exist only if it is split over D."""

@@ -136,6 +136,7 @@ def test_cached_decoding_logits_equal_full_forward(options, logits):
         check_logits(logits, params, sampler, lengths=lengths)  # of one token, of a whole block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, MODERN | {"n_layer": 3, "value_residual": True}], ids=str)
 def test_sampling_scanned_layers_gives_the_reference_logits(options, logits):
     config, params = make_case(**options)
@@ -143,6 +144,7 @@ def test_sampling_scanned_layers_gives_the_reference_logits(options, logits):
     check_logits(logits, params, sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(4,), (2, 4)], ids=["packed", "float32"])
 @pytest.mark.parametrize(
     "options", [{}, MODERN, {"tie_embeddings": False, "n_layer": 1}, {"n_layer": 0}], ids=str
@@ -188,6 +190,7 @@ def test_sampling_sharded_parameters_gives_the_same_tokens():
     assert here == there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (9, 3), (10, 5), (11, 1), (16, 8)])
 def test_sampling_on_several_devices_gives_the_same_tokens(rows, devices, monkeypatch):
     config, params = lively_case(n_layer=1)
@@ -212,6 +215,7 @@ LIVELY = [
 ]
 
 
+@pytest.mark.slow
 @each_overflow
 @pytest.mark.parametrize(("options", "penalty"), LIVELY, ids=str)
 def test_generation_beyond_block_size_equals_a_plain_loop(options, penalty, overflow, monkeypatch):
@@ -229,6 +233,7 @@ def test_generation_beyond_block_size_equals_a_plain_loop(options, penalty, over
     assert config.block_size == 1 or len({token for text in got for token in text}) > 6
 
 
+@pytest.mark.slow
 @each_overflow
 def test_sample_depends_on_prompt_and_index_but_not_on_other_prompts(overflow):
     config, params = lively_case(n_layer=1, position="rope")
@@ -280,6 +285,7 @@ class MeanConfig(Config):
         return MeanModel(self, rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @each_overflow
 def test_model_without_a_cache_is_sampled_like_numpy(overflow, penalty):
@@ -337,6 +343,7 @@ def probabilities(logits: np.ndarray, sampling: SamplingParams, seen: np.ndarray
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "left"),
     [
@@ -425,6 +432,7 @@ def test_samples_repeat_for_the_same_seed_and_differ_between_seeds():
     assert not {tuple(t) for t in first} & {tuple(t) for t in other}
 
 
+@pytest.mark.slow
 @each_overflow
 def test_tokens_do_not_depend_on_sample_count_length_or_chunk_size(overflow, monkeypatch):
     options = {"sampling": SamplingParams(top_k=9, repetition_penalty=1.2), "overflow": overflow}
@@ -470,6 +478,7 @@ def test_generation_launches_one_chunk_ahead(overflow, monkeypatch):
         assert len(launched) == number + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("placed", [False, True])
 def test_one_compiled_program_serves_each_bucket_of_prompt_lengths(placed, penalty):
@@ -492,6 +501,7 @@ def test_one_compiled_program_serves_each_bucket_of_prompt_lengths(placed, penal
         assert compiled() == [2, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, MODERN | {"sliding_window": 150}], ids=str)
 def test_cache_length_buckets_do_not_change_tokens(options, monkeypatch):
     config, params = lively_case(**options | {"block_size": 520, "n_layer": 1})
@@ -622,6 +632,7 @@ ONE = "--num_samples=1"
 CONTROLS = "--start=a\x1b --num_samples=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "argv", "texts", "line"),
     [

@@ -62,6 +62,7 @@ def test_run_writes_the_documented_files_and_metrics(make_run):
     assert evals[-1]["full_val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_written_config_has_the_resolved_values(make_run):
     config = make_run(dtype="auto", attention="auto", max_iters=1)
     train(config)
@@ -72,6 +73,7 @@ def test_written_config_has_the_resolved_values(make_run):
     assert written == config.replace(**filled_in, steps_per_call=10)
 
 
+@pytest.mark.slow
 def test_run_of_another_device_type_can_be_evaluated_and_resumed(make_run):
     """The run's config names a dtype and an attention of a GPU, which a CPU does not run."""
     config = make_run(dtype="auto", attention="auto", max_iters=8)
@@ -97,6 +99,7 @@ def test_run_stopped_three_times_resumes_bit_exact(make_run, monkeypatch, optimi
     assert state_of(stopped, 24) == state_of(quiet, 24)
 
 
+@pytest.mark.slow
 def test_resume_after_kill_gives_identical_metrics(make_run):
     """The run is killed by SIGKILL in another process and resumed in this process."""
     quiet, killed = make_run("quiet"), make_run("killed", init_from="auto", save_interval=3)
@@ -111,6 +114,7 @@ def test_resume_after_kill_gives_identical_metrics(make_run):
     assert rows_of(killed) == rows_of(quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"steps_per_call": 5}, {"mesh": "data:4"}, {"data_on_device": "never"}], ids=str
 )
@@ -157,6 +161,7 @@ def test_run_stops_at_the_first_evaluation_at_its_target(make_run, monkeypatch):
     assert (checkpoints.latest(), checkpoints.best()) == (4, 4)
 
 
+@pytest.mark.slow
 def test_resumed_run_at_its_target_trains_only_for_a_lower_target(make_run, monkeypatch):
     set_val_losses(monkeypatch, LOSSES)
     config = make_run(**TARGET)
@@ -172,6 +177,7 @@ def test_resumed_run_at_its_target_trains_only_for_a_lower_target(make_run, monk
     assert target["train_s"] > saved["train_s"] == rows[-1]["train_s"]
 
 
+@pytest.mark.slow
 def test_target_that_is_not_reached_is_reported_at_the_end(make_run, monkeypatch):
     set_val_losses(monkeypatch, LOSSES)
     config = make_run(**TARGET | {"target_val_loss": 2.9}, init_from="auto")
@@ -210,6 +216,7 @@ def test_samples_are_logged_with_sample_every(make_run):
     assert 190 < len(sample) < 210
 
 
+@pytest.mark.slow
 def test_nonfinite_loss_ends_the_run_and_saved_steps_are_finite(make_run):
     config = make_run(learning_rate=1e30, grad_clip=0.0, warmup_iters=0, save_interval=1)
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf).*learning_rate"):

@@ -52,6 +52,7 @@ def test_twenty_training_steps_match_pytorch():
 # ---- gains folded into linear maps -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -105,6 +106,7 @@ def test_gradient_accumulation_equals_one_large_batch(options):
         assert_same(other, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_all_targets_of_a_step():
     """Micro-batches are weighted by their numbers of targets that are not ignored."""
     config = make_config(learning_rate=1e-3)
@@ -114,6 +116,7 @@ def test_loss_is_the_mean_over_all_targets_of_a_step():
     assert_same(take_steps(config, [masked.reshape(1, 4, 2, -1)]), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_masked_token_is_still_an_input():
     """~id hides a token as a target, not as an input."""
     config = make_config()
@@ -124,6 +127,7 @@ def test_masked_token_is_still_an_input():
     assert len({round(float(loss), 6) for loss in losses}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mesh": "data:2,fsdp:2", "shard_optimizer": True}])
 def test_several_steps_per_call_equal_single_steps(options):
     config = make_config(dropout=0.1, **options)
@@ -132,6 +136,7 @@ def test_several_steps_per_call_equal_single_steps(options):
     assert_same(take_steps(config, joined), take_steps(config, batches), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_call_takes_only_the_requested_number_of_steps():
     config = make_config()
     batch = make_windows(config, steps=5)

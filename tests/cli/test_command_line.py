@@ -179,6 +179,7 @@ def test_config_file_and_flags_parse_in_any_order_and_spelling(write, argv):
     assert parse(*argv.split()) == Config(n_layer=2, n_head=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "keys"),
     [
@@ -206,6 +207,7 @@ def test_flag_sets_the_key_with_the_right_value_and_type(write, argv, keys):
     assert all(type(v) is type(getattr(config, k)) for k, v in keys.items())
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(configs())
 def test_any_config_can_be_given_as_flags(config):
@@ -260,6 +262,7 @@ UNPARSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argv", "begins"), UNPARSED, ids=str)
 def test_unparsable_flags_are_rejected_in_one_line_and_execute_nothing(write, argv, begins):
     path = write("config = Config()\n")
@@ -428,6 +431,7 @@ done
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["", "train"])
 def test_bash_completes_commands_flags_and_values(tmp_path, monkeypatch, capsys, command):
     argv = ["jaxgpt", *command.split(), "--tyro-print-completion", "bash"]

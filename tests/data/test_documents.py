@@ -134,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file):
     """Each kill comes after one more piece; workers must stop when the parent process is dead."""
     texts = make_texts(150)
@@ -162,6 +163,7 @@ def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file)
     assert_holds(folder, texts, bpe_file, 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut", "changed", "gone", "no note"])
 def test_damaged_or_missing_piece_is_rebuilt_and_others_are_kept(tmp_path, bpe_file, harm):
     source = write_texts(tmp_path / "plays", make_texts(40))

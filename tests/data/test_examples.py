@@ -112,6 +112,7 @@ def make_config(sums, tmp_path, **keys) -> Config:
     return tiny_run(tmp_path / "run", sums, **tiny | keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["always", "never"])
 def test_evaluated_loss_equals_numpy_loss_over_completions(sums, tmp_path, where):
     """The loss of the whole split is also reported in bits per byte of completions."""
@@ -136,6 +137,7 @@ def test_evaluated_loss_equals_numpy_loss_over_completions(sums, tmp_path, where
     assert found["bits_per_byte"] == pytest.approx(total / targets / math.log(2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_depends_on_completion_targets_and_not_on_prompt_targets(sums, tmp_path):
     """The last token of the split is never an input, so a change there changes only a target."""
     config = make_config(sums, tmp_path)

@@ -303,6 +303,7 @@ def test_training_on_a_missing_shard_set_says_how_to_prepare_it(tmp_path):
     assert refusal(find_dataset, config, 8).endswith("; try jaxgpt prepare fineweb10B")
 
 
+@pytest.mark.slow
 def test_training_reads_the_shards_with_gpt2_vocabulary(hub, tmp_path):
     data_dir = prepare("fineweb10B", str(tmp_path), shards=2).parent
     keys = {"dataset": "fineweb10B", "align_documents": True, "eot_id": EOT, "max_iters": 2}

@@ -70,6 +70,7 @@ def make_config(**keys) -> Config:
     return Config(**{"dataset": "adder", "digits": 2, "mesh": "data:1"} | model | keys)
 
 
+@pytest.mark.slow
 @forms_of_tasks
 @pytest.mark.parametrize(("name", "digits"), ALL)
 def test_windows_hold_problems_and_answers(name, digits, forms):
@@ -85,6 +86,7 @@ def test_windows_hold_problems_and_answers(name, digits, forms):
         assert bool(working) == (forms["working"] and answer != "undefined")
 
 
+@pytest.mark.slow
 @forms_of_tasks
 @pytest.mark.parametrize(("name", "digits"), ALL)
 def test_longest_problem_has_exactly_the_declared_length(name, digits, forms):
@@ -204,6 +206,7 @@ def test_plain_order_reverses_each_number_of_the_working():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "digits"), ALL)
 def test_drawn_operations_and_number_lengths_have_expected_frequencies(name, digits):
     task = task_of(name, digits, working=True)
@@ -248,6 +251,7 @@ def test_train_digits_limit_the_drawn_numbers_and_no_others(name):
         np.testing.assert_array_equal(draw(same, 1000), draw(whole, 1000))
 
 
+@pytest.mark.slow
 @forms_of_tasks
 @pytest.mark.parametrize(("name", "digits"), [("adder", 3), ("calculator", 3), ("calculator", 4)])
 def test_moved_problem_is_one_of_fewer_places_after_masked_line_breaks(name, digits, forms):

@@ -48,6 +48,7 @@ def decode(model: EncoderDecoder, source_BS: jax.Array, target_BT: jax.Array) ->
     return model.decode(target_BT, model.encode(source_BS), source_BS != PAD_ID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", range(5))
 def test_encoder_sees_the_whole_source_in_both_directions(changed):
     model = make_model()
@@ -56,6 +57,7 @@ def test_encoder_sees_the_whole_source_in_both_directions(changed):
     assert np.all(np.abs(difference_1SD[0, :5]).max(axis=-1) > 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", range(T))
 def test_decoder_sees_the_whole_source_but_no_future_target(changed):
     model = make_model()
@@ -118,6 +120,7 @@ def test_windows_give_the_logits_of_the_targets():
     np.testing.assert_array_equal(logits_1TV[:, S:], decode(model, SOURCE_1S, TARGET_1T)[0])
 
 
+@pytest.mark.slow
 def test_translation_takes_the_most_likely_token_after_its_own_tokens():
     params = init_params(SMALL, jax.random.key(0))
     params = jax.tree.map(lambda p: 20 * p, params)
@@ -145,6 +148,7 @@ def reversals(n: int, seed: int) -> np.ndarray:
     return rows
 
 
+@pytest.mark.slow
 def test_it_learns_to_reverse_numbers_of_any_length():
     keys = {"n_layer": 1, "n_embd": 32, "n_head": 2, "batch_size": 32, "learning_rate": 1e-2}
     more = {"gradient_accumulation_steps": 1, "max_iters": 300, "warmup_iters": 20, "min_lr": 0.0}

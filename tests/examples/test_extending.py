@@ -46,6 +46,7 @@ def run(folder) -> run_dir.Config:
     return run_dir.load_config("run", "my_model.py")
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_run(run):
     assert call("train", *TINY, "--lr_decay_iters=8", "--max_iters=8", "--out_dir=whole") == 0
     whole = rows_of(run_dir.load_config("whole", "my_model.py"))
@@ -55,6 +56,7 @@ def test_resumed_run_equals_the_uninterrupted_run(run):
     assert run.state_dim == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2", "data:2,fsdp:2"])
 def test_mesh_changes_losses_only_by_rounding(run, mesh):
     flags = ["--lr_decay_iters=8", "--max_iters=4", f"--mesh={mesh}", f"--out_dir={mesh}"]

@@ -33,6 +33,7 @@ with np.load(ROOT / "tests" / "golden" / "full_script.npz") as archive:
 # ---- the equations ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("options", LECTURE_CASES, ids=str)
 def test_lecture_loss_and_gradients_match_numpy(options, dtype, tolerance):
@@ -49,6 +50,7 @@ def test_lecture_loss_and_gradients_match_numpy(options, dtype, tolerance):
     assert_trees_close(got[1], want[1], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"tie_embeddings": False, "norm_position": "post", "position": "sinusoidal"}]
 )
@@ -159,6 +161,7 @@ def test_full_script_loss_and_gradients_match_pytorch():
     assert_trees_close(grads, full_script_params("grad", config), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_twenty_full_script_steps_match_pytorch():
     """Losses, gradient norms and final weights are equal; biases and norms also decay."""
     config = small_full_script()

@@ -58,6 +58,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, *SHAPES, *MODEL_PARTS.values()], ids=str)
 def test_logits_do_not_depend_on_later_tokens(keys):
     config, params = init(**keys)

@@ -41,11 +41,13 @@ def data_file(step: Path) -> Path:
     return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_checkpoint_damage_is_always_detected(quiet, tmp_path, rounds):
     assert damage_at_random(quiet, tmp_path, rounds, random.Random(rounds)) == ([], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["data", "meta.json", "digest.json", "no digest"])
 def test_damaged_newest_step_falls_back_to_bit_exact_previous_step(quiet, run, capsys, target):
     newest = step_of(run, 24)

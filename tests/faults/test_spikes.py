@@ -106,6 +106,7 @@ def config(tmp_path, monkeypatch) -> Config:
     return tiny_run(tmp_path, tmp_path, **keys, **KEYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2", "fsdp:2"])
 def test_a_spike_counts_but_changes_no_weight_and_no_moment(config, mesh):
     devices = make_mesh(config.replace(mesh=mesh))
@@ -121,6 +122,7 @@ def test_a_spike_counts_but_changes_no_weight_and_no_moment(config, mesh):
         assert (floats(state.opt_state) == floats(before.opt_state)) == is_spike
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_no_spike(config, monkeypatch):
     """It would be counted twice."""
     monkeypatch.setattr(train_step, "cross_entropy", scaled(1, jnp.inf))
@@ -129,6 +131,7 @@ def test_a_step_that_is_not_finite_is_no_spike(config, monkeypatch):
     assert not any(row["spike"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_call_of_several_steps_skips_the_same_step(config):
     windows = make_windows(12, spike_at=10)
     one, one_rows = take_steps(config, windows[:, None])
@@ -159,6 +162,7 @@ def test_skipped_steps_are_said_and_counted(rare):
     assert re.match(form.format(spikes_seen[0]), lines[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_skips_the_same_steps(rare, monkeypatch, tmp_path):
     assert train(rare) == 0
     first = next(row["step"] for row in all_rows(rare) if row.get("skipped"))

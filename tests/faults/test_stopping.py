@@ -48,6 +48,7 @@ OTHERS = [(phase, (SIGINT, SIGTERM)[i % 2]) for i, phase in enumerate(PHASES)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("phase", "number"), CASES)
 def test_signal_in_any_phase_saves_the_last_step_and_resumes_bit_exact(
     quiet, data, tmp_path, monkeypatch, phase, number
@@ -86,6 +87,7 @@ Checkpoints.save = save_and_fail
 """
 
 
+@pytest.mark.slow
 def test_save_that_is_being_written_is_completed_when_the_run_fails(data, tmp_path):
     config = tiny(tmp_path, data)
     process = start(config, FAIL_AFTER_A_SAVE + TRAIN_SCRIPT)

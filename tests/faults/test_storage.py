@@ -34,6 +34,7 @@ def step_names(bucket) -> set[str]:
     return {name.split("/")[0] for name in bucket.names("some/run/checkpoints")}
 
 
+@pytest.mark.slow
 def test_run_in_a_bucket_equals_a_local_run_and_leaves_the_same_files(short, remote, bucket):
     assert train(remote) == 0
     local = Path(short.out_dir)
@@ -49,6 +50,7 @@ def test_run_in_a_bucket_equals_a_local_run_and_leaves_the_same_files(short, rem
     assert {path.name for path in mirror.iterdir()} == {".lock", ".owners"}
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_on_another_machine(short, remote, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_at(patched, 4)
@@ -58,6 +60,7 @@ def test_stopped_run_resumes_on_another_machine(short, remote, tmp_path, monkeyp
     assert outcome(remote) == outcome(short)
 
 
+@pytest.mark.slow
 def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(
     remote, bucket, monkeypatch
 ):
@@ -80,6 +83,7 @@ def test_fresh_run_replaces_a_run_only_with_overwrite_and_keeps_other_objects(
     assert step_names(bucket) == {"3"}
 
 
+@pytest.mark.slow
 def test_damaged_step_is_quarantined_in_the_bucket(short, remote, bucket):
     assert train(remote) == 0
     name = next(n for n in sorted(bucket.names()) if "/6/state/params/ocdbt" in n and "/d/" in n)
@@ -103,6 +107,7 @@ def test_damaged_step_is_quarantined_in_the_bucket(short, remote, bucket):
     assert not [name for name in bucket.names() if name.endswith(".corrupt")]
 
 
+@pytest.mark.slow
 def test_commands_read_a_run_from_a_bucket(remote, bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # JAX has started
     assert train(remote) == 0
@@ -116,6 +121,7 @@ def test_commands_read_a_run_from_a_bucket(remote, bucket, tmp_path, capsys, mon
     assert bucket.names() == before
 
 
+@pytest.mark.slow
 def test_report_is_written_to_the_bucket(remote, bucket, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # JAX has started
     assert train(remote.replace(max_iters=3)) == 0
@@ -127,6 +133,7 @@ def test_report_is_written_to_the_bucket(remote, bucket, capsys, monkeypatch):
     assert b"</html>" in bucket.read("some/run/report.html")
 
 
+@pytest.mark.slow
 def test_new_run_starts_from_weights_in_a_bucket(remote, tmp_path):
     assert train(remote) == 0
     finetuned = remote.replace(out_dir=str(tmp_path / "new"), init_from=remote.out_dir)

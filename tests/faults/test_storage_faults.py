@@ -35,6 +35,7 @@ def at_random(kinds: tuple[str, ...], rate: float, seed: int = 0):
 KINDS = {"errors": ("500", "503"), "breaks": ("half", "lost"), "delays": ("slow", "hang")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_failed_requests_are_repeated(short, remote, store, monkeypatch, kind):
     monkeypatch.setattr(buckets, "READ_S", 1)
@@ -45,6 +46,7 @@ def test_single_failed_requests_are_repeated(short, remote, store, monkeypatch, 
     assert set(faults) <= set(KINDS[kind])
 
 
+@pytest.mark.slow
 def test_step_that_cannot_be_uploaded_is_uploaded_with_the_next_save(
     short, remote, store, bucket, monkeypatch, capsys
 ):
@@ -67,6 +69,7 @@ def test_step_that_cannot_be_uploaded_is_uploaded_with_the_next_save(
     assert outcome(remote) == outcome(short)
 
 
+@pytest.mark.slow
 def test_store_that_stays_down_ends_the_run_with_one_line_and_loses_no_saved_step(
     short, remote, store, bucket, monkeypatch
 ):
@@ -90,6 +93,7 @@ def test_step_that_cannot_be_read_is_not_taken_for_damaged(remote, store, bucket
     assert bucket.names() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["/d/", "meta.json"])
 def test_step_that_the_network_changes_is_read_again(remote, bucket, monkeypatch, part):
     """The first download of this part of a step has wrong bytes."""

@@ -135,6 +135,7 @@ def test_run_that_overwrites_another_saves_its_last_step_too(make_run, monkeypat
         assert run_dir.open_checkpoints(config).latest() == 4
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_rejected_before_anything_is_written(make_run, data_dir):
     first = make_run("first", max_iters=1)
     train(first)
@@ -161,6 +162,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("tie", [True, False])
 def test_frozen_parameters_are_unchanged_and_others_match_numpy_adamw(pattern, tie):
@@ -256,6 +258,7 @@ def test_empty_freeze_pattern_freezes_nothing_and_invalid_regex_is_rejected():
     assert said.endswith("; expected a regular expression")
 
 
+@pytest.mark.slow
 def test_step_with_only_masked_targets_has_zero_loss_and_gradient():
     config = make_config(weight_decay=0.0)
     _, rows = take_steps(config, [~make_windows(config)])

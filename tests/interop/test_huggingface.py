@@ -105,6 +105,7 @@ LOADED += [("exact gelu", {"mesh": "fsdp:2,tensor:2", "batch_size": 2})]
 LOADED += [("exact gelu", {"block_size": 5})]  # cuts off later positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "keys"), LOADED, ids=str)
 def test_loaded_logits_match_transformers(write_case, case, keys):
     config, params = load(write_case(case), **keys)
@@ -174,6 +175,7 @@ EXPORTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EXPORTED, ids=str)
 def test_exported_run_gives_the_same_logits_and_weights(tmp_path, options):
     config = noisy_run(tmp_path / "run", **options)

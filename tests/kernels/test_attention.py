@@ -90,6 +90,7 @@ def test_every_attention_implementation_in_the_table_is_tested():
     assert in_table == others | {*OWN, attention.attention_flash}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}], ids=str)
 def test_interpreted_splash_attention_and_gradients_match_numpy(options, documents):
@@ -126,6 +127,7 @@ def test_flash_attention_on_a_mesh_equals_one_device(mesh):
     np.testing.assert_allclose(jax.jit(use_mesh(placed)(run))(*arrays), want, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [127, 128, 129, 300])
 @pytest.mark.parametrize("window", [0, 1, 130])
 def test_flash_attention_at_the_ends_of_its_tiles_matches_numpy(length, window):

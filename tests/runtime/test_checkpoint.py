@@ -93,6 +93,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 
 # ---- saving and restoring --------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2", "fsdp:4,tensor:2", "data:8", "tensor:2", "data:1"])
 def test_checkpoint_restores_bit_exact_on_every_mesh(config, state, trained, tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path)
@@ -228,6 +229,7 @@ def test_damage_to_any_checkpoint_file_is_rejected_with_the_file_name(config, sa
     saved.restore(abstract, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta.json", "digest.json"])
 def test_flipped_bits_in_json_files_never_change_the_metadata(saved, name):
     """Each flip gives the original metadata or a `UserError`."""

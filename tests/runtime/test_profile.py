@@ -96,6 +96,7 @@ def test_profile_ends_at_an_evaluation_and_at_a_signal(make_run, monkeypatch):
     assert Path(stopped.out_dir, "checkpoints").is_dir()
 
 
+@pytest.mark.slow
 def test_run_that_ends_before_the_profile_says_so(make_run):
     config = make_run(max_iters=2, profile=20)
     train(config)
@@ -130,6 +131,7 @@ def without_names(program: str) -> str:
     return re.sub(r"%[\w.-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), text)
 
 
+@pytest.mark.slow
 def test_names_do_not_change_the_compiled_program(monkeypatch):
     config = make_config(n_layer=2, dropout=0.1)
     mesh = make_mesh(config)

@@ -141,6 +141,7 @@ def test_speedup_is_measured_where_combined_loss_reaches_baseline_loss(config, m
     assert "after 50% ± 0% of the steps, which take 70% of the time" in text
 
 
+@pytest.mark.slow
 def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "REPEATS", 2)
     monkeypatch.setattr(ablate.JaxGPT, "round_steps", lambda jaxgpt: jaxgpt.whole_calls(2))

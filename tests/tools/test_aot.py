@@ -397,11 +397,13 @@ def on_cpu(mesh: str) -> Step:
     return compile_for(jax.devices(), TINY.replace(mesh=mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:1", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
 def test_train_state_is_updated_in_place_on_a_cpu(mesh):
     assert_donated(on_cpu(mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:4"])
 def test_no_device_holds_mlp_activations_beyond_the_local_batch(mesh):
     """The MLP's hidden layer [B, T, 4D] holds the 8 sequences of a device and no more."""

@@ -104,6 +104,7 @@ def test_acc_and_acc_norm_match_a_numpy_scorer(case, folder, tmp_path):
             assert found["questions"] == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
 @pytest.mark.parametrize("mesh", ["", "data:2"])
 def test_ending_losses_match_numpy_for_any_batch_size_and_mesh(

@@ -46,6 +46,7 @@ def without_scripts(page: str) -> str:
     return re.sub(r"<script.*?</script>", "", page, flags=re.S)
 
 
+@pytest.mark.slow
 def test_page_is_small_and_loads_nothing(page):
     assert len(page.encode()) < 3_000_000
     assert not re.findall(r"<(?:link|img|iframe)|\bsrc=|@import|url\(", without_scripts(page))
@@ -111,6 +112,7 @@ def test_config_table_has_exactly_the_keys_that_differ_from_their_defaults(run):
     assert shown == [key for key in values if values[key] != defaults[key]]
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared_and_rows_that_differ_are_bold(run, data, tmp_path, capsys):
     other = jaxgpt.train(tiny_run(tmp_path / "other", data, seed=7, max_iters=8))
     commands.report([run.source, other.source, f"--to={tmp_path / 'both.html'}"])
@@ -123,6 +125,7 @@ def test_several_runs_are_compared_and_rows_that_differ_are_bold(run, data, tmp_
     assert "dataset" not in bold
 
 
+@pytest.mark.slow
 def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.source, moved)
@@ -151,6 +154,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(run, data, tmp_path):
     assert "its tokenizer is not the one in" in refusal(jaxgpt.load(moved).report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [

@@ -265,15 +265,12 @@ def toy(tmp_path, monkeypatch) -> Suite:
     return make_suite(tmp_path, replace(TOY, baby=baby, repeats=1))
 
 
-FAST = ("attention_xla", "attention_cudnn", "profile", "lever_normalize")
-slow_unless_fast = [
-    pytest.param(row, id=row.name, marks=[] if row.name in FAST else [pytest.mark.slow])
-    for row in ROWS
-    if not row.name.startswith("flag_")  # which measure train_124m
-]
+# Rows of flags measure train_124m.
+DIFFERENT = [row for row in ROWS if not row.name.startswith("flag_")]
 
 
-@pytest.mark.parametrize("row", slow_unless_fast)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", DIFFERENT, ids=lambda row: row.name)
 def test_every_row_ends_at_toy_size(row, toy):
     entry = suite.measure(toy, row)
     backend = row.name.removeprefix("attention_")
@@ -298,6 +295,7 @@ def test_mode_of_nanogpt_that_fails_does_not_hide_the_other_mode(toy, monkeypatc
     assert "times as fast as nanoGPT eager" in found["values"]
 
 
+@pytest.mark.slow
 def test_two_configs_in_turn_have_their_own_times_and_the_second_is_relative_to_the_first(toy):
     """A config with eight times the blocks takes longer."""
     small = toy.sizes.gpt2
