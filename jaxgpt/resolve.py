@@ -67,7 +67,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
         dataset = find_dataset(config, config.block_size, config.vocab_size)
         distributed.on_process_0(partial(resume.check_data, config, checkpoints, dataset))
-        if isinstance(weights, run_dir.RunWeights):
+        if weights is not None:
             check_same(config.dataset, dataset.tokenizer, weights.tokenizer_file)
         config = _fill_in_from_dataset(config, dataset)
         if config.align_documents:

@@ -28,6 +28,7 @@ from helpers import (
 from reference import numpy_gpt as ref
 
 from jaxgpt.config import Config
+from jaxgpt.interop.export import export
 from jaxgpt.optimizer import frozen_mask
 from jaxgpt.resolve import check_freeze
 from jaxgpt.runtime import run_dir
@@ -149,6 +150,10 @@ def test_weights_that_do_not_fit_are_rejected_before_anything_is_written(make_ru
     file = Path(first.out_dir, "tokenizer.json")
     assert said.startswith(f"dataset='other': its tokenizer is not the one in {file} ")
     assert said.endswith(f"; try jaxgpt prepare FILE --tokenizer={file}")
+    weights = str(data_dir / "weights")
+    export(first.out_dir, "latest", weights)
+    said = refusal(train, second.replace(init_from=weights, dataset="other"))
+    assert said.startswith("dataset='other': its tokenizer is not the one in ")
     assert not Path(second.out_dir, "config.json").exists()
     Path(first.out_dir, "checkpoints").rename(first.out_dir + "-gone")
     assert "no checkpoint in it yet; expected" in refusal(train, second)
