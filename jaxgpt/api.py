@@ -247,6 +247,12 @@ class Run:
         most = self.config.block_size
         if not 0 < len(ids) <= most:
             raise UserError(f"text: has {len(ids)} tokens; expected 1 to block_size={most} tokens")
+        V = self.config.vocab_size
+        is_valid = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+        if not is_valid or ids.min() < 0 or ids.max() >= V:  # JAX would take other ids for these
+            raise UserError(
+                f"text={text!r}: invalid ids; expected a row of integers from 0 to {V - 1}"
+            )
         return jnp.asarray(ids[None], jnp.int32)
 
     def __repr__(self) -> str:

@@ -314,9 +314,12 @@ def test_run_keeps_the_keys_and_the_layout_of_its_parameters():
     assert jax.tree.structure(run.params) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("text", ["", "a" * 8, "aé", 7], ids=repr)
+IDS = [[0, -1], [0, 10**5], [0.5, 1.0], [[0, 1]]]
+
+
+@pytest.mark.parametrize("text", ["", "a" * 8, "aé", 7, *map(np.array, IDS)], ids=repr)
 @pytest.mark.parametrize("name", ["logits", "loss", "attention"])
-def test_text_without_tokens_or_longer_than_the_block_is_rejected(name, text):
+def test_invalid_text_or_ids_are_rejected(name, text):
     config = reference_config(n_layer=0)
     run = make_run(config, random_params(config))
     assert refusal(getattr(run, name), text).startswith("text")
