@@ -44,6 +44,7 @@ from jaxgpt.data.tokens import (
 from jaxgpt.runtime.files import atomic_write, cores, import_extra, make_folder, sha256_of
 
 COLUMN = "text"
+NOTES = "[0-9]" * 5 + ".json"  # the notes of pieces; the documents may lie in the same folder
 PIECE_BYTES = 1 << 26  # of local files: about 15 million tokens of plain text
 BATCH = 256  # documents encoded in one call
 NO_TIKTOKEN = (
@@ -192,7 +193,7 @@ def _first_line(error: Exception) -> str:
 
 def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
     """Say how the dataset in a folder differs from this manifest; empty if it does not."""
-    for note in folder.glob("[0-9]*.json"):
+    for note in folder.glob(NOTES):
         begun = _read_json(note)["plan"]
         for key, value in manifest.items():
             if begun.get(key) != value:
@@ -205,7 +206,7 @@ def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
 
 def _delete_dataset(folder: Path) -> None:
     """Delete the files of a dataset, but no other files in its folder, such as the documents."""
-    for pattern in ("train*.bin*", "val*.bin*", "[0-9]*.json", f"{META}*", tokenizers.FILE):
+    for pattern in ("train*.bin*", "val*.bin*", NOTES, f"{META}*", tokenizers.FILE):
         for file in folder.glob(pattern):
             file.unlink()
 

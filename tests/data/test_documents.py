@@ -268,6 +268,15 @@ def test_pieces_of_a_different_preparation_are_rejected_and_kept(tmp_path, bpe_f
     assert read_files(folder) == read_files(named) != files
 
 
+def test_json_files_of_the_user_in_the_folder_are_no_notes_and_are_kept(tmp_path, bpe_file):
+    folder = tmp_path / "plays"
+    write_texts(folder, make_texts(10))
+    (folder / "2024.json").write_text("[1]")
+    for share in 0.2, 0.3:
+        prepare(str(folder), str(tmp_path), bpe_file, val_share=share, overwrite=True)
+        assert (folder / "2024.json").read_text() == "[1]"
+
+
 def test_folder_of_another_dataset_is_rejected_and_unchanged(tmp_path, bpe_file):
     (tmp_path / "some.txt").write_text("to be or not to be\n" * 9)
     folder = prepare(str(tmp_path / "some.txt"), str(tmp_path))
