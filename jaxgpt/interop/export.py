@@ -17,7 +17,7 @@ from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.interop import huggingface as hf
 from jaxgpt.model import unstack_layers
-from jaxgpt.runtime.files import atomic_write, folder_error, import_extra
+from jaxgpt.runtime.files import atomic_write, folder_error, import_extra, reason
 from jaxgpt.runtime.mesh import local_mesh
 
 
@@ -30,6 +30,7 @@ def export(
     for a model that GPT-2's format cannot describe, and for a folder in use.
     """
     safetensors = import_extra("safetensors.numpy", "export", "hf")
+    SafetensorError = import_extra("safetensors", "export", "hf").SafetensorError
     trained = hf.load_trained(init_from, out_dir, checkpoint, config_file=config_file)
     config, folder = trained.config, Path(to)
     _check_expressible(config)
@@ -46,6 +47,11 @@ def export(
         atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))
     except OSError as error:
         raise folder_error(f"to={to!r}", "--to", error) from error
+    except SafetensorError as error:  # such as a full disk
+        problem = f"cannot be written ({reason(error)})"
+        raise UserError(
+            f"to={to!r}: {problem}; expected a writable folder; try another --to"
+        ) from error
     return step
 
 

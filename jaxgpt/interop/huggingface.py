@@ -296,7 +296,7 @@ def is_on_hub(name: str) -> bool:
 def _download(name: str) -> Path:
     subject = f"init_from={name!r}"
     hub = import_extra("huggingface_hub", subject, "hf")
-    wanted = [CONFIG, "model*.safetensors", tokenizers.FILE]
+    wanted = [CONFIG, "model*.safetensors", tokenizers.FILE, OUR_TOKENIZER]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # offline, no such name, disk full: the hub raises many types
@@ -308,7 +308,8 @@ def _download(name: str) -> Path:
 def _read_folder(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     safetensors = import_extra("safetensors", f"init_from={source!r}", "hf")
     keys, tensors = _model_keys(folder / CONFIG), {}
-    files = sorted(folder.glob("model*.safetensors"))
+    whole = folder / WEIGHTS
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no weights in it; expected {WEIGHTS}")
     for file in files:

@@ -72,7 +72,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     batches = full_split(data.val, mesh, sequences, config.block_size)
     loss = mean_loss(make_eval_step(config, mesh), params, batches)
     result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
-    result["perplexity"] = math.exp(loss)
+    result["perplexity"] = math.exp(loss) if loss < 700 else math.inf  # exp would overflow
     if data.tokenizer:
         targets, size = count_bytes(data.val, data.tokenizer)
         result["bits_per_byte"] = loss / math.log(2) * targets / size

@@ -121,6 +121,8 @@ def sequence_losses(
             row[: len(windows[n])] = windows[n]
         array = jax.make_array_from_callback(batch.shape, by_batch, batch.__getitem__)
         calls.append((taken, step(params, array)))
+        if len(calls) > 1:
+            jax.block_until_ready(calls[-2][1])  # many queued calls deadlock the devices of a CPU
     results = np.zeros((2, len(windows)))
     for taken, numbers in calls:
         results[:, taken] = np.stack(jax.device_get(numbers))[:, : len(taken)]

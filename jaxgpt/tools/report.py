@@ -55,6 +55,10 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
     the model, if Altair is missing, or if the file cannot be written.
     """
     run = runs[0]
+    folder = storage.local(run.source)
+    path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a file to write")
     ids_T, source = passage_tokens(run)
     prompt_T = ids_T[: min(PROMPT_TOKENS, run.config.block_size)]
     if prompt:
@@ -69,8 +73,6 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
         "Nearest embeddings": neighbours(run, ids_T),
     }
     data = {"charts": charts(runs), "attention": attention(run, prompt_T)}
-    folder = storage.local(run.source)
-    path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
     try:
         atomic_write(path, page(runs, sections, data))
     except OSError as error:

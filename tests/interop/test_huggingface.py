@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,19 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
-from helpers import ROOT, exit_code, log_of, make_data, params_of, random_params, refusal, write_run
+from helpers import (
+    ROOT,
+    assert_trees_close,
+    exit_code,
+    log_of,
+    make_data,
+    params_of,
+    random_params,
+    refusal,
+    write_run,
+)
 from reference import numpy_gpt as ref
 from reference.gpt2 import Golden
 from safetensors.numpy import load_file, save_file
@@ -309,6 +321,9 @@ def test_weights_in_several_files_load_as_one_model(write_case):
 
 
 # ---- the hub ---------------------------------------------------------------------------------
+WANTED = {"config.json", "model.safetensors", "tokenizer.json", "jaxgpt_tokenizer.json"}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "me/my-gpt2"])
 def test_hub_weights_are_downloaded_without_pickle_files(write_case, monkeypatch, name):
     folder, asked = write_case("small"), []
@@ -324,6 +339,7 @@ def test_hub_weights_are_downloaded_without_pickle_files(write_case, monkeypatch
     ((repo, patterns),) = asked
     assert repo == name
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in patterns)
+    assert {name for name in WANTED for pattern in patterns if fnmatch(name, pattern)} == WANTED
     said = refusal(open_weights, name)
     assert said.startswith(
         f"init_from={name!r}: no such folder, and the download failed (OSError); "
@@ -336,6 +352,26 @@ def test_invalid_weight_names_are_rejected_without_asking_the_hub(monkeypatch, n
     said = refusal(open_weights, name)
     assert said.startswith(f"init_from={name!r}: no such weights; expected resume")
     assert "gpt2-xl" in said
+
+
+def test_backup_beside_the_weights_is_not_read(write_case):
+    folder = write_case("small")
+    want = load(folder)[1]
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: 0 * array for name, array in tensors.items()}, folder / "model_old.safetensors"
+    )
+    assert_trees_close(load(folder)[1], want, 0)
+
+
+def test_weights_that_cannot_be_written_are_reported_in_one_line(tmp_path, monkeypatch):
+    def save_file(*args, **options):
+        raise safetensors.SafetensorError("I/O error: no space left")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    config = noisy_run(tmp_path / "run")
+    said = refusal(export, config.out_dir, "best", str(tmp_path / "out"))
+    assert said.startswith(f"to='{tmp_path}/out': cannot be written (I/O error: no space left); ")
 
 
 def test_missing_hf_packages_error_names_the_pip_extra(write_case, monkeypatch):

@@ -163,6 +163,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(run, data, tmp_path):
         (["RUN", "--prompt=§"], "no token for '§'"),
         (["RUN", "--prompt=" + "a" * 9], "text: has 9 tokens"),
         (["RUN", "--to=no/folder.html"], "cannot be written"),
+        (["RUN", "--to=."], ".: is a folder; expected a file to write"),
     ],
 )
 def test_mistakes_are_refused_and_leave_the_report_alone(argv, problem, run, page):
