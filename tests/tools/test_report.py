@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 
 import jax
@@ -52,10 +53,16 @@ def test_page_is_small_and_loads_nothing(page):
     assert not re.findall(r"<(?:link|img|iframe)|\bsrc=|@import|url\(", without_scripts(page))
 
 
-def test_text_of_the_dataset_cannot_become_markup(page):
+def test_text_of_the_dataset_cannot_become_markup(run, page):
+    """The passage is the text in spans; without them it has no further tag."""
     body = without_scripts(page)
     assert "<b>" not in body
-    assert "&lt;" in body
+    (passage,) = re.findall(r'<pre class="passage">(.*?)</pre>', body, re.S)
+    span = r'<span tabindex="0" style="--loss:[\d.]+" data-tip="[^"<>]*">|</span>'
+    text = re.sub(span, "", passage)
+    assert "<" not in text
+    ids_T, _ = report.passage_tokens(run)
+    assert unescape(text) == run.tokenizer.decode(ids_T)
 
 
 def test_charts_have_the_numbers_of_the_metrics(run, page):
