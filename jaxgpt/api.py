@@ -244,15 +244,14 @@ class Run:
         if not isinstance(text, str | np.ndarray):
             raise UserError(f"text={text!r}: invalid value; expected text, or an array of ids")
         ids = self.tokenizer.encode(text) if isinstance(text, str) else text
-        most = self.config.block_size
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            problem = f"an array of {ids.dtype} with shape {ids.shape}"
+            raise UserError(f"text: {problem}; expected one row of integers")
+        most, V = self.config.block_size, self.config.vocab_size
         if not 0 < len(ids) <= most:
             raise UserError(f"text: has {len(ids)} tokens; expected 1 to block_size={most} tokens")
-        V = self.config.vocab_size
-        is_valid = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-        if not is_valid or ids.min() < 0 or ids.max() >= V:  # JAX would take other ids for these
-            raise UserError(
-                f"text={text!r}: invalid ids; expected a row of integers from 0 to {V - 1}"
-            )
+        if ids.min() < 0 or ids.max() >= V:  # JAX would take other ids for these
+            raise UserError(f"text: ids from {ids.min()} to {ids.max()}; expected 0 to {V - 1}")
         return jnp.asarray(ids[None], jnp.int32)
 
     def __repr__(self) -> str:

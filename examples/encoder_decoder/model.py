@@ -101,8 +101,9 @@ class DecoderBlock(nnx.Module):
         """Return the residual stream [B, T, D] and the cross-attention weights [B, N, T, S]."""
         attn_BTD, _ = self.attn(self.ln_1(x_BTD), context)
         x_BTD = x_BTD + attn_BTD
-        source = source_BSD, is_char_BS
-        cross_BTD, weights_BNTS = self.cross.attend(self.ln_2(x_BTD), *source, context)
+        cross_BTD, weights_BNTS = self.cross.attend(
+            self.ln_2(x_BTD), source_BSD, is_char_BS, context
+        )
         x_BTD = x_BTD + cross_BTD
         return x_BTD + self.mlp(self.ln_3(x_BTD), context), weights_BNTS
 

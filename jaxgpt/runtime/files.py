@@ -47,9 +47,9 @@ def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this context for the same folder, then enter it.
+    """Hold a lock on a folder; wait first until no other process holds it.
 
-    On a network file system without locks of folders nothing is waited for.
+    A network file system without such locks lets all processes in at once.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -159,7 +159,7 @@ def folder_of(name: str, out_dir: str) -> Path:
 def round_of_steps(config: Config) -> Callable[[], float]:
     """Compile a config's step; return a function that takes a round of steps and times them.
 
-    It returns seconds per step.
+    That function returns the seconds per step.
     """
     dataset = find_dataset(config, config.block_size)
     config = config.replace(vocab_size=dataset.vocab_size)

@@ -374,9 +374,10 @@ class Program:
 
 
 def attention_work(op: Op, ops: dict[str, Op]) -> tuple[str, float] | None:
-    """Return the kind of a flash attention kernel, and its operations if attention is causal.
+    """Return the kind of a flash attention kernel, and its FLOPs if attention is causal.
 
-    They follow from the shape of the queries, its largest array whose last axis is the head width.
+    The FLOPs follow from the shape of the queries. These are the kernel's largest array whose last
+    axis is the head width.
     """
     if op.opcode != "custom-call":
         return None
