@@ -145,13 +145,20 @@ def _open(dataset: str) -> tuple[list[Piece], str]:
         problem = "holds no documents" if path.exists() else "no such file"
         raise UserError(f"{path}: {problem}; expected a folder of .parquet or .txt files")
     total_bytes = sum(file.stat().st_size for file in files)
-    source = f"{path}, {len(files)} files, {total_bytes:,} bytes"
+    digest = _sha256_of_all(files)[:16]
+    source = f"{path}, {len(files)} files, {total_bytes:,} bytes, SHA-256 {digest}"
     count = -(-total_bytes // PIECE_BYTES)
     if files[0].suffix == ".parquet":
         keys = {"data_files": {"train": [str(file) for file in files]}}
         return _cut_rows(dataset, "parquet", count, keys), source
     cuts = np.linspace(0, len(files), min(count, len(files)) + 1).astype(int)
     return [partial(_read_texts, files[start:stop]) for start, stop in pairwise(cuts)], source
+
+
+def _sha256_of_all(files: list[Path]) -> str:
+    """Compute the SHA-256 of the digests of files, which tells whether one was edited."""
+    digests = "".join(sha256_of(file) for file in files)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _read_texts(files: list[Path]) -> Iterator[str]:
@@ -193,14 +200,17 @@ def _first_line(error: Exception) -> str:
 
 def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
     """Say how the dataset in a folder differs from this manifest; empty if it does not."""
-    for note in folder.glob(NOTES):
-        begun = _read_json(note)["plan"]
+    manifests = [_read_json(note)["plan"] for note in folder.glob(NOTES)]
+    is_begun = (folder / (META + PARTIAL)).exists()
+    if holds_dataset(folder) and not is_begun:
+        meta = read_meta(folder)
+        if "pieces" not in meta:
+            return "holds another dataset"
+        manifests.append(meta)
+    for begun in manifests:
         for key, value in manifest.items():
             if begun.get(key) != value:
                 return f"was begun with {key}={begun.get(key)!r}, but now {key}={value!r}"
-    is_begun = (folder / (META + PARTIAL)).exists()
-    if holds_dataset(folder) and not is_begun and "pieces" not in read_meta(folder):
-        return "holds another dataset"
     return ""
 
 

@@ -268,6 +268,28 @@ def test_pieces_of_a_different_preparation_are_rejected_and_kept(tmp_path, bpe_f
     assert read_files(folder) == read_files(named) != files
 
 
+def test_documents_edited_to_as_many_bytes_are_another_source(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", make_texts(10))
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    files = read_files(folder)
+    edited = tmp_path / "plays" / "0009.txt"
+    edited.write_bytes(edited.read_bytes().swapcase())
+    message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    assert "plays: was begun with source='" in message
+    assert read_files(folder) == files
+
+
+def test_pieces_without_notes_are_compared_by_their_meta_json(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", make_texts(10))
+    folder = prepare(source, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    for note in folder.glob("0*.json"):
+        note.unlink()
+    files = read_files(folder)
+    message = refusal(prepare, source, str(tmp_path / "data"), bpe_file, val_share=0.3)
+    assert "begun with val_share=0.2, but now val_share=0.3" in message
+    assert read_files(folder) == files
+
+
 def test_json_files_of_the_user_in_the_folder_are_no_notes_and_are_kept(tmp_path, bpe_file):
     folder = tmp_path / "plays"
     write_texts(folder, make_texts(10))
