@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jaxgpt.config import UserError
-from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, HALF_CHARACTER, Tokenizer
 from jaxgpt.data.tokens import SplitIds
 
 
@@ -43,7 +43,8 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
             prompt, completion = example["prompt"], example["completion"]
         except (ValueError, KeyError, TypeError):
             prompt = completion = None
-        if not (isinstance(prompt, str) and isinstance(completion, str)):
+        is_text = isinstance(prompt, str) and isinstance(completion, str)
+        if not is_text or HALF_CHARACTER.search(prompt + completion):
             form = 'an object with two texts; try {"prompt": "2+2=", "completion": "4"}'
             raise UserError(f"line {number}: found {line.strip()[:60]!r}; expected {form}")
         yield prompt, completion

@@ -20,6 +20,8 @@ FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 UNDEFINED, REMAINDER = "undefined", "r"  # in answers to divisions
 PIECE_CHARS = 1 << 16
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16
+UNKNOWN = 0xFFFD  # the code point that stands for an id or a byte without a character
 
 
 class Tokenizer(Protocol):
@@ -63,10 +65,9 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids, np.int64)
-        if ids.size and ids.max() >= self.vocab_size:
-            known = f"this tokenizer has only {self.vocab_size} characters"
-            raise UserError(f"id {ids.max()}: {known}; expected the tokenizer of the model")
-        codes = self._code_of[ids]
+        codes = np.full(ids.shape, UNKNOWN, self._code_of.dtype)
+        is_known = ids < self.vocab_size
+        codes[is_known] = self._code_of[ids[is_known]]
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
@@ -142,6 +143,13 @@ def with_working(tokenizer: Tokenizer) -> ArithmeticTokenizer:
     return shown
 
 
+def _check_characters(text: str) -> None:
+    """Raise `UserError` for half a character, which no byte of UTF-8 stands for."""
+    found = HALF_CHARACTER.search(text)
+    if found:
+        raise UserError(f"text: {found[0]!r} is half a character; expected text in UTF-8")
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
@@ -153,10 +161,12 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
+        _check_characters(text)
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
 
     def decode(self, ids) -> str:
-        return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")
+        in_bytes = np.minimum(ids, 0xFF).astype(np.uint8)  # 0xFF is in no character
+        return in_bytes.tobytes().decode(errors="replace")
 
     def to_json(self) -> str:
         return json.dumps({"type": self.kind})
@@ -172,6 +182,7 @@ class BpeTokenizer(Tokenizer):
         self._bpe = bpe
 
     def encode(self, text: str) -> np.ndarray:
+        _check_characters(text)
         return self._join(self._encode_pieces(_cut(text)))
 
     def encode_documents(self, documents: list[str]) -> np.ndarray:

@@ -365,6 +365,7 @@ def _model_keys(file: Path) -> dict[str, Any]:
         expected = f"one of {', '.join(ACTIVATIONS)}"
         raise UserError(f"{file}: has activation_function={activation!r}; expected {expected}")
     keys = {key: fields.get(field, default) for field, (key, default) in SIZES.items()}
-    inner = fields.get("n_inner") or 0
-    keys["mlp_dim"] = inner if inner != 4 * keys["n_embd"] else 0
+    inner, width = fields.get("n_inner") or 0, keys["n_embd"]
+    is_default = isinstance(width, int) and inner == 4 * width  # the config refuses other types
+    keys["mlp_dim"] = 0 if is_default else inner
     return keys | {"bias": True, "mlp": ACTIVATIONS[activation]}

@@ -80,12 +80,17 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
 
 
 def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the number of targets (not the first and masked tokens) and of their UTF-8 bytes."""
+    """Return the number of targets (not the first and masked tokens) and of their UTF-8 bytes.
+
+    An end-of-text is a target without bytes.
+    """
     targets = size = 0
     for start in range(1, len(tokens), DECODE_TOKENS):
         ids = tokens.read(start, min(DECODE_TOKENS, len(tokens) - start))
         ids = ids[ids >= 0]
         targets += len(ids)
+        if tokenizer.eot is not None:
+            ids = ids[ids != tokenizer.eot]
         size += len(tokenizer.decode(ids).encode())
     return targets, size
 

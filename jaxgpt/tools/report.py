@@ -296,7 +296,8 @@ def neighbours(run: Run, ids_T: np.ndarray) -> str:
     tables = [x for x in jax.tree.leaves(run.params.get("embed", {})) if x.shape[0] == padded]
     if not tables:
         return "<p>The model has no table of token embeddings.</p>"
-    table_VD = np.asarray(tables[0], np.float32)[: run.config.vocab_size]
+    with_text = min(run.config.vocab_size, run.tokenizer.vocab_size)
+    table_VD = np.asarray(tables[0], np.float32)[:with_text]
     table_VD = table_VD / (np.linalg.norm(table_VD, axis=1, keepdims=True) + 1e-9)
     ids, counts = np.unique(ids_T, return_counts=True)
     ids = ids[np.argsort(-counts, kind="stable")][:NEIGHBOUR_ROWS]

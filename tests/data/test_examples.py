@@ -74,6 +74,7 @@ def test_bpe_completion_ends_with_end_of_text():
 
 
 BAD = ["{", "[]", "3", '{"prompt": "a"}', '{"prompt": 1, "completion": "a"}']
+BAD += ['{"prompt": "a", "completion": "\\ud800"}']  # half a character
 
 
 @pytest.mark.parametrize("line", BAD)

@@ -60,9 +60,17 @@ def test_char_tokenizer_names_exactly_the_unknown_characters(known, text):
         assert refusal(tokenizer.encode, text).startswith(f"text: no token for {unknown!r}; ")
 
 
-def test_id_without_a_character_is_named():
-    message = refusal(CharTokenizer("abc").decode, [0, 7, 2])
-    assert message.startswith("id 7: this tokenizer has only 3 characters; expected ")
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()])
+def test_an_id_without_a_character_becomes_the_unknown_character(tokenizer):
+    a, c = tokenizer.encode("ac")
+    assert tokenizer.decode([a, 300, c]) == tokenizer.decode(np.array([a, 65_535, c])) == "a\ufffdc"
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff", "\udc80\ud800b"])
+def test_half_a_character_is_refused(text, gpt2):
+    for tokenizer in (ByteTokenizer(), gpt2):
+        message = refusal(tokenizer.encode, text)
+        assert message.endswith("is half a character; expected text in UTF-8")
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 70_000])

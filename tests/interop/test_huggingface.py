@@ -275,6 +275,7 @@ BAD = [  # (changes of tensors, fields of config.json, words of the message)
     ({}, {"activation_function": "silu"}, ": has activation_function='silu'; expected one of "
                                           "gelu_new, gelu, relu, relu2, gelu_pytorch_tanh"),
     ({}, {"n_layer": "two"}, "config.json: n_layer='two': invalid value; expected a whole"),
+    ({}, {"n_embd": None}, "config.json: n_embd=None: invalid value; expected a whole"),
     ({}, {"max_iters": 5}, "belongs to a jaxgpt run; try --out_dir="),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers as library
 from helpers import ROOT, make_data
 from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
@@ -14,11 +15,12 @@ from safetensors.numpy import save_file
 
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
-from jaxgpt.data.tokenizer import ByteTokenizer
+from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer
+from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.interop.export import to_fields, to_tensors
 from jaxgpt.runtime.mesh import local_mesh, make_mesh
 from jaxgpt.tools import hellaswag
-from jaxgpt.tools.evaluation import evaluate
+from jaxgpt.tools.evaluation import count_bytes, evaluate
 from jaxgpt.train_step import abstract_params
 
 QUESTIONS = ROOT / "tests" / "golden" / "questions.jsonl"
@@ -229,6 +231,16 @@ def test_val_loss_of_weights_matches_numpy(case, folder, tmp_path, capsys):
 
     assert run_eval(*argv) == 2
     assert "error: dataset=''" in capsys.readouterr().err
+
+
+def test_an_end_of_text_is_a_target_without_bytes(tmp_path):
+    library_bpe = library.Tokenizer(library.models.WordLevel({"a": 0, "é": 1}, unk_token="a"))
+    library_bpe.add_special_tokens(["<|endoftext|>"])
+    tokenizer = BpeTokenizer(library_bpe)
+    ids = tokenizer.encode_documents(["a", "é", "é"])
+    ids.tofile(tmp_path / "val.bin")
+    tokens = TokenSplit([tmp_path / "val.bin"], "uint16", tokenizer.vocab_size)
+    assert count_bytes(tokens, tokenizer) == (5, len("é é".encode()))  # of <> é <> é <>
 
 
 def test_dataset_with_more_ids_than_the_model_is_rejected(folder, tmp_path):
