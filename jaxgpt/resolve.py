@@ -26,6 +26,7 @@ from jaxgpt.interop import huggingface
 from jaxgpt.optimizer import frozen_mask
 from jaxgpt.runtime import device, distributed, resume, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
+from jaxgpt.runtime.files import import_extra
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import TrainState, abstract_state, init_state
 
@@ -74,6 +75,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
             dataset = _align(config, dataset)
         check_freeze(config)
         _check_sampled(config)
+        _check_report(config)
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
         mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)
@@ -285,6 +287,13 @@ def _check_sampled(config: Config) -> None:
             f"sample_every={config.sample_every}: an encoder cannot be sampled; expected "
             "causal=True, or sample_every=0"
         )
+
+
+def _check_report(config: Config) -> None:
+    """Raise `UserError` if the run would write a report, but a package for it is missing."""
+    if config.report:
+        for module in "altair", "vl_convert":
+            import_extra(module, "report=True", "report")
 
 
 @dataclass

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -142,6 +143,16 @@ def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     atomic_write(moved / "config.json", json.dumps(config | {"data_dir": str(tmp_path / "no")}))
     page = jaxgpt.load(moved).report().read_text(encoding="utf-8")
     assert "a sample of the model, because its dataset is not on this machine" in page
+
+
+@pytest.mark.parametrize("module", ["altair", "vl_convert"])
+def test_a_run_without_the_packages_of_its_report_does_not_start(
+    module, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = refusal(jaxgpt.train, tiny_run(tmp_path / "run", data, report=True))
+    assert message == f"report=True: needs {module}; try pip install 'jaxgpt[report]'"
+    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 @pytest.mark.slow
