@@ -109,9 +109,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config)[1])
-    with use_mesh(mesh):  # whether gains are folded depends on the platform
-        step_config = make_step_config(config)
-    grad_fn = jax.value_and_grad(make_loss_fn(config, step_config), has_aux=True)
+    sum_gradients = make_sum_gradients(config, mesh)
     shardings = state_shardings(config, mesh)
     # in the update each device has its share of the parameters, as it has of their moments
     shares = replace(shardings, params=update_shardings(config, mesh))
@@ -120,14 +118,6 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         splits = jax.tree.map(lambda share: share.spec, shares.params)
     else:  # the update is split as the parameters are
         place, splits = (lambda tree, _: tree), None
-
-    def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
-        """Sum the losses, target counts and gradients of the M micro-batches."""
-        # the weights of `step_config`, and the map of their gradients to those of the parameters
-        weights, to_params = jax.vjp(partial(to_step_weights, config, step_config), params)
-        weights = cast_weights(weights, config.dtype)
-        totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
-        return totals, *to_params(grads)
 
     def take_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
         """Take one step; return the new state and the metrics."""
@@ -146,13 +136,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
-        is_accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
-        if state.recent_2W is not None:
-            is_spike = spikes.is_spike(state.recent_2W, loss, norm, config.skip_loss_spikes)
-            is_spike &= is_accepted  # a step that is not finite is reported as such
-            is_accepted &= ~is_spike
-            metrics["spike"] = is_spike
-            state = replace(state, recent_2W=spikes.remember(state.recent_2W, loss, norm))
+        is_accepted, state, metrics = check_step(config, state, metrics)
         state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_accepted)
         # without the first placement XLA gathers old and new parameters, and then selects
         return place(place(state, shares), shardings), metrics
@@ -167,6 +151,43 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     outputs, options = (shardings, replicated(mesh)), compiler_options(config, mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
+
+
+def make_sum_gradients(config: Config, mesh: Mesh) -> Callable:
+    """Return `(params, windows_MBT, keys_MB) -> ((summed loss, number of targets), gradients)`.
+
+    Everything is summed over the M micro-batches.
+    """
+    with use_mesh(mesh):  # whether gains are folded depends on the platform
+        step_config = make_step_config(config)
+    grad_fn = jax.value_and_grad(make_loss_fn(config, step_config), has_aux=True)
+
+    def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
+        # the weights of `step_config`, and the map of their gradients to those of the parameters
+        weights, to_params = jax.vjp(partial(to_step_weights, config, step_config), params)
+        weights = cast_weights(weights, config.dtype)
+        totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+        return totals, *to_params(grads)
+
+    return sum_gradients
+
+
+def check_step(
+    config: Config, state: TrainState, metrics: dict
+) -> tuple[jax.Array, TrainState, dict]:
+    """Return whether a step is applied, the state that remembers the step, and its metrics.
+
+    With `skip_loss_spikes`, the metrics have another entry, `spike`.
+    """
+    loss, norm = metrics["loss"], metrics["grad_norm"]
+    is_accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if state.recent_2W is None:
+        return is_accepted, state, metrics
+    is_spike = spikes.is_spike(state.recent_2W, loss, norm, config.skip_loss_spikes)
+    is_spike &= is_accepted  # a step that is not finite is reported as such
+    recent_2W = spikes.remember(state.recent_2W, loss, norm)
+    state = replace(state, recent_2W=recent_2W)
+    return is_accepted & ~is_spike, state, metrics | {"spike": is_spike}
 
 
 @jax.named_scope("optimizer")
