@@ -162,7 +162,8 @@ def check_freeze(config: Config) -> None:
             f"freeze={config.freeze!r}: {error}; expected a regular expression"
         ) from error
     _, params, _ = model.abstract_model(config)
-    if _num_frozen(config) != _num_frozen(config.replace(scan_layers=False)):
+    unstacked = config.replace(scan_layers=False)
+    if config.scan_layers and _num_frozen(config) != _num_frozen(unstacked):
         raise UserError(
             f"freeze={config.freeze!r}: selects single layers, but with scan_layers=True one array "
             "holds all layers; expected a pattern for all layers, or scan_layers=False"

@@ -116,19 +116,24 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     if memory_fraction() is None:
         os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)
+    problem = _start_problem(device, platforms)
+    if problem:
+        jax.config.update("jax_platforms", platforms)
+        raise UserError(f"device={device!r}: {problem}")
+
+
+def _start_problem(device: str, platforms: str | None) -> str:
+    """Start JAX unless it has started; say why it does not run on `device`, or return ""."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform is left
-        jax.config.update("jax_platforms", platforms)
         reason = next(iter(str(error).splitlines()), "there is no such device")
         advice = f"another JAX_PLATFORMS than {platforms}" if device == "auto" else "--device=auto"
-        problem = f"JAX cannot use it ({reason}); try {advice}"
-        raise UserError(f"device={device!r}: {problem}") from error
+        return f"JAX cannot use it ({reason}); try {advice}"
     started = jax.default_backend()
-    if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
-        jax.config.update("jax_platforms", platforms)
-        problem = f"JAX has started on a {started} in this process"
-        raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
+    if {"auto": started, "cuda": "gpu"}.get(device, device) == started:
+        return ""
+    return f"JAX has started on a {started} in this process; expected {started}, or a new process"
 
 
 def memory_fraction() -> str | None:

@@ -74,7 +74,10 @@ def bench(args: BenchArgs) -> None:
 
 def check_flags(args: BenchArgs) -> None:
     """Raise `UserError` for flags that do not apply together."""
-    if args.rows:
+    if args.suite and (args.preset or args.config):
+        problem = "has its own configs; try without --preset and --config"
+        raise UserError(f"suite={args.suite!r}: {problem}")
+    if args.rows and not args.suite:
         raise UserError(f"rows={args.rows!r}: applies to a suite; try --suite=gpu")
     if args.config and args.preset:
         raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")

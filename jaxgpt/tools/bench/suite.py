@@ -19,7 +19,7 @@ import jax
 from jaxgpt.config import UserError
 from jaxgpt.runtime import device
 from jaxgpt.runtime.files import atomic_write, reason
-from jaxgpt.tools.bench.command import check_folders
+from jaxgpt.tools.bench.command import check_flags, check_folders
 from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import describe_machine
 from jaxgpt.tools.bench.suite_rows import FULL, ROWS, SHARED, TOY, Row, Suite
@@ -51,9 +51,8 @@ def run_suite(args: BenchArgs) -> None:
     again. A row that fails, or whose process ends, is recorded with its error, and the others
     follow.
     """
+    check_flags(args)
     check_folders(args)
-    if args.preset or args.config:
-        raise UserError("suite='gpu': has its own configs; try without --preset and --config")
     rows = select(args.rows, bool(args.compare_to))
     file, deadline = Path(args.json or FILE), time.time() + (args.budget_s or 1e9)
     read_results(file)
