@@ -31,7 +31,7 @@ from jaxgpt.config import (
 from jaxgpt.data.text_stream import generate_text
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.interop import huggingface
-from jaxgpt.kernels.attention import accum_dtype
+from jaxgpt.kernels.platform import accum_dtype
 from jaxgpt.model import GPT, abstract_model, unstack_layers
 from jaxgpt.runtime import device as devices
 from jaxgpt.runtime import distributed, run_dir, storage

@@ -23,7 +23,7 @@ from jaxgpt.kernels.activation import gelu, relu2
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
-from jaxgpt.kernels.linear import LINEAR_OUTPUT
+from jaxgpt.kernels.linear import LINEAR_OUTPUT, add_bias
 from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.runtime.scopes import name_scopes, scoped
 from jaxgpt.sharding import constrain, constrain_batch
@@ -73,7 +73,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = kernels.linear_map(self.equation, x, self.kernel[...])
         y = checkpoint_name(y, LINEAR_OUTPUT)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
     @scoped
     def parts(self, x: jax.Array) -> list[jax.Array]:
@@ -150,16 +150,21 @@ class Attention(nnx.Module):
         if c.value_residual:
             v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
         ctx = replace(ctx, cache=append(ctx.cache, k_BTKH, v_BTKH, ctx.position))
-        options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
         if ctx.cache is not None and ctx.position is not None:
+            options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
             o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, options)
         else:
-            T = x_BTD.shape[1]
             dropout = None
             if c.attention_dropout:
                 dropout = ctx.dropout.bind(ctx.layer, DropoutSite.ATTENTION_WEIGHTS)
-            attend = kernels.select_attention(c.attention, T, T, dropout)
-            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, dropout, options)
+            o_BTNH = kernels.dot_product_attention(
+                *(q_BTNH, k_BTKH, v_BTKH),
+                causal=c.causal,
+                window=c.sliding_window,
+                segment_ids_BT=ctx.segment_ids_BT,
+                dropout=dropout,
+                backend=c.attention,
+            )
         o_BTD = self.out(o_BTNH)
         return ctx.dropout(o_BTD, ctx.layer, DropoutSite.ATTENTION_OUTPUT), ctx
 
@@ -176,8 +181,9 @@ class Attention(nnx.Module):
         """Mix in the first layer's values (Zhou et al. 2024, "Value Residual Learning")."""
         first = context.first_v_BTKH
         first = v_BTKH if first is None else jnp.where(context.layer == 0, v_BTKH, first)
-        mix = self.value_mix[...].astype(v_BTKH.dtype)
-        return (1 - mix) * v_BTKH + mix * first, replace(context, first_v_BTKH=first)
+        mix = self.value_mix[...]  # float32, so that its gradient is summed in float32
+        mixed_BTKH = (1 - mix) * v_BTKH + mix * first
+        return mixed_BTKH.astype(v_BTKH.dtype), replace(context, first_v_BTKH=first)
 
 
 class MLP(nnx.Module):
@@ -288,7 +294,8 @@ class GPT(nnx.Module):
             x_BTD = self.scan_blocks(x_BTD, context)
         else:
             for layer, block in enumerate(self.blocks):
-                context = replace(context, layer=layer, cache=cache and cache[layer])
+                layer_cache = None if cache is None else cache[layer]
+                context = replace(context, layer=layer, cache=layer_cache)
                 x_BTD, context = with_remat(c, block)(x_BTD, context)
                 new_cache.append(context.cache)
         if at_B is not None:

@@ -93,8 +93,8 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
     adam = skip_if_rejected(optax.scale_by_adam(b1, b2, eps=kernels.ADAM_EPSILON))
 
     def update(updates, state, params=None, **extra):
-        updates, state = adam.update(updates, state, params, **extra)
-        return kernels.adam_direction(updates, state, b1, b2)
+        _, state = adam.update(updates, state, params, **extra)
+        return kernels.adam_direction(state, b1, b2)
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 

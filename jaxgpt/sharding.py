@@ -26,9 +26,16 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
-    """Return the sharding of a parameter with these axis letters: VD is P("tensor", "fsdp")."""
+    """Return the sharding of a parameter with these axis letters: VD is P("tensor", "fsdp").
+
+    A mesh axis splits only the first of the axes that RULES gives it, such as both of DD.
+    """
     letters = axes if axes.strip("L") != "D" else ""
-    return NamedSharding(mesh, PartitionSpec(*(RULES.get(letter) for letter in letters)))
+    spec: list[str | None] = []
+    for letter in letters:
+        mesh_axis = RULES.get(letter)
+        spec.append(None if mesh_axis in spec else mesh_axis)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def update_sharding(mesh: Mesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:

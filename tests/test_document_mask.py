@@ -42,6 +42,17 @@ def test_document_mask_rejects_cudnn_and_auto_selects_another_backend():
     assert device.choose_attention(config, target_platform="tpu") == ("splash", [])
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "splash", "xla"])
+def test_back_ends_without_dropout_of_the_weights_are_refused_with_it(backend):
+    config = make_config(attention=backend, dtype="bfloat16", block_size=128, n_embd=32)
+    config = config.replace(dropout=0.1, document_mask=False)
+    platform = "tpu" if backend == "splash" else "gpu"
+    with pytest.raises(UserError, match=f"attention='{backend}': has no dropout of attention w"):
+        device.choose_attention(config, target_platform=platform)
+    without = config.replace(attention_dropout=False)
+    assert device.choose_attention(without, target_platform=platform) == (backend, [])
+
+
 def one_by_one(config: Config, params: dict) -> tuple[float, dict]:
     """Return the reference's loss and gradients, from one pass per document.
 

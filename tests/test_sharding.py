@@ -182,6 +182,8 @@ def test_batch_tokens_overrides_gradient_accumulation_steps(batch, block, steps)
         ("CNH", (3, 4, 4), (3, 2, 4)),  # the bias of queries, keys and values
         ("D", (16,), (16,)),  # a norm, or a bias of what goes into the residual stream
         ("LD", (3, 16), (3, 16)),  # those of all layers together
+        ("DD", (16, 16), (4, 16)),  # of a model of one's own: an axis of the mesh splits one axis
+        ("VF", (128, 64), (64, 64)),
         ("", (), ()),
     ],
 )

@@ -17,8 +17,8 @@ from flax import nnx
 
 from examples.lecture.cross_attention import OUTPUT_SITE, WEIGHTS_SITE, CrossAttention
 from jaxgpt.config import Config, PositiveInt, UserError
-from jaxgpt.kernels.attention import accum_dtype
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
+from jaxgpt.kernels.platform import accum_dtype
 from jaxgpt.model import (
     MLP,
     OUTPUT_EQUATION,
@@ -36,7 +36,7 @@ PAD_ID, START_ID = 0, 1  # after a source that is short, and before a target
 # Keys of `Config` that the model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
     *("n_kv_head", "position", "norm_position", "norm_gain", "qk_norm", "value_residual"),
-    *("tie_embeddings", "sliding_window", "document_mask", "remat", "scan_layers"),
+    *("tie_embeddings", "sliding_window", "causal", "document_mask", "remat", "scan_layers"),
 )
 
 
@@ -79,7 +79,8 @@ class SourceAttention(CrossAttention):
         k_BSNH, v_BSNH = jnp.unstack(self.kv(source_BSD), axis=2)
         product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_BTNH))
         scores_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / self.config.head_dim**0.5
-        weights_BNTS = jax.nn.softmax(jnp.where(is_char_BS[:, None, None], scores_BNTS, -jnp.inf))
+        lowest = jnp.finfo(scores_BNTS.dtype).min  # finite, for a source of padding alone
+        weights_BNTS = jax.nn.softmax(jnp.where(is_char_BS[:, None, None], scores_BNTS, lowest))
         dropped_BNTS = weights_BNTS.astype(v_BSNH.dtype)
         if self.config.attention_dropout:
             dropped_BNTS = context.dropout(dropped_BNTS, context.layer, WEIGHTS_SITE)

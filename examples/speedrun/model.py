@@ -16,7 +16,6 @@ from flax import nnx
 
 from jaxgpt import kernels
 from jaxgpt.config import Config, NonNegativeFloat, NonNegativeInt, Range, UserError
-from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.kernels.position import apply_rope
 from jaxgpt.model import (
@@ -182,7 +181,7 @@ class SpeedrunGPT(nnx.Module):
         """Return logits [B, T, V]; the logits of padded ids are -inf."""
         c = self.config
         kernel_VD = (self.embed.tokens if c.tie_embeddings else self.lm_head).kernel[...]
-        logits_BTV = kernels.linear_map(OUTPUT_EQUATION, x_BTD, kernel_VD.astype(c.dtype))
+        logits_BTV = kernels.linear_map(OUTPUT_EQUATION, x_BTD, kernel_VD)
         return cap_and_mask(logits_BTV, c)
 
 
@@ -229,11 +228,11 @@ class WeightedSum(nnx.Module):
         self.weights = nnx.Param(jnp.array(start))
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        weights = self.weights[...].astype(arrays[0].dtype)
+        weights = self.weights[...]  # float32, so that their gradients are summed in float32
         total = weights[0] * arrays[0]
         for i in range(1, len(arrays)):
             total = total + weights[i] * arrays[i]
-        return total
+        return total.astype(arrays[0].dtype)
 
 
 class Attention(nnx.Module):
@@ -250,22 +249,22 @@ class Attention(nnx.Module):
         self.config: Any = c
 
     def __call__(self, x_BTD: jax.Array, value_BTD: jax.Array | None) -> jax.Array:
-        c, T = self.config, x_BTD.shape[1]
+        c = self.config
         q_BTNH, k_BTNH, v_BTNH = self.qkv.parts(x_BTD)
         if value_BTD is not None:
             v_BTNH = self.value_mix(v_BTNH, value_BTD.reshape(v_BTNH.shape))
         if c.qk_norm:
             q_BTNH, k_BTNH = self.norm(q_BTNH), self.norm(k_BTNH)
         if c.position == "rope":
-            positions_1T = jnp.arange(T)[None]
+            positions_1T = jnp.arange(x_BTD.shape[1])[None]
             q_BTNH, k_BTNH = apply_rope(q_BTNH, positions_1T), apply_rope(k_BTNH, positions_1T)
-        attend = kernels.select_attention(c.attention, T, T, None)
-        options = AttentionOptions(True, c.sliding_window, c.head_dim**-0.5)
-        return self.out(attend(q_BTNH, k_BTNH, v_BTNH, None, None, options))
+        options = {"window": c.sliding_window, "backend": c.attention}
+        o_BTNH = kernels.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, causal=True, **options)
+        return self.out(o_BTNH)
 
 
 class MLP(nnx.Module):
-    """Two linear maps with a non-linearity between them, max(0, x)² (So et al. 2021, Primer)."""
+    """Two linear maps with a non-linearity between them: max(0, x)² (So et al. 2021), or GELU."""
 
     def __init__(self, c: SpeedrunConfig, rngs: nnx.Rngs):
         D, F = c.n_embd, c.mlp_hidden_dim

@@ -108,15 +108,15 @@ def recorded_attention() -> Iterator[list[jax.Array]]:
 @contextmanager
 def _replaced(operation: str, platform: str, function: Callable) -> Iterator[None]:
     """Put `function` into the table for a platform."""
-    own = TABLE.get((operation, platform))
+    before = TABLE.get((operation, platform))
     TABLE[operation, platform] = function
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del TABLE[operation, platform]
         else:
-            TABLE[operation, platform] = own
+            TABLE[operation, platform] = before
 
 
 def dot_product_attention(
@@ -131,20 +131,26 @@ def dot_product_attention(
     backend: str = "reference",
     scale: float | None = None,
 ) -> jax.Array:
-    """Compute softmax attention with the implementation `backend` -> [B, T, N, H] in q's dtype.
+    """Compute softmax attention with the implementation `backend` -> [B, T, N, H].
 
-    `causal` masks keys after the query. `window` is the number of keys that a query attends to, its
-    own included; 0 means all. `segment_ids_BT` masks keys of other segments (not for cudnn).
-    `dropout` acts on the attention weights; it must be a `BoundDropout`, or for some back ends any
-    linear function that is a pytree. Scores are multiplied by `scale`, by default 1 / sqrt(H).
+    q, k and v have one dtype, which the result has too. N is a multiple of K. `causal` masks keys
+    after the query; the first query and the first key both have position 0. `window`, which needs
+    `causal`, is the number of keys that a query attends to, its own included; 0 means all.
+    `segment_ids_BT` masks keys of other segments, and needs T = S (not for cudnn). `dropout` acts
+    on the attention weights; it must be a `BoundDropout`, or for some back ends any linear function
+    that is a pytree. `backend` is cpu, cudnn, flash, reference, splash or xla. Scores are
+    multiplied by `scale`, by default 1 / sqrt(H). Raises `ValueError` for a window that is not
+    causal.
     """
+    if window and not causal:
+        raise ValueError(f"window={window}: needs causal=True")
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
     options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
-    attend = select_attention(backend, T, S, dropout)
+    attend = _select_attention(backend, T, S, dropout)
     return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, dropout, options)
 
 
-def select_attention(backend: str, T: int, S: int, dropout: Callable | None) -> Callable:
+def _select_attention(backend: str, T: int, S: int, dropout: Callable | None) -> Callable:
     """Return the implementation `backend`, or the reference if the backend cannot be used.
 
     Most flash kernels have no dropout of the weights, and some implementations need certain

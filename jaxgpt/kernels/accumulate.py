@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxgpt.kernels.platform import BATCH
+from jaxgpt.kernels.platform import BATCH, accum_dtype
 
 MAX_CPU_TOKENS = 2048  # per core (docs/performance.md, "At most 2,048 tokens per core")
 
@@ -39,7 +39,7 @@ def to_float32(tree: Any) -> Any:
 
     def widen(x: jax.Array) -> jax.Array:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
+        return x.astype(accum_dtype(x)) if is_float else x
 
     return jax.tree.map(widen, tree)
 
@@ -59,7 +59,7 @@ def sum_over_devices_reference(mesh: Mesh, splits: Any = None) -> Callable:
         totals, grads = sums
         return jax.lax.psum(totals, BATCH), jax.tree.map(add_and_split, grads, splits)
 
-    return partial(apart, mesh, add, (PartitionSpec(), splits))
+    return partial(on_each_device, mesh, add, (PartitionSpec(), splits))
 
 
 def sum_over_devices_cpu(mesh: Mesh, splits: Any = None) -> Callable:
@@ -75,10 +75,10 @@ def sum_over_devices_cpu(mesh: Mesh, splits: Any = None) -> Callable:
         flat, unravel = ravel_pytree(sums)
         return unravel(jax.lax.psum(flat, BATCH))
 
-    return partial(apart, mesh, add, PartitionSpec())
+    return partial(on_each_device, mesh, add, PartitionSpec())
 
 
-def apart(mesh: Mesh, add: Callable, out_specs: Any, function: Callable) -> Callable:
+def on_each_device(mesh: Mesh, add: Callable, out_specs: Any, function: Callable) -> Callable:
     """Return `function` as each device calls it on its own sequences, followed by `add`."""
     split, whole = PartitionSpec(None, BATCH), PartitionSpec()
     specs: dict[str, Any] = {"in_specs": (whole, split, split), "out_specs": out_specs}

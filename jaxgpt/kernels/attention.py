@@ -1,7 +1,7 @@
 """Softmax attention: the equations, and a fast implementation for each platform.
 
 B batch, T query length, S key length, N heads, K key-value heads, H head dim.
-Each implementation maps q [B, T, N, H], k and v [B, S, K, H] to [B, T, N, H] in q's dtype.
+Each implementation maps q [B, T, N, H], k and v [B, S, K, H], all of one dtype, to [B, T, N, H].
 Query head n uses key-value head n // (N // K) (grouped queries: Ainslie et al. 2023).
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxgpt.kernels.platform import BATCH, is_partitioned
+from jaxgpt.kernels.platform import BATCH, accum_dtype, is_partitioned
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,6 @@ def full_mask(q_BTNH, k_BSKH, segment_ids_BT: jax.Array | None, o: AttentionOpti
     if segment_ids_BT is not None:
         mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return mask_BTS
-
-
-def accum_dtype(x: jax.Array) -> jax.typing.DTypeLike:
-    """Return the dtype of sums over x: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _repeat_kv_heads(q_BTNH: jax.Array, *kv: jax.Array) -> list[jax.Array]:
@@ -248,7 +243,7 @@ def attention_flash(
         return _flash(q_BTNH, k_BSKH, v_BSKH, extra, options, rate)
 
     heads = PartitionSpec(BATCH, None, "tensor", None)
-    per_sequence = {name: PartitionSpec(heads[0]) for name in extra}
+    per_sequence = {name: PartitionSpec(BATCH) for name in extra}
     in_specs = heads, heads, heads, per_sequence | {"first_head": PartitionSpec()}
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
     return mapped(q_BTNH, k_BSKH, v_BSKH, extra)
@@ -262,8 +257,8 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate:
 def _flash_fwd(q_BTNH, k_BSKH, v_BSKH, extra: dict, options: AttentionOptions, rate: float):
     from jaxgpt.kernels import flash
 
-    settings = flash.Options(options, rate)
-    o_BTNH, lse_BNT = flash.forward(q_BTNH, k_BSKH, v_BSKH, extra, settings)
+    flash_options = flash.Options(options, rate)
+    o_BTNH, lse_BNT = flash.forward(q_BTNH, k_BSKH, v_BSKH, extra, flash_options)
     return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT)
 
 
@@ -271,9 +266,9 @@ def _flash_bwd(options: AttentionOptions, rate: float, saved: tuple, do_BTNH: ja
     from jaxgpt.kernels import flash
 
     q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT = saved
-    settings = flash.Options(options, rate)
+    flash_options = flash.Options(options, rate)
     arrays = q_BTNH, k_BSKH, v_BSKH, extra, o_BTNH, lse_BNT, do_BTNH
-    dq_BTNH, dk_BSKH, dv_BSKH = flash.backward(*arrays, settings)
+    dq_BTNH, dk_BSKH, dv_BSKH = flash.backward(*arrays, flash_options)
     return dq_BTNH, dk_BSKH, dv_BSKH, None
 
 
@@ -295,7 +290,7 @@ def attention_splash(
     if not is_partitioned():
         return local(q, k, v, segment_ids)
     spec = PartitionSpec(BATCH, None, "tensor", None)
-    in_specs = spec, spec, spec, PartitionSpec(spec[0])
+    in_specs = spec, spec, spec, PartitionSpec(BATCH)
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
     return mapped(q, k, v, segment_ids)
 

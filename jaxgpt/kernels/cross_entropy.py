@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import over_batch, splits
+from jaxgpt.kernels.platform import accum_dtype, over_batch, splits
 
 
 def token_losses_reference(
@@ -18,7 +18,7 @@ def token_losses_reference(
 
     The loss of a negative target, such as nanoGPT's -1, is 0.
     """
-    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    logits_BTV = logits_BTV.astype(accum_dtype(logits_BTV))
     # XLA fuses the comparison with the sum; it could not fuse a gather and its gradient's scatter
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logit_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)

@@ -86,10 +86,9 @@ def _forward(options: Options, q_ref, k_ref, v_ref, extra: dict, o_ref, lse_ref)
         v = _load(v_ref, b, key, kv_head)
         return o * shrink[:, None] + triton.dot(weights.astype(v.dtype), v), new, total
 
-    rows = jnp.full(OWN, -1e30), jnp.zeros(OWN)
-    nothing = jnp.zeros((OWN, q.shape[1])), *rows
+    initial = jnp.zeros((OWN, q.shape[1])), jnp.full(OWN, -1e30), jnp.zeros(OWN)
     start, end = _key_tiles(options.attention, pl.program_id(0) * OWN, T)
-    o, maximum, total = jax.lax.fori_loop(start, end, add_keys, nothing)
+    o, maximum, total = jax.lax.fori_loop(start, end, add_keys, initial)
     _store(o_ref, b, query, n, o / total[:, None])
     triton.store(lse_ref.at[b, n, query], maximum + jnp.log2(total), mask=query < T)
 
@@ -166,8 +165,8 @@ def _scores(
     allowed = attention_mask(query, key, options.attention.causal, options.attention.window)
     allowed &= (key < T) & (query < T)
     if "segments" in extra:
-        of = [triton.load(extra["segments"].at[b, i], mask=i < T, other=0) for i in (row, column)]
-        allowed &= of[0][:, None] == of[1][None]
+        segment_of = lambda i: triton.load(extra["segments"].at[b, i], mask=i < T, other=0)
+        allowed &= segment_of(row)[:, None] == segment_of(column)[None]
     return jnp.where(allowed, scores, -1e30)
 
 
@@ -184,23 +183,23 @@ def _dropped(
     return jnp.where(keep, x / (1 - options.dropout_rate), 0)
 
 
-def _key_tiles(mask: AttentionOptions, first: jax.Array, T: int) -> tuple:
+def _key_tiles(attention: AttentionOptions, first: jax.Array, T: int) -> tuple:
     """Return the first tile of keys that queries from `first` attend to, and the end."""
     start, end = 0, pl.cdiv(T, OTHER)
-    if mask.causal:
+    if attention.causal:
         end = jnp.minimum(end, jax.lax.div(first + OWN + OTHER - 1, OTHER))
-    if mask.window:
-        start = jax.lax.div(jnp.maximum(first - mask.window + 1, 0), OTHER)
+    if attention.window:
+        start = jax.lax.div(jnp.maximum(first - attention.window + 1, 0), OTHER)
     return start, end
 
 
-def _query_tiles(mask: AttentionOptions, first: jax.Array, T: int) -> tuple:
+def _query_tiles(attention: AttentionOptions, first: jax.Array, T: int) -> tuple:
     """Return the first tile of queries that attend to keys from `first`, and the end."""
     start, end = 0, pl.cdiv(T, OTHER)
-    if mask.causal:
+    if attention.causal:
         start = jax.lax.div(first, OTHER)
-    if mask.window:
-        end = jnp.minimum(end, jax.lax.div(first + OWN + mask.window - 1 + OTHER - 1, OTHER))
+    if attention.window:
+        end = jnp.minimum(end, jax.lax.div(first + OWN + attention.window - 1 + OTHER - 1, OTHER))
     return start, end
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.attention import AttentionOptions, accum_dtype, attention_mask
+from jaxgpt.kernels.attention import AttentionOptions, attention_mask
+from jaxgpt.kernels.platform import accum_dtype
 
 
 class KV(NamedTuple):
@@ -96,7 +97,8 @@ def decode_attention(
     W = cache.chunk.k_RSH.shape[1]
     start_R1 = jnp.repeat(position.start_B, R // B)[:, None]
     past_RS = jnp.broadcast_to(jnp.arange(S), (R, S))
-    # Cached positions after the chunk's start are unused or stale, so no query may attend to them.
+    # Cached positions after the chunk's start are unused or stale, so no query may attend to them
+    # (sampling is always causal).
     past_RS = jnp.where(past_RS < start_R1, past_RS, jnp.iinfo(past_RS.dtype).max)
     key_RS = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
     mask_RS = attention_mask(start_R1 + position.step, key_RS, options.causal, options.window)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.kernels.platform import is_partitioned
+from jaxgpt.kernels.platform import accum_dtype, is_partitioned
 
 GEMV_MIN_BYTES = 1 << 20  # a smaller weight may stay in a core's cache between its uses
 PARTS_MIN_SIZE = 1 << 24  # elements of x; more kernels cost more than a smaller map gains
@@ -57,6 +57,7 @@ def _contract_bwd(product: Any, equation: str, saved: tuple, dz: jax.Array):
     x, y = saved
     x_axes, y_axes, z_axes = equation.replace("->", ",").split(",")
     dx = _contract(product, f"{z_axes},{y_axes}->{x_axes}", dz, y)
+    # a product has its first operand's axes first, and dy needs the weight's first axis there
     if y_axes[0] in x_axes:
         dy = _contract(product, f"{x_axes},{z_axes}->{y_axes}", x, dz)
     else:
@@ -77,6 +78,27 @@ def _axes(equation: str) -> tuple[str, str, str]:
     return x_axes, y_axes, summed
 
 
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a bias to the last axes of y, in y's dtype; its gradient is summed in float32 at least.
+
+    Otherwise XLA would sum the gradients of thousands of tokens in bfloat16.
+    """
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_fwd(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return add_bias(y, bias), bias
+
+
+def _add_bias_bwd(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    token_axes = range(dy.ndim - bias.ndim)
+    return dy, dy.astype(accum_dtype(dy)).sum(token_axes).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+
+
 def linear_parts_reference(
     equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
 ) -> list[jax.Array]:
@@ -93,7 +115,7 @@ def linear_parts_cpu(
 
 def _unstacked(y: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
     y = checkpoint_name(y, LINEAR_OUTPUT)
-    return list(jnp.unstack(y if bias is None else y + bias.astype(y.dtype), axis=2))
+    return list(jnp.unstack(y if bias is None else add_bias(y, bias), axis=2))
 
 
 def linear_parts_gpu(
@@ -110,7 +132,7 @@ def linear_parts_gpu(
     parts = []
     for i, y in enumerate(_separate_products(equation.replace("C", ""), x, weight.astype(x.dtype))):
         y = checkpoint_name(y, LINEAR_OUTPUT)
-        parts.append(y if bias is None else y + bias[i].astype(y.dtype))
+        parts.append(y if bias is None else add_bias(y, bias[i]))
     return parts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import over_batch
+from jaxgpt.kernels.platform import accum_dtype, over_batch
 
 NORM_EPSILON = 1e-5
 
@@ -20,7 +20,7 @@ def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.A
 
     The statistics and the result are float32 at least.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accum_dtype(x))
     if centered:
         x = x - x.mean(-1, keepdims=True)
     variance = jnp.square(x).mean(-1, keepdims=True)
@@ -46,7 +46,7 @@ def _normalize(row_mean: Callable, keeps_statistics: bool, centered: bool, x, sc
 
 
 def _normalize_fwd(row_mean: Callable, keeps_statistics: bool, centered: bool, x, scale_D):
-    x_f32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x_f32 = x.astype(accum_dtype(x))
     mean = row_mean(x_f32) if centered else jnp.zeros((), x_f32.dtype)
     inverse_std = jax.lax.rsqrt(row_mean(jnp.square(x_f32 - mean)) + NORM_EPSILON)
     return (x_f32 - mean) * inverse_std * scale_D, (x, mean, inverse_std, scale_D)

@@ -1,4 +1,4 @@
-"""The platform that a function is traced for, and whether its mesh splits arrays."""
+"""The platform that a function is traced for, the split of its mesh, and the dtype of sums."""
 
 import importlib.util
 import re
@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 BATCH = ("data", "fsdp")  # the mesh axes that split the sequences
@@ -50,6 +51,11 @@ def has_triton() -> bool:
 def current_platform() -> str:
     """Return the innermost `target_platform`, or else the platform of JAX's default device."""
     return _TARGET.get() or platform_of(jax.devices()[0])
+
+
+def accum_dtype(x: Any) -> jax.typing.DTypeLike:
+    """Return the dtype of sums over x: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def is_partitioned() -> bool:

@@ -6,6 +6,8 @@ B batch, T length, D embedding, N heads, H head dim.
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.kernels.platform import accum_dtype
+
 BASE = 10_000.0
 
 
@@ -16,7 +18,7 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     dtype.
     """
     half = x_BTNH.shape[-1] // 2
-    dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    dtype = accum_dtype(x_BTNH)
     frequency = BASE ** (-jnp.arange(half) / half)
     angle_BT1H = (positions_BT[..., None, None] * frequency).astype(dtype)
     sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxgpt.kernels.platform import accum_dtype
+
 TILE = 4096  # elements of a tile, at least one row of a norm
 ELEMENTS = 2048  # of a tile of each input of an elementwise function
 WARPS = 4  # of a program
@@ -31,7 +33,7 @@ def call_kernel(
 
 
 def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accum_dtype(x))
 
 
 # ---- norms -----------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def _float32(x: jax.Array) -> jax.Array:
 def normalize(x_RD: jax.Array, centered: bool, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Return the normalised rows, and the inverse deviation of each row [R, 1]."""
     R, D = x_RD.shape
-    statistic = jax.ShapeDtypeStruct((R, 1), jnp.promote_types(x_RD.dtype, jnp.float32))
+    statistic = jax.ShapeDtypeStruct((R, 1), accum_dtype(x_RD))
     kernel = partial(_normalize, centered, epsilon)
     return call_kernel(kernel, "norm", _row_grid(R, D), [x_RD, statistic])(x_RD)
 
@@ -106,7 +108,7 @@ def scaled(function: Callable, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scaled(function: Callable, x_ref, y_ref, out_ref) -> None:
-    tile = pl.program_id(0) * (ELEMENTS) + jnp.arange(ELEMENTS)
+    tile = pl.program_id(0) * ELEMENTS + jnp.arange(ELEMENTS)
     inside = tile < x_ref.shape[0]
     x, y = (_float32(triton.load(ref.at[tile], mask=inside, other=0)) for ref in (x_ref, y_ref))
     triton.store(out_ref.at[tile], (y * function(x)).astype(out_ref.dtype), mask=inside)
@@ -121,7 +123,7 @@ def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array
     A row with a negative target has no loss and no gradient.
     """
     R, _ = logits_RV.shape
-    loss = jax.ShapeDtypeStruct((R,), jnp.promote_types(logits_RV.dtype, jnp.float32))
+    loss = jax.ShapeDtypeStruct((R,), accum_dtype(logits_RV))
     results, aliases = [loss, logits_RV], {0: 1}
     call = call_kernel(_cross_entropy, "cross_entropy", (R,), results, input_output_aliases=aliases)
     return call(logits_RV, targets_R)

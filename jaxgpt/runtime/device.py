@@ -304,6 +304,7 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
             (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
             (c.head_dim > 256, f"needs a head width up to 256, not {c.head_dim}"),
         ],
+        "xla": [(c.attention_dropout_rate, no_dropout)],
         "splash": [
             (platform != "tpu", "needs a TPU"),
             (c.attention_dropout_rate, no_dropout),

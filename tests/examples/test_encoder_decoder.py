@@ -85,6 +85,15 @@ def test_padding_is_never_attended():
         assert np.allclose(logits_1TV[..., :12], others_1TV[..., :12], atol=1e-5) != matters
 
 
+def test_a_source_of_padding_alone_gives_finite_logits_and_gradients():
+    model = make_model()
+    sources_BS = jnp.concatenate([SOURCE_1S, jnp.full_like(SOURCE_1S, PAD_ID)])
+    targets_BT = jnp.concatenate([TARGET_1T, TARGET_1T])
+    mean = lambda model: decode(model, sources_BS, targets_BT)[0][..., :12].mean()
+    value, gradients = nnx.value_and_grad(mean)(model)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradients)))
+
+
 def test_without_padding_attention_to_the_source_is_the_lectures_cross_attention():
     module = SourceAttention(SMALL, rngs=nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(0), (2, T, 16))
@@ -166,6 +175,7 @@ def test_it_learns_to_reverse_numbers_of_any_length():
     ("keys", "message"),
     [
         ({"position": "rope"}, "^position='rope': the encoder-decoder does not have this key; exp"),
+        ({"causal": False}, "^causal=False: the encoder-decoder does not have this key; exp"),
         ({"block_size": S}, f"^source_length={S}: leaves no room for a target; expected less than"),
     ],
     ids=str,

@@ -169,6 +169,12 @@ def test_attention_dropout_and_gradients_match_the_equations(implementation):
     assert_all_close(got, want, atol=1e-5)
 
 
+def test_a_window_without_a_causal_mask_is_refused():
+    q, k, v, _ = operands()
+    with pytest.raises(ValueError, match=r"^window=5: needs causal=True$"):
+        dot_product_attention(q, k, v, causal=False, window=5)
+
+
 # ---- choice of the implementation ------------------------------------------------------------
 
 

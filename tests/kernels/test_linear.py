@@ -1,5 +1,6 @@
 """Test linear maps against NumPy: matrix products, single rows and packed weights."""
 
+import re
 from functools import partial
 
 import jax
@@ -10,7 +11,13 @@ from helpers import assert_all_close, value_and_grads
 
 from jaxgpt.kernels import TABLE, linear
 from jaxgpt.kernels.embedding import embed_cpu
-from jaxgpt.kernels.linear import linear_cpu, linear_in_order, linear_reference, pack_bf16
+from jaxgpt.kernels.linear import (
+    add_bias,
+    linear_cpu,
+    linear_in_order,
+    linear_reference,
+    pack_bf16,
+)
 
 VARIANTS = [linear_reference, *(TABLE[row] for row in TABLE if row[0] == "linear_map")]
 LARGE = [  # sizes that are divisible into eight parts and sizes that are not
@@ -79,6 +86,16 @@ def test_parts_of_a_fused_map_keep_bfloat16(variant, monkeypatch):
     got = variant("BTD,DCNH->BTCNH", jnp.asarray(x, jnp.bfloat16), weight, bias)
     assert {part.dtype for part in got} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(np.stack(got).astype(np.float32), want, atol=0.2)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """A CPU sums bfloat16 numbers in float32 anyway, so the program is read, too."""
+    y_BTF, bias_F = jnp.zeros((2, 4096, 3), jnp.bfloat16), jnp.zeros(3)
+    out_BTF, pull_back = jax.vjp(add_bias, y_BTF, bias_F)
+    dy_BTF, gradient_F = pull_back(jnp.ones_like(out_BTF))
+    assert (dy_BTF.dtype, gradient_F.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(gradient_F, [8192] * 3)
+    assert re.search(r":f32\[3\] = reduce_sum", str(jax.make_jaxpr(pull_back)(out_BTF)))
 
 
 @pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
