@@ -36,7 +36,7 @@ PAD_ID, START_ID = 0, 1  # after a source that is short, and before a target
 # Keys of `Config` that the model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
     *("n_kv_head", "position", "norm_position", "norm_gain", "qk_norm", "value_residual"),
-    *("tie_embeddings", "sliding_window", "causal", "document_mask", "remat", "scan_layers"),
+    *("tie_embeddings", "sliding_window", "document_mask", "remat", "scan_layers"),
 )
 
 

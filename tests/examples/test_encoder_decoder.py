@@ -175,7 +175,6 @@ def test_it_learns_to_reverse_numbers_of_any_length():
     ("keys", "message"),
     [
         ({"position": "rope"}, "^position='rope': the encoder-decoder does not have this key; exp"),
-        ({"causal": False}, "^causal=False: the encoder-decoder does not have this key; exp"),
         ({"block_size": S}, f"^source_length={S}: leaves no room for a target; expected less than"),
     ],
     ids=str,
