@@ -1,5 +1,6 @@
 """Start JAX on the hardware, and replace each `auto` of a config by what suits the hardware."""
 
+import ctypes
 import math
 import os
 import re
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,13 @@ PEAK_FLOPS = {
 # Variables that set the fraction of a GPU's memory that JAX reserves, and our default.
 MEMORY_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEMORY_FRACTION = "0.9"
+
+
+MALLOC_OPTIONS = {  # options of glibc's mallopt by their numbers in malloc.h
+    -8: 1,  # M_ARENA_MAX: heaps
+    -4: 0,  # M_MMAP_MAX: buffers in mappings of their own
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: free bytes at the end of the heap that glibc keeps
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,8 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if device == "cpu" or not has_accelerator_plugin():
+        keep_freed_memory()
     if memory_fraction() is None:
         os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)
@@ -120,6 +132,26 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     if problem:
         jax.config.update("jax_platforms", platforms)
         raise UserError(f"device={device!r}: {problem}")
+
+
+def has_accelerator_plugin() -> bool:
+    """Tell whether JAX is installed with support for a GPU or a TPU."""
+    return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for later calls, in one heap; other C libraries are left alone.
+
+    XLA:CPU frees its buffers after each call. glibc returns large ones to the system, which then
+    has to clear every page again in the next call. All threads share one heap, because that of a
+    thread has no room for large buffers. This has no effect on threads that have started
+    (docs/performance.md, "Freed memory is kept").
+    """
+    has_own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not has_own:
+        for option, value in MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def _start_problem(device: str, platforms: str | None) -> str:

@@ -1,6 +1,8 @@
 """Test how JAX is started, and which XLA options the training step gets."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from glob import glob
@@ -20,6 +22,37 @@ TUNED, DEFAULT = Config(vocab_size=300), Config(vocab_size=300, xla="default")
 def fake_mesh(platform: str, size: int = 1) -> SimpleNamespace:
     one = SimpleNamespace(platform=platform, process_index=0)
     return SimpleNamespace(devices=SimpleNamespace(flat=[one] * size), size=size)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(
+    ("start", "own", "is_kept"),
+    [
+        ("device.start('cpu')", {}, True),
+        ("", {}, False),
+        ("device.start('cpu')", {"MALLOC_ARENA_MAX": "8"}, False),  # the user's own settings
+    ],
+)
+def test_a_cpu_keeps_freed_memory_unless_the_user_says_otherwise(start, own, is_kept):
+    """Otherwise the system clears 100 MB in each call."""
+    code = f"""
+import resource
+import jax
+import jax.numpy as jnp
+from jaxgpt.runtime import device
+{start}
+x = jnp.ones((5000, 5000))
+call = jax.jit(lambda x: x[::-1] * 3)
+faults = []
+for _ in range(50):
+    call(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-11])
+"""
+    command, env = [sys.executable, "-c", code], CHILD_ENV | own
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    pages = 10 * 5000 * 5000 * 4 / resource.getpagesize()  # in ten calls
+    assert (int(done.stdout) < pages / 2) == is_kept
 
 
 @pytest.fixture
