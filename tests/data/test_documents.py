@@ -134,6 +134,15 @@ if __name__ == "__main__":
 """
 
 
+def wait_until_unchanged(folder: Path, deadline_s: float = 30.0) -> None:
+    """Wait until no file has appeared or disappeared in a folder for a second."""
+    end, before = time.monotonic() + deadline_s, None
+    while (now := sorted(folder.iterdir())) != before:
+        assert time.monotonic() < end, f"somebody still writes to {folder}"
+        before = now
+        time.sleep(1)
+
+
 @pytest.mark.slow
 def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file):
     """Each kill comes after one more piece; workers must stop when the parent process is dead."""
@@ -152,10 +161,7 @@ def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file)
             if process.poll() is None:
                 process.kill()
         kills += 1
-        time.sleep(0.2)
-        left = sorted(folder.iterdir())
-        time.sleep(0.5)
-        assert sorted(folder.iterdir()) == left
+        wait_until_unchanged(folder)
         assert not (folder / "meta.json").exists(), "too quick to be killed"
         assert "interrupted" in refusal(open_dataset, folder, tmp_path, 0)
     subprocess.run(command, env=CHILD_ENV, check=True, capture_output=True)
