@@ -76,6 +76,8 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         check_freeze(config)
         _check_sampled(config)
         _check_report(config)
+        if config.eval_iters == 0 and config.dataset in TASKS:
+            dataset.train.read(0, 1)  # fails now, because training problems are endless
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
         mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)

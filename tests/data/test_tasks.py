@@ -430,12 +430,14 @@ IMPOSSIBLE = [
     ({"random_offset": True}, "reach all places of digits=2; expected train_digits below digits"),
     ({"random_offset": True, "train_digits": 2}, "random_offset=True: training problems already"),
     ({"data_on_device": "always"}, "data_on_device='always'"),
+    ({"eval_iters": 0}, "eval_iters=0: needs a split that ends, but training problems are endless"),
 ]
 
 
 @pytest.mark.parametrize(("keys", "message"), IMPOSSIBLE, ids=str)
 def test_arithmetic_run_with_invalid_keys_is_rejected(tmp_path, keys, message):
     assert message in refusal(train, make_config(out_dir=f"{tmp_path}/run", max_iters=1, **keys))
+    assert not (tmp_path / "run" / "config.json").exists()  # an old run there is still whole
 
 
 def test_full_evaluation_of_endless_problems_is_rejected():
