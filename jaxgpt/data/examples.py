@@ -43,8 +43,11 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
             prompt, completion = example["prompt"], example["completion"]
         except (ValueError, KeyError, TypeError):
             prompt = completion = None
-        is_text = isinstance(prompt, str) and isinstance(completion, str)
-        if not is_text or HALF_CHARACTER.search(prompt + completion):
+        if not (
+            isinstance(prompt, str)
+            and isinstance(completion, str)
+            and not HALF_CHARACTER.search(prompt + completion)
+        ):
             form = 'an object with two texts; try {"prompt": "2+2=", "completion": "4"}'
             raise UserError(f"line {number}: found {line.strip()[:60]!r}; expected {form}")
         yield prompt, completion
