@@ -158,7 +158,9 @@ class Attention(nnx.Module):
             if c.attention_dropout:
                 dropout = ctx.dropout.bind(ctx.layer, DropoutSite.ATTENTION_WEIGHTS)
             o_BTNH = kernels.dot_product_attention(
-                *(q_BTNH, k_BTKH, v_BTKH),
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
                 causal=c.causal,
                 window=c.sliding_window,
                 segment_ids_BT=ctx.segment_ids_BT,

@@ -36,6 +36,11 @@ AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # 
 # milliseconds on a GPU.
 SLOW_FLOPS = {"cpu": 1e10, "gpu": 5e11}
 FAST_STEPS = 10  # per call
+EXTRAS = {  # key -> the extra that it needs, and the modules
+    "report": ("report", ("altair", "vl_convert")),
+    "tensorboard": ("log", ("tensorboardX",)),
+    "wandb_log": ("log", ("wandb",)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
             dataset = _align(config, dataset)
         check_freeze(config)
         _check_sampled(config)
-        _check_report(config)
+        distributed.on_process_0(partial(_check_extras, config))
         if config.eval_iters == 0 and config.dataset in TASKS:
             dataset.train.read(0, 1)  # fails now, because training problems are endless
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
@@ -292,11 +297,12 @@ def _check_sampled(config: Config) -> None:
         )
 
 
-def _check_report(config: Config) -> None:
-    """Raise `UserError` if the run would write a report, but a package for it is missing."""
-    if config.report:
-        for module in "altair", "vl_convert":
-            import_extra(module, "report=True", "report")
+def _check_extras(config: Config) -> None:
+    """Raise `UserError` if a package is missing that process 0 needs later in the run."""
+    for key, (extra, modules) in EXTRAS.items():
+        if getattr(config, key):
+            for module in modules:
+                import_extra(module, f"{key}=True", extra)
 
 
 @dataclass

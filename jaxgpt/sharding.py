@@ -28,7 +28,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
     """Return the sharding of a parameter with these axis letters: VD is P("tensor", "fsdp").
 
-    A mesh axis splits only the first of the axes that RULES gives it, such as both of DD.
+    If RULES gives two axes of a parameter to one mesh axis, as in DD, only the first is split.
     """
     letters = axes if axes.strip("L") != "D" else ""
     spec: list[str | None] = []

@@ -258,8 +258,9 @@ class Attention(nnx.Module):
         if c.position == "rope":
             positions_1T = jnp.arange(x_BTD.shape[1])[None]
             q_BTNH, k_BTNH = apply_rope(q_BTNH, positions_1T), apply_rope(k_BTNH, positions_1T)
-        options = {"window": c.sliding_window, "backend": c.attention}
-        o_BTNH = kernels.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, causal=True, **options)
+        o_BTNH = kernels.dot_product_attention(
+            q_BTNH, k_BTNH, v_BTNH, causal=True, window=c.sliding_window, backend=c.attention
+        )
         return self.out(o_BTNH)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jaxgpt.config import UserError
-from jaxgpt.data.tokenizer import END_OF_TEXT, HALF_CHARACTER, Tokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from jaxgpt.data.tokens import SplitIds
 
 
@@ -41,15 +41,12 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
         try:
             example = json.loads(line)
             prompt, completion = example["prompt"], example["completion"]
-        except (ValueError, KeyError, TypeError):
-            prompt = completion = None
-        if not (
-            isinstance(prompt, str)
-            and isinstance(completion, str)
-            and not HALF_CHARACTER.search(prompt + completion)
-        ):
+            str.encode(prompt + completion)  # fails for other types, and for half a character
+        except (ValueError, KeyError, TypeError) as error:
             form = 'an object with two texts; try {"prompt": "2+2=", "completion": "4"}'
-            raise UserError(f"line {number}: found {line.strip()[:60]!r}; expected {form}")
+            raise UserError(
+                f"line {number}: found {line.strip()[:60]!r}; expected {form}"
+            ) from error
         yield prompt, completion
 
 

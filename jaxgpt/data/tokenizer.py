@@ -20,7 +20,6 @@ FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 UNDEFINED, REMAINDER = "undefined", "r"  # in answers to divisions
 PIECE_CHARS = 1 << 16
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a pair of UTF-16
 UNKNOWN = 0xFFFD  # the code point that stands for an id or a byte without a character
 
 
@@ -143,11 +142,13 @@ def with_working(tokenizer: Tokenizer) -> ArithmeticTokenizer:
     return shown
 
 
-def _check_characters(text: str) -> None:
-    """Raise `UserError` for half a character, which no byte of UTF-8 stands for."""
-    found = HALF_CHARACTER.search(text)
-    if found:
-        raise UserError(f"text: {found[0]!r} is half a character; expected text in UTF-8")
+def to_utf8(text: str) -> bytes:
+    """Encode a text. Raises `UserError` for half a character, which UTF-8 cannot hold."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"{text[error.start]!r} is half a character"
+        raise UserError(f"text: {problem}; expected text in UTF-8") from error
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -161,8 +162,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        _check_characters(text)
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        return np.frombuffer(to_utf8(text), np.uint8).astype(np.uint16)
 
     def decode(self, ids) -> str:
         in_bytes = np.minimum(ids, 0xFF).astype(np.uint8)  # 0xFF is in no character
@@ -182,7 +182,7 @@ class BpeTokenizer(Tokenizer):
         self._bpe = bpe
 
     def encode(self, text: str) -> np.ndarray:
-        _check_characters(text)
+        to_utf8(text)  # the library's own error names no character
         return self._join(self._encode_pieces(_cut(text)))
 
     def encode_documents(self, documents: list[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The platform that a function is traced for, the split of its mesh, and the dtype of sums."""
+"""What an operation asks while it is traced: its platform, split arrays, the dtype of sums."""
 
 import importlib.util
 import re

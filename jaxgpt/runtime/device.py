@@ -128,10 +128,11 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
     if memory_fraction() is None:
         os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)
-    problem = _start_problem(device, platforms)
-    if problem:
+    try:
+        _start_jax(device, platforms)
+    except UserError:
         jax.config.update("jax_platforms", platforms)
-        raise UserError(f"device={device!r}: {problem}")
+        raise
 
 
 def has_accelerator_plugin() -> bool:
@@ -154,18 +155,19 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def _start_problem(device: str, platforms: str | None) -> str:
-    """Start JAX unless it has started; say why it does not run on `device`, or return ""."""
+def _start_jax(device: str, platforms: str | None) -> None:
+    """Start JAX unless it has started. Raises `UserError` if it does not run on `device`."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform is left
         reason = next(iter(str(error).splitlines()), "there is no such device")
         advice = f"another JAX_PLATFORMS than {platforms}" if device == "auto" else "--device=auto"
-        return f"JAX cannot use it ({reason}); try {advice}"
+        problem = f"JAX cannot use it ({reason}); try {advice}"
+        raise UserError(f"device={device!r}: {problem}") from error
     started = jax.default_backend()
-    if {"auto": started, "cuda": "gpu"}.get(device, device) == started:
-        return ""
-    return f"JAX has started on a {started} in this process; expected {started}, or a new process"
+    if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
+        problem = f"JAX has started on a {started} in this process"
+        raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
 
 
 def memory_fraction() -> str | None:

@@ -134,15 +134,6 @@ if __name__ == "__main__":
 """
 
 
-def wait_until_unchanged(folder: Path, deadline_s: float = 30.0) -> None:
-    """Wait until no file has appeared or disappeared in a folder for a second."""
-    end, before = time.monotonic() + deadline_s, None
-    while (now := sorted(folder.iterdir())) != before:
-        assert time.monotonic() < end, f"somebody still writes to {folder}"
-        before = now
-        time.sleep(1)
-
-
 @pytest.mark.slow
 def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file):
     """Each kill comes after one more piece; workers must stop when the parent process is dead."""
@@ -155,13 +146,17 @@ def test_preparation_killed_twice_resumes_to_identical_files(tmp_path, bpe_file)
     folder, kills = tmp_path / "killed" / "plays", 0
     while kills < 2:
         before = len(list(folder.glob("0*.json")))
-        with subprocess.Popen(command, env=CHILD_ENV, stderr=subprocess.DEVNULL) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, env=CHILD_ENV, **pipes) as process:
             while process.poll() is None and len(list(folder.glob("0*.json"))) == before:
                 time.sleep(0.001)
             if process.poll() is None:
                 process.kill()
+            process.communicate(timeout=30)  # returns when the workers, who share the pipe, end
         kills += 1
-        wait_until_unchanged(folder)
+        left = sorted(folder.iterdir())
+        time.sleep(0.5)
+        assert sorted(folder.iterdir()) == left
         assert not (folder / "meta.json").exists(), "too quick to be killed"
         assert "interrupted" in refusal(open_dataset, folder, tmp_path, 0)
     subprocess.run(command, env=CHILD_ENV, check=True, capture_output=True)

@@ -34,7 +34,7 @@ def fake_mesh(platform: str, size: int = 1) -> SimpleNamespace:
     ],
 )
 def test_a_cpu_keeps_freed_memory_unless_the_user_says_otherwise(start, own, is_kept):
-    """Otherwise the system clears 100 MB in each call."""
+    """If freed memory is not kept, the system clears 100 MB of pages in each call."""
     code = f"""
 import resource
 import jax

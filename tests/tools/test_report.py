@@ -145,13 +145,21 @@ def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     assert "a sample of the model, because its dataset is not on this machine" in page
 
 
-@pytest.mark.parametrize("module", ["altair", "vl_convert"])
-def test_a_run_without_the_packages_of_its_report_does_not_start(
-    module, data, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("key", "module", "extra"),
+    [
+        ("report", "altair", "report"),
+        ("report", "vl_convert", "report"),
+        ("tensorboard", "tensorboardX", "log"),
+        ("wandb_log", "wandb", "log"),
+    ],
+)
+def test_a_run_without_a_package_that_it_needs_later_does_not_start(
+    key, module, extra, data, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    message = refusal(jaxgpt.train, tiny_run(tmp_path / "run", data, report=True))
-    assert message == f"report=True: needs {module}; try pip install 'jaxgpt[report]'"
+    message = refusal(jaxgpt.train, tiny_run(tmp_path / "run", data, **{key: True}))
+    assert message == f"{key}=True: needs {module}; try pip install 'jaxgpt[{extra}]'"
     assert not list((tmp_path / "run").glob("*.json*"))
 
 
