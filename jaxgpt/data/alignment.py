@@ -31,9 +31,9 @@ def choose_windows(starts: np.ndarray, num_tokens: int, block_size: int) -> np.n
     """
     starts = starts[starts < num_tokens - block_size]
     following = np.searchsorted(starts, starts + block_size)
-    ahead = np.append(following, len(starts))  # of each document, and of the end
+    ahead = np.append(following, len(starts))  # one window after each document, and the end
     chosen = np.zeros(1, np.int64)
-    while chosen[-1] < len(starts):  # each round doubles the chosen ones, and what `ahead` skips
+    while chosen[-1] < len(starts):  # after round r, 2^r are chosen, and `ahead` is 2^r windows
         chosen = np.append(chosen, ahead[chosen])
         ahead = ahead[ahead]
     return starts[chosen[chosen < len(starts)]]

@@ -1,5 +1,7 @@
 """How many sequences a step has, and into which micro-batches a mesh splits them."""
 
+import math
+
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
@@ -25,7 +27,7 @@ def num_microbatches(config: Config, mesh: Mesh) -> int:
     """
     total, shards = global_batch_size(config), batch_shards(mesh)
     share = max_sequences_per_device(mesh, config.batch_size, config.block_size)
-    counts = range(-(-total // (share * shards)), total + 1)
+    counts = range(math.ceil(total / (share * shards)), total + 1)
     return next(count for count in counts if total % (count * shards) == 0)
 
 
@@ -36,7 +38,8 @@ def eval_batches_and_size(config: Config, mesh: Mesh) -> tuple[int, int]:
     parts of a batch.
     """
     shards = batch_shards(mesh)
-    total = -(-(config.eval_iters or 1) * config.batch_size // shards) * shards
+    wanted = (config.eval_iters or 1) * config.batch_size
+    total = math.ceil(wanted / shards) * shards
     sizes = range(config.batch_size * shards, 0, -shards)
     size = next(size for size in sizes if total % size == 0)
     return total // size, size

@@ -39,7 +39,7 @@ class Batches:
         self.tokens = tokens
         self.shape_UMB = shape_UMB
         self.block_size = block_size
-        self._starts = partial(tokens.starts, block_size=block_size, seed=seed, stream=stream)
+        self._starts_of = partial(tokens.starts, block_size=block_size, seed=seed, stream=stream)
         self._sharding = NamedSharding(mesh, PartitionSpec(None, None, BATCH))
         self._resident = resident
         self._ahead = ahead
@@ -65,7 +65,7 @@ class Batches:
         """Return where the windows of the U steps from `step` on start, int64 [U, M, B]."""
         U, M, B = self.shape_UMB
         sample_ids = np.arange(step * M * B, (step + U) * M * B, dtype=np.uint64)
-        return self._starts(sample_ids).reshape(self.shape_UMB)
+        return self._starts_of(sample_ids).reshape(self.shape_UMB)
 
     def _read(self, step: int) -> jax.Array:
         """Put the windows on the mesh, or only their starts if the tokens are resident."""

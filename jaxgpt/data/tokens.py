@@ -8,6 +8,7 @@ read too: nanoGPT's train.bin and val.bin (uint16, no meta.json), and llm.c's sh
 import hashlib
 import json
 import os
+import resource
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -33,6 +34,7 @@ SplitIds = Iterator[tuple[str, np.ndarray]]  # a split, and the next of its ids
 GPT2_VOCAB = 50_257
 LLMC_MAGIC = 20240520
 LLMC_HEADER_BYTES = 1024
+OPEN_FILES = 65_536
 SCAN_IDS = 1 << 22  # compared at once, so that they stay in the processor's cache
 AGAIN = "try jaxgpt prepare again"
 LARGER = "try a larger --vocab_size, if the ids are of another vocabulary"
@@ -52,22 +54,23 @@ class TokenSplit:
         self.advice = advice  # for an id out of range
         self._layouts = [_layout(file, dtype) for file in files]
         self.dtype = self._layouts[0].dtype
-        self._starts = np.cumsum([0] + [layout.tokens for layout in self._layouts])
+        self._file_starts = np.cumsum([0] + [layout.tokens for layout in self._layouts])
         self._opened = [os.open(file, os.O_RDONLY) for file in files]
         weakref.finalize(self, _close, self._opened)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._file_starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Copy `length` ids from `start` on. Raises `UserError` for an id out of range."""
         ids, done = np.empty(length, self.dtype), 0
-        part = int(np.searchsorted(self._starts, start, "right")) - 1
+        part = int(np.searchsorted(self._file_starts, start, "right")) - 1
         while done < length:
-            offset = int(start + done - self._starts[part])
-            end = done + int(self._starts[part + 1] - self._starts[part]) - offset
+            offset = int(start + done - self._file_starts[part])
+            end = done + int(self._file_starts[part + 1] - self._file_starts[part]) - offset
             piece = ids[done:end]
             self._read_into(piece, part, offset)
+            # the largest id, and the largest among those that are written as ~id
             if max(int(piece.max()), ~int(piece.min())) >= self.vocab_size:
                 at = int(np.argmax((piece >= self.vocab_size) | (piece < -self.vocab_size)))
                 problem = f"id {piece[at]} at token {offset + at} is out of range"
@@ -113,7 +116,7 @@ class TokenSplit:
     def positions_of(self, id: int) -> np.ndarray:
         """Find every position of an id, int64, by reading the whole split."""
         found = [np.empty(0, np.int64)]
-        for part, start in enumerate(self._starts[:-1]):
+        for part, start in enumerate(self._file_starts[:-1]):
             ids = self._map(part)
             for at in range(0, len(ids), SCAN_IDS):
                 found.append(start + at + np.flatnonzero(ids[at : at + SCAN_IDS] == id))
@@ -140,6 +143,18 @@ class AlignedSplit(TokenSplit):
         epochs, numbers = np.divmod(sample_ids.astype(np.uint64), np.uint64(count))
         order = permute(numbers, count, epoch_keys(epochs, seed, stream))
         return self.window_starts[order.astype(np.int64)]
+
+
+def _allow_open_files() -> None:
+    """Let this process have as many files open as the system allows, but at most OPEN_FILES.
+
+    A set of documents may have more files than the usual limit of 1,024, or of 256 on macOS.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if 0 <= now < limit:  # -1 is no limit
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def _close(files: list[int]) -> None:
@@ -252,6 +267,7 @@ def open_dataset(folder: Path, data_dir: Path, block_size: int, vocab_size: int 
     `vocab_size` is the vocabulary of files that do not say theirs; 0 means GPT-2's. Raises
     `UserError` for files that are missing, damaged or too short, or differ from meta.json.
     """
+    _allow_open_files()
     if any(folder.glob(f"*{PARTIAL}")):
         raise UserError(f"{folder}: preparation was interrupted; expected complete files; {AGAIN}")
     is_ours = (folder / META).exists()
@@ -303,6 +319,7 @@ def _open_foreign(folder: Path, data_dir: Path, vocab_size: int) -> Dataset:
     The characters are read from the input.txt beside it; without one the tokenizer is unknown.
     """
     files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in SPLITS}
+    files["val"] = [file for file in files["val"] if file not in files["train"]]  # retrieval_train
     for split in SPLITS:
         if not files[split]:
             problem = f"holds neither {META} nor *{split}*.bin"

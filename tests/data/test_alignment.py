@@ -192,8 +192,9 @@ def test_aligned_run_resumes_exactly_on_other_devices_and_with_data_on_the_host(
     [
         ({"eot_id": -1}, "the tokenizer of dataset='tale' has no end-of-text token, or is unknown; "
                          "try --eot_id=ID, the token id that starts a document"),
-        ({"eot_id": 5000}, "the train split of dataset='tale' has no end-of-text (id 5000) that "
-                           "block_size=8 tokens follow; expected at least one; try a smaller"),
+        ({"eot_id": 50, "vocab_size": 60},
+         "the train split of dataset='tale' has no end-of-text (id 50) that block_size=8 tokens "
+         "follow; expected at least one; try a smaller"),
         ({"dataset": "adder", "digits": 1}, "dataset='adder' has problems and no documents; try "),
     ],
 )  # fmt: skip

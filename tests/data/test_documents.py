@@ -300,6 +300,22 @@ def test_json_files_of_the_user_in_the_folder_are_no_notes_and_are_kept(tmp_path
         assert (folder / "2024.json").read_text() == "[1]"
 
 
+def test_json_file_of_the_user_with_the_name_of_a_note_is_not_replaced(tmp_path, bpe_file):
+    folder = tmp_path / "plays"
+    write_texts(folder, make_texts(10))
+    for text in "{}", "[5]", "5", '{"line": 1}\n{"line": 2}\n':
+        (folder / "00000.json").write_text(text)
+        message = refusal(prepare, str(folder), str(tmp_path), bpe_file, overwrite=True)
+        assert "00000.json: its name is that of a file which jaxgpt writes" in message
+        assert (folder / "00000.json").read_text() == text
+
+
+def test_empty_documents_are_rejected(tmp_path, bpe_file):
+    source = write_texts(tmp_path / "plays", ["", ""])
+    message = refusal(prepare, source, str(tmp_path / "data"), bpe_file)
+    assert message == f"{source}: its files are empty; expected documents in them"
+
+
 def test_folder_of_another_dataset_is_rejected_and_unchanged(tmp_path, bpe_file):
     (tmp_path / "some.txt").write_text("to be or not to be\n" * 9)
     folder = prepare(str(tmp_path / "some.txt"), str(tmp_path))
@@ -314,7 +330,7 @@ def test_folder_of_another_dataset_is_rejected_and_unchanged(tmp_path, bpe_file)
     [
         *((None, {"shard": shard}, f"shard='{shard}': not a share; expected i/n")
           for shard in ("1", "3/3", "-1/3", "0/0", "a/b")),
-        *((name, {}, f"tokenizer='{name}': has no end-of-text")
+        *((name, {}, f"tokenizer='{name}': not for documents; expected gpt2, or")
           for name in ("char", "byte", "none.json")),
         (None, {}, "val_share=0.01: leaves no document for val"),
     ],

@@ -25,7 +25,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import prepare as prepares
 from jaxgpt.data import text as texts
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.prepare import find_dataset, prepare, prepare_if_missing
+from jaxgpt.data.prepare import encode_text, find_dataset, prepare, prepare_if_missing
 from jaxgpt.data.text import Corpus, Download
 from jaxgpt.data.tokenizer import CharTokenizer
 from jaxgpt.data.tokens import open_dataset
@@ -402,6 +402,22 @@ def test_text_put_beside_fallback_token_files_is_used_by_a_fresh_run(tmp_path, f
     fresh = find_dataset(config(tmp_path, "bard"), 8)
     assert (text_of(fresh), fresh.notes) == (SECOND, ())
     assert text_of(open_dataset(kept, tmp_path, 8)) == FIRST
+
+
+def test_known_corpus_is_not_taken_for_a_folder_of_its_name(tmp_path, monkeypatch, corpus):
+    monkeypatch.chdir(tmp_path)
+    Path("bard").mkdir()  # such as the run directory of --out_dir=bard
+    Path("data/bard").mkdir(parents=True)
+    write_text(Path("data/bard"), VERSE, "input.txt")
+    assert find_dataset(config(Path("data"), "bard"), 8).tokenizer.kind == "byte"
+
+
+def test_characters_are_encoded_at_once_in_a_text_without_breaks():
+    """A text without breaks may be larger than memory too."""
+    pieces = ["acgt" * 100] * 50
+    encoder = CharTokenizer("acgt")
+    encoded = [(split, len(ids)) for split, ids in encode_text(pieces, encoder, 18_000) if len(ids)]
+    assert encoded == [("train", 400)] * 45 + [("val", 400)] * 5
 
 
 def test_name_may_be_names_joined_by_slashes(tmp_path):

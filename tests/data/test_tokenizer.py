@@ -188,6 +188,22 @@ def test_any_documents_have_the_same_ids_without_tiktoken(gpt2, gpt2_without_tik
     assert_ids(gpt2.encode_documents(documents), ids.tolist())
 
 
+def test_pieces_stay_short_after_a_long_word():
+    """One long word must not send the rest of a text through the slower library."""
+    words = "to be or not " * 20_000
+    pieces = tokenizers._cut("x" * 200_000 + " " + words)
+    assert len(pieces[0]) < 200_000 + tokenizers.PIECE_CHARS
+    assert max(map(len, pieces[1:])) <= tokenizers.PIECE_CHARS
+    assert "".join(pieces) == "x" * 200_000 + " " + words
+
+
+def test_vocabulary_reaches_to_the_largest_id_if_ids_have_gaps():
+    ids = {"a": 0, "b": 70_000}
+    bpe = tokenizers.BpeTokenizer(hf.Tokenizer(hf.models.WordLevel(ids, unk_token="a")))
+    assert bpe.vocab_size == 70_001
+    assert bpe.encode("b").tolist() == [70_000]
+
+
 def test_a_million_spaces_do_not_overflow_the_stack_of_tiktoken(gpt2):
     ids = gpt2.encode_documents(["a" + " " * 1_100_000 + "b", "a b"])
     assert len(ids) > 1_100_000

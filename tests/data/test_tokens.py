@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import refusal
+from helpers import CHILD_ENV, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -122,6 +124,32 @@ def write_nanogpt(folder: Path, vocab_size: int = GPT2_VOCAB) -> dict[str, np.nd
     for split, ids in splits.items():
         write_ids(folder / f"{split}.bin", ids)
     return splits
+
+
+def test_dataset_may_have_more_files_than_the_usual_limit(tmp_path):
+    """macOS allows 256 open files, and Linux 1,024, unless a process asks for more."""
+    for number in range(200):
+        write_shard(tmp_path / f"train_{number:03}.bin", [number] * 3)
+    write_shard(tmp_path / "val.bin", range(9))
+    code = """
+import resource, sys
+from pathlib import Path
+from jaxgpt.data.tokens import open_dataset
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, most))
+folder = Path(sys.argv[1])
+print(open_dataset(folder, folder, 4).train.read(597, 3)[0])
+"""
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, env=CHILD_ENV, capture_output=True, text=True, check=True)
+    assert done.stdout == "199\n"
+
+
+def test_file_whose_name_holds_val_and_train_is_a_train_file(tmp_path, no_gpt2):
+    write_ids(tmp_path / "retrieval_train.bin", range(9))
+    write_ids(tmp_path / "retrieval_val.bin", range(5))
+    splits = {"train": range(9), "val": range(5)}
+    assert_dataset(open_folder(tmp_path), splits, GPT2_VOCAB)
 
 
 def test_nanogpt_folder_without_meta_has_gpt2_vocabulary(tmp_path, no_gpt2):
