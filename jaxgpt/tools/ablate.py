@@ -8,7 +8,7 @@ seed by seed.
 import difflib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxgpt.data.prepare import find_dataset
 from jaxgpt.resolve import AUTO_KEYS
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.device import resolve_auto
+from jaxgpt.runtime.files import atomic_write
 from jaxgpt.runtime.metrics import read_metrics
 from jaxgpt.tools.bench.report import interleaved
 from jaxgpt.tools.bench.training import JaxGPT
@@ -78,6 +79,7 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
             expected = "expected a feature of docs/menu.md"
             problem = f"unknown feature; {expected}; try --features {nearest}"
             raise UserError(f"features={name!r}: {problem}")
+    check_runs_end(config)
     names = [BASELINE, *(features or FEATURES)]
     for seed in range(1, seeds + 1):
         for name in names:
@@ -106,6 +108,14 @@ def run_config(config: Config, name: str, seed: int, share: float, out_dir: str)
 def with_feature(config: Config, name: str) -> Config:
     """Switch a feature on; the baseline has none."""
     return config.replace(**FEATURES[name][0]) if name in FEATURES else config
+
+
+def check_runs_end(config: Config) -> None:
+    """Raise `UserError` for a key that ends runs early, because their losses are compared."""
+    for key in "early_stopping_patience", "target_val_loss":
+        if value := getattr(config, key):
+            problem = f"a run that ends early cannot be compared; expected {key}=0"
+            raise UserError(f"{key}={value}: {problem}")
 
 
 def train_run(config: Config) -> int:
@@ -146,7 +156,7 @@ def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
         baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
         (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found), encoding="utf-8")
+        atomic_write(file, json.dumps(found))
         jax.clear_caches()
     return json.loads(file.read_text(encoding="utf-8"))["ratio"]
 
@@ -161,8 +171,8 @@ def round_of_steps(config: Config) -> Callable[[], float]:
 
     That function returns the seconds per step.
     """
-    dataset = find_dataset(config, config.block_size)
-    config = config.replace(vocab_size=dataset.vocab_size)
+    dataset = find_dataset(config, config.block_size, config.vocab_size)
+    config = config.replace(vocab_size=config.vocab_size or dataset.vocab_size)
     jaxgpt = JaxGPT(resolve_auto(config)[0], dataset)
     steps = jaxgpt.round_steps()
     return lambda: jaxgpt.train(steps)[0] / steps
@@ -195,16 +205,30 @@ def format_speedup(config: Config, results: dict[str, Result], seeds: int, out_d
     """Say when the winners together reach the baseline's final loss, if they were trained."""
     if COMBINED not in results:
         return ""
-    steps = np.log(LENGTHS[COMBINED])[::-1]
-    losses = read_losses(config, COMBINED, seeds, out_dir)[:, ::-1]
-    pairs = zip(results[BASELINE].losses, losses, strict=True)
-    shares = np.exp([np.interp(goal, row, steps, math.nan, math.nan) for goal, row in pairs])
+    losses = read_losses(config, COMBINED, seeds, out_dir)
+    goals, lengths = results[BASELINE].losses, LENGTHS[COMBINED]
+    shares = [length_to(goal, lengths, row) for goal, row in zip(goals, losses, strict=True)]
     if np.isnan(shares).any():
-        return f"\n`{COMBINED}` does not reach the baseline's final loss at the lengths tried.\n"
+        problem = f"before {lengths[0]:.0%} of the steps or not at all, with some seeds"
+        return f"\n`{COMBINED}` reaches the baseline's final loss {problem}.\n"
     return (
         f"\n`{COMBINED}` reaches the baseline's final loss after {spread(shares, '.0%')} of the "
         f"steps, which take {np.mean(shares) * results[COMBINED].cost:.0%} of the time.\n"
     )
+
+
+def length_to(goal: float, lengths: Sequence[float], losses: Sequence[float]) -> float:
+    """Return after which length the loss is `goal`, for the losses of runs of several lengths.
+
+    It is interpolated in the logarithm of the length, between the shortest run that reaches the
+    goal and the run before. NaN if the first run reaches it, or none does.
+    """
+    reached = next((i for i, loss in enumerate(losses) if loss <= goal), 0)
+    if reached == 0:
+        return math.nan
+    before, after = losses[reached - 1], losses[reached]
+    fraction = (before - goal) / (before - after)
+    return lengths[reached - 1] * (lengths[reached] / lengths[reached - 1]) ** fraction
 
 
 def format_table(results: dict[str, Result]) -> str:
@@ -223,10 +247,10 @@ def format_table(results: dict[str, Result]) -> str:
     return "".join([header, "|" + "---|" * len(columns) + "\n", *lines])
 
 
-def spread(values: np.ndarray, form: str) -> str:
-    """Return mean and standard deviation as text."""
-    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return f"{np.mean(values):{form}} ± {deviation:{form}}"
+def spread(values: Sequence[float] | np.ndarray, form: str) -> str:
+    """Return mean and standard deviation as text; of one value, the value."""
+    mean = f"{np.mean(values):{form}}"
+    return f"{mean} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else mean
 
 
 def _difference(values: np.ndarray) -> str:

@@ -35,6 +35,8 @@ def open_model(
     `UserError`.
     """
     trained = huggingface.load_trained(init_from, *where)
+    if trained.config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
     if init_from != "resume":
         keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
     config = device.inference_config(trained.config, mesh=mesh, **keys)
@@ -101,7 +103,8 @@ def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     The result also has this fraction, with its 95% interval, per operation and per length of the
     longer number; how many errors there are of each kind; and the first `ERRORS_SHOWN` of them.
     """
-    kinds, a, b = problems = task.held_out
+    problems = task.held_out
+    kinds, a, b = problems
     solutions, expected = greedy_solutions(sampler, task), task.solutions(problems)
     errors = [kind_of_error(*pair) for pair in zip(solutions, expected, strict=True)]
     is_right = np.array([error is None for error in errors])

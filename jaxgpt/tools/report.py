@@ -59,6 +59,8 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
     path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; try mkdir -p {path.parent}")
     ids_T, source = passage_tokens(run)
     prompt_T = ids_T[: min(PROMPT_TOKENS, run.config.block_size)]
     if prompt:
@@ -133,7 +135,7 @@ def config_table(runs: Sequence[Run]) -> str:
     """Return a table of the keys of which a run's value is not the default."""
     defaults = type(runs[0].config)().to_dict()
     columns = {run.source: run.config.to_dict() for run in runs}
-    columns["default"] = defaults
+    columns["default value"] = defaults
     is_changed = lambda key: any(columns[run.source].get(key) != defaults[key] for run in runs)
     keys = [key for key in defaults if is_changed(key)]
     texts = {
@@ -224,7 +226,7 @@ def passage_tokens(run: Run) -> tuple[np.ndarray, str]:
     """Return a text as ids [T], int32, and its source: the validation split, or else a sample."""
     config = run.config
     if run.step is not None and has_data(config):
-        data = find_dataset(config, config.block_size)
+        data = find_dataset(config, config.block_size, config.vocab_size)
         check_same(config.dataset, data.tokenizer, run._trained.tokenizer.file)
         val = data.val
         ids_T = val.read(0, min(PASSAGE_TOKENS, len(val))).astype(np.int32)

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import Config, UserError
-from jaxgpt.tools.ablate import BASELINE, final_loss, folder_of, spread, step_cost, train_run
+from jaxgpt.tools.ablate import (
+    BASELINE,
+    check_runs_end,
+    final_loss,
+    folder_of,
+    length_to,
+    spread,
+    step_cost,
+    train_run,
+)
 
 WHOLE = "recipe"
 SHARES = (0.067, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.0)  # of the baseline's steps
@@ -53,6 +62,10 @@ def measure(
         if name not in {WHOLE, *recipe.parts}:
             expected = ", ".join([WHOLE, *recipe.parts])
             raise UserError(f"features={name!r}: unknown part; expected one of {expected}")
+    check_runs_end(recipe)
+    if recipe.max_iters != baseline.max_iters:
+        problem = f"the baseline has max_iters={baseline.max_iters}; expected the same steps"
+        raise UserError(f"max_iters={recipe.max_iters}: {problem}")
     taken = [name for name in parts or recipe.parts if name != WHOLE]
     without = {f"without {name}": recipe.replace(**recipe.parts[name]) for name in taken}
     variants = {BASELINE: baseline, WHOLE: recipe} | without
@@ -101,9 +114,8 @@ def share_to_loss(loss: Callable[[float], float], goal: float) -> float:
         shortest += 1
     if shortest in (0, len(SHARES)):
         return math.nan
-    near, far = loss(SHARES[shortest - 1]), loss(SHARES[shortest])
-    logs = np.log([SHARES[shortest - 1], SHARES[shortest]])
-    return float(np.exp(np.interp(near - goal, [0.0, near - far], logs)))
+    pair = SHARES[shortest - 1], SHARES[shortest]
+    return length_to(goal, pair, [loss(share) for share in pair])
 
 
 def format_table(results: dict[str, Result]) -> str:

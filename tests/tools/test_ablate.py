@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_data
+from helpers import ROOT, make_data, refusal
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.runtime.config_file import load_config_file
@@ -139,6 +139,22 @@ def test_speedup_is_measured_where_combined_loss_reaches_baseline_loss(config, m
     found = ablate.compare(config, {"baseline": 1.0, "together": 1.4}, 2, "out")
     text = ablate.format_speedup(config, found, 2, "out")
     assert "after 50% ± 0% of the steps, which take 70% of the time" in text
+
+
+@pytest.mark.parametrize("losses", [[1.9, 1.8, 1.7], [2.3, 2.2, 2.1], [2.2, 2.1, math.nan]])
+def test_speedup_is_unknown_before_the_first_length_and_after_the_last(losses):
+    assert math.isnan(ablate.length_to(2.0, (0.2, 0.4, 1.0), losses))
+
+
+def test_speedup_of_a_run_that_overfits_is_where_its_loss_first_falls_to_the_goal():
+    found = ablate.length_to(2.0, (0.2, 0.4, 1.0), [2.1, 1.9, 2.05])
+    assert found == pytest.approx(0.2 * 2**0.5)
+
+
+@pytest.mark.parametrize("keys", [{"early_stopping_patience": 3}, {"target_val_loss": 1.5}])
+def test_runs_that_end_early_are_rejected(config, tmp_path, keys):
+    message = refusal(ablate.ablate, config.replace(**keys), [], 1, str(tmp_path))
+    assert "a run that ends early cannot be compared" in message
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from helpers import make_data
+from helpers import make_data, refusal
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.tools import ablate, time_to_loss
@@ -85,3 +85,18 @@ def test_unknown_part_is_rejected():
     expected = "^features='rop': unknown part; expected one of recipe, rope$"
     with pytest.raises(UserError, match=expected):
         time_to_loss.measure(Config(), Recipe(), ["rop"], 1, "out")
+
+
+def test_recipe_of_other_steps_than_the_baseline_is_rejected():
+    recipe = Recipe(max_iters=500)
+    message = refusal(time_to_loss.measure, Config(max_iters=2000), recipe, [], 1, "out")
+    assert message.startswith("max_iters=500: the baseline has max_iters=2000; expected the same")
+
+
+def test_table_of_one_seed_has_no_spread():
+    results = {
+        "baseline": time_to_loss.Result(np.array([1.0]), 1.0),
+        "recipe": time_to_loss.Result(np.array([0.2]), 1.5),
+    }
+    row = time_to_loss.format_table(results).splitlines()[3]
+    assert row == "| recipe | 20.0% | 1.50 | 30.0% |  |"
