@@ -176,8 +176,8 @@ class Run:
     ) -> Any:  # fmt: skip
         """Return the prompt and the text that continues it; for a list of prompts, a list.
 
-        With `stream`, yield the same text piece by piece: first the prompt, then new text. The
-        options, their defaults and the texts are those of `jaxgpt sample`. Raises `UserError`.
+        With `stream`, yield the same text piece by piece: first the prompt, then new text. Options
+        have the defaults of `jaxgpt sample`, and give the same texts. Raises `UserError`.
         """
         drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         values = {"max_new_tokens": max_new_tokens, "seed": seed} | drawing

@@ -53,12 +53,13 @@ class Pattern:
         return self.means
 
 
-PositiveInt = Annotated[int, Range(1)]
-NonNegativeInt = Annotated[int, Range(0)]
+INT32_MAX = 2**31 - 1  # the largest step, size or id of the compiled programs
+PositiveInt = Annotated[int, Range(1, INT32_MAX)]
+NonNegativeInt = Annotated[int, Range(0, INT32_MAX)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1, below_high=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX would silently reduce it modulo 2**32
-NonEmptyStr = Annotated[str, Pattern(r"[^\0]+", "non-empty text")]
+NonEmptyStr = Annotated[str, Pattern(r"[^\0\ud800-\udfff]+", "non-empty text in UTF-8")]
 InitFrom = Annotated[str, Pattern(r"[^\0]+", "scratch, resume, auto, or the name of weights")]
 Checkpoint = Annotated[str, Pattern(r"best|latest|\d+", "best, latest, or a step")]
 DATASET_NAME = Pattern(r"\w[\w.+-]*(/\w[\w.+-]*)*", "a name, or names joined by /")
@@ -206,7 +207,7 @@ class ModelConfig:
     """Mix the first layer's values into every layer's values, by a learned weight."""
     document_mask: bool = False
     """In training and evaluation, let tokens attend only within their own document."""
-    eot_id: Annotated[int, Range(-1)] = -1
+    eot_id: Annotated[int, Range(-1, INT32_MAX)] = -1
     """Token id of the end-of-text, which separates documents for document_mask and align_documents;
     -1 means the tokenizer's."""
     zero_init_projections: bool = False
@@ -287,7 +288,7 @@ class OptimizerConfig:
     """Skip the update of a step whose loss or gradient norm exceeds the mean of the last
     `spike_window` steps by this many standard deviations; levanter and MaxText use 6. 0 skips
     none."""
-    spike_window: Annotated[int, Range(2)] = 128
+    spike_window: Annotated[int, Range(2, INT32_MAX)] = 128
     """Number of steps that `skip_loss_spikes` compares with; as many first steps are not
     skipped."""
 
@@ -327,7 +328,7 @@ class ParallelConfig:
     none."""
     num_processes: NonNegativeInt = 0
     """Number of processes, if `coordinator` is given."""
-    process_id: Annotated[int, Range(-1)] = -1
+    process_id: Annotated[int, Range(-1, INT32_MAX)] = -1
     """Index of this process, from 0, if `coordinator` is given."""
     steps_per_call: NonNegativeInt = 0
     """Steps per call of the compiled program; 0 means 10 if steps are short and the data is on the

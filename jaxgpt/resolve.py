@@ -79,19 +79,20 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         if config.align_documents:
             dataset = _align(config, dataset)
         check_freeze(config)
-        _check_sampled(config)
+        _check_sampled(config, dataset)
         distributed.on_process_0(partial(_check_extras, config))
         if config.eval_iters == 0 and config.dataset in TASKS:
             dataset.train.read(0, 1)  # fails now, because training problems are endless
         resume_step = distributed.on_process_0(partial(run_dir.resume_step, config, checkpoints))
         mesh = make_mesh(config)
         config, device_notes = device.resolve_auto(config)
+        device.save_memory(count_params(config))
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
         distributed.on_process_0(create)
         checkpoints.newest = checkpoints.latest()  # `create` deletes those of an old run
         notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
-        with checkpoints.completing():
+        with device.explain_out_of_memory(config), checkpoints.completing():
             yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
 
@@ -203,6 +204,9 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
         )
     needs_eot = config.document_mask
     eot_id = _end_of_text("document_mask", config, dataset) if needs_eot else config.eot_id
+    if eot_id >= vocab_size:
+        expected = f"expected an id below vocab_size={vocab_size}"
+        raise UserError(f"eot_id={eot_id}: not in the vocabulary; {expected}")
     return config.replace(vocab_size=vocab_size, eot_id=eot_id)
 
 
@@ -288,13 +292,19 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     }
 
 
-def _check_sampled(config: Config) -> None:
-    """Raise `UserError` if the run would sample from an encoder."""
-    if config.sample_every and not config.causal:
-        raise UserError(
-            f"sample_every={config.sample_every}: an encoder cannot be sampled; expected "
-            "causal=True, or sample_every=0"
-        )
+def _check_sampled(config: Config, dataset: Dataset) -> None:
+    """Raise `UserError` if the run would sample, or report, a model that it cannot sample."""
+    for key in "sample_every", "report":
+        if getattr(config, key) and not config.causal:
+            off = f"{key}={getattr(Config, key)}"
+            problem = f"an encoder cannot be sampled; expected causal=True, or {off}"
+            raise UserError(f"{key}={getattr(config, key)}: {problem}")
+    if config.report and dataset.tokenizer is None:
+        problem = f"the tokenizer of dataset={config.dataset!r} is unknown"
+        raise UserError(f"report=True: {problem}; expected report=False")
+    if config.report and jax.process_count() > 1:
+        advice = f"expected report=False; try jaxgpt report {config.out_dir} after the run"
+        raise UserError(f"report=True: a run of several processes cannot write it; {advice}")
 
 
 def _check_extras(config: Config) -> None:

@@ -62,9 +62,9 @@ def train(
         periodic = PeriodicWork(run, batches, best, log, stopwatch, skipped)
         if step == 0 or config.eval_only:
             periodic.evaluate(state, step, with_full_loss=config.eval_only)
-        if best.reached_target and not config.eval_only:
-            log.info(reached_before(config, best))
         if config.eval_only or step >= config.max_iters or best.reached_target:
+            if not config.eval_only:
+                log.info(why_no_steps(config, best, step))
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         peak = peak_tokens_per_s(config, run.mesh)
@@ -114,13 +114,17 @@ def resume_counts(run: ResolvedRun) -> tuple[Stopwatch, SkippedSteps]:
     return stopwatch, SkippedSteps(**meta.get("skipped", {}))
 
 
-def reached_before(config: Config, best: Best) -> str:
-    """Return the line for a run that has reached its target, and so takes no more steps."""
-    return (
-        f"target_val_loss={config.target_val_loss}: the validation loss is {best.val_loss:.4f} at "
-        f"step {best.step}, so the run takes no more steps; try a lower --target_val_loss to train "
-        "further"
-    )
+def why_no_steps(config: Config, best: Best, step: int) -> str:
+    """Return the line for a run that takes no steps, because it has reached its end or target."""
+    if best.reached_target:
+        key, advice = "target_val_loss", "a lower --target_val_loss"
+        problem = f"the validation loss is {best.val_loss:.4f} at step {best.step}"
+    else:
+        key, advice = "max_iters", "a larger --max_iters"
+        problem = f"step {step} is done"
+    value = getattr(config, key)
+    result = "so the run takes no more steps"
+    return f"{key}={value}: {problem}, {result}; try {advice} to train further"
 
 
 def compile_train_step(

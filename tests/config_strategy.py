@@ -5,7 +5,7 @@ import typing
 
 from hypothesis import strategies as st
 
-from jaxgpt.config import Config, Pattern, Range, key_types
+from jaxgpt.config import INT32_MAX, Config, Pattern, Range, key_types
 
 HINTS = key_types(Config)
 SMALL = st.integers(1, 9)
@@ -41,5 +41,6 @@ def configs(draw) -> Config:
     keys["sliding_window"] *= keys["causal"]
     keys["scan_layers"] &= keys["n_layer"] > 0
     keys["min_lr"] = min(keys["min_lr"], keys["learning_rate"])
-    keys["batch_tokens"] *= keys["batch_size"] * keys["block_size"]
+    step_size = keys["batch_size"] * keys["block_size"]
+    keys["batch_tokens"] = step_size * (keys["batch_tokens"] % (INT32_MAX // step_size + 1))
     return Config(**keys)

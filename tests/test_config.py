@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import typing
 
 import pytest
@@ -24,10 +25,10 @@ KINDS = [
     ("max_iters eval_iters sample_every save_interval profile early_stopping_patience batch_tokens "
      "vocab_size n_layer n_kv_head mlp_dim sliding_window warmup_iters lr_decay_iters "
      "max_nonfinite_steps num_processes steps_per_call momentum_warmup_iters", -1,
-     "a whole number at least 0"),
+     "a whole number from 0 to 2147483647"),
     ("eval_interval log_interval keep_checkpoints batch_size gradient_accumulation_steps "
-     "block_size n_head n_embd", 0, "a whole number at least 1"),
-    ("eot_id process_id", -2, "a whole number at least -1"),
+     "block_size n_head n_embd", 0, "a whole number from 1 to 2147483647"),
+    ("eot_id process_id", -2, "a whole number from -1 to 2147483647"),
     ("digits", 10, "a whole number from 1 to 9"),
     ("train_digits", 10, "a whole number from 0 to 9"),
     ("muon_iterations", 6, "a whole number from 1 to 5"),
@@ -36,15 +37,15 @@ KINDS = [
      "skip_loss_spikes", -1e-9, "a number at least 0"),
     ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
-    ("spike_window", 1, "a whole number at least 2"),
+    ("spike_window", 1, "a whole number from 2 to 2147483647"),
     ("working reverse_digits random_offset "
      "overwrite report eval_only always_save_checkpoint tensorboard wandb_log attention_dropout "
      "bias tie_embeddings qk_norm causal value_residual document_mask zero_init_projections "
      "align_documents decay_lr use_cpu_variant scan_layers shard_optimizer deterministic norm_gain "
      "cautious_weight_decay muon_per_head", "yes",
      "True or False"),
-    ("out_dir wandb_project", "", "non-empty text"),
-    ("data_dir", "a\0b", "non-empty text"),
+    ("out_dir wandb_project", "", "non-empty text in UTF-8"),
+    ("data_dir", "a\0b", "non-empty text in UTF-8"),
     ("wandb_run_name freeze", 7, "text"),
     ("init_from", "", "scratch, resume, auto, or the name of weights"),
     ("dataset", "../shakespeare", "a name, or names joined by /"),
@@ -97,9 +98,21 @@ def test_integer_is_accepted_for_a_float_key(key):
     assert repr(getattr(Config(**{"min_lr": 0, key: 0}), key)) == "0.0"
 
 
+def test_whole_numbers_fit_into_the_int32_of_compiled_programs():
+    most = 2**31 - 1
+    assert Config(max_iters=most).max_iters == most
+    message = refusal(Config, max_iters=most + 1)
+    assert message.endswith("expected a whole number from 0 to 2147483647")
+
+
 def test_numbers_without_a_bound_may_be_huge():
-    assert Config(max_iters=10**400).max_iters == 10**400
     assert Config(learning_rate=1e308).learning_rate == 1e308
+
+
+def test_run_directory_needs_a_name_in_utf8():
+    """The name is printed, and written to the log and to loss.png."""
+    message = refusal(Config, out_dir=os.fsdecode(b"out/\xff"))
+    assert message.startswith("out_dir='out/\\udcff': invalid value; expected non-empty text in")
 
 
 # (incompatible keys, message)

@@ -13,6 +13,7 @@ from helpers import (
     all_rows,
     log_of,
     make_data,
+    refusal,
     rows_of,
     set_val_losses,
     start,
@@ -175,6 +176,20 @@ def test_resumed_run_at_its_target_trains_only_for_a_lower_target(make_run, monk
     target = all_rows(config)[-1]
     assert (target["step"], target["target_val_loss"]) == (8, 3.0)
     assert target["train_s"] > saved["train_s"] == rows[-1]["train_s"]
+
+
+def test_model_that_is_too_large_for_the_memory_is_an_error_of_one_line(make_run):
+    message = refusal(train, make_run(n_embd=2**20))
+    said = "batch_size=4: the training step does not fit into the device's memory (Out of memory"
+    assert message.startswith(said)
+
+
+def test_finished_run_that_resumes_says_why_it_takes_no_steps(make_run):
+    config = make_run(max_iters=2, eval_iters=1)
+    train(config)
+    assert train(config.replace(init_from="resume")) == 0
+    said = "max_iters=2: step 2 is done, so the run takes no more steps; try a larger --max_iters"
+    assert log_of(config).splitlines()[-1] == f"{said} to train further"
 
 
 @pytest.mark.slow

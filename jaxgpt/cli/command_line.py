@@ -8,8 +8,8 @@ import shutil
 import textwrap
 import typing
 from ast import AnnAssign, Constant, Expr, Name
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from io import StringIO
 from itertools import pairwise
@@ -111,9 +111,8 @@ def parse_flags(
         is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
         is_alone = is_bool and following not in ("True", "False")
         args.append(f"{arg}=True" if is_alone else arg)
-    os.environ["COLUMNS"] = str(min(80, shutil.get_terminal_size().columns))  # tyro reads it
     try:
-        with redirect_stderr(StringIO()):
+        with columns(min(80, shutil.get_terminal_size().columns)), redirect_stderr(StringIO()):
             return tyro.cli(
                 args_type,
                 args=args,
@@ -129,6 +128,19 @@ def parse_flags(
     required = [f.name for f in fields(args_type) if f.default is MISSING and f.name in types]
     subject = f"--{required[0]}: missing" if required else f"{prog}: a flag does not parse"
     raise flag_error(args, types) or UserError(f"{subject}; expected a value; try {prog} --help")
+
+
+@contextmanager
+def columns(count: int) -> Iterator[None]:
+    """Let tyro see a terminal of this width."""
+    given = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(count)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if given is not None:
+            os.environ["COLUMNS"] = given
 
 
 def flag_types(args_type: type) -> dict[str, Any]:

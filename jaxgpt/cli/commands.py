@@ -29,7 +29,7 @@ from jaxgpt.cli.command_line import (
 )
 from jaxgpt.config import UserError
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import DISK_ERRORS, check_is_folder, folder_error, is_url, reason
+from jaxgpt.runtime.files import DISK_ERRORS, folder_error, is_url, reason, reject_url
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
@@ -84,6 +84,12 @@ def exit_on_error() -> Iterator[None]:
         # Python flushes stdout at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:
+            raise
+        expected = "expected a path that this command can use"
+        print(f"error: {error.filename}: {reason(error)}; {expected}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,11 @@ def sample(argv: list[str]) -> None:
     """Stream samples from a run or from GPT-2 weights."""
     args = parse(SampleArgs, argv, "sample.py")
     if args.profile:
-        check_is_folder("out_dir", args.out_dir)
+        reject_url("out_dir", args.out_dir)
+    if args.interactive and args.start:
+        raise UserError("start: --interactive asks for prompts; expected only one of the two flags")
+    if args.init_from != "resume":
+        reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
     from jaxgpt.data.tokenizer import with_working
@@ -185,6 +195,13 @@ def sample(argv: list[str]) -> None:
         answer_prompts(args, sampler, tokenizer)
     else:
         print_samples(args, sampler, tokenizer, prompts)
+
+
+def reject_unused(args: Any, flag: str, problem: str, advice: str) -> None:
+    """Raise `UserError` if a flag is given that does not apply."""
+    value = getattr(args, flag)
+    if value != getattr(type(args), flag):
+        raise UserError(f"{flag}={value!r}: {problem}; try {advice}, or without --{flag}")
 
 
 def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
@@ -294,13 +311,14 @@ class PrepareArgs:
 def prepare(argv: list[str]) -> None:
     """Turn text into token files."""
     args = parse(PrepareArgs, argv, "jaxgpt prepare")
-    check_is_folder("data_dir", args.data_dir)
+    reject_url("data_dir", args.data_dir)
     from jaxgpt.data.prepare import prepare
 
     try:
         folder = prepare(**vars(args))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        is_source = Path(str(error.filename)).is_relative_to(args.dataset)
+        if error.errno not in DISK_ERRORS or (isinstance(error, PermissionError) and is_source):
             raise
         raise folder_error(f"data_dir={args.data_dir!r}", "--data_dir", error) from error
     meta = folder / "meta.json"
@@ -325,6 +343,12 @@ class EvalArgs(ModelArgs):
 def evaluate(argv: list[str]) -> None:
     """Print a model's validation loss, or its accuracy on HellaSwag."""
     args = parse(EvalArgs, argv, "jaxgpt eval")
+    if args.task == "hellaswag":
+        reject_unused(args, "dataset", "HellaSwag has its own questions", "--task=loss")
+    else:
+        reject_unused(args, "hellaswag_file", "the loss needs no questions", "--task=hellaswag")
+    if args.init_from != "resume":
+        reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
     from jaxgpt.tools.hellaswag import hellaswag
@@ -351,7 +375,7 @@ class ExportArgs(RunArgs):
 def export(argv: list[str]) -> None:
     """Write a run or weights as a folder that transformers loads."""
     args = parse(ExportArgs, argv, "jaxgpt export")
-    check_is_folder("to", args.to)
+    reject_url("to", args.to)
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
 
@@ -416,6 +440,7 @@ class AblateArgs:
 def ablate(argv: list[str]) -> int:
     """Train a baseline and each feature of the menu, and compare them."""
     args, flags = parse_flags(AblateArgs, argv, "jaxgpt ablate")
+    keys.check(args)
     command_line = parse_command_line([f"--config={args.config}", *flags], other_flags=vars(args))
     configs = load_config_file(args.config)
     from jaxgpt.runtime import device
@@ -428,7 +453,7 @@ def ablate(argv: list[str]) -> int:
         config = configs.get("cpu_config", config)
     config = config.replace(**command_line.overrides)
     out_dir = args.out_dir or config.out_dir
-    check_is_folder("out_dir", out_dir)
+    reject_url("out_dir", out_dir)
     if "baseline" in configs:
         baseline = configs["baseline"].replace(**command_line.overrides)
         return time_to_loss.measure(baseline, config, args.features, args.seeds, out_dir)
@@ -457,7 +482,7 @@ def plan(argv: list[str]) -> int:
     args, flags = parse_flags(PlanArgs, argv, "jaxgpt plan --config FILE")
     command_line = parse_command_line(flags, other_flags=vars(args))
     config = command_line.config.replace(**command_line.overrides)
-    check_is_folder("data_dir", config.data_dir)
+    reject_url("data_dir", config.data_dir)
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -4,7 +4,6 @@ The packages are imported when a URL is used. The data loaders import this modul
 import JAX.
 """
 
-import errno
 import hashlib
 import os
 import secrets
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import is_url
+from jaxgpt.runtime.files import FULL_DISK, is_url
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
 CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
@@ -42,8 +41,11 @@ class Bucket:
         self.url, self.subject = url.rstrip("/"), subject
         options: dict[str, Any] = {"use_listings_cache": False}
         if scheme == "s3":
-            attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
-            retries = {"mode": "standard", "total_max_attempts": attempts}
+            attempts = os.environ.get("AWS_MAX_ATTEMPTS", str(ATTEMPTS))
+            if not attempts.isdecimal():
+                problem = "invalid value; expected a whole number"
+                raise UserError(f"AWS_MAX_ATTEMPTS={attempts!r}: {problem}")
+            retries = {"mode": "standard", "total_max_attempts": int(attempts)}
             timeouts = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
             options["config_kwargs"] = {"retries": retries, **timeouts}
             options["max_concurrency"] = PARTS
@@ -64,7 +66,7 @@ class Bucket:
         except ImportError:
             raise
         except Exception as error:  # s3fs, botocore, aiohttp and gcsfs raise many types
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
                 raise  # by the disk of this machine
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise StoreError(
@@ -152,12 +154,16 @@ def local_data_dir(data_dir: str, dataset: str) -> Path:
 
 
 def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
+    """Copy a dataset's new and changed files, and delete token files that the bucket lacks."""
     objects, meta = bucket.sizes(name), f"{name}/meta.json"
     if meta in objects and _bytes_of(folder / meta) != bucket.read(meta):
         changed = objects
     else:
         here = {f: (folder / f).stat().st_size for f in objects if (folder / f).is_file()}
         changed = {file: size for file, size in objects.items() if here.get(file) != size}
+    for file in (folder / name).glob("*.bin"):
+        if f"{name}/{file.name}" not in objects:
+            file.unlink()
     if not changed:
         return
     megabytes = sum(changed.values()) / 1e6
@@ -165,7 +171,7 @@ def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
     partial = folder / f".{secrets.token_hex(4)}.partial"
     try:
         bucket.download(partial, changed)
-        for file in sorted(changed, key=meta.__eq__):  # meta.json last
+        for file in sorted(changed, key=lambda file: file == meta):  # meta.json last
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (partial / file).replace(folder / file)
     finally:

@@ -4,13 +4,12 @@ A step is <folder>/<step>/{state/..., meta.json, digest.json}, and the link `bes
 with the lowest validation loss. The digest is written last; a step without a digest is ignored.
 """
 
-import errno
 import json
 import logging
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
@@ -22,7 +21,7 @@ import jax
 
 from jaxgpt.config import UserError
 from jaxgpt.runtime import distributed
-from jaxgpt.runtime.files import atomic_write
+from jaxgpt.runtime.files import FULL_DISK, atomic_write
 
 FORMAT_VERSION = 1  # later formats must have a meta.json and a digest.json like these too
 META = "meta.json"
@@ -196,12 +195,16 @@ class Checkpoints:
         if not isinstance(error, OSError) and not is_full:
             return error
         shutil.rmtree(step, ignore_errors=True)  # the user needs the space to continue
-        is_full = is_full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        is_full = is_full or getattr(error, "errno", None) in FULL_DISK
         advice = FREE_SPACE if is_full else "expected a disk that can be written"
         reason = getattr(error, "strerror", None) or "No space left on device"
         return UserError(f"{step}: not saved ({reason.lower()}), {self._saved()}; {advice}")
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
+        """Complete a step, mark it if it is the best, and delete old steps.
+
+        The next `save` or `wait` raises what this raises.
+        """
         try:
             self._orbax.wait_until_finished()  # every process has written its part
             if not distributed.is_process_0():
@@ -210,27 +213,50 @@ class Checkpoints:
             meta = {"format_version": FORMAT_VERSION, "versions": versions, "best": best} | meta
             atomic_write(step / META, json.dumps(meta, indent=1))
             atomic_write(step / DIGEST, json.dumps(make_digest(step), indent=1))
-            if best:
-                make_link(self.folder / BEST, step.name)
-            _verify(step, by=_size)  # before older steps are deleted
-            kept = {*self.steps()[-self.keep :], self.best()}
-            for folder in self._folders():
-                if int(folder.name) not in kept:
+        except BaseException as error:
+            raise self._disk_error(error, step) from error
+        if best:
+            make_link(self.folder / BEST, step.name)
+        _verify(step, by=_size)  # before older steps are deleted
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Delete steps that are not kept, as far as their folders can be written."""
+        kept = {*self.steps()[-self.keep :], self.best()}
+        for folder in self._folders():
+            if int(folder.name) not in kept:
+                with suppress(OSError):
                     (folder / DIGEST).unlink(missing_ok=True)  # first, so that it does not count
                     shutil.rmtree(folder, ignore_errors=True)
-        except BaseException as error:  # raised by the next `save` or `wait`
-            raise self._disk_error(error, step) from error
 
     def meta(self, step: int | str) -> dict[str, Any]:
         """Read the meta of a step. Raises `CorruptCheckpoint`; `UserError` for a later format."""
         file = self.folder / str(step) / META
         with _reading(file) as meta:
-            version = int(meta["format_version"])
+            found = int(meta["format_version"])
         _verify(file.parent, META)
-        if version > FORMAT_VERSION:
+        if found > FORMAT_VERSION:
             advice = f"expected at most {FORMAT_VERSION}; try a newer version of jaxgpt"
-            raise UserError(f"{file}: has format {version}; {advice}")
+            raise UserError(f"{file}: has format {found}; {advice}")
         return meta
+
+    def first_intact(self, steps: Sequence[int]) -> int:
+        """Return the first of these steps that is intact, and warn of the damaged ones before it.
+
+        All processes get the same step. Raises `CorruptCheckpoint` if none is intact.
+        """
+        return distributed.on_process_0(partial(self._first_intact, steps))
+
+    def _first_intact(self, steps: Sequence[int]) -> int:
+        step, *others = steps
+        try:
+            self._verify(step)
+        except CorruptCheckpoint as error:  # not quarantined, because readers change nothing
+            if not others:
+                raise CorruptCheckpoint(f"{error}; try another --checkpoint") from error
+            warn(f"{error}; taking step {others[0]} instead")
+            return self._first_intact(others)
+        return step
 
     def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         """Restore the items of `abstract` (trees of shapes, dtypes and shardings) from a step.
@@ -311,10 +337,13 @@ def warn(line: str) -> None:
 
 
 def make_link(link: Path, target: str) -> None:
-    """Point `link` at `target` atomically."""
+    """Point `link` at `target` atomically, or write the name of `target` into a file."""
     partial = link.with_name(link.name + ".partial")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(target)
+    try:
+        partial.symlink_to(target)
+    except OSError:  # a file system without links; `best` reads a file too
+        partial.write_text(target, encoding="utf-8")
     if link.is_dir() and not link.is_symlink():  # some ways to copy a run make it a folder
         shutil.rmtree(link)
     partial.replace(link)

@@ -51,11 +51,16 @@ MEMORY_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEMORY_FRACTION = "0.9"
 
 
-MALLOC_OPTIONS = {  # options of glibc's mallopt by their numbers in malloc.h
+KEEP_FREED = {  # options of glibc's mallopt by their numbers in malloc.h
     -8: 1,  # M_ARENA_MAX: heaps
     -4: 0,  # M_MMAP_MAX: buffers in mappings of their own
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: free bytes at the end of the heap that glibc keeps
 }
+RETURN_LARGE = {
+    -4: 65_536,  # M_MMAP_MAX: glibc's default
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: bytes of the smallest buffer in a mapping of its own
+}
+LARGE_MODEL = 32_000_000  # parameters, from which on freed memory is not kept
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if device == "cpu" or not has_accelerator_plugin():
-        keep_freed_memory()
+        set_malloc(KEEP_FREED)
     if memory_fraction() is None:
         os.environ[MEMORY_VARIABLES[-1]] = MEMORY_FRACTION
     jax.config.update("jax_enable_x64", float64)
@@ -140,19 +145,26 @@ def has_accelerator_plugin() -> bool:
     return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for later calls, in one heap; other C libraries are left alone.
+def set_malloc(options: dict[int, int]) -> None:
+    """Set options of glibc's malloc, unless the user has; other C libraries are left alone.
 
     XLA:CPU frees its buffers after each call. glibc returns large ones to the system, which then
-    has to clear every page again in the next call. All threads share one heap, because that of a
-    thread has no room for large buffers. This has no effect on threads that have started
-    (docs/performance.md, "Freed memory is kept").
+    has to clear every page again in the next call. With KEEP_FREED all threads share one heap that
+    keeps them, because the heap of a thread has no room for large buffers. This has no effect on
+    threads that have started. The heap has gaps, so a large model would need much more memory, and
+    gain nothing: `save_memory` (docs/performance.md, "Freed memory is kept").
     """
     has_own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and not has_own:
-        for option, value in MALLOC_OPTIONS.items():
+        for option, value in options.items():
             mallopt(option, value)
+
+
+def save_memory(num_params: int) -> None:
+    """Return large freed buffers to the system from now on, if a model on a CPU is large."""
+    if is_cpu() and num_params >= LARGE_MODEL:
+        set_malloc(RETURN_LARGE)
 
 
 def _start_jax(device: str, platforms: str | None) -> None:
@@ -168,6 +180,21 @@ def _start_jax(device: str, platforms: str | None) -> None:
     if {"auto": started, "cuda": "gpu"}.get(device, device) != started:
         problem = f"JAX has started on a {started} in this process"
         raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
+
+
+@contextmanager
+def explain_out_of_memory(config: Config) -> Iterator[None]:
+    """Raise `UserError` where JAX finds too little memory for this config's training step."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = re.search(r"Out of memory.*?(?=\.?$)", str(error), re.MULTILINE)
+        if reason is None:
+            raise
+        subject = f"batch_size={config.batch_size}"
+        problem = f"the training step does not fit into the device's memory ({reason[0]})"
+        advice = "try a smaller --batch_size, --remat=full or a smaller model"
+        raise UserError(f"{subject}: {problem}; {advice}") from error
 
 
 def memory_fraction() -> str | None:

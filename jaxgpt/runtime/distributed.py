@@ -46,17 +46,16 @@ def init_distributed(
     counts = [env.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     on_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     launched = any(int(count) > 1 for count in counts) or on_kubernetes
-    if num_processes > 1 and not (coordinator or launched or on_tpu):
-        raise UserError(
-            f"num_processes={num_processes}: no coordinator; expected the host:port of process 0; "
-            "try --coordinator=HOST:PORT"
-        )
+    if (num_processes > 1 or process_id > 0) and not (coordinator or launched or on_tpu):
+        given = f"num_processes={num_processes}" if num_processes else f"process_id={process_id}"
+        expected = "expected the host:port of process 0; try --coordinator=HOST:PORT"
+        raise UserError(f"{given}: no coordinator; {expected}")
     if jax.distributed.is_initialized() or not (coordinator or launched or on_tpu):
         return
     if coordinator and not 0 <= process_id < num_processes:
-        expected = f"expected 0 to num_processes - 1 = {num_processes - 1}"
+        problem = f"no such process of {num_processes}; expected 0 for the first one, and so on"
         advice = "try --num_processes and --process_id"
-        raise UserError(f"process_id={process_id}: no such process; {expected}; {advice}")
+        raise UserError(f"process_id={process_id}: {problem}; {advice}")
     named: tuple[Any, ...] = (coordinator, num_processes, process_id) if coordinator else ()
     try:
         jax.distributed.initialize(*named, heartbeat_timeout_seconds=HEARTBEAT_S)

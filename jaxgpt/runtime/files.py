@@ -17,8 +17,8 @@ from typing import Any
 
 from jaxgpt.config import UserError
 
-# the disk is full, or its folder cannot be written
-DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
+FULL_DISK = errno.ENOSPC, errno.EDQUOT
+DISK_ERRORS = *FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS  # or its folder cannot be written
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def check_is_folder(key: str, path: str) -> None:
+def reject_url(key: str, path: str) -> None:
     """Raise `UserError` if a path names an object store."""
     if is_url(path):
         raise UserError(f"{key}={path!r}: is in an object store; expected a folder")

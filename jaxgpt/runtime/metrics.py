@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxgpt.config import Config
 from jaxgpt.runtime import storage
-from jaxgpt.runtime.files import atomic_path, import_extra
+from jaxgpt.runtime.files import FULL_DISK, atomic_path, import_extra, reason
 
 Row = dict[str, Any]
 EVALUATION = b'"val_loss"'  # in the rows of evaluations only
@@ -79,7 +79,9 @@ class Log:
         if self.enabled:
             if self._live:
                 self._live.erase()
-            self._console.print(escape_controls(text, self._console.is_terminal), markup=False)
+            shown = escape_controls(text, self._console.is_terminal)
+            with suppress(OSError):  # the disk of a redirected stdout may be full
+                self._console.print(shown, markup=False)
             self._text.write(text + "\n")
 
     def train(self, row: Row, left_s: float) -> None:
@@ -107,7 +109,7 @@ class Log:
         self._record(row)
         self.info(f"step {row['step']}: " + ", ".join(losses))
         if row["step"]:  # importing matplotlib takes a third of a second
-            draw_losses(self.folder)
+            self._draw_losses()
 
     def target(self, row: Row) -> None:
         """Log how many steps, tokens and seconds a run took to reach its target."""
@@ -124,6 +126,15 @@ class Log:
         """Write the rows to the disk, so that no checkpoint outlives the rows before it."""
         if self.enabled:
             os.fsync(self._metrics.fileno())
+
+    def _draw_losses(self) -> None:
+        """Redraw loss.png, or log why it cannot be written. Raises `OSError` for a full disk."""
+        try:
+            draw_losses(self.folder)
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
+            self.info(f"loss.png: not drawn ({reason(error)})")
 
     def _record(self, row: Row) -> None:
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
@@ -192,10 +203,10 @@ def delete_rows_after(file: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a row, or infinity for an incomplete row."""
+    """Return the step of a row, or infinity for a line that is no row."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 

@@ -25,6 +25,7 @@ from jaxgpt.runtime.metrics import Log
 from jaxgpt.runtime.step_log import StepLog
 
 FOLDER = "profile"  # in the run directory
+TRACES = "plugins"  # the folder in it that jax.profiler writes
 WARM_UP_CALLS = 2  # before the first traced call: the first one also allocates and tunes
 ROWS = 10  # of the table of operations
 PARTS = 20
@@ -98,12 +99,13 @@ def label_of(op_name: str) -> str:
 
 
 def start_trace(folder: Path) -> None:
-    """Start to trace this process's devices into an empty folder.
+    """Start to trace this process's devices into a folder, and delete its last trace.
 
     A trace that a failed run has left open is ended first.
     """
     with suppress(RuntimeError):  # there is none
         jax.profiler.stop_trace()
+    shutil.rmtree(folder / TRACES, ignore_errors=True)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
@@ -113,7 +115,7 @@ def start_trace(folder: Path) -> None:
 def stop_trace(folder: Path) -> list[Event]:
     """Stop the trace in this folder, and return its events."""
     jax.profiler.stop_trace()
-    file = next(folder.rglob("*.trace.json.gz"))
+    file = next((folder / TRACES).rglob("*.trace.json.gz"))
     return json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
 
 
@@ -204,7 +206,7 @@ def write_profile(
     table = make_table(times, per_unit, 1000 * wall_s / count, count, unit)
     if len(events) >= MOST_EVENTS:
         table += "\nThe trace is too long, so times are too small; try a smaller --profile\n"
-    for file in folder.rglob("*.trace.json.gz"):
+    for file in (folder / TRACES).rglob("*.trace.json.gz"):
         file.unlink()
     trace = folder / "trace.json.gz"
     atomic_write(trace, gzip.compress(json.dumps({"traceEvents": events}).encode(), 1))
@@ -241,7 +243,6 @@ def make_table(
 
 def profile_calls(folder: Path, run: Callable[[], Any], count: int) -> tuple[str, Path]:
     """Trace `run`, which makes `count` calls of compiled programs; return `write_profile`'s."""
-    shutil.rmtree(folder, ignore_errors=True)
     start_trace(folder)
     began = time.perf_counter()
     run()
@@ -274,7 +275,6 @@ class Profiler:
             return
         self.step_log.flush()
         if distributed.is_process_0():
-            shutil.rmtree(self.folder, ignore_errors=True)
             start_trace(self.folder)
         self._first = step
         self._began = time.perf_counter()

@@ -12,7 +12,8 @@ START_KEYS = (
     *("out_dir", "init_from", "overwrite", "steps_per_call"),
     *("coordinator", "num_processes", "process_id"),
 )
-ORDER_KEYS = ("seed", "dataset", "align_documents")  # each selects another order of the windows
+# Each selects another order of the windows, or other problems of arithmetic.
+ORDER_KEYS = ("seed", "dataset", "align_documents", "train_digits", "random_offset")
 
 
 def check_data(config: Config, checkpoints: Checkpoints, dataset: Dataset) -> None:

@@ -1,6 +1,5 @@
 """Manage the run directory: lock it, start or resume a run in it, and load the run again."""
 
-import errno
 import fcntl
 import json
 import os
@@ -20,9 +19,9 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed, storage
-from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, CorruptCheckpoint, warn
+from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write, folder_error, is_url, make_folder, reason
+from jaxgpt.runtime.files import FULL_DISK, atomic_write, folder_error, is_url, make_folder, reason
 from jaxgpt.runtime.storage import CONFIG, LOCK, RUN_FILES
 from jaxgpt.train_step import abstract_params
 
@@ -40,7 +39,7 @@ def lock_run_dir(out_dir: str) -> Iterator[None]:
         with storage.open_to_write(out_dir):
             yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         problem = f"{str(error.strerror).lower()}, but saved checkpoints are complete"
         raise UserError(f"out_dir={out_dir!r}: {problem}; {FREE_SPACE}") from error
@@ -232,16 +231,9 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
     if step not in steps:
         expected = ", ".join(["best", "latest", *map(str, steps)])
         raise UserError(f"checkpoint={checkpoint!r}: no such step; expected one of {expected}")
-    abstract = {"params": abstract_params(config, mesh)}
-    others = [other for other in steps if other != step] if checkpoint in named else []
-    while True:
-        try:
-            return checkpoints.restore(abstract, step)["params"], step
-        except CorruptCheckpoint as error:  # not quarantined, because readers change nothing
-            if not others:
-                raise CorruptCheckpoint(f"{error}; try another --checkpoint") from error
-            step = others.pop()
-            warn(f"{error}; taking step {step} instead")
+    others = [other for other in reversed(steps) if other != step] if checkpoint in named else []
+    step = checkpoints.first_intact([step, *others])
+    return checkpoints.restore({"params": abstract_params(config, mesh)}, step)["params"], step
 
 
 @dataclass(frozen=True)

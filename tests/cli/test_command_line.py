@@ -1,5 +1,6 @@
 """Test config files, flags, help and exit codes of the command line."""
 
+import errno
 import json
 import os
 import re
@@ -71,7 +72,7 @@ MISTAKES = {
     "replace": ("config = Config().replace(\n    n_layer=2,\n    batchsize=3,\n)\n",
                 "batchsize=3,", "batchsize: unknown key; try batch_size"),
     "function": ("def make(n):\n    return Config(\n        n_layer=n,\n    )\nconfig = make(-1)\n",
-                 "n_layer=n,", "n_layer=-1: invalid value; expected a whole number at least 0"),
+                 "n_layer=n,", "n_layer=-1: invalid value; expected a whole number from 0 to 2"),
     "elsewhere": ("import json\n\nconfig = json.loads('{')\n", "config = json.loads('{')", "JSON"),
     "lookup": ("config = {}['n_layer']\n", "config = {}['n_layer']", "KeyError: 'n_layer'"),
     "exit": ("import sys\nsys.exit(3)\n", "sys.exit(3)", "SystemExit: 3; expected a config file"),
@@ -287,6 +288,7 @@ BAD_COMMANDS = {
     "plan --search --fit": "--search: given 2 times (True, True); expected one value; try "
     "--search=True",
     "prepare a --name=../b": "name='../b': invalid value; expected a name for a folder",
+    "ablate --seeds=0": "seeds=0: invalid value; expected a whole number from 1 to 2147483647",
     "plan --topolgy=x": "--topolgy: unknown key; try --topology",
 }
 
@@ -295,6 +297,15 @@ BAD_COMMANDS = {
 def test_invalid_command_arguments_are_rejected_with_a_suggestion(line):
     name, *argv = shlex.split(line)
     assert refusal(cli.COMMANDS[name], argv) == BAD_COMMANDS[line]
+
+
+@pytest.mark.parametrize("columns", [None, "120"])
+def test_parsing_leaves_the_width_of_the_terminal_to_others(monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    parse("shakespeare")
+    assert os.environ.get("COLUMNS") == columns
 
 
 def test_parsed_overrides_hold_only_keys_set_by_flags(write):
@@ -538,6 +549,15 @@ def test_closed_output_pipe_exits_with_code_141_without_traceback():
         talk.stdout.close()
         assert talk.stderr.read() == b""
     assert talk.returncode == 141
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOTDIR])
+def test_path_that_cannot_be_used_is_told_in_one_line(capsys, number):
+    def command(argv):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    assert exit_code(cli.run, command, []) == 2
+    assert re.fullmatch(r"error: some/file: [a-z ]+; expected a path .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, AssertionError])

@@ -77,6 +77,13 @@ def write_uint32() -> None:
     np.fromfile("data/tale/val.bin", "<u2").astype("<u4").tofile("data/wide/val.bin")
 
 
+def copy_ids() -> None:
+    """Make a dataset of nanoGPT's files, whose tokenizer is not known."""
+    Path("data/foreign").mkdir()
+    for name in "train.bin", "val.bin":
+        shutil.copy(f"data/tale/{name}", "data/foreign")
+
+
 def prepare_other_tokenizer(name: str) -> None:
     Path(f"{name}.txt").write_text(TEXT.replace("sound", "fury"))
     prepare(f"{name}.txt", "data", "byte", overwrite=True)
@@ -157,10 +164,31 @@ BAD = {
     "a text whose name cannot be a dataset's": (
         partial(Path("poems,2.txt").write_text, TEXT), "prepare poems,2.txt",
         "poems,2.txt: 'poems,2' cannot be the name of a dataset; expected letters, digits and"),
+    "a report of an encoder": (
+        nothing, f"{NEW} --causal=False --report", "report=True: an encoder cannot be sampled"),
+    "a report without a tokenizer": (
+        copy_ids, f"{NEW} --dataset=foreign --report", "report=True: the tokenizer of dataset='f"),
     "samples of an encoder": (
         nothing, f"{NEW} --causal=False --sample_every=1", "sample_every=1: an encoder cannot be"),
     "weights of no name": (nothing, "sample --init_from=gpt5", "init_from='gpt5': no such weights"),
     "a run directory that is a file": (nothing, f"{TRAIN} --out_dir=c.py", "is a file"),
+    "an end-of-text past the vocabulary": (
+        nothing, f"{NEW} --eot_id=21", "eot_id=21: not in the vocabulary; expected an id below"),
+    "more steps than an int32 counts": (
+        nothing, f"{NEW} --max_iters=2147483648", "max_iters=2147483648: invalid value"),
+    "a process without a coordinator": (
+        nothing, f"{NEW} --process_id=1", "process_id=1: no coordinator; expected the host:port"),
+    "a prompt of an interactive session": (
+        nothing, f"{SAMPLE} --start=a --interactive", "start: --interactive asks for prompts"),
+    "a checkpoint of weights": (
+        nothing, "sample --init_from=./weights --checkpoint=latest",
+        "checkpoint='latest': only a run has checkpoints"),
+    "questions for a loss": (
+        nothing, "eval --out_dir=run --hellaswag_file=q.jsonl",
+        "hellaswag_file='q.jsonl': the loss needs no questions; try --task=hellaswag"),
+    "a dataset for HellaSwag": (
+        nothing, "eval --out_dir=run --task=hellaswag --dataset=tale",
+        "dataset='tale': HellaSwag has its own questions; try --task=loss"),
     "code for a number": (nothing, f"{NEW} --n_layer=__import__('os').getpid()", "n_layer"),
 }  # fmt: skip
 

@@ -163,6 +163,10 @@ def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
     bucket.write("sets/tale/meta.json", json.dumps(meta | {"source": "another text"}).encode())
     assert find_dataset(config, config.block_size).source == "another text"
     assert copy.read_bytes() == (data / "tale/val.bin").read_bytes()
+    old = copy.with_name("train_9.bin")  # a file that the bucket no longer has
+    old.write_bytes(b"old")
+    find_dataset(config, config.block_size)
+    assert not old.exists()
     assert "no s3://" not in refusal(find_dataset, config.replace(dataset="none"), 8)
 
 

@@ -305,6 +305,33 @@ def test_background_save_error_is_raised_once_at_the_next_call(tmp_path, monkeyp
     assert_same(checkpoints.restore(small(), 3), small(3))
 
 
+def test_old_step_that_cannot_be_deleted_does_not_harm_the_new_one(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1, small(1), best=False)
+    unlink = Path.unlink
+
+    def protect_step_1(path: Path, **options) -> None:
+        if path.parent.name == "1":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
+
+    with monkeypatch.context() as protected:
+        protected.setattr(Path, "unlink", protect_step_1)
+        save(checkpoints, 2, small(2), best=True)
+    assert (checkpoints.steps(), checkpoints.best()) == ([1, 2], 2)
+    assert_same(checkpoints.restore(small(), 2), small(2))
+    save(checkpoints, 3, small(3), best=True)
+    assert checkpoints.steps() == [3]
+
+
+def test_best_step_is_known_on_a_file_system_without_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=PermissionError(1, "no links")))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, best in (1, True), (2, False), (3, True), (4, False):
+        save(checkpoints, step, small(step), best=best)
+    assert (checkpoints.steps(), checkpoints.best()) == ([3, 4], 3)
+
+
 def test_step_is_visible_to_readers_only_after_the_complete_write(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, small(1.0), best=True)

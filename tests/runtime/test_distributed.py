@@ -134,7 +134,7 @@ def test_unknown_launcher_error_suggests_coordinator_flag(joined, set_env):
 
 @pytest.mark.parametrize(("count", "number"), [(0, -1), (2, -1), (2, 2)])
 def test_process_id_out_of_range_is_rejected(joined, count, number):
-    with pytest.raises(UserError, match=f"process_id={number}: .* = {count - 1}"):
+    with pytest.raises(UserError, match=f"process_id={number}: no such process of {count}; expect"):
         init_distributed("10.0.0.5:8476", count, number)
     init_distributed("10.0.0.5:8476", 2, 1)
     assert joined == [("10.0.0.5:8476", 2, 1)]

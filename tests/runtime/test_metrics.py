@@ -77,6 +77,14 @@ def test_run_continues_after_the_output_pipe_closes(tmp_path):
     assert lines(tmp_path, "log.txt") == [f"line {n}" for n in range(5000)]
 
 
+def test_run_continues_while_the_disk_of_its_output_is_full(tmp_path):
+    command = [sys.executable, "-c", LOUD, tmp_path]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert lines(tmp_path, "log.txt") == [f"line {n}" for n in range(5000)]
+
+
 TOLD = [eval_row(0), train_row(1), train_row(2, mfu=0.4), eval_row(2, full_val_loss=3.5)]
 
 
@@ -321,6 +329,14 @@ def test_evaluation_redraws_the_loss_plot(config, tmp_path):
         first = (tmp_path / "loss.png").read_bytes()
         log.eval(eval_row(2))
     assert (tmp_path / "loss.png").read_bytes() != first
+
+
+def test_run_continues_if_its_loss_plot_cannot_be_written(config, tmp_path):
+    (tmp_path / "loss.png").mkdir()
+    with Log(config, 0) as log:
+        log.eval(eval_row(1))
+    assert lines(tmp_path, "log.txt")[-1] == "loss.png: not drawn (is a folder)"
+    assert len(lines(tmp_path, "metrics.jsonl")) == 1
 
 
 def read_events(folder) -> list[Event]:

@@ -112,10 +112,14 @@ def test_sampling_is_profiled_after_the_same_samples(make_run, capsys):
     capsys.readouterr()
     sample(flags)
     plain = capsys.readouterr().out
+    own = Path(config.out_dir, "profile", "sample", "notes.txt")
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
     sample([*flags, "--profile=9"])
     printed = capsys.readouterr()
     assert printed.out == plain
-    folder = Path(config.out_dir, "profile", "sample")
+    assert own.read_text() == "mine", "a profile deletes only profiles"
+    folder = own.parent
     table = (folder / "profile.txt").read_text()
     assert re.match(r"2 calls, [\d.]+ ms per call\n", table), "20 tokens are two calls"
     assert "lm_head" in table

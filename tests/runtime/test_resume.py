@@ -38,6 +38,11 @@ CHANGES = {
         "seed=2 (was 1337); seed: another order of the data from here on, which may repeat "
         "sequences",
     ),
+    "problems": (
+        {"train_digits": 2},
+        "train_digits=2 (was 0); train_digits: another order of the data from here on, which may "
+        "repeat sequences",
+    ),
     "two": (
         {"seed": 2, "dataset": "song", "batch_size": 6},
         "dataset=song (was openwebtext), batch_size=6 (was 4), seed=2 (was 1337); seed and "
