@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, refusal
+from helpers import CHILD_ENV, ROOT, refusal
 
 from jaxgpt import resolve
 from jaxgpt.config import Config, RunConfig, UserError
@@ -237,6 +237,19 @@ def test_nanogpt_that_cannot_start_is_rejected_with_the_reason(tmp_path):
         nanogpt.NanoGPT(str(tmp_path), sys.executable, tmp_path)
 
 
+def test_nanogpt_ends_with_the_benchmark_in_the_middle_of_a_command():
+    child = "from jaxgpt.tools.bench.torch_server import exit_with_parent as run; print(1); run()"
+    parent = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-uc", {child!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+time.sleep(0.5)
+"""
+    command = [sys.executable, "-c", parent]
+    subprocess.run(command, env=CHILD_ENV, stderr=subprocess.PIPE, check=True, timeout=60)
+    # returns once the child, which shares stderr, has ended
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -244,7 +257,16 @@ def test_nanogpt_that_cannot_start_is_rejected_with_the_reason(tmp_path):
             {"config": "configs/shakespeare.py", "preset": "cpu"},
             "preset='cpu': given with --config; expected one of the two",
         ),
-        ({"rows": "muon"}, "rows='muon': applies to a suite; try --suite=gpu"),
+        ({"rows": "muon"}, "rows='muon': applies only with --suite; expected both flags"),
+        ({"budget_s": 9}, "budget_s=9: applies only with --suite; expected both flags"),
+        (
+            {"results": ("a.json",)},
+            "results=('a.json',): applies only with --chart; expected both flags",
+        ),
+        (
+            {"torch_python": "p"},
+            "torch_python='p': applies only with --compare_to; expected both flags",
+        ),
         (
             {"benchmark": "data", "compare_to": "nanoGPT"},
             "benchmark='data': cannot be compared with nanoGPT; expected train or sample with "

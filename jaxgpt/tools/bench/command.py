@@ -72,13 +72,18 @@ def bench(args: BenchArgs) -> None:
             raise folder_error(args.json, "--json", error) from error
 
 
+NEEDS = {"rows": "suite", "budget_s": "suite", "results": "chart", "torch_python": "compare_to"}
+
+
 def check_flags(args: BenchArgs) -> None:
     """Raise `UserError` for flags that do not apply together."""
     if args.suite and (args.preset or args.config):
         problem = "has its own configs; try without --preset and --config"
         raise UserError(f"suite={args.suite!r}: {problem}")
-    if args.rows and not args.suite:
-        raise UserError(f"rows={args.rows!r}: applies to a suite; try --suite=gpu")
+    for flag, other in NEEDS.items():
+        value = getattr(args, flag)
+        if value and not getattr(args, other):
+            raise UserError(f"{flag}={value!r}: applies only with --{other}; expected both flags")
     if args.config and args.preset:
         raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
     if args.compare_to and args.benchmark in ("data", "attention"):

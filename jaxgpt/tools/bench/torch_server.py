@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from itertools import chain
 from typing import Any
@@ -118,6 +119,14 @@ class NanoGPT:
         return x, y
 
 
+def exit_with_parent() -> None:
+    """End this process when its parent has ended, which may be in the middle of a command."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Answer commands from stdin until it closes; an error of a command is its answer."""
     answers = os.fdopen(os.dup(1), "w")
@@ -126,6 +135,7 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]
 
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     server = NanoGPT()
     start = {"do": "start", "path": sys.argv[1], "device": sys.argv[2]}
     for command in chain([start], map(json.loads, sys.stdin)):
