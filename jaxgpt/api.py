@@ -266,7 +266,7 @@ class Run:
 
 
 def _merge(config: Config, params: dict[str, Any]) -> Any:
-    return nnx.merge(abstract_model(config)[0], cast_params(params, config.dtype))
+    return nnx.merge(abstract_model(config).graphdef, cast_params(params, config.dtype))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """Allow numbers from `low` to `high`; with `below_high`, not `high` itself."""
+    """Allow finite numbers from `low` to `high`; with `below_high`, not `high` itself."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -227,13 +227,13 @@ class ModelConfig:
 
     @property
     def mlp_hidden_dim(self) -> int:
-        swiglu_dim = -(-8 * self.n_embd // 3 // 64) * 64
+        swiglu_dim = math.ceil(self.n_embd * 8 / 3 / 64) * 64
         return self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of a TPU's 128 lanes."""
-        return -(-self.vocab_size // 128) * 128
+        return math.ceil(self.vocab_size / 128) * 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,9 +360,10 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     parts: ClassVar[dict[str, dict[str, Any]]] = {}
     """Names of the parts of a recipe, and the keys that take each out (`jaxgpt ablate`)."""
 
-    def __new__(cls, **keys: Any) -> Self:
-        for key in keys.keys() - key_types(cls).keys():
-            raise cls.unknown_key(key)
+    def __new__(cls, **keys: Any) -> Self:  # before __init__, which would raise TypeError
+        for key in keys:
+            if key not in key_types(cls):
+                raise cls.unknown_key(key)
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -408,8 +409,8 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     @classmethod
     def model_keys(cls) -> list[str]:
         """Return the keys that describe the model: those of `ModelConfig` and of a subclass."""
-        others = key_types(Config).keys() - key_types(ModelConfig).keys() | {*cls.training_keys}
-        return [key for key in key_types(cls) if key not in others]
+        others = key_types(Config).keys() - key_types(ModelConfig).keys()
+        return [key for key in key_types(cls) if key not in {*others, *cls.training_keys}]
 
     def check_absent(self, absent: Iterable[str], model: str) -> None:
         """Raise `UserError` if a key that `model` does not have is not at its default."""
@@ -423,7 +424,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
     def validate(self) -> None:
         """Raise `UserError` for keys that contradict each other. A subclass may add checks."""
         c = self
-        step_size = c.batch_size * c.block_size
+        microbatch_tokens = c.batch_size * c.block_size
         if c.n_embd % c.n_head:
             raise UserError(
                 f"n_head={c.n_head}: does not divide n_embd={c.n_embd}; expected a divisor; "
@@ -452,10 +453,10 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
                 f"min_lr={c.min_lr}: above the peak; expected at most "
                 f"learning_rate={c.learning_rate}; try min_lr={c.learning_rate / 10:g}"
             )
-        if c.batch_tokens % step_size:
+        if c.batch_tokens % microbatch_tokens:
             raise UserError(
                 f"batch_tokens={c.batch_tokens}: not whole micro-batches; expected a multiple of "
-                f"batch_size x block_size = {step_size}"
+                f"batch_size x block_size = {microbatch_tokens}"
             )
 
     # A subclass in a config file may override these (docs/extending.md).
@@ -492,7 +493,7 @@ def key_types(keys_class: type) -> dict[str, Any]:
 
 
 def check(keys: Any) -> None:
-    """Raise `UserError` for the first field whose value its annotation does not allow."""
+    """Raise `UserError` for a value that its annotation does not allow; convert ints to floats."""
     for key, hint in key_types(type(keys)).items():
         object.__setattr__(keys, key, check_value(key, getattr(keys, key), hint))
 
@@ -501,7 +502,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     """Return `value` if the annotation `hint` allows it; an int is converted for a float."""
     kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     rules: list[Any] = [note for note in notes if isinstance(note, Range | Pattern)]
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is tuple:  # of a flag that may be given several times
         return value
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)

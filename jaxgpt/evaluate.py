@@ -50,11 +50,11 @@ def mean_loss(
 ) -> float:
     """Return the mean cross-entropy in nats per target over calls.
 
-    A call is (windows [U, 1, B, T + 1], count); only the first `count` of its U batches count.
+    A call is (windows [U, 1, B, T + 1], count); batches after the first `count` are ignored.
     """
     sums = []
-    for batches, count in calls:
-        sums.append(eval_step(params, batches, count))
+    for windows_UMBT, count in calls:
+        sums.append(eval_step(params, windows_UMBT, count))
         if len(sums) > 1:
             jax.block_until_ready(sums[-2])  # many queued calls deadlock the devices of a CPU
     total, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)

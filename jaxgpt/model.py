@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,13 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.kernels.activation import gelu, relu2
 from jaxgpt.kernels.attention import AttentionOptions
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
-from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, append, decode_attention, empty_cache
+from jaxgpt.kernels.kv_cache import (
+    DecodePosition,
+    KVCache,
+    decode_attention,
+    empty_cache,
+    update_cache,
+)
 from jaxgpt.kernels.linear import LINEAR_OUTPUT, add_bias
 from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.runtime.scopes import name_scopes, scoped
@@ -65,9 +71,9 @@ class Linear(nnx.Module):
         self.equation = equation
         axes, out_axes = equation.split(",")[1].split("->")
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
-        kept = [i for i, axis in enumerate(axes) if axis in out_axes]
-        zeros = jnp.zeros([shape[i] for i in kept])
-        self.bias = nnx.Param(zeros, axes="".join(axes[i] for i in kept)) if bias else None
+        kept = {axis: size for axis, size in zip(axes, shape, strict=True) if axis in out_axes}
+        zeros = jnp.zeros(list(kept.values()))
+        self.bias = nnx.Param(zeros, axes="".join(kept)) if bias else None
 
     @scoped
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,10 +121,11 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal attention (Vaswani et al. 2017) with a fused map for query, key and value.
+    """Multi-head attention (Vaswani et al. 2017) with a fused map for query, key and value.
 
-    The fused kernel [D, 3, N, H] holds the maps of all heads. The output kernel [N, H, D] sums
-    over the heads, which equals concatenating the heads and applying one linear map.
+    The fused kernel [D, 3, N, H] holds the maps of all heads; with `n_kv_head`, only key and value
+    are fused. The output kernel [N, H, D] sums over the heads, which equals concatenating the heads
+    and applying one linear map.
     """
 
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
@@ -149,7 +156,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = apply_rope(q_BTNH, positions_BT), apply_rope(k_BTKH, positions_BT)
         if c.value_residual:
             v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
-        ctx = replace(ctx, cache=append(ctx.cache, k_BTKH, v_BTKH, ctx.position))
+        ctx = replace(ctx, cache=update_cache(ctx.cache, k_BTKH, v_BTKH, ctx.position))
         if ctx.cache is not None and ctx.position is not None:
             options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
             o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, options)
@@ -181,11 +188,14 @@ class Attention(nnx.Module):
 
     def mix_first_values(self, v_BTKH: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix in the first layer's values (Zhou et al. 2024, "Value Residual Learning")."""
-        first = context.first_v_BTKH
-        first = v_BTKH if first is None else jnp.where(context.layer == 0, v_BTKH, first)
+        first_BTKH = context.first_v_BTKH
+        if first_BTKH is None:
+            first_BTKH = v_BTKH
+        else:  # a scan starts with zeros, and its layer is a traced number
+            first_BTKH = jnp.where(context.layer == 0, v_BTKH, first_BTKH)
         mix = self.value_mix[...]  # float32, so that its gradient is summed in float32
-        mixed_BTKH = (1 - mix) * v_BTKH + mix * first
-        return mixed_BTKH.astype(v_BTKH.dtype), replace(context, first_v_BTKH=first)
+        mixed_BTKH = (1 - mix) * v_BTKH + mix * first_BTKH
+        return mixed_BTKH.astype(v_BTKH.dtype), replace(context, first_v_BTKH=first_BTKH)
 
 
 class MLP(nnx.Module):
@@ -223,11 +233,11 @@ class Block(nnx.Module):
 
     @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        # x passes through a branch's norm, so that one kernel can add both gradients of x
-        x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_1)
+        # returns x too, so that one GPU kernel adds the gradients of the residual and of the norm
+        x_BTD, h_BTD = kernels.residual_and_norm(x_BTD, self.ln_1)
         attn_BTD, context = self.attn(h_BTD, context)
         x_BTD = x_BTD + attn_BTD
-        x_BTD, h_BTD = kernels.branch(x_BTD, self.ln_2)
+        x_BTD, h_BTD = kernels.residual_and_norm(x_BTD, self.ln_2)
         x_BTD = x_BTD + self.mlp(h_BTD, context)
         return constrain_batch(x_BTD), context
 
@@ -303,7 +313,7 @@ class GPT(nnx.Module):
         if at_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
         if c.norm_position == "pre":
-            _, x_BTD = kernels.branch(x_BTD, self.ln_f)
+            _, x_BTD = kernels.residual_and_norm(x_BTD, self.ln_f)
         logits_BTV = self.logits(x_BTD)
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
@@ -366,13 +376,13 @@ def cap_and_mask(logits_BTV: jax.Array, c: ModelConfig) -> jax.Array:
         logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
     if c.padded_vocab_size == c.vocab_size:
         return logits_BTV
-    # a sum and not a choice, because cuBLAS adds a vector as it writes a product
+    # added, and not selected by `where`: cuBLAS adds a vector as it writes a matmul
     is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
     return logits_BTV + jnp.where(is_token_V, 0, -jnp.inf).astype(logits_BTV.dtype)
 
 
 def residual_std(c: ModelConfig) -> float:
-    """Return the initial deviation of a branch's last map: GPT-2's, or 0 as in Fixup (2019)."""
+    """Return the initial std of a branch's last linear layer: GPT-2's, or 0 as in Fixup (2019)."""
     return 0.0 if c.zero_init_projections else INIT_STD / math.sqrt(2 * c.n_layer)
 
 
@@ -402,13 +412,17 @@ def stacked_block(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
 # nnx.merge(graphdef, params) makes the model again. param[...] is a parameter's array.
 
 
-@cache
-def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
-    """Return (graphdef, shapes, axes): the model's structure, and two trees like its parameters.
+class AbstractModel(NamedTuple):
+    """The structure of a model, without its arrays."""
 
-    `axes` holds the axis letters of each parameter, or spaces if it has none. The model is a GPT,
-    unless the config's class makes another one.
-    """
+    graphdef: nnx.GraphDef
+    shapes: dict  # of the parameters: a tree of jax.ShapeDtypeStruct
+    axes: dict  # the axis letters of each parameter, or spaces if it has none
+
+
+@cache
+def abstract_model(config: Config) -> AbstractModel:
+    """Return the structure of a config's model: a GPT, unless its class makes another model."""
     with jax.sharding.use_abstract_mesh(NO_MESH):  # the cached shapes name no mesh
         model = nnx.eval_shape(lambda: config.make_model(nnx.Rngs(0)))
     name_scopes(model)
@@ -419,7 +433,7 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, dict, dict]:
         return " " * len(param.shape) if axes is None else axes.rjust(len(param.shape), "L")
 
     axes = jax.tree.map(letters, state, is_leaf=lambda p: isinstance(p, nnx.Param))
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    return AbstractModel(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
 def init_params(config: Config, key: jax.Array) -> dict:

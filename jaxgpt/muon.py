@@ -19,7 +19,7 @@ from optax.contrib import MuonState
 
 from jaxgpt import kernels
 from jaxgpt.kernels.newton_schulz import EPSILON, Polynomial
-from jaxgpt.kernels.platform import splits
+from jaxgpt.kernels.platform import is_split
 
 MOMENTUM, FIRST_MOMENTUM = 0.95, 0.85  # the second is where a warm-up of the momentum begins
 MUON_RMS = 0.2  # of an update's elements, about AdamW's (Liu et al. 2025, "Muon is Scalable")
@@ -44,9 +44,9 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
     def axes(letters: str, kind: str) -> MatrixAxes | optax.MaskedNode:
         if kind != "muon":
             return optax.MaskedNode()
-        width = (letters.index("D"),)
-        other = tuple(i for i, letter in enumerate(letters) if letter not in apart + "D")
-        return MatrixAxes(*sorted((width, other)))  # a kernel's input axes come first
+        width = letters.index("D")  # the first, if both sides are D
+        other = (i for i, letter in enumerate(letters) if i != width and letter not in apart)
+        return MatrixAxes(*sorted(((width,), tuple(other))))  # a kernel's input axes come first
 
     return jax.tree.map(axes, letters, kinds)
 
@@ -60,7 +60,7 @@ def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:
 def from_matrices(x_SIJ: jax.Array, shape: tuple[int, ...], axes: MatrixAxes) -> jax.Array:
     """Return the parameter of this shape whose `to_matrices` are given."""
     order, _ = layout(shape, axes)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
+    inverse = np.argsort(order).tolist()
     return x_SIJ.reshape([shape[i] for i in order]).transpose(inverse)
 
 
@@ -120,11 +120,11 @@ def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> A
 
 
 def over_data(function: Callable) -> Callable:
-    """Return `function` of S matrices, of which each device on `data` computes some."""
-    if not splits("data"):
+    """Return `function` of S matrices, which the devices on `data` share."""
+    if not is_split("data"):
         return function
     # a matrix is whole on every device, or as the axes fsdp and tensor split it
-    only_data = not (splits("fsdp") or splits("tensor"))
+    only_data = not (is_split("fsdp") or is_split("tensor"))
     side = None if only_data else PartitionSpec.UNCONSTRAINED
     share, whole = PartitionSpec("data"), PartitionSpec(None, side, side)
 
@@ -133,8 +133,10 @@ def over_data(function: Callable) -> Callable:
         x_SIJ = jnp.pad(x_SIJ, ((0, -count % devices), (0, 0), (0, 0)))
         # otherwise XLA would split the momentum over `data` too, and exchange pieces of matrices
         x_SIJ = jax.lax.with_sharding_constraint(x_SIJ, whole)
-        manual: dict[str, Any] = {"axis_names": {"data"}, "check_vma": False}
-        y_SIJ = jax.shard_map(function, in_specs=share, out_specs=share, **manual)(x_SIJ)
+        mapped = jax.shard_map(
+            function, in_specs=share, out_specs=share, axis_names={"data"}, check_vma=False
+        )
+        y_SIJ = mapped(x_SIJ)
         return jax.lax.with_sharding_constraint(y_SIJ, whole)[:count]
 
     return shared
@@ -144,8 +146,8 @@ def consistent_rms(axes: dict) -> optax.GradientTransformation:
     """Scale orthogonal updates to the RMS of AdamW's, so that both share a learning rate."""
 
     def scale(update: jax.Array, sides: MatrixAxes) -> jax.Array:
-        longer = max(math.prod(update.shape[i] for i in side) for side in sides)
-        return MUON_RMS * math.sqrt(longer) * update
+        _, (_, longer) = layout(update.shape, sides)
+        return MUON_RMS * math.sqrt(longer) * update  # orthogonal: its RMS is 1 / sqrt(longer)
 
     return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))
 
@@ -159,14 +161,15 @@ class NeuronState(NamedTuple):
 def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
     """Divide each output neuron's update by its running RMS, and scale the whole to MUON_RMS.
 
-    Li et al. 2025, "NorMuon".
+    Li et al. 2025, "NorMuon". A bias correction would cancel, because the whole is scaled.
     """
 
     def mean_square(update: jax.Array, sides: MatrixAxes) -> jax.Array:
         return jnp.mean(update * update, axis=sides.inputs, keepdims=True)
 
     def init(params: Any) -> NeuronState:
-        return NeuronState(jax.tree.map(lambda p, a: 0 * mean_square(p, a), params, axes))
+        zeros = lambda param, sides: jnp.zeros_like(mean_square(param, sides))
+        return NeuronState(jax.tree.map(zeros, params, axes))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NeuronState]:
         moment = lambda nu, u, a: b2 * nu + (1 - b2) * mean_square(u, a)

@@ -53,17 +53,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     direction = scale_by_adam(c.beta1, c.beta2)
     if c.optimizer != "adamw" or c.freeze:
         direction = partition_by_kind(c, direction)
-    scale = c.learning_rate_scale(model.abstract_model(c)[1])
-    # the nesting is the structure of checkpoints, so it stays
-    return optax.chain(
-        optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(),
-        optax.chain(
-            direction,
-            decay_weights(c),
-            optax.scale_by_learning_rate(schedule(c)),
-            *([] if scale is None else [scale_updates(scale)]),
-        ),
-    )
+    clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity()
+    steps = [direction, decay_weights(c), optax.scale_by_learning_rate(schedule(c))]
+    scale = c.learning_rate_scale(model.abstract_model(c).shapes)
+    if scale is not None:
+        steps.append(scale_updates(scale))
+    return optax.chain(clip, optax.chain(*steps))  # checkpoints have this structure
 
 
 def scale_updates(scale: dict) -> optax.GradientTransformation:
@@ -93,7 +88,7 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
     adam = skip_if_rejected(optax.scale_by_adam(b1, b2, eps=kernels.ADAM_EPSILON))
 
     def update(updates, state, params=None, **extra):
-        _, state = adam.update(updates, state, params, **extra)
+        _, state = adam.update(updates, state, params, **extra)  # only optax's moments are used
         return kernels.adam_direction(state, b1, b2)
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
@@ -120,20 +115,20 @@ def partition_by_kind(
     config: Config, adam: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """Apply Muon to the blocks' matrices if it is chosen; keep no moments for frozen parameters."""
-    _, shapes, letters = model.abstract_model(config)
+    _, shapes, axes = model.abstract_model(config)
     uses_muon = config.optimizer != "adamw"
 
     def kind(path: tuple, letters: str, is_frozen: bool) -> str:
         if is_frozen:
             return "frozen"
-        in_blocks = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
-        return "muon" if uses_muon and in_blocks else "adamw"
+        is_matrix = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
+        return "muon" if uses_muon and is_matrix else "adamw"
 
-    kinds = jax.tree.map_with_path(kind, letters, frozen_mask(config, shapes))
+    kinds = jax.tree.map_with_path(kind, axes, frozen_mask(config, shapes))
     transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
     if uses_muon:
         transforms["muon"] = muon_direction(
-            config, muon.matrix_axes(letters, kinds, per_head=config.muon_per_head)
+            config, muon.matrix_axes(axes, kinds, per_head=config.muon_per_head)
         )
     if config.freeze:
         transforms["frozen"] = optax.set_to_zero()

@@ -108,12 +108,8 @@ def tokens_per_step(config: Config) -> int:
 
 def count_params(config: Config) -> int:
     """Count parameters as nanoGPT does: without position embeddings and without padding."""
-    return sum(jax.tree.leaves(unpadded_sizes(config) | {"pos_embed": {}}))
-
-
-def table_params(config: Config) -> int:
-    """Count the parameters of the token embedding, and of other tables beside it."""
-    return sum(jax.tree.leaves(unpadded_sizes(config).get("embed", {})))
+    sizes = unpadded_sizes(config) | {"pos_embed": {}}
+    return sum(jax.tree.leaves(sizes))
 
 
 def unpadded_sizes(config: Config) -> dict:
@@ -133,7 +129,9 @@ def flops_per_token(config: Config) -> int:
     P does not include tables that are only looked up, such as an untied token embedding.
     """
     c = config
-    tables = 0 if c.tie_embeddings else table_params(c)
+    tables = 0
+    if not c.tie_embeddings:
+        tables = sum(jax.tree.leaves(unpadded_sizes(c).get("embed", {})))
     return 6 * (count_params(c) - tables) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
@@ -152,7 +150,7 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
     """
     if config.steps_per_call:
         return config.steps_per_call
-    devices = 1 if device.is_cpu() else jax.device_count()
+    devices = 1 if device.is_cpu() else jax.device_count()  # a CPU's devices share its cores
     flops = flops_per_token(config) * tokens_per_step(config) / devices
     is_slow = flops > SLOW_FLOPS.get(jax.default_backend(), math.inf)
     is_fast = data_fits_on_device(config, dataset) and not is_slow
@@ -169,17 +167,17 @@ def check_freeze(config: Config) -> None:
         raise UserError(
             f"freeze={config.freeze!r}: {error}; expected a regular expression"
         ) from error
-    _, params, _ = model.abstract_model(config)
+    shapes = model.abstract_model(config).shapes
     unstacked = config.replace(scan_layers=False)
     if config.scan_layers and _num_frozen(config) != _num_frozen(unstacked):
         raise UserError(
             f"freeze={config.freeze!r}: selects single layers, but with scan_layers=True one array "
             "holds all layers; expected a pattern for all layers, or scan_layers=False"
         )
-    matches = jax.tree.leaves(frozen_mask(config, params))
+    matches = jax.tree.leaves(frozen_mask(config, shapes))
     if len(set(matches)) > 1:
         return
-    keys = [key for key, _ in jax.tree.leaves_with_path(params)]
+    keys = [key for key, _ in jax.tree.leaves_with_path(shapes)]
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
     kinds = dict.fromkeys(re.sub(r"/\d+/", "/0/", path) for path in paths)
     raise UserError(
@@ -189,8 +187,9 @@ def check_freeze(config: Config) -> None:
 
 
 def _num_frozen(config: Config) -> int:
-    _, params, _ = model.abstract_model(config)
-    sizes = jax.tree.map(lambda p, frozen: p.size * frozen, params, frozen_mask(config, params))
+    """Count the parameters that `freeze` matches."""
+    shapes = model.abstract_model(config).shapes
+    sizes = jax.tree.map(lambda p, frozen: p.size * frozen, shapes, frozen_mask(config, shapes))
     return sum(jax.tree.leaves(sizes))
 
 
@@ -202,8 +201,9 @@ def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
             f"vocab_size={vocab_size}: smaller than the dataset's vocabulary; expected at least "
             f"{dataset.vocab_size}, or 0 for the dataset's own"
         )
-    needs_eot = config.document_mask
-    eot_id = _end_of_text("document_mask", config, dataset) if needs_eot else config.eot_id
+    eot_id = config.eot_id
+    if config.document_mask:
+        eot_id = _end_of_text("document_mask", config, dataset)
     if eot_id >= vocab_size:
         expected = f"expected an id below vocab_size={vocab_size}"
         raise UserError(f"eot_id={eot_id}: not in the vocabulary; {expected}")
@@ -256,9 +256,7 @@ def summary(run: ResolvedRun) -> list[str]:
         f"in {num_micro_batches} micro-batch{'es' if num_micro_batches > 1 else ''}",
     ]
     if config.freeze:
-        shapes = model.abstract_model(config)[1]
-        sizes = jax.tree.map(lambda p, still: p.size * still, shapes, frozen_mask(config, shapes))
-        lines.append(f"frozen: {sum(jax.tree.leaves(sizes)) / 1e6:.2f}M parameters")
+        lines.append(f"frozen: {_num_frozen(config) / 1e6:.2f}M parameters")
     if data.aligned is not None:
         count = len(data.aligned.window_starts)
         covered = count * config.block_size / len(data.train)
@@ -281,9 +279,11 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     num_eval_batches, eval_batch_size = batch_size.eval_batches_and_size(config, mesh)
     eval_shape = min(BATCHES_PER_CALL, num_eval_batches), 1, eval_batch_size
     make = partial(Batches, mesh=mesh, block_size=config.block_size, seed=config.seed)
-    train, val, train_tokens, val_tokens = dataset.train, dataset.val, None, None
+    train, val = dataset.train, dataset.val
+    train_tokens = val_tokens = None
     if data_fits_on_device(config, dataset):
-        train_tokens, val_tokens = make_resident(train, mesh), make_resident(val, mesh)
+        train_tokens = make_resident(train, mesh)
+        val_tokens = make_resident(val, mesh)
     windows = train if dataset.aligned is None else dataset.aligned
     return {
         TRAIN: make(windows, shape_UMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
@@ -361,7 +361,8 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     best_step = checkpoints.best()  # None also if the best checkpoint is corrupt
     if best_step is None and meta.get("best_step") == 0:
         best_step = 0  # no step was better than the initial weights
-    best_val_loss = (checkpoints.meta(best_step) if best_step else meta)["best_val_loss"]
+    best_meta = checkpoints.meta(best_step) if best_step else meta
+    best_val_loss = best_meta["best_val_loss"]
     if best_step is not None and best_val_loss is not None:
         best.update(best_step, best_val_loss)
     abstract = abstract_state(config, mesh)

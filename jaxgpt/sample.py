@@ -77,7 +77,7 @@ class DecodeState:
     `decode_uncached` slides it.
     """
 
-    keys_B: jax.Array  # random key data, uint32 [B, 2], from the seed and the sequence's index
+    keys_B2: jax.Array  # random key data, uint32 [B, 2], from the seed and the sequence's index
     num_drawn_B: jax.Array  # int32; draw n uses the key with n folded in
     seen_BV: jax.Array | None  # bool: tokens in the prompt or drawn; None without a penalty
     tokens_BS: jax.Array  # int32, the last tokens of each text
@@ -101,10 +101,10 @@ def initial_state(prompts, sampling: SamplingParams, seed: int, config: Config, 
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : lengths_B[row]] = prompt[-lengths_B[row] :]
         seen_BV[row, prompt] = True
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
-    keys_B = jax.random.key_data(keys_B)  # with typed keys, JAX would compile everything twice
+    keys_B2 = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    keys_B2 = jax.random.key_data(keys_B2)  # with typed keys, JAX would compile everything twice
     seen = seen_BV if sampling.repetition_penalty != 1 else None
-    arrays: Any = keys_B, np.zeros(B, np.int32), seen, tokens_BS, lengths_B
+    arrays: Any = keys_B2, np.zeros(B, np.int32), seen, tokens_BS, lengths_B
     return DecodeState(*arrays)
 
 
@@ -152,7 +152,7 @@ def decode_chunk(
         state, token_B = draw(state, logits_B1V[:, 0], uniform_B, is_drawing_B, sampling)
         return (state, [kv.chunk for kv in cache], token_B), token_B
 
-    inputs = jnp.arange(CHUNK), decode.uniform_draws(state.keys_B, state.num_drawn_B, CHUNK)
+    inputs = jnp.arange(CHUNK), decode.uniform_draws(state.keys_B2, state.num_drawn_B, CHUNK)
     carry = state, chunk, last_B
     (state, chunk, _), tokens_nB = jax.lax.scan(decode_one_token, carry, inputs)
     write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
@@ -176,7 +176,7 @@ def decode_uncached(network: Any, state: DecodeState, active_B, sampling: Sampli
         tokens_BS = tokens_BS.at[jnp.arange(len(token_B)), length_B].set(jnp.maximum(token_B, 0))
         return replace(state, tokens_BS=tokens_BS), token_B
 
-    uniform_nB = decode.uniform_draws(state.keys_B, state.num_drawn_B, CHUNK)
+    uniform_nB = decode.uniform_draws(state.keys_B2, state.num_drawn_B, CHUNK)
     state, tokens_nB = jax.lax.scan(decode_one_token, state, uniform_nB)
     return state, tokens_nB.T
 

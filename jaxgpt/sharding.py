@@ -30,7 +30,7 @@ def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
 
     If RULES gives two axes of a parameter to one mesh axis, as in DD, only the first is split.
     """
-    letters = axes if axes.strip("L") != "D" else ""
+    letters = "" if axes.strip("L") == "D" else axes  # every device holds a vector of width D
     spec: list[str | None] = []
     for letter in letters:
         mesh_axis = RULES.get(letter)

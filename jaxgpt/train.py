@@ -51,8 +51,9 @@ def train(
     """Train `config` to its end; return 0, or 128 + n if signal n arrived.
 
     JAX must have been started (`device.start`). `cli_keys` are the keys set on the command line,
-    `notes` are lines for the log. Raises `UserError`. The host logs the metrics of the previous
-    call while the device computes the current call, so the device never waits for the host.
+    `notes` are lines for the log, and `stop_signal` records signals. Raises `UserError`. The host
+    logs the metrics of the previous call while the device computes the current call, so the device
+    never waits for the host.
     """
     with resolve_run(config, cli_keys) as run, open_log(run, notes) as log, stop_signal() as stop:
         config, step = run.config, run.resume_step
@@ -62,9 +63,10 @@ def train(
         periodic = PeriodicWork(run, batches, best, log, stopwatch, skipped)
         if step == 0 or config.eval_only:
             periodic.evaluate(state, step, with_full_loss=config.eval_only)
-        if config.eval_only or step >= config.max_iters or best.reached_target:
-            if not config.eval_only:
-                log.info(why_no_steps(config, best, step))
+        if config.eval_only:
+            return stop.exit_code
+        if step >= config.max_iters or best.reached_target:
+            log.info(why_no_steps(config, best, step))
             return stop.exit_code
         distributed.on_process_0(partial(run.checkpoints.check_disk_space, state))
         peak = peak_tokens_per_s(config, run.mesh)
@@ -225,7 +227,7 @@ class PeriodicWork:
     def save(self, state: TrainState, step: int, *, is_best: bool) -> None:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
         items = {"params": state.params, "opt_state": state.opt_state}
-        # an update can overflow although its gradient is finite; `recent_2W` starts infinite
+        # an update can overflow although its gradient is finite; `recent_2W` may be infinite
         if not self.all_finite(items):
             raise UserError(
                 f"step {step}: a weight or moment is not finite, so the state is not saved; try a "

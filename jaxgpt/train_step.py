@@ -68,18 +68,18 @@ def update_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
-    An array of the optimizer is sharded as the update of the parameter whose path its own path
-    ends with, if both have one shape.
+    The path of an optimizer's array, such as a moment, ends with the path of its parameter. If both
+    have one shape, it is sharded as the parameter's update, and else every device holds it.
     """
     keystr = jax.tree_util.keystr
-    _, shapes, _ = abstract_model(config)
+    shapes = abstract_model(config).shapes
     place = lambda shape, sharding: shape.update(sharding=sharding)
     updates = jax.tree.map(place, shapes, update_shardings(config, mesh))
-    updates = {keystr(path): update for path, update in jax.tree.leaves_with_path(updates)}
+    update_of = {keystr(path): update for path, update in jax.tree.leaves_with_path(updates)}
 
     def describe(path: tuple, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         tails = (keystr(path[i:]) for i in range(len(path)))
-        update = next((updates[tail] for tail in tails if tail in updates), None)
+        update = next((update_of[tail] for tail in tails if tail in update_of), None)
         if update is None or update.shape != array.shape:
             return array.update(sharding=replicated(mesh))
         return array.update(sharding=update.sharding)
@@ -108,28 +108,30 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     second last call, because dozens of queued calls deadlock the virtual devices of a CPU.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
-    is_frozen = frozen_mask(config, abstract_model(config)[1])
+    is_frozen = frozen_mask(config, abstract_model(config).shapes)
     sum_gradients = make_sum_gradients(config, mesh)
     shardings = state_shardings(config, mesh)
     # in the update each device has its share of the parameters, as it has of their moments
     shares = replace(shardings, params=update_shardings(config, mesh))
     if config.shard_optimizer:
-        place = jax.lax.with_sharding_constraint
-        splits = jax.tree.map(lambda share: share.spec, shares.params)
+        # ZeRO-1: gradients are reduce-scattered, each device updates its share of the parameters,
+        # and the new parameters are all-gathered
+        reshard = jax.lax.with_sharding_constraint
+        grad_specs = jax.tree.map(lambda share: share.spec, shares.params)
     else:  # the update is split as the parameters are
-        place, splits = (lambda tree, _: tree), None
+        reshard, grad_specs = (lambda tree, _: tree), None
 
     def take_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
         """Take one step; return the new state and the metrics."""
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        over_devices = kernels.sum_over_devices(mesh, splits)
+        over_devices = kernels.sum_over_devices(mesh, grad_specs)
         # without this, XLA may keep the parameters split between the steps of a loop
-        params = place(state.params, shardings.params)
+        params = reshard(state.params, shardings.params)
         totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
         # without this, XLA sums over `data` in every micro-batch; a mesh of `data` alone has summed
         if not is_data_mesh(mesh):
-            grads = place(grads, shardings.params)
-        grads = place(grads, shares.params)
+            grads = reshard(grads, shardings.params)
+        grads = reshard(grads, shares.params)
         loss_sum, num_targets = totals
         num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
         grads = jax.tree.map(lambda g: g / num_targets, grads)
@@ -137,9 +139,9 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
         is_accepted, state, metrics = check_step(config, state, metrics)
-        state = apply_update(optimizer, is_frozen, place(state, shares), grads, is_accepted)
-        # without the first placement XLA gathers old and new parameters, and then selects
-        return place(place(state, shares), shardings), metrics
+        state = apply_update(optimizer, is_frozen, reshard(state, shares), grads, is_accepted)
+        # shares first: otherwise XLA gathers both old and new parameters, and then selects
+        return reshard(reshard(state, shares), shardings), metrics
 
     @use_mesh(mesh)
     def train_step(state: TrainState, windows_UMBT: jax.Array, count: jax.Array):
@@ -149,8 +151,12 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         state, metrics = take_step(state, windows_UMBT[0])
         return state, jax.tree.map(lambda value: value[None], metrics)
 
-    outputs, options = (shardings, replicated(mesh)), compiler_options(config, mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(config, mesh),
+    )
 
 
 def make_sum_gradients(config: Config, mesh: Mesh) -> Callable:
@@ -163,11 +169,13 @@ def make_sum_gradients(config: Config, mesh: Mesh) -> Callable:
     grad_fn = jax.value_and_grad(make_loss_fn(config, step_config), has_aux=True)
 
     def sum_gradients(params: dict, windows_MBT: jax.Array, keys_MB: jax.Array) -> tuple:
-        # the weights of `step_config`, and the map of their gradients to those of the parameters
+        # Parameters become the weights of `step_config`, and then gradients of weights become those
+        # of parameters, once per step and not once per micro-batch.
         weights, to_params = jax.vjp(partial(to_step_weights, config, step_config), params)
         weights = cast_weights(weights, config.dtype)
-        totals, grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
-        return totals, *to_params(grads)
+        totals, weight_grads = accumulate(grad_fn, weights, windows_MBT, keys_MB)
+        (param_grads,) = to_params(weight_grads)
+        return totals, param_grads
 
     return sum_gradients
 
@@ -273,7 +281,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     It evaluates the first `count` of U batches, [1, B, T + 1].
     """
-    graphdef, _, _ = abstract_model(config)
+    graphdef = abstract_model(config).graphdef
 
     @use_mesh(mesh)
     def eval_step(params: dict, windows_UMBT: jax.Array, count: jax.Array):
@@ -303,7 +311,9 @@ def cast_weights(weights: dict, dtype: str) -> dict:
     The lookup's gradient sums many small contributions to the row of a frequent token.
     """
     cast = cast_params(weights, dtype)
-    return cast | {"embed": weights["embed"]} if "embed" in weights else cast
+    if "embed" in weights:
+        cast = cast | {"embed": weights["embed"]}
+    return cast
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

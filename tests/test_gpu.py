@@ -175,7 +175,7 @@ stacked = lambda row: lambda *arrays: jnp.stack(row("BTD,DCNH->BTCNH", *arrays))
 TARGETS_BT = np.arange(256).reshape(4, 64) * 19 - 1
 KERNELS = {  # how to call the row of an operation, and the operands
     "add_positions": (lambda row: row, [draw(32, 64, 48), draw(64, 48, seed=1)]),
-    "branch": (
+    "residual_and_norm": (
         lambda row: lambda x: jnp.stack(row(x, Norm("layernorm", 768, gain=False))),
         [3 + draw(4, 64, 768)],
     ),

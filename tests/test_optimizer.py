@@ -8,9 +8,10 @@ import pytest
 from helpers import assert_trees_close
 from reference import numpy_gpt as ref
 
-from jaxgpt import model
+from jaxgpt import model, muon
 from jaxgpt.config import Config
 from jaxgpt.interop import huggingface
+from jaxgpt.kernels.newton_schulz import POLYNOMIALS
 from jaxgpt.optimizer import make_optimizer, schedule
 
 PARAMS = {
@@ -253,3 +254,12 @@ def test_moments_are_unchanged_by_nonfinite_gradients(keys):
         np.testing.assert_array_equal(a, b)
     counts = lambda state: [int(a) for a in jax.tree.leaves(state) if a.dtype.kind == "i"]
     assert counts(after) == [n + 1 for n in counts(before)]
+
+
+@pytest.mark.parametrize(("letters", "shape"), [("DD", (6, 6)), ("LDD", (2, 6, 6))])
+def test_muon_orthogonalises_a_matrix_from_the_width_to_the_width(letters, shape):
+    axes = muon.matrix_axes({"w": letters}, {"w": "muon"}, per_head=False)
+    update = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)}
+    orthogonal = muon.orthogonalize_matrices(update, axes, POLYNOMIALS["polar_express"])["w"]
+    singular_values = np.linalg.svd(orthogonal, compute_uv=False)
+    assert np.abs(singular_values - 1).max() < 0.2

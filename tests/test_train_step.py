@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from reference.gpt2 import Golden
 
 from jaxgpt.kernels import TABLE
-from jaxgpt.kernels.norm import branch_gpu, folds_gains_gpu
+from jaxgpt.kernels.norm import folds_gains_gpu, residual_and_norm_gpu
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -69,7 +69,7 @@ def test_folding_gains_changes_no_training_step(options, monkeypatch):
     batches = [make_windows(config, seed=i) for i in range(4)]
     want = take_steps(config, batches)
     monkeypatch.setitem(TABLE, ("folds_gains", "cpu"), folds_gains_gpu)
-    monkeypatch.setitem(TABLE, ("branch", "cpu"), branch_gpu)
+    monkeypatch.setitem(TABLE, ("residual_and_norm", "cpu"), residual_and_norm_gpu)
     got = take_steps(config, batches)
     gain = want[0].params["ln_f"]["scale"]
     assert np.abs(np.asarray(gain) - 1).max() > 0.01

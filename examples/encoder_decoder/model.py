@@ -172,7 +172,7 @@ def translate(config: EncoderDecoderConfig, params: dict, source_BS: jax.Array) 
     Return the targets, int32 [B, T], and the cross-attention weights of all layers,
     [L, B, N, T, S]: row t has those with which target t was written.
     """
-    model = nnx.merge(abstract_model(config)[0], params)
+    model = nnx.merge(abstract_model(config).graphdef, params)
     source_BSD, is_char_BS = model.encode(source_BS), source_BS != PAD_ID
     predict = lambda target_BT: model.decode(target_BT[:, :-1], source_BSD, is_char_BS)
 

@@ -215,9 +215,9 @@ class Block(nnx.Module):
             x_BTD = x_BTD + self.skip(skip_BTD)
         if hasattr(self, "shortcut"):
             x_BTD = self.shortcut(x_BTD, embedding_BTD)
-        x_BTD, h_BTD = kernels.branch(x_BTD, self.norm)
+        x_BTD, h_BTD = kernels.residual_and_norm(x_BTD, self.norm)
         x_BTD = x_BTD + self.attn(h_BTD, value_BTD)
-        x_BTD, h_BTD = kernels.branch(x_BTD, self.norm)
+        x_BTD, h_BTD = kernels.residual_and_norm(x_BTD, self.norm)
         return constrain_batch(x_BTD + self.mlp(h_BTD))
 
 

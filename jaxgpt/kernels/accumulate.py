@@ -23,14 +23,17 @@ def accumulate(grad_fn: Callable, params: Any, windows_MBT, keys_MB) -> tuple:
     `windows_MBT` are int32 tokens and `keys_MB` dropout keys. `grad_fn(params, windows_BT, keys_B)`
     returns ((loss, targets), gradients). Sums are float32 at least.
     """
+
+    def compute(windows_BT: jax.Array, keys_B: jax.Array) -> tuple:
+        return to_float32(grad_fn(params, windows_BT, keys_B))
+
+    def add(sums: tuple, micro_batch: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, sums, compute(*micro_batch)), None
+
     if len(windows_MBT) == 1:
-        return to_float32(grad_fn(params, windows_MBT[0], keys_MB[0]))
-
-    def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, sums, to_float32(grad_fn(params, *micro))), None
-
-    shapes = jax.eval_shape(grad_fn, params, windows_MBT[0], keys_MB[0])
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(to_float32, shapes))
+        return compute(windows_MBT[0], keys_MB[0])
+    shapes = jax.eval_shape(compute, windows_MBT[0], keys_MB[0])
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(add, zeros, (windows_MBT, keys_MB))[0]
 
 
@@ -44,32 +47,32 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def sum_over_devices_reference(mesh: Mesh, splits: Any = None) -> Callable:
+def sum_over_devices_reference(mesh: Mesh, grad_specs: Any) -> Callable:
     """Return a decorator of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
 
-    By default it changes nothing, because XLA sums over the devices. `splits` are the
-    `PartitionSpec` of the gradients under `shard_optimizer`. With them, on a mesh of `data` alone,
-    each device calls the function on its own sequences, and then the gradients are reduce-scattered
-    once. If XLA split them, it would reduce-scatter them in every micro-batch.
+    Without `grad_specs` it changes nothing, because XLA sums over the devices. `grad_specs` are the
+    `PartitionSpec` of the gradients under `shard_optimizer`, else None. With them, on a mesh of
+    `data` alone, each device calls the function on its own sequences, and then the gradients are
+    reduce-scattered once. If XLA split them, it would reduce-scatter them in every micro-batch.
     """
-    if splits is None or not is_data_mesh(mesh):
+    if grad_specs is None or not is_data_mesh(mesh):
         return lambda function: function
 
     def add(sums: tuple) -> tuple:
         totals, grads = sums
-        return jax.lax.psum(totals, BATCH), jax.tree.map(add_and_split, grads, splits)
+        return jax.lax.psum(totals, BATCH), jax.tree.map(add_and_split, grads, grad_specs)
 
-    return partial(on_each_device, mesh, add, (PartitionSpec(), splits))
+    return partial(on_each_device, mesh, add, (PartitionSpec(), grad_specs))
 
 
-def sum_over_devices_cpu(mesh: Mesh, splits: Any = None) -> Callable:
+def sum_over_devices_cpu(mesh: Mesh, grad_specs: Any) -> Callable:
     """Return a decorator that calls a function on each virtual device, then sums over devices once.
 
     All sums are one array, because XLA:CPU synchronises the devices once per array
     (docs/performance.md, "One all-reduce per step").
     """
-    if splits is not None or not is_virtual_cpu_mesh(mesh):
-        return sum_over_devices_reference(mesh, splits)
+    if grad_specs is not None or not is_virtual_cpu_mesh(mesh):
+        return sum_over_devices_reference(mesh, grad_specs)
 
     def add(sums: tuple) -> tuple:
         flat, unravel = ravel_pytree(sums)
@@ -81,9 +84,9 @@ def sum_over_devices_cpu(mesh: Mesh, splits: Any = None) -> Callable:
 def on_each_device(mesh: Mesh, add: Callable, out_specs: Any, function: Callable) -> Callable:
     """Return `function` as each device calls it on its own sequences, followed by `add`."""
     split, whole = PartitionSpec(None, BATCH), PartitionSpec()
-    specs: dict[str, Any] = {"in_specs": (whole, split, split), "out_specs": out_specs}
+    in_specs = whole, split, split
     local = lambda *arguments: add(function(*arguments))
-    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def add_and_split(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -50,7 +50,7 @@ gelu_tanh_gpu.defvjp(_gelu_tanh_fwd, _gelu_tanh_bwd)
 
 
 def gelu_tanh_slope(x: jax.Array) -> jax.Array:
-    """Return the derivative of GELU by tanh, which equals x sigmoid(u)."""
+    """Return the derivative of GELU by tanh, x sigmoid(u)."""
     a, b = GELU_TANH
     u = 2 * a * (x + b * x * x * x)
     du = 2 * a * (1 + 3 * b * x * x)

@@ -171,6 +171,7 @@ def _cpu_fwd(q_BTNH, k_BSNH, v_BSNH, mask_BTS, dropout: Callable | None, scale: 
 
 def _cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     q_BNTH, k_BNSH, v_BNHS, weights_BNTS, dropped_BNTS, sum_BNT, o_BNHT, dropout = saved
+    # the saved weights are not normalised, so the gradient is divided by their sum instead
     do_BNHT = jnp.einsum("BTNH->BNHT", do_BTNH) / sum_BNT[:, :, None]
     do_BNTH = jnp.swapaxes(do_BNHT, 2, 3)
     q_BNHT = jnp.swapaxes(q_BNTH, 2, 3)
@@ -178,8 +179,9 @@ def _cpu_bwd(scale: float, saved: tuple, do_BTNH: jax.Array):
     do_BNTH, do_BNHT, q_BNHT = jax.lax.optimization_barrier((do_BNTH, do_BNHT, q_BNHT))
     d_weights_BNTS = jnp.einsum("BNTH,BNHS->BNTS", do_BNTH, v_BNHS)
     d_weights_BNTS = dropout(d_weights_BNTS) if dropout else d_weights_BNTS
-    d_sum_BNT1 = (do_BNHT * o_BNHT).sum(2)[..., None]
-    d_scores_BNTS = weights_BNTS * (d_weights_BNTS - d_sum_BNT1)
+    delta_BNT1 = (do_BNHT * o_BNHT).sum(2)[..., None]
+    d_scores_BNTS = weights_BNTS * (d_weights_BNTS - delta_BNT1)
+    # the saved q holds the scale, so only its gradient needs it
     dq_BTNH = jnp.einsum("BNTS,BNSH->BNTH", d_scores_BNTS, k_BNSH).swapaxes(1, 2) * scale
     dk_BSNH = jnp.einsum("BNHT,BNTS->BNHS", q_BNHT, d_scores_BNTS).transpose(0, 3, 1, 2)
     dv_BSNH = jnp.einsum("BNHT,BNTS->BNHS", do_BNHT, dropped_BNTS).transpose(0, 3, 1, 2)

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.kernels.platform import accum_dtype, over_batch, splits
+from jaxgpt.kernels.platform import accum_dtype, is_split, over_batch
 
 
 def token_losses_reference(
@@ -63,10 +63,10 @@ def token_losses_gpu(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Compute `token_losses_reference`; under a gradient, one kernel computes both.
 
     The kernel reads the logits from memory once, and overwrites them by their gradient. Where the
-    mesh splits the vocabulary, no device has whole rows, and `token_losses_from_result` is used
+    mesh is_split the vocabulary, no device has whole rows, and `token_losses_from_result` is used
     (docs/performance.md, "Cross-entropy and its gradient in one kernel").
     """
-    if splits("tensor"):
+    if is_split("tensor"):
         return token_losses_from_result(logits_BTV, targets_BT)
     return _losses_with_gradient(logits_BTV, targets_BT)
 

@@ -124,14 +124,14 @@ def uniform_draw(key_data: jax.Array, number: jax.Array) -> jax.Array:
     return 1 - jax.random.uniform(key)
 
 
-def uniform_draws(keys_B: jax.Array, first_B: jax.Array, count: int) -> jax.Array:
+def uniform_draws(keys_B2: jax.Array, first_B: jax.Array, count: int) -> jax.Array:
     """Return `uniform_draw` for each sequence's next `count` draws, float32 [n, B].
 
     They are made together, because XLA:CPU makes keys in a loop, which takes a third of a step
     (docs/performance.md, "Random numbers per chunk").
     """
     numbers_nB = first_B + jnp.arange(count)[:, None]
-    return jax.vmap(jax.vmap(uniform_draw), in_axes=(None, 0))(keys_B, numbers_nB)
+    return jax.vmap(jax.vmap(uniform_draw), in_axes=(None, 0))(keys_B2, numbers_nB)
 
 
 def inverse_cdf(weights_Bk: jax.Array, uniform_B: jax.Array) -> jax.Array:

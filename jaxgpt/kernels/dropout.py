@@ -61,13 +61,13 @@ class BoundDropout:
         return jnp.where(keep(self.seeds_B2), x / (1 - self.rate), 0)
 
 
-def keep_mask(rate: float, first: jax.Array, second: jax.Array, index: jax.Array) -> jax.Array:
-    """Return which elements of a sequence dropout keeps: a hash of two seeds and of their index.
+def keep_mask(rate: float, seed_0: jax.Array, seed_1: jax.Array, index: jax.Array) -> jax.Array:
+    """Return which elements of a sequence dropout keeps: a hash of two seeds and the index.
 
     Masks need no cryptographic quality, and this hash takes a tenth of the work of JAX's generator
     Threefry (docs/performance.md, "Hashed dropout masks").
     """
-    bits = _lowbias32(_lowbias32(index + first) ^ second)
+    bits = _lowbias32(_lowbias32(index + seed_0) ^ seed_1)
     return bits >= jnp.uint32(rate * 2**32)
 
 

@@ -22,7 +22,7 @@ def embed_reference(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 def embed_cpu(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Compute `embed_reference`, also from a tied table [D / 2, V] of `linear.pack_bf16`."""
     # (docs/performance.md, "Packed bfloat16 weights")
-    if table_VD.dtype == jnp.uint32:
+    if table_VD.dtype == jnp.uint32:  # packed, [D / 2, V]
         return jnp.moveaxis(jnp.concatenate(unpack_bf16(table_VD[:, tokens_BT])), 0, -1)
     return embed_reference(table_VD, tokens_BT)
 
@@ -35,9 +35,9 @@ def add_positions_reference(x_BTD: jax.Array, table_TD: jax.Array) -> jax.Array:
 def add_positions_gpu(x_BTD: jax.Array, table_TD: jax.Array) -> jax.Array:
     """Compute `add_positions_reference` with a gradient that sums groups of at most 16 sequences.
 
-    XLA makes 32 or more summed numbers neighbours in memory. A sum over all sequences would put B
-    innermost in the whole residual stream, and norms would read it with a stride
-    (docs/performance.md, "Position gradients in groups").
+    From 32 summed elements on, XLA makes the summed axis the innermost in memory. A sum over all
+    sequences would put B innermost in the whole residual stream, and norms would read it with a
+    stride (docs/performance.md, "Position gradients in groups").
     """
     B, mesh = len(x_BTD), jax.sharding.get_abstract_mesh()
     shards = mesh.shape["data"] * mesh.shape["fsdp"] if is_partitioned() else 1

@@ -1,7 +1,7 @@
 """The cache of keys and values for decoding, and attention that reads it.
 
 B batch, N heads, K key-value heads, H head dim; R = B K cache rows, Q = N / K query heads per row,
-S cached positions, W tokens of a chunk.
+S cached positions, W tokens of a chunk, A = S + W keys that a query may see.
 
 A row holds one key-value head of one sequence. Products read this layout directly; XLA:CPU writes
 other layouts twice. While a chunk of tokens is decoded, the past is only read, and the chunk's keys
@@ -50,12 +50,13 @@ def empty_cache(rows: int, past: int, chunk: int, head_dim: int, dtype) -> KVCac
     return KVCache(empty(past), empty(chunk))
 
 
-def append(
+def update_cache(
     cache: KVCache | None, k_BTKH: jax.Array, v_BTKH: jax.Array, position: DecodePosition | None
 ) -> KVCache | None:
-    """Return the cache with the tokens' keys and values in the chunk at `position`.
+    """Return the cache with the keys and values of new tokens.
 
-    Without a position they are written to the beginning of the past.
+    Decoding writes them to the chunk, at `position.step`. Without a position (prefill), they go to
+    the beginning of the past. Without a cache, the result is None.
     """
     if cache is None:
         return None
@@ -100,17 +101,17 @@ def decode_attention(
     # Cached positions after the chunk's start are unused or stale, so no query may attend to them
     # (sampling is always causal).
     past_RS = jnp.where(past_RS < start_R1, past_RS, jnp.iinfo(past_RS.dtype).max)
-    key_RS = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
-    mask_RS = attention_mask(start_R1 + position.step, key_RS, options.causal, options.window)
+    key_RA = jnp.concatenate([past_RS, start_R1 + jnp.arange(W)], axis=1)
+    mask_RA = attention_mask(start_R1 + position.step, key_RA, options.causal, options.window)
     product = partial(jnp.einsum, preferred_element_type=accum_dtype(q_B1NH))
     q_RQH = q_B1NH.reshape(R, -1, H) * options.scale
     scores = [product("RQH,RSH->RQS", q_RQH, part.k_RSH) for part in cache]
-    scores_RQS = jnp.where(mask_RS[:, None], jnp.concatenate(scores, axis=2), -jnp.inf)
-    weights_RQS = jnp.exp(scores_RQS - scores_RQS.max(-1, keepdims=True))
-    weights = jnp.split(weights_RQS.astype(cache.past.v_RSH.dtype), [S], axis=2)
+    scores_RQA = jnp.where(mask_RA[:, None], jnp.concatenate(scores, axis=2), -jnp.inf)
+    weights_RQA = jnp.exp(scores_RQA - scores_RQA.max(-1, keepdims=True))
+    weights = jnp.split(weights_RQA.astype(cache.past.v_RSH.dtype), [S], axis=2)
     o_RQH = sum(
         product("RQS,RSH->RQH", part_RQS, part.v_RSH)
         for part_RQS, part in zip(weights, cache, strict=True)
     )
-    o_RQH /= weights_RQS.sum(-1, keepdims=True)
+    o_RQH /= weights_RQA.sum(-1, keepdims=True)
     return o_RQH.astype(cache.past.v_RSH.dtype).reshape(B, 1, N, H)

@@ -16,6 +16,7 @@ from jaxgpt.kernels.platform import accum_dtype, is_partitioned
 
 GEMV_MIN_BYTES = 1 << 20  # a smaller weight may stay in a core's cache between its uses
 PARTS_MIN_SIZE = 1 << 24  # elements of x; more kernels cost more than a smaller map gains
+LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
 PACKED_MIN_BYTES = 1 << 17  # reading a smaller weight takes less time than starting both cores
 
 
@@ -23,8 +24,6 @@ def linear_reference(equation: str, x: jax.Array, weight: jax.Array) -> jax.Arra
     """Compute the einsum of `equation` in x's dtype."""
     return jnp.einsum(equation, x, weight.astype(x.dtype))
 
-
-LINEAR_OUTPUT = "linear"  # the name of a linear map's output, which remat="dots" keeps
 
 # ---- every platform: sum over axes in memory order -------------------------------------------
 
@@ -129,8 +128,9 @@ def linear_parts_gpu(
     """
     if x.size < PARTS_MIN_SIZE or is_partitioned():
         return linear_parts_reference(equation, x, weight, bias)
+    products: Any = _separate_products(equation.replace("C", ""), x, weight.astype(x.dtype))
     parts = []
-    for i, y in enumerate(_separate_products(equation.replace("C", ""), x, weight.astype(x.dtype))):
+    for i, y in enumerate(products):
         y = checkpoint_name(y, LINEAR_OUTPUT)
         parts.append(y if bias is None else add_bias(y, bias[i]))
     return parts
@@ -194,6 +194,7 @@ def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
     """Multiply one row by a large matrix, [R, S] if S `is_last` and else [S, R], in eight parts.
 
     XLA:CPU reads the parts with both cores (docs/performance.md, "Row product in eight parts").
+    Of the axes of a part, R or S is an eighth of its size.
     """
     S = x_1S.size
     if is_last:
@@ -212,7 +213,8 @@ def _gemv(x_1S: jax.Array, y: jax.Array, is_last: bool) -> jax.Array:
 def pack_bf16(equation: str, weight: jax.Array) -> jax.Array:
     """Pack a float32 weight whose values are bfloat16, two per uint32 word: [S / 2, ...].
 
-    The summed axes come first, and their second half is in the upper bits. A small weight, or one
+    The summed axes come first. Word i holds value i in its lower bits, and value S / 2 + i in its
+    upper bits. A small weight, or one
     with S not a multiple of 16, is returned unchanged
     (docs/performance.md, "Packed bfloat16 weights").
     """
@@ -239,11 +241,11 @@ def _packed_gemv(x: jax.Array, words: jax.Array) -> jax.Array:
     product, or a sum over an axis, it would first convert the whole weight in memory. The barriers
     keep XLA from fusing this loop with the loops around it.
     """
-    S = len(words)
-    terms = math.gcd(S, min(16, S // 8))
+    half = len(words)  # of the summed size
+    terms = math.gcd(half, min(16, half // 8))
     x, words = jax.lax.optimization_barrier((x, words))
-    x = x.reshape(2, S // terms, terms, 1)
-    words = words.reshape(S // terms, terms, -1)
+    x = x.reshape(2, half // terms, terms, 1)
+    words = words.reshape(half // terms, terms, -1)
     summands = []
     for i in range(terms):
         lower, upper = unpack_bf16(words[:, i])

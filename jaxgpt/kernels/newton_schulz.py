@@ -18,7 +18,7 @@ class Polynomial(NamedTuple):
     """
 
     coefficients: tuple[tuple[float, float, float], ...]  # a, b, c of each iteration
-    norm: float = 1.0  # a matrix is divided by its Frobenius norm and by this
+    safety_factor: float = 1.0  # a matrix is divided by its Frobenius norm and by this
 
     def first(self, iterations: int) -> "Polynomial":
         """Return only the first iterations."""
@@ -36,7 +36,7 @@ POLYNOMIALS = {
             (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
             (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
         ),
-        norm=1.02,
+        safety_factor=1.02,
     ),
 }
 
@@ -58,7 +58,7 @@ def iterate(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
 def unit_norm(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
     """Divide each matrix by its Frobenius norm, which is at least its largest singular value."""
     norm_S11 = jnp.sqrt(jnp.sum(x_SIJ * x_SIJ, axis=(1, 2), keepdims=True))
-    return x_SIJ / (polynomial.norm * norm_S11 + EPSILON)
+    return x_SIJ / (polynomial.safety_factor * norm_S11 + EPSILON)
 
 
 def orthogonalize_bfloat16(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
@@ -77,7 +77,7 @@ def orthogonalize_cpu(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
     matrices, and the last product applies them to X (docs/performance.md, "Muon on Gram matrices").
     """
     _, I, J = x_SIJ.shape
-    if I == J:
+    if I == J:  # Gram matrices save nothing
         return jax.lax.map(lambda x_IJ: orthogonalize_reference(x_IJ[None], polynomial)[0], x_SIJ)
 
     def one(x_IJ: jax.Array) -> jax.Array:

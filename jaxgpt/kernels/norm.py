@@ -27,8 +27,8 @@ def norm_reference(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.A
     return x * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D
 
 
-def branch_reference(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
-    """Return x for the residual stream, and its norm (a model.Norm) for a branch."""
+def residual_and_norm_reference(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
+    """Return x, for the residual stream, and `norm(x)` of a `model.Norm`, for a branch."""
     return x, norm(x)
 
 
@@ -118,7 +118,8 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
 def folds_gains_gpu(config: Any) -> bool:
     """Tell whether every norm has a gain, no bias, and a map after it that is trained.
 
-    A folded norm's result is also the input of that map. A bias would have to become a bias of the
+    After folding, the norm's result is the input of that map itself, so one kernel per direction
+    suffices. A bias would have to become a bias of the
     map, and a frozen map cannot hold a gain that is trained
     (docs/performance.md, "Gains folded into linear maps").
     """
@@ -126,25 +127,25 @@ def folds_gains_gpu(config: Any) -> bool:
     return is_plain and config.norm_position == "pre" and config.n_layer > 0
 
 
-def branch_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
+def residual_and_norm_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
     """Return x, and its norm by one kernel; another kernel computes the gradient of both.
 
     The gradient comes from the result, so x is not kept. A norm with a gain is computed as on any
     platform (docs/performance.md, "One kernel per norm and direction").
     """
     if norm.scale is not None:
-        return branch_reference(x, norm)
+        return residual_and_norm_reference(x, norm)
     with jax.named_scope(getattr(norm, "scope", "norm")):
-        return _branch(x, norm.centered)
+        return _residual_and_norm(x, norm.centered)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _branch(x: jax.Array, centered: bool) -> tuple[jax.Array, jax.Array]:
+def _residual_and_norm(x: jax.Array, centered: bool) -> tuple[jax.Array, jax.Array]:
     ones_D = jnp.ones(x.shape[-1], x.dtype)
     return x, norm_reference(x, ones_D, centered=centered).astype(x.dtype)
 
 
-def _branch_fwd(x: jax.Array, centered: bool) -> tuple[tuple, tuple]:
+def _residual_and_norm_fwd(x: jax.Array, centered: bool) -> tuple[tuple, tuple]:
     from jaxgpt.kernels import triton
 
     def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +156,7 @@ def _branch_fwd(x: jax.Array, centered: bool) -> tuple[tuple, tuple]:
     return (x, y), (y, inverse_std)
 
 
-def _branch_bwd(centered: bool, saved: tuple, gradients: tuple) -> tuple[jax.Array]:
+def _residual_and_norm_bwd(centered: bool, saved: tuple, gradients: tuple) -> tuple[jax.Array]:
     from jaxgpt.kernels import triton
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -167,4 +168,4 @@ def _branch_bwd(centered: bool, saved: tuple, gradients: tuple) -> tuple[jax.Arr
     return (over_batch(run)(dy, *saved, dx),)
 
 
-_branch.defvjp(_branch_fwd, _branch_bwd)
+_residual_and_norm.defvjp(_residual_and_norm_fwd, _residual_and_norm_bwd)

@@ -64,7 +64,7 @@ def is_partitioned() -> bool:
     return not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types)
 
 
-def splits(axis: str) -> bool:
+def is_split(axis: str) -> bool:
     """Return whether XLA splits arrays over this axis of the current mesh."""
     return is_partitioned() and jax.sharding.get_abstract_mesh().shape[axis] > 1
 

@@ -20,8 +20,8 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     half = x_BTNH.shape[-1] // 2
     dtype = accum_dtype(x_BTNH)
     frequency = BASE ** (-jnp.arange(half) / half)
-    angle_BT1H = (positions_BT[..., None, None] * frequency).astype(dtype)
-    sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+    angle = (positions_BT[..., None, None] * frequency).astype(dtype)  # [B, T, 1, H / 2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BTNH.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 

@@ -99,7 +99,7 @@ def sequence_losses(
     A window is int32 ids; a masked token is `~id`, which is negative, and is no target. Windows of
     similar length share a batch, so that little is padded.
     """
-    graphdef, _, _ = abstract_model(config)
+    graphdef = abstract_model(config).graphdef
 
     def losses(params: dict, windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         network = nnx.merge(graphdef, cast_params(params, config.dtype))

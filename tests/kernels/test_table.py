@@ -30,7 +30,7 @@ ELSEWHERE = {
 OTHERWISE = {
     "sum_over_devices",
     "adam_direction",
-    "branch",
+    "residual_and_norm",
     "compute_dtype",
     "folds_gains",  # tests/test_train_step.py
     "max_replicas",
@@ -135,7 +135,7 @@ def test_activation_and_gradient_match_numpy(name):
 
 @pytest.mark.parametrize("width", [64, 48])
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("row", variants("branch"))
+@pytest.mark.parametrize("row", variants("residual_and_norm"))
 def test_branch_returns_its_input_and_the_norm(row, kind, width):
     layer = Norm(kind, width, gain=False)
     run = lambda x: jnp.stack(TABLE[row](x, layer))
@@ -240,7 +240,7 @@ def test_orthogonalize_keeps_singular_vectors_and_brings_values_near_1(row, poly
     u, s, vt = np.linalg.svd(random, full_matrices=False)
     s = np.broadcast_to(np.linspace(0.3, 1, s.shape[-1]), s.shape)
     x = ((u * s[:, None]) @ vt).astype(np.float32)
-    s = s / (rule.norm * np.linalg.norm(s, axis=-1, keepdims=True))
+    s = s / (rule.safety_factor * np.linalg.norm(s, axis=-1, keepdims=True))
     for a, b, c in rule.coefficients:
         s = a * s + b * s**3 + c * s**5
     got = TABLE[row](x, polynomial=rule)
@@ -260,7 +260,7 @@ def test_orthogonalize_divides_by_the_norm_and_the_safety_factor_once(row, polyn
     """One polynomial, 2 X, shows by what a matrix was divided."""
     rule = POLYNOMIALS[polynomial]._replace(coefficients=((2.0, 0.0, 0.0),))
     x = draw(2, 8, 24)
-    want = 2 * x / (rule.norm * np.linalg.norm(x, axis=(1, 2), keepdims=True))
+    want = 2 * x / (rule.safety_factor * np.linalg.norm(x, axis=(1, 2), keepdims=True))
     np.testing.assert_allclose(TABLE[row](x, polynomial=rule), want, rtol=0.005)
 
 
