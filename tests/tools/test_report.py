@@ -190,7 +190,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(run, data, tmp_path):
         (["nowhere"], "nowhere: no such run or weights"),
         (["RUN", "--prompt=§"], "no token for '§'"),
         (["RUN", "--prompt=" + "a" * 9], "text: has 9 tokens"),
-        (["RUN", "--to=no/folder.html"], "cannot be written"),
+        (["RUN", "--to=no/folder.html"], "no/folder.html: there is no folder no; try mkdir -p no"),
         (["RUN", "--to=."], ".: is a folder; expected a file to write"),
     ],
 )
