@@ -173,8 +173,7 @@ def sample(argv: list[str]) -> None:
         reject_url("out_dir", args.out_dir)
     if args.interactive and args.start:
         raise UserError("start: --interactive asks for prompts; expected only one of the two flags")
-    if args.init_from != "resume":
-        reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
+    reject_checkpoint_of_weights(args)
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
     from jaxgpt.data.tokenizer import with_working
@@ -202,6 +201,12 @@ def reject_unused(args: Any, flag: str, problem: str, advice: str) -> None:
     value = getattr(args, flag)
     if value != getattr(type(args), flag):
         raise UserError(f"{flag}={value!r}: {problem}; try {advice}, or without --{flag}")
+
+
+def reject_checkpoint_of_weights(args: RunArgs) -> None:
+    """Raise `UserError` if a checkpoint is chosen of weights, which have none."""
+    if args.init_from != "resume":
+        reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
 
 
 def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
@@ -347,8 +352,7 @@ def evaluate(argv: list[str]) -> None:
         reject_unused(args, "dataset", "HellaSwag has its own questions", "--task=loss")
     else:
         reject_unused(args, "hellaswag_file", "the loss needs no questions", "--task=hellaswag")
-    if args.init_from != "resume":
-        reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
+    reject_checkpoint_of_weights(args)
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
     from jaxgpt.tools.hellaswag import hellaswag

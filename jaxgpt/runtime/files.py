@@ -82,6 +82,14 @@ def reject_url(key: str, path: str) -> None:
         raise UserError(f"{key}={path!r}: is in an object store; expected a folder")
 
 
+def check_file_to_write(file: Path) -> None:
+    """Raise `UserError` if a file to write is a folder, or if its folder does not exist."""
+    if not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; try mkdir -p {file.parent}")
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; expected a file to write")
+
+
 def make_folder(folder: str | Path, subject: str, key: str) -> None:
     """Make a folder and its parents. Raises the `folder_error` of `subject` and `key`."""
     try:

@@ -26,7 +26,7 @@ from jaxgpt.data.tokenizer import check_same
 from jaxgpt.resolve import count_params
 from jaxgpt.runtime import storage
 from jaxgpt.runtime.bucket import local_data_dir
-from jaxgpt.runtime.files import atomic_write, import_extra, is_url
+from jaxgpt.runtime.files import atomic_write, check_file_to_write, import_extra, is_url
 from jaxgpt.runtime.metrics import Row
 
 REPORT = "report.html"
@@ -57,10 +57,7 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
     run = runs[0]
     folder = storage.local(run.source)
     path = Path(file or (folder if folder.is_dir() else Path()) / REPORT)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a file to write")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; try mkdir -p {path.parent}")
+    check_file_to_write(path)
     ids_T, source = passage_tokens(run)
     prompt_T = ids_T[: min(PROMPT_TOKENS, run.config.block_size)]
     if prompt:

@@ -18,7 +18,7 @@ from jaxgpt.data.tokens import SPLITS, Dataset, TokenSplit, is_prepared
 from jaxgpt.runtime import device
 from jaxgpt.runtime.bucket import local_data_dir
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import atomic_write, folder_error
+from jaxgpt.runtime.files import atomic_write, check_file_to_write, folder_error
 from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.nanogpt import NanoGPT, NanoGPTError, check_comparable
 from jaxgpt.tools.bench.options import BenchArgs
@@ -94,11 +94,7 @@ def check_flags(args: BenchArgs) -> None:
 def check_folders(args: BenchArgs) -> None:
     """Raise `UserError` for a file to write that is a folder, or whose folder does not exist."""
     for file in filter(None, (args.json, args.plot, args.chart)):
-        folder = Path(file).parent
-        if not folder.is_dir():
-            raise UserError(f"{file}: there is no folder {folder}; try mkdir -p {folder}")
-        if Path(file).is_dir():
-            raise UserError(f"{file}: is a folder; expected a file to write")
+        check_file_to_write(Path(file))
 
 
 def choose(args: BenchArgs) -> tuple[str, Config]:
