@@ -15,10 +15,11 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs that are not ours; the tests check ours only.
 OTHER_PROGRAMS = {
-    "/usr/bin/time", "[", "awk", "break", "cat", "cd", "cp", "curl", "do", "done", "echo", "exit",
-    "export", "for", "gcloud", "git", "head", "jupyter", "kill", "ls", "mkdir", "mkdocs", "mpirun",
-    "npm", "pip", "pytest", "rm", "ruff", "sbatch", "scontrol", "scp", "source", "srun", "status=$?",
-    "tail", "tar", "tensorboard", "truncate", "unshare", "unzip", "wget", "while",
+    "/usr/bin/time", "[", "awk", "break", "cat", "cd", "cp", "curl", "do", "done", "echo",
+    "exit", "export", "for", "gcloud", "git", "head", "jupyter", "kill", "ls", "mkdir",
+    "mkdocs", "mpirun", "npm", "pip", "pytest", "rm", "ruff", "sbatch", "scontrol", "scp",
+    "source", "srun", "status=$?", "tail", "tar", "tensorboard", "truncate", "unshare", "unzip",
+    "wget", "while",
 }  # fmt: skip
 
 
