@@ -3,6 +3,7 @@
 U batches per call, B sequences per batch, T length.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -86,4 +87,4 @@ def full_split(
             window[: len(ids)] = ids
         windows = windows.reshape(BATCHES_PER_CALL, 1, sequences, block_size + 1)
         array = jax.make_array_from_callback(windows.shape, batch_sharding, windows.__getitem__)
-        yield array, -(-len(starts) // sequences)
+        yield array, math.ceil(len(starts) / sequences)

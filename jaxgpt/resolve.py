@@ -187,9 +187,9 @@ def check_freeze(config: Config) -> None:
 
 
 def _num_frozen(config: Config) -> int:
-    """Count the parameters that `freeze` matches."""
-    shapes = model.abstract_model(config).shapes
-    sizes = jax.tree.map(lambda p, frozen: p.size * frozen, shapes, frozen_mask(config, shapes))
+    """Count the parameters that `freeze` matches, without padded rows."""
+    is_frozen = frozen_mask(config, model.abstract_model(config).shapes)
+    sizes = jax.tree.map(lambda size, frozen: size * frozen, unpadded_sizes(config), is_frozen)
     return sum(jax.tree.leaves(sizes))
 
 

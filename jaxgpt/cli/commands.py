@@ -5,6 +5,7 @@ comment at each field of a dataclass of arguments is the field's --help.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -277,7 +278,7 @@ def profile_decoding(
     from jaxgpt.runtime.profile import FOLDER, VIEWER, profile_calls
     from jaxgpt.sample import CHUNK
 
-    calls = min(args.profile, -(-args.max_new_tokens // CHUNK))
+    calls = min(args.profile, math.ceil(args.max_new_tokens / CHUNK))
     generate = partial(sampler.generate, prompts, max_new_tokens=calls * CHUNK, **options)
     folder = Path(args.out_dir, FOLDER, "sample")
     table, trace = profile_calls(folder, lambda: list(generate()), calls)
@@ -379,6 +380,7 @@ class ExportArgs(RunArgs):
 def export(argv: list[str]) -> None:
     """Write a run or weights as a folder that transformers loads."""
     args = parse(ExportArgs, argv, "jaxgpt export")
+    reject_checkpoint_of_weights(args)
     reject_url("to", args.to)
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device

@@ -8,6 +8,7 @@ interruption, and the files are always the same.
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -149,7 +150,7 @@ def _open(dataset: str) -> tuple[list[Piece], str]:
         raise UserError(f"{path}: its files are empty; expected documents in them")
     digest = _sha256_of_all(files)[:16]
     source = f"{path}, {len(files)} files, {total_bytes:,} bytes, SHA-256 {digest}"
-    count = -(-total_bytes // PIECE_BYTES)
+    count = math.ceil(total_bytes / PIECE_BYTES)
     if files[0].suffix == ".parquet":
         keys = {"data_files": {"train": [str(file) for file in files]}}
         return _cut_rows(dataset, "parquet", count, keys), source

@@ -4,6 +4,7 @@ B sequences in a batch, T length.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def sequence_losses(
     calls = []
     while order:
         longest = max(2, len(windows[order[-1]]))
-        width = min(-(-(longest - 1) // ROW_WIDTH) * ROW_WIDTH, config.block_size)
+        width = min(math.ceil((longest - 1) / ROW_WIDTH) * ROW_WIDTH, config.block_size)
         rows = max(1, BATCH_TOKENS // width // num_shards) * num_shards
         taken, order = order[-rows:], order[:-rows]
         batch = np.full((rows, width + 1), -1, np.int32)

@@ -436,7 +436,7 @@ def array_bytes(shape: Shape) -> int:
     """Return the size of an array, rounded up to whole bytes."""
     kind, dims = shape
     bits = int(_search(r"(\d+)", kind) or (8 if kind == "pred" else 0))
-    return -(-math.prod(dims) * bits // 8)
+    return math.ceil(math.prod(dims) * bits / 8)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:

@@ -180,6 +180,9 @@ BAD = {
         nothing, f"{NEW} --process_id=1", "process_id=1: no coordinator; expected the host:port"),
     "a prompt of an interactive session": (
         nothing, f"{SAMPLE} --start=a --interactive", "start: --interactive asks for prompts"),
+    "a checkpoint of weights to export": (
+        nothing, "export --init_from=./weights --checkpoint=latest --to=x",
+        "checkpoint='latest': only a run has checkpoints"),
     "a checkpoint of weights": (
         nothing, "sample --init_from=./weights --checkpoint=latest",
         "checkpoint='latest': only a run has checkpoints"),

@@ -3,6 +3,7 @@
 B batch, T length, S key length, N heads, K key-value heads, H head width, M micro-batches per step.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,7 @@ def decode_bytes(sampler: Sampler, batch: int) -> float:
     if not hasattr(nnx.merge(graphdef, shapes), "init_cache"):
         return weights
     T = config.block_size
-    half = -(-T // 2)  # past block_size, a sequence restarts from its last half
+    half = math.ceil(T / 2)  # past block_size, a sequence restarts from its last half
     lengths = [n if n <= T else T // 2 + (n - T) % half for n in range(1, NEW_TOKENS + 1)]
     width = 2 * config.n_layer * config.kv_heads * config.head_dim
     return weights + batch * width * float(np.mean(lengths)) * jnp.dtype(config.dtype).itemsize

@@ -3,6 +3,7 @@
 U steps per call, M micro-batches per step, B sequences per micro-batch.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class JaxGPT:
 
     def whole_calls(self, steps: int) -> int:
         """Round a number of steps up to whole calls."""
-        return -(-steps // self.U) * self.U
+        return math.ceil(steps / self.U) * self.U
 
     def round_steps(self) -> int:
         """Warm up, and return how many steps take about `ROUND_S`, at most 100."""
