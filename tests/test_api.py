@@ -280,12 +280,12 @@ def attention_of(params: dict, config: jaxgpt.Config) -> np.ndarray:
     """Compute the attention weights of TEXT with the NumPy GPT, [L, N, T, T]."""
     _, _, cache = ref.forward(params, TOKENS_1T, config)
     T = TOKENS_1T.size
-    visible = ref._visible(T, T, config.causal, config.sliding_window, None)
+    visible = ref.visible_keys(T, T, config.causal, config.sliding_window, None)
     layers = []
     for block in cache.blocks:
-        _, attn = block.attn[1] if isinstance(block.attn[1], tuple) else (None, block.attn[1])
+        attn = block.attn[1]
         q_BTKGH = attn.q.reshape(1, T, config.kv_heads, -1, config.head_dim)
-        weights = ref._attention_weights(q_BTKGH, attn.k, visible, config.head_dim**-0.5)
+        weights = ref.attention_weights(q_BTKGH, attn.k, visible, config.head_dim**-0.5)
         layers.append(weights.reshape(config.n_head, T, T))
     return np.array(layers).reshape(config.n_layer, config.n_head, T, T)
 

@@ -5,7 +5,6 @@ of the kernels' table, so that the tests and the rows stay correct without a car
 """
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -109,7 +108,7 @@ SUPPORTED = [
     for name, dtype, case in product(IMPLEMENTATIONS, TOLERANCE, CASES)
     if name != "cudnn" or (dtype == "bfloat16" and "documents" not in case)
 ]
-ON_CPU = [run for run in SUPPORTED if run[0] != "cudnn" and run[2] in (CASES[0], CASES[-1])]
+ON_CPU = [run for run in SUPPORTED if run[0] != "cudnn" and run[1:] == ("bfloat16", CASES[-1])]
 RUNS = [pytest.param("cpu", *run) for run in ON_CPU]
 RUNS += [pytest.param("gpu", *run, marks=pytest.mark.gpu) for run in SUPPORTED]
 
@@ -283,17 +282,14 @@ TRAIN_ALL = (
 
 @pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, platform):
-    """XLA's flag makes the order of sums the same in each run."""
     data = make_data(tmp_path)
     sizes = {"n_embd": 64, "block_size": 64, "attention_dropout": False, "lr_decay_iters": 4}
     keys = sizes | {"device": "auto", "dtype": "auto", "attention": "auto", "mesh": "data:1"}
-    keys |= {"eval_interval": 2, "max_iters": 4}
+    keys |= {"eval_interval": 2, "max_iters": 4, "deterministic": True}
     whole, parts = (tiny_run(tmp_path / name, data, **keys) for name in ("whole", "parts"))
     runs = [whole, parts.replace(max_iters=2), parts.replace(init_from="resume")]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_exclude_nondeterministic_ops=true"
-    env = CHILD_ENV | {"XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-c", TRAIN_ALL, json.dumps([run.to_dict() for run in runs])]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=CHILD_ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 2" in done.stdout
     assert state_of(whole, 4) == state_of(parts, 4)

@@ -1,6 +1,7 @@
 """Test values and gradients of the Flax model against NumPy, for every option."""
 
 import math
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from helpers import (
 )
 from helpers import reference_config as make_config
 from reference import numpy_gpt as ref
-from reference.options import MODEL_CASES
+from reference.options import DEFAULTS, MODEL_CASES
 
 from jaxgpt import model, resolve
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.interop import huggingface
 from jaxgpt.kernels import TABLE
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
@@ -34,6 +35,17 @@ def random_tokens(config: Config) -> np.ndarray:
     )
     targets[0, :2] = -1
     return np.stack([tokens, targets])
+
+
+IN_OTHER_TESTS = {
+    "dropout", "attention_dropout", "document_mask", "eot_id",
+    "zero_init_projections",  # changes initial values only
+}  # fmt: skip
+
+
+def test_every_key_of_a_model_is_compared_with_numpy():
+    compared = {*DEFAULTS}.union(*MODEL_CASES)
+    assert {field.name for field in fields(ModelConfig)} == compared | IN_OTHER_TESTS
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

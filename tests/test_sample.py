@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import MODEL_CASES, MODERN
 
-from jaxgpt import kernels, sample
+from jaxgpt import sample
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
 from jaxgpt.data.text_stream import generate_text
@@ -196,11 +196,17 @@ def test_sampling_on_several_devices_gives_the_same_tokens(rows, devices, monkey
     config, params = lively_case(n_layer=1)
     sampler, prompts = Sampler(config).load(params), random_prompts(*range(1, rows + 1))
     run = partial(generate, sampler, prompts, max_new_tokens=20)
-    assert max(n for n in range(1, kernels.max_replicas(params) + 1) if rows % n == 0) == devices
+    used = []
+
+    def mesh_of(count: int):
+        used.append(count)
+        return local_mesh(count)
+
+    monkeypatch.setattr(sample, "local_mesh", mesh_of)
     texts = run()
     monkeypatch.setattr(decode, "SHARED_READ_BYTES", 0)  # now the weights count as large
-    assert kernels.max_replicas(params) == 1
     assert run() == texts
+    assert used == [devices, 1]
 
 
 # ---- texts beyond block_size, and batches ----------------------------------------------------

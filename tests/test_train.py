@@ -237,6 +237,7 @@ def test_nonfinite_loss_ends_the_run_and_saved_steps_are_finite(make_run):
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf).*learning_rate"):
         train(config)
     checkpoints = run_dir.open_checkpoints(config)
+    assert checkpoints.steps()
     for step in checkpoints.steps():
         state = state_of(config, step).values()
         assert all(np.isfinite(np.frombuffer(array, "f4")).all() for array in state)

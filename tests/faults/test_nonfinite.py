@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from pathlib import Path
 
@@ -143,12 +142,11 @@ def test_exceeding_max_nonfinite_steps_ends_the_run(data, tmp_path, monkeypatch)
 
 
 def test_overflowing_update_ends_the_run_without_saving_nonfinite_weights(data, tmp_path):
-    """The learning rate of 3e38 makes the first update overflow."""
-    keys = {"learning_rate": 3e38, "warmup_iters": 0, "save_interval": 1}
+    """The learning rate of 1e39 is infinite in float32, so the first update overflows."""
+    keys = {"learning_rate": 1e39, "warmup_iters": 0, "save_interval": 1}
     config = tiny(tmp_path, data, mesh="data:1", **keys | SMALL)
-    assert re.search(r"step \d+: (a weight or moment|the loss) is", refusal(train, config))
-    steps = run_dir.open_checkpoints(config).steps()
-    assert not steps or is_finite(config)
+    assert refusal(train, config).startswith("step 1: a weight or moment is not finite")
+    assert run_dir.open_checkpoints(config).steps() == []
 
 
 def test_nan_val_loss_is_null_in_metrics_and_never_best(data, tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ Parameters are nested dicts (`blocks` is a list, or a dict keyed by the layer nu
     head_bias [V]                         (head_bias)
 A projection's bias has its kernel's output axes. Biases exist only if `config.bias`, those of
 query, key and value only if `config.qkv_bias` too, and never in an RMSNorm or the embeddings.
-There are no norms with norm = none, no MLP and ln_2 with mlp = none, no attn.out without
-out_projection.
+There are no norms with norm = none or without norm_gain, no MLP and ln_2 with mlp = none, no
+attn.out without out_projection.
 """
 
 import math
@@ -47,7 +47,8 @@ ROPE_BASE = 10_000.0
 IGNORE = -1  # a target with this value takes no part in the loss
 VOCAB_MULTIPLE = 128
 
-LECTURE_DEFAULTS = {  # options that a config may lack
+OPTION_DEFAULTS = {  # options that a config may lack
+    "norm_gain": True,
     "residual": True,
     "out_projection": True,
     "score_scale": "head",
@@ -59,8 +60,8 @@ _erf = np.vectorize(math.erf, otypes=[float])
 
 
 def option(config: Config, name: str) -> Any:
-    """Return one of the lecture's options."""
-    return getattr(config, name, LECTURE_DEFAULTS[name])
+    """Return an option that a config may lack."""
+    return getattr(config, name, OPTION_DEFAULTS[name])
 
 
 # --- Parameter trees ----------------------------------------------------------------------------
@@ -122,13 +123,18 @@ def _draw_attention(draw: _Draw, config: Config) -> Tree:
     return p
 
 
+def has_norm_parameters(config: Config) -> bool:
+    """Return whether the norms of blocks and the last norm have gains, and biases if any."""
+    return config.norm != "none" and option(config, "norm_gain")
+
+
 def _draw_block(draw: _Draw, config: Config) -> Tree:
     D, F = config.n_embd, config.mlp_dim
     p = {"attn": _draw_attention(draw, config)}
     if config.mlp != "none":
         up = draw.linear((D,), (2, F) if config.mlp == "swiglu" else (F,))
         p["mlp"] = {"up": up, "down": draw.linear((F,), (D,))}
-    if config.norm != "none":
+    if has_norm_parameters(config):
         p |= {{"attn": "ln_1", "mlp": "ln_2"}[layer]: draw.norm(D, config.norm) for layer in p}
     return p
 
@@ -145,7 +151,7 @@ def init_params(config: Config, rng: np.random.Generator, dtype: Any = np.float6
     if config.position == "learned":
         params["pos_embed"] = {"kernel": draw.normal(config.block_size, D, std=D**-0.5)}
     params["blocks"] = [_draw_block(draw, config) for _ in range(config.n_layer)]
-    if config.norm_position == "pre" and config.norm != "none":
+    if config.norm_position == "pre" and has_norm_parameters(config):
         params["ln_f"] = draw.norm(D, config.norm)
     if not config.tie_embeddings:
         params["lm_head"] = {"kernel": draw.normal(V, D, std=D**-0.5)}
@@ -189,19 +195,21 @@ def norm(x: Array, p: Tree, kind: str) -> Array:
     """LayerNorm (Ba et al. 2016), RMSNorm (Zhang and Sennrich 2019) of x [..., D], or x itself."""
     if kind == "none":
         return x
-    return _normalise(x, kind)[0] * p["scale"] + p.get("bias", 0)
+    return _normalise(x, kind)[0] * p.get("scale", 1) + p.get("bias", 0)
 
 
 def norm_backward(dy: Array, x: Array, p: Tree, kind: str) -> tuple[Array, Tree]:
-    """dy [..., D] -> (dx [..., D], gradients of scale and bias [D])."""
+    """dy [..., D] -> (dx [..., D], gradients of scale and bias [D], if there are any)."""
     if kind == "none":
         return dy, {}
     x_hat, inverse_rms = _normalise(x, kind)
     batch = tuple(range(x.ndim - 1))
-    grads = {"scale": (dy * x_hat).sum(axis=batch)}
+    grads = {}
+    if "scale" in p:
+        grads["scale"] = (dy * x_hat).sum(axis=batch)
     if "bias" in p:
         grads["bias"] = dy.sum(axis=batch)
-    dx_hat = dy * p["scale"]
+    dx_hat = dy * p.get("scale", 1)
     # Scaling x leaves x_hat as it is (but for eps), so dx has no component along x_hat.
     dx = inverse_rms * (dx_hat - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True))
     if kind == "layernorm":  # centring is a symmetric projection: its transpose is itself
@@ -237,7 +245,7 @@ def rope(x_BTNH: Array, *, inverse: bool = False) -> Array:
 # --- Attention ----------------------------------------------------------------------------------
 
 
-def _visible(T: int, S: int, causal: bool, window: int, mask_BTS: Array | None) -> Array:
+def visible_keys(T: int, S: int, causal: bool, window: int, mask_BTS: Array | None) -> Array:
     """Which key each query may look at: booleans that broadcast to [B, K, G, T, S]."""
     # With more keys than queries, the queries are the last T positions.
     query, key = np.arange(T)[:, None] + max(S - T, 0), np.arange(S)
@@ -251,7 +259,7 @@ def _visible(T: int, S: int, causal: bool, window: int, mask_BTS: Array | None) 
     return visible[:, None, None]
 
 
-def _attention_weights(q_BTKGH: Array, k_BSKH: Array, visible: Array, scale: float) -> Array:
+def attention_weights(q_BTKGH: Array, k_BSKH: Array, visible: Array, scale: float) -> Array:
     """Softmax over the visible keys, [B, K, G, T, S]; a query that sees none gets zeros."""
     scores = scale * np.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, optimize=True)
     scores = np.where(visible, scores, -np.inf)
@@ -279,7 +287,9 @@ def attention(
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    weights = _attention_weights(q_BTKGH, k_BSKH, _visible(T, S, causal, window, mask_BTS), scale)
+    weights = attention_weights(
+        q_BTKGH, k_BSKH, visible_keys(T, S, causal, window, mask_BTS), scale
+    )
     out = np.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, optimize=True)
     return out.reshape(B, T, N, H)
 
@@ -298,7 +308,7 @@ def attention_backward(
     """The gradients (dq [B, T, N, H], dk [B, S, K, H], dv [B, S, K, H]) of `attention`."""
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     q, dout = (a.reshape(B, T, K, N // K, H) for a in (q_BTNH, dout_BTNH))
-    w_BKGTS = _attention_weights(q, k_BSKH, _visible(T, S, causal, window, mask_BTS), scale)
+    w_BKGTS = attention_weights(q, k_BSKH, visible_keys(T, S, causal, window, mask_BTS), scale)
     einsum = partial(np.einsum, optimize=True)
     dw_BKGTS = einsum("BTKGH,BSKH->BKGTS", dout, v_BSKH)
     # Softmax Jacobian: dscore_s = w_s (dw_s - sum_r w_r dw_r). Hidden keys have w = 0.

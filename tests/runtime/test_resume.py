@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 from helpers import make_config
 
-from jaxgpt.data.batch_size import global_batch_size
 from jaxgpt.runtime.resume import describe_changes
 
 STEP = 10
@@ -65,12 +64,6 @@ def test_changed_keys_are_named_in_one_line_with_their_effect_on_the_order(name)
     named, effect = line.removeprefix(start).split("; ")
     expected, what = said.split("; ")
     assert (sorted(named.split(", ")), effect) == (sorted(expected.split(", ")), what)
-
-
-def test_position_in_the_order_is_the_step_times_the_sequences_per_step():
-    more = SAVED.replace(batch_size=6)
-    (line,) = describe(batch_size=6)
-    assert f"sequence {STEP * global_batch_size(more)} of its order" in line
 
 
 @pytest.mark.parametrize("keys", [{}, {"out_dir": "moved", "init_from": "auto"}], ids=str)
