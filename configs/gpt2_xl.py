@@ -4,7 +4,7 @@ The config is for GPUs with 80 GB. On TPUs, add --scan_layers=True and --remat=d
 --scan_layers=True the compilation takes minutes.
 
 Data, schedule and tokens per step are those of gpt2.py. The peak learning rate is lower: it is that
-of GPT-3 at this width (Brown et al. 2020, table 2.1).
+of GPT-3 1.3B, the nearest size (Brown et al. 2020, table 2.1).
 """
 
 from configs.gpt2 import config as gpt2

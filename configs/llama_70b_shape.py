@@ -1,4 +1,7 @@
-"""Give `jaxgpt plan` the shape of Llama 2 70B (Touvron et al. 2023)."""
+"""Give `jaxgpt plan` the shape of Llama 2 70B (Touvron et al. 2023).
+
+As in llama_7b_shape.py, a sequence has half of Llama 2's context.
+"""
 
 from configs.llama_7b_shape import config as llama_7b
 

@@ -95,6 +95,9 @@ def load(
         key = "config_file" if isinstance(config, str) else "config_class"
         options: dict[str, Any] = {key: config}
         trained = huggingface.load_trained("resume", name, step, **options)
+    elif checkpoint != "best" or config not in (Config, ""):
+        problem = "is no run, and only a run has checkpoints and a config"
+        raise UserError(f"{name}: {problem}; expected a run directory")
     elif Path(name).exists() or huggingface.is_on_hub(name):
         trained = huggingface.load_trained(name)
     else:

@@ -441,7 +441,7 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         if c.position == "rope" and c.head_dim % 2:
             raise UserError(
                 f"position='rope': n_embd / n_head is {c.head_dim}, which is odd; "
-                "expected an even head width"
+                "expected an even head dim"
             )
         if c.sliding_window and not c.causal:
             raise UserError(

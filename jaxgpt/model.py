@@ -1,7 +1,7 @@
 """Define the GPT: token ids in, logits out.
 
 Array names end with their axes: B batch, T length, D embedding, N heads, K key-value heads,
-H head width, F MLP width, V vocabulary (padded), L layers, C parts of a fused map (query, key and
+H head dim, F MLP width, V vocabulary (padded), L layers, C parts of a fused map (query, key and
 value; or gate and up). A parameter keeps its letters as `axes`; sharding.py maps them to the mesh.
 """
 
@@ -34,7 +34,7 @@ from jaxgpt.kernels.position import apply_rope, sinusoids
 from jaxgpt.runtime.scopes import name_scopes, scoped
 from jaxgpt.sharding import constrain, constrain_batch
 
-INIT_STD = 0.02  # of every matrix and embedding (Radford et al. 2019)
+INIT_STD = 0.02  # of matrices and embeddings, but see `residual_std` (Radford et al. 2019)
 NO_MESH = jax.sharding.AbstractMesh((), ())
 OUTPUT_EQUATION = "BTD,VD->BTV"
 ACTIVATIONS = {
@@ -94,6 +94,7 @@ class Embedding(nnx.Module):
     equation = ""  # the einsum of the output layer, if it shares this table
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
+        # called kernel as the weight of a linear map, because by this name it decays and is cast
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
 
     def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
@@ -228,8 +229,8 @@ class Block(nnx.Module):
     def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
         self.ln_1 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
         self.attn = Attention(c, rngs=rngs)
-        self.mlp = MLP(c, rngs=rngs)
         self.ln_2 = Norm(c.norm, c.n_embd, gain=c.norm_gain, bias=c.bias)
+        self.mlp = MLP(c, rngs=rngs)
 
     @scoped
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
@@ -286,13 +287,14 @@ class GPT(nnx.Module):
         dropout: Dropout = Dropout(),
         cache: list[KVCache] | None = None,
         position: DecodePosition | None = None,
-        at_B: jax.Array | None = None,
+        logits_at_B: jax.Array | None = None,
     ) -> Any:
         """Return logits [B, T, V]; with a `cache`, return (logits, updated cache).
 
         With a `cache` alone (prefill), the tokens start their sequences, and fill the cache's past.
         With a `position` too (decode), they are one new token per sequence, T = 1, which is added
-        to the cache's chunk. With `at_B`, logits are of this one position per sequence, [B, 1, V].
+        to the cache's chunk. With `logits_at_B`, logits are of this one position per sequence,
+        [B, 1, V].
         """
         c = self.config
         segment_ids_BT = None
@@ -310,8 +312,8 @@ class GPT(nnx.Module):
                 context = replace(context, layer=layer, cache=layer_cache)
                 x_BTD, context = with_remat(c, block)(x_BTD, context)
                 new_cache.append(context.cache)
-        if at_B is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
+        if logits_at_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
         if c.norm_position == "pre":
             _, x_BTD = kernels.residual_and_norm(x_BTD, self.ln_f)
         logits_BTV = self.logits(x_BTD)
@@ -430,7 +432,9 @@ def abstract_model(config: Config) -> AbstractModel:
 
     def letters(param: Any) -> str:
         axes = getattr(param, "axes", None)
-        return " " * len(param.shape) if axes is None else axes.rjust(len(param.shape), "L")
+        if axes is None:
+            return " " * len(param.shape)
+        return axes.rjust(len(param.shape), "L")  # stacked layers have one more axis
 
     axes = jax.tree.map(letters, state, is_leaf=lambda p: isinstance(p, nnx.Param))
     return AbstractModel(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))

@@ -41,33 +41,33 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
     """
     apart = "LCNK" if per_head else "LC"
 
-    def axes(letters: str, kind: str) -> MatrixAxes | optax.MaskedNode:
+    def sides_of(letters: str, kind: str) -> MatrixAxes | optax.MaskedNode:
         if kind != "muon":
             return optax.MaskedNode()
         width = letters.index("D")  # the first, if both sides are D
         other = (i for i, letter in enumerate(letters) if i != width and letter not in apart)
         return MatrixAxes(*sorted(((width,), tuple(other))))  # a kernel's input axes come first
 
-    return jax.tree.map(axes, letters, kinds)
+    return jax.tree.map(sides_of, letters, kinds)
 
 
-def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+def to_matrices(x: jax.Array, sides: MatrixAxes) -> jax.Array:
     """Return the matrices of a parameter, [S, I, J], with the shorter side first."""
-    order, sides = layout(x.shape, axes)
-    return x.transpose(order).reshape(-1, *sides)
+    order, sizes = layout(x.shape, sides)
+    return x.transpose(order).reshape(-1, *sizes)
 
 
-def from_matrices(x_SIJ: jax.Array, shape: tuple[int, ...], axes: MatrixAxes) -> jax.Array:
+def from_matrices(x_SIJ: jax.Array, shape: tuple[int, ...], sides: MatrixAxes) -> jax.Array:
     """Return the parameter of this shape whose `to_matrices` are given."""
-    order, _ = layout(shape, axes)
+    order, _ = layout(shape, sides)
     inverse = np.argsort(order).tolist()
     return x_SIJ.reshape([shape[i] for i in order]).transpose(inverse)
 
 
-def layout(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, int]]:
+def layout(shape: tuple[int, ...], sides: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Return the order of axes that puts the shorter side before the longer, and both sizes."""
     size = lambda side: math.prod(shape[i] for i in side)
-    shorter, longer = sorted(axes, key=size)
+    shorter, longer = sorted(sides, key=size)
     batch = tuple(i for i in range(len(shape)) if i not in (*shorter, *longer))
     return (*batch, *shorter, *longer), (size(shorter), size(longer))
 
@@ -76,7 +76,7 @@ def layout(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[tuple[int, ...], t
 
 
 def scale_by_muon(
-    axes: dict, polynomial: Polynomial, momentum_warmup: int
+    all_sides: dict, polynomial: Polynomial, momentum_warmup: int
 ) -> optax.GradientTransformation:
     """Return the orthogonalised Nesterov momentum of each matrix.
 
@@ -95,17 +95,17 @@ def scale_by_muon(
         mix = lambda mu, g: beta * mu + (1 - beta) * g
         mu = jax.tree.map(mix, state.mu, updates)
         ahead = jax.tree.map(mix, mu, updates)  # Nesterov momentum
-        updates = orthogonalize_matrices(ahead, axes, polynomial)
+        updates = orthogonalize_matrices(ahead, all_sides, polynomial)
         return updates, MuonState(state.count + 1, mu, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> Any:
+def orthogonalize_matrices(updates: Any, all_sides: Any, polynomial: Polynomial) -> Any:
     """Orthogonalise each matrix of a tree; those of one shape are stacked and computed at once."""
     leaves, structure = jax.tree.flatten(updates)
-    axes = structure.flatten_up_to(axes)
-    matrices = list(map(to_matrices, leaves, axes))
+    all_sides = structure.flatten_up_to(all_sides)
+    matrices = list(map(to_matrices, leaves, all_sides))
     same_shape = defaultdict(list)
     for i, x_SIJ in enumerate(matrices):
         same_shape[x_SIJ.shape[1:]].append(i)
@@ -116,7 +116,7 @@ def orthogonalize_matrices(updates: Any, axes: Any, polynomial: Polynomial) -> A
         for i, x_SIJ in zip(members, jnp.split(stacked_SIJ, ends[:-1]), strict=True):
             matrices[i] = x_SIJ
     shapes = [x.shape for x in leaves]
-    return structure.unflatten(map(from_matrices, matrices, shapes, axes))
+    return structure.unflatten(map(from_matrices, matrices, shapes, all_sides))
 
 
 def over_data(function: Callable) -> Callable:
@@ -124,8 +124,7 @@ def over_data(function: Callable) -> Callable:
     if not is_split("data"):
         return function
     # a matrix is whole on every device, or as the axes fsdp and tensor split it
-    only_data = not (is_split("fsdp") or is_split("tensor"))
-    side = None if only_data else PartitionSpec.UNCONSTRAINED
+    side = PartitionSpec.UNCONSTRAINED if is_split("fsdp") or is_split("tensor") else None
     share, whole = PartitionSpec("data"), PartitionSpec(None, side, side)
 
     def shared(x_SIJ: jax.Array) -> jax.Array:
@@ -142,14 +141,14 @@ def over_data(function: Callable) -> Callable:
     return shared
 
 
-def consistent_rms(axes: dict) -> optax.GradientTransformation:
+def consistent_rms(all_sides: dict) -> optax.GradientTransformation:
     """Scale orthogonal updates to the RMS of AdamW's, so that both share a learning rate."""
 
     def scale(update: jax.Array, sides: MatrixAxes) -> jax.Array:
         _, (_, longer) = layout(update.shape, sides)
         return MUON_RMS * math.sqrt(longer) * update  # orthogonal: its RMS is 1 / sqrt(longer)
 
-    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, all_sides))
 
 
 class NeuronState(NamedTuple):
@@ -158,7 +157,7 @@ class NeuronState(NamedTuple):
     nu: Any
 
 
-def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
+def normalize_neurons(all_sides: dict, b2: float) -> optax.GradientTransformation:
     """Divide each output neuron's update by its running RMS, and scale the whole to MUON_RMS.
 
     Li et al. 2025, "NorMuon". A bias correction would cancel, because the whole is scaled.
@@ -169,11 +168,11 @@ def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
 
     def init(params: Any) -> NeuronState:
         zeros = lambda param, sides: jnp.zeros_like(mean_square(param, sides))
-        return NeuronState(jax.tree.map(zeros, params, axes))
+        return NeuronState(jax.tree.map(zeros, params, all_sides))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NeuronState]:
-        moment = lambda nu, u, a: b2 * nu + (1 - b2) * mean_square(u, a)
-        nu = jax.tree.map(moment, state.nu, updates, axes)
+        moment = lambda nu, u, sides: b2 * nu + (1 - b2) * mean_square(u, sides)
+        nu = jax.tree.map(moment, state.nu, updates, all_sides)
 
         def scale(update: jax.Array, nu: jax.Array, sides: MatrixAxes) -> jax.Array:
             update = update / (jnp.sqrt(nu) + EPSILON)
@@ -181,6 +180,6 @@ def normalize_neurons(axes: dict, b2: float) -> optax.GradientTransformation:
             rms = jnp.sqrt(jnp.mean(update * update, axis=both, keepdims=True))
             return MUON_RMS * update / (rms + EPSILON)
 
-        return jax.tree.map(scale, updates, nu, axes), NeuronState(nu)
+        return jax.tree.map(scale, updates, nu, all_sides), NeuronState(nu)
 
     return optax.GradientTransformation(init, update)

@@ -58,7 +58,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     scale = c.learning_rate_scale(model.abstract_model(c).shapes)
     if scale is not None:
         steps.append(scale_updates(scale))
-    return optax.chain(clip, optax.chain(*steps))  # checkpoints have this structure
+    return optax.chain(clip, optax.chain(*steps))  # the paths of moments in checkpoints follow it
 
 
 def scale_updates(scale: dict) -> optax.GradientTransformation:
@@ -97,52 +97,53 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
 def skip_if_rejected(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap `inner` so that its moments change only if `is_accepted`; step counts always advance."""
+    """Wrap `inner` so that its state, moments and step counts, changes only if `is_accepted`."""
 
     def update(updates, state, params=None, *, is_accepted: jax.typing.ArrayLike = True, **_):
         updates, new = inner.update(updates, state, params)
-        return updates, jax.tree.map(partial(where_accepted, is_accepted), new, state)
+        return updates, jax.tree.map(partial(jnp.where, is_accepted), new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def where_accepted(is_accepted: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Return `new` if `is_accepted`, else `old`; an array of integers is always `new`."""
-    return jnp.where(is_accepted, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def partition_by_kind(
     config: Config, adam: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """Apply Muon to the blocks' matrices if it is chosen; keep no moments for frozen parameters."""
+    kinds = update_kinds(config)
+    transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
+    if config.optimizer != "adamw":
+        letters = model.abstract_model(config).axes
+        all_sides = muon.matrix_axes(letters, kinds, per_head=config.muon_per_head)
+        transforms["muon"] = muon_direction(config, all_sides)
+    if config.freeze:
+        transforms["frozen"] = optax.set_to_zero()
+    return optax.partition(transforms, kinds)
+
+
+def update_kinds(config: Config) -> dict:
+    """Return the kind of each parameter's update: "muon", "adamw" or "frozen"."""
     _, shapes, axes = model.abstract_model(config)
     uses_muon = config.optimizer != "adamw"
 
     def kind(path: tuple, letters: str, is_frozen: bool) -> str:
         if is_frozen:
             return "frozen"
+        # `muon.matrix_axes` needs an axis of the model's width, D
         is_matrix = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
         return "muon" if uses_muon and is_matrix else "adamw"
 
-    kinds = jax.tree.map_with_path(kind, axes, frozen_mask(config, shapes))
-    transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
-    if uses_muon:
-        transforms["muon"] = muon_direction(
-            config, muon.matrix_axes(axes, kinds, per_head=config.muon_per_head)
-        )
-    if config.freeze:
-        transforms["frozen"] = optax.set_to_zero()
-    return optax.partition(transforms, kinds)
+    return jax.tree.map_with_path(kind, axes, frozen_mask(config, shapes))
 
 
-def muon_direction(config: Config, axes: dict) -> optax.GradientTransformation:
+def muon_direction(config: Config, all_sides: dict) -> optax.GradientTransformation:
     """Return Muon's update directions, with an RMS of about AdamW's."""
     polynomial = POLYNOMIALS[config.muon_polynomial].first(config.muon_iterations)
-    direction = muon.scale_by_muon(axes, polynomial, config.momentum_warmup_iters)
+    direction = muon.scale_by_muon(all_sides, polynomial, config.momentum_warmup_iters)
     if config.optimizer == "normuon":
-        scale = skip_if_rejected(muon.normalize_neurons(axes, config.beta2))
+        scale = skip_if_rejected(muon.normalize_neurons(all_sides, config.beta2))
     else:
-        scale = muon.consistent_rms(axes)
+        scale = muon.consistent_rms(all_sides)
     return optax.chain(skip_if_rejected(direction), scale)
 
 

@@ -23,7 +23,7 @@ from jaxgpt.data.tokenizer import check_same
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import BATCHES_PER_CALL
 from jaxgpt.interop import huggingface
-from jaxgpt.optimizer import frozen_mask
+from jaxgpt.optimizer import frozen_mask, update_kinds
 from jaxgpt.runtime import device, distributed, resume, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
 from jaxgpt.runtime.files import import_extra
@@ -60,9 +60,9 @@ class ResolvedRun:
 def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Iterator[ResolvedRun]:
     """Lock the run directory, check the run, fill in its keys, and write config.json.
 
-    `cli_keys` are the keys set on the command line. Corrupt checkpoints are quarantined first.
-    Then, before anything else changes, raises `UserError` if a key does not fit the data, the
-    weights, the devices or the run that is resumed.
+    `cli_keys` are the keys set on the command line. Corrupt checkpoints are quarantined, and a
+    missing dataset is prepared. Then raises `UserError`, before the run directory changes, if a key
+    does not fit the data, the weights, the devices or the run that is resumed.
     """
     with distributed.abort_all_on_error(), run_dir.lock_run_dir(config.out_dir):
         checkpoints = run_dir.open_checkpoints(config)
@@ -169,7 +169,7 @@ def check_freeze(config: Config) -> None:
         ) from error
     shapes = model.abstract_model(config).shapes
     unstacked = config.replace(scan_layers=False)
-    if config.scan_layers and _num_frozen(config) != _num_frozen(unstacked):
+    if config.scan_layers and _num_updated(config, "frozen") != _num_updated(unstacked, "frozen"):
         raise UserError(
             f"freeze={config.freeze!r}: selects single layers, but with scan_layers=True one array "
             "holds all layers; expected a pattern for all layers, or scan_layers=False"
@@ -186,11 +186,11 @@ def check_freeze(config: Config) -> None:
     )
 
 
-def _num_frozen(config: Config) -> int:
-    """Count the parameters that `freeze` matches, without padded rows."""
-    is_frozen = frozen_mask(config, model.abstract_model(config).shapes)
-    sizes = jax.tree.map(lambda size, frozen: size * frozen, unpadded_sizes(config), is_frozen)
-    return sum(jax.tree.leaves(sizes))
+def _num_updated(config: Config, kind: str) -> int:
+    """Count the parameters with this kind of update (see `update_kinds`), without padded rows."""
+    sizes, kinds = unpadded_sizes(config), update_kinds(config)
+    of_kind = jax.tree.map(lambda size, its_kind: size * (its_kind == kind), sizes, kinds)
+    return sum(jax.tree.leaves(of_kind))
 
 
 def _fill_in_from_dataset(config: Config, dataset: Dataset) -> Config:
@@ -256,7 +256,10 @@ def summary(run: ResolvedRun) -> list[str]:
         f"in {num_micro_batches} micro-batch{'es' if num_micro_batches > 1 else ''}",
     ]
     if config.freeze:
-        lines.append(f"frozen: {_num_frozen(config) / 1e6:.2f}M parameters")
+        lines.append(f"frozen: {_num_updated(config, 'frozen') / 1e6:.2f}M parameters")
+    if config.optimizer != "adamw":
+        count = _num_updated(config, "muon")
+        lines.append(f"{config.optimizer}: {count / 1e6:.2f}M parameters; AdamW: the others")
     if data.aligned is not None:
         count = len(data.aligned.window_starts)
         covered = count * config.block_size / len(data.train)

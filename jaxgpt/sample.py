@@ -49,7 +49,8 @@ def sample_token(logits_BV, uniform_B, sampling: SamplingParams, seen_BV=None) -
     if seen_BV is not None:
         penalty = min(sampling.repetition_penalty, 1e30)  # within float32
         penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        logits_BV = jnp.where(seen_BV[:, : logits_BV.shape[1]], penalized_BV, logits_BV)
+        V = logits_BV.shape[-1]  # a model of one's own may have no padded ids
+        logits_BV = jnp.where(seen_BV[:, :V], penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV -= logits_BV.max(-1, keepdims=True)
@@ -120,6 +121,7 @@ def prefill(network: Any, state: DecodeState, length: int) -> tuple[DecodeState,
     """
     size, kept = state.block_size, truncated_len(state.block_size)
     is_full_B = state.lengths_B > size
+    # a full text has size + 1 tokens, of which the last `kept` move to the front
     cut_BS = jnp.roll(state.tokens_BS, kept - size - 1, axis=1)
     tokens_BS = jnp.where(is_full_B[:, None], cut_BS, state.tokens_BS)
     lengths_B = jnp.where(is_full_B, kept, state.lengths_B)
@@ -144,9 +146,9 @@ def decode_chunk(
 
     def decode_one_token(carry: tuple, inputs: tuple):
         state, chunk, last_B = carry
-        number, uniform_B = inputs
-        cache, position = list(map(KVCache, visible, chunk)), DecodePosition(start_B, number)
-        last_B1 = jnp.maximum(last_B, 0)[:, None]
+        step, uniform_B = inputs
+        cache, position = list(map(KVCache, visible, chunk)), DecodePosition(start_B, step)
+        last_B1 = jnp.maximum(last_B, 0)[:, None]  # NO_TOKEN is no row of the embedding
         logits_B1V, cache = network(last_B1, cache=cache, position=position)
         is_drawing_B = active_B & (state.lengths_B <= state.block_size)
         state, token_B = draw(state, logits_B1V[:, 0], uniform_B, is_drawing_B, sampling)
@@ -184,7 +186,7 @@ def decode_uncached(network: Any, state: DecodeState, active_B, sampling: Sampli
 def logits_at(network: Any, tokens_BT: jax.Array, position_B: jax.Array) -> jax.Array:
     """Return logits [B, V] of one position per sequence; a GPT computes no others."""
     if hasattr(network, "init_cache"):
-        return network(tokens_BT, at_B=position_B)[:, 0]
+        return network(tokens_BT, logits_at_B=position_B)[:, 0]
     return jnp.take_along_axis(network(tokens_BT), position_B[:, None, None], axis=1)[:, 0]
 
 
@@ -214,13 +216,15 @@ class Sampler:
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled; expected causal=True")
         dtype = kernels.compute_dtype(config.dtype)
-        keys = {"remat": "none", "scan_layers": False, "dropout": 0.0, "dtype": dtype}
+        graphdef, shapes, _ = model.abstract_model(config)
+        self._has_cache = hasattr(nnx.merge(graphdef, shapes), "init_cache")
+        self._is_stacked = config.scan_layers and self._has_cache  # a cache has single layers
+        keys = {"remat": "none", "dropout": 0.0, "dtype": dtype}
+        keys["scan_layers"] = config.scan_layers and not self._has_cache
         keys["document_mask"] = False  # of training: a cache has no mask either
         self.config = config.replace(**keys)
-        graphdef, shapes, _ = model.abstract_model(self.config)
+        graphdef = model.abstract_model(self.config).graphdef
         self.num_generated = 0  # tokens that the latest `generate` yielded
-        self._has_cache = hasattr(nnx.merge(graphdef, shapes), "init_cache")
-        self._is_stacked = config.scan_layers and self._has_cache
         cast = jax.jit(cast_params, static_argnums=1)
         pack = jax.jit(lambda params: decode.pack_weights(nnx.merge(graphdef, params)))
         self._weights_for = partial(decode.weights_for, config.dtype, dtype, cast=cast, pack=pack)
@@ -254,7 +258,7 @@ class Sampler:
         """
         check_value("overflow", overflow, Overflow)
         active = np.ones(len(prompts), bool) if active is None else active
-        missing_B = np.full(len(prompts), max_new_tokens)
+        left_B = np.full(len(prompts), max_new_tokens)
         self.num_generated = 0
         chunks = self._launch(prompts, max_new_tokens, sampling, seed, overflow, active)
         pending = next(chunks, None)
@@ -262,11 +266,11 @@ class Sampler:
             following = next(chunks, None)  # the device computes it while the host reads below
             tokens_Bn = np.array(pending)
             tokens_Bn[~active] = NO_TOKEN
-            tokens_Bn[np.arange(CHUNK) >= missing_B[:, None]] = NO_TOKEN
-            missing_B -= (tokens_Bn != NO_TOKEN).sum(1)
+            tokens_Bn[np.arange(CHUNK) >= left_B[:, None]] = NO_TOKEN
+            left_B -= (tokens_Bn != NO_TOKEN).sum(1)
             self.num_generated += int((tokens_Bn != NO_TOKEN).sum())
             yield tokens_Bn
-            pending = following if (active & (missing_B > 0)).any() else None
+            pending = following if (active & (left_B > 0)).any() else None
 
     def _launch(self, prompts, max_new_tokens, sampling, seed, overflow, active):
         """Launch chunks without reading tokens: the host knows each text's length in advance."""

@@ -41,9 +41,9 @@ def param_sharding(mesh: Mesh, axes: str) -> NamedSharding:
 def update_sharding(mesh: Mesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding of a parameter's moments and update under `shard_optimizer`.
 
-    `data` splits the first axis, other than layers (L), whose length on a device it divides. A part
-    of a first axis is contiguous in memory, so it is sent without a copy. If `data` divides no
-    axis, the sharding is that of the parameter.
+    `data` splits the first axis that is not L (layers) and whose length on one device is a multiple
+    of the size of `data`. A part of a first axis is contiguous in memory, so it is sent without a
+    copy. If there is no such axis, the sharding is that of the parameter.
     """
     sharding = param_sharding(mesh, axes)
     local = sharding.shard_shape(shape)

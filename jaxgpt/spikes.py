@@ -18,7 +18,7 @@ def no_steps(window: int) -> jax.Array:
 def is_spike(recent_2W: jax.Array, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
     """Return whether the loss or the norm exceeds the mean by `sigmas` standard deviations.
 
-    It is False until W steps are recorded, because the mean is infinite until then.
+    It is False until W steps are recorded: until then the deviation is NaN, and so is the sum.
     """
     mean_2 = jnp.mean(recent_2W, axis=1)
     deviation_2 = jnp.std(recent_2W, axis=1)

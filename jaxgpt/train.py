@@ -14,7 +14,7 @@ from jax import stages
 from jaxgpt import spikes
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.batches import Batches
-from jaxgpt.data.text_stream import generate_text
+from jaxgpt.data.text_stream import default_prompt, generate_text
 from jaxgpt.evaluate import Evaluator
 from jaxgpt.resolve import (
     EVAL_TRAIN,
@@ -74,7 +74,7 @@ def train(
         profiler = Profiler(config, log, step_log)
         phases, train_step = config.phases(), None
 
-        next_pause = step + steps_to_next_pause(config, step)
+        next_pause = next_pause_after(config, step)
         while step < config.max_iters and not stop.signal and not best.ends_run(step):
             count = min(config.steps_per_call, next_pause - step)
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
@@ -91,7 +91,7 @@ def train(
                 step_log.flush()
                 periodic.evaluate_and_save(state, step)
                 stopwatch.resume()  # evaluations are not step time
-                next_pause = step + steps_to_next_pause(config, step)
+                next_pause = next_pause_after(config, step)
         step_log.flush()
         profiler.finish(step)
         periodic.finish(state, step)
@@ -146,11 +146,11 @@ def compile_train_step(
 # ---- between two steps -----------------------------------------------------------------------
 
 
-def steps_to_next_pause(config: Config, step: int) -> int:
-    """Return the number of steps until the next evaluation, save, phase or the end."""
+def next_pause_after(config: Config, step: int) -> int:
+    """Return the step of the next evaluation, save or phase, or else the last step."""
     intervals = [n for n in (config.eval_interval, config.save_interval) if n]
-    phases = [start - step for start in config.phases() if start > step]
-    return min(config.max_iters - step, *(n - step % n for n in intervals), *phases)
+    phases = [start for start in config.phases() if start > step]
+    return min(config.max_iters, *(step - step % n + n for n in intervals), *phases)
 
 
 class PeriodicWork:
@@ -191,8 +191,8 @@ class PeriodicWork:
     def evaluate(self, state: TrainState, step: int, *, with_full_loss: bool) -> bool:
         """Log both losses, and return whether the validation loss is the lowest so far.
 
-        `with_full_loss`, and where the run ends before `max_iters`, also log the exact loss of the
-        whole validation split.
+        Also log the exact loss of the whole validation split, if `with_full_loss` or if the run
+        ends at this step, before `max_iters`.
         """
         row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
@@ -218,16 +218,17 @@ class PeriodicWork:
         whole = self.replicate(state.params)
         self.sampler = self.sampler or Sampler(self.config)
         self.sampler.load(jax.tree.map(lambda p: p.addressable_data(0), whole))
-        start = dataset.example or dataset.tokenizer.decode([0])  # a line break for characters
+        prompt = dataset.example or default_prompt(dataset.tokenizer)
         seed = self.config.seed
-        text = generate_text(self.sampler, dataset.tokenizer, [start], SAMPLE_TOKENS, seed=seed)
+        text = generate_text(self.sampler, dataset.tokenizer, [prompt], SAMPLE_TOKENS, seed=seed)
         self.log.info("".join(new for (new,) in text))
         self.sampler.unload()
 
     def save(self, state: TrainState, step: int, *, is_best: bool) -> None:
         """Save a checkpoint. Raises `UserError` if the state is not finite."""
         items = {"params": state.params, "opt_state": state.opt_state}
-        # an update can overflow although its gradient is finite; `recent_2W` may be infinite
+        # An update can overflow although its gradient is finite. `recent_2W` is not checked,
+        # because it holds infinities until W steps are recorded.
         if not self.all_finite(items):
             raise UserError(
                 f"step {step}: a weight or moment is not finite, so the state is not saved; try a "

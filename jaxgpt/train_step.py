@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure functions, jitted once.
 
-U steps per call, M micro-batches per step, B sequences per micro-batch, T length.
+U steps per call, M micro-batches per step, B sequences per micro-batch, T length. W remembered
+steps, with 2 numbers each: the loss and the gradient norm.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from jaxgpt.kernels.accumulate import accumulate, is_data_mesh
 from jaxgpt.kernels.dropout import Dropout
 from jaxgpt.loss import cross_entropy
 from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
-from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule, where_accepted
+from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule
 from jaxgpt.runtime.device import compiler_options
 from jaxgpt.sharding import param_sharding, replicated, update_sharding, use_mesh
 
@@ -69,7 +70,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings, without the arrays.
 
     The path of an optimizer's array, such as a moment, ends with the path of its parameter. If both
-    have one shape, it is sharded as the parameter's update, and else every device holds it.
+    have the same shape, the array is sharded as the parameter's update is. Otherwise every device
+    holds all of it.
     """
     keystr = jax.tree_util.keystr
     shapes = abstract_model(config).shapes
@@ -124,12 +126,13 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     def take_step(state: TrainState, windows_MBT: jax.Array) -> tuple[TrainState, dict]:
         """Take one step; return the new state and the metrics."""
         keys_MB = dropout_keys(config, state.step, windows_MBT.shape[:2])
-        over_devices = kernels.sum_over_devices(mesh, grad_specs)
+        # looked up here, because the platform is known only while the step is traced
+        sum_over_devices = kernels.sum_over_devices(mesh, grad_specs)
         # without this, XLA may keep the parameters split between the steps of a loop
         params = reshard(state.params, shardings.params)
-        totals, grads = over_devices(sum_gradients)(params, windows_MBT, keys_MB)
-        # without this, XLA sums over `data` in every micro-batch; a mesh of `data` alone has summed
-        if not is_data_mesh(mesh):
+        totals, grads = sum_over_devices(sum_gradients)(params, windows_MBT, keys_MB)
+        if not is_data_mesh(mesh):  # on a mesh of `data` alone, sum_over_devices has summed
+            # otherwise XLA sums over `data` in every micro-batch
             grads = reshard(grads, shardings.params)
         grads = reshard(grads, shares.params)
         loss_sum, num_targets = totals
@@ -138,7 +141,7 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
         loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
-        is_accepted, state, metrics = check_step(config, state, metrics)
+        is_accepted, state, metrics = judge_and_record(config, state, metrics)
         state = apply_update(optimizer, is_frozen, reshard(state, shares), grads, is_accepted)
         # shares first: otherwise XLA gathers both old and new parameters, and then selects
         return reshard(reshard(state, shares), shardings), metrics
@@ -180,7 +183,7 @@ def make_sum_gradients(config: Config, mesh: Mesh) -> Callable:
     return sum_gradients
 
 
-def check_step(
+def judge_and_record(
     config: Config, state: TrainState, metrics: dict
 ) -> tuple[jax.Array, TrainState, dict]:
     """Return whether a step is applied, the state that remembers the step, and its metrics.
@@ -212,7 +215,7 @@ def apply_update(
 
     # weight decay gives frozen parameters an update too
     def keep_or_take(frozen: bool, new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if frozen else where_accepted(is_accepted, new, old)
+        return old if frozen else jnp.where(is_accepted, new, old)
 
     params = jax.tree.map(keep_or_take, is_frozen, optax.apply_updates(params, updates), params)
     return replace(state, opt_state=opt_state, params=params, step=state.step + 1)
@@ -279,7 +282,7 @@ def make_loss_fn(config: Config, step_config: Config) -> Callable:
 def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
     """Return the jitted `(params, windows_UMBT, count) -> (summed loss, number of targets)`.
 
-    It evaluates the first `count` of U batches, [1, B, T + 1].
+    `windows_UMBT` are token ids [U, 1, B, T + 1], of which it evaluates the first `count` batches.
     """
     graphdef = abstract_model(config).graphdef
 

@@ -73,7 +73,7 @@ assert issubclass(jaxgpt.UserError, ValueError) and jaxgpt.Config().n_layer == 1
 assert not {"jax", "numpy", "typing_extensions"} & set(sys.modules), "imported"
 train = jaxgpt.train
 import jaxgpt.train
-from jaxgpt.train import steps_to_next_pause
+from jaxgpt.train import next_pause_after
 assert jaxgpt.train is train and train.__module__ == "jaxgpt.api"
 import jax
 assert not jax._src.xla_bridge._backends, "started"
@@ -200,6 +200,11 @@ def test_run_is_shown_as_its_loss_picture(run, tmp_path):
     assert make_run(reference_config(n_layer=0), {})._repr_png_() is None
 
 
+@pytest.mark.parametrize("keys", [{"checkpoint": 100}, {"config": LectureConfig}], ids=str)
+def test_checkpoint_and_config_of_weights_are_rejected(keys):
+    assert "gpt2: is no run, and only a run has" in refusal(jaxgpt.load, "gpt2", **keys)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -253,7 +258,7 @@ def test_list_of_prompts_gives_a_list_and_a_stream_gives_the_same_text_in_pieces
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("a", {"seed": -1}, "seed=-1"),
         ("aZ", {}, "text: no token for 'Z'"),
-        ("", {}, "start=''"),
+        ("", {}, "prompt=''"),
         ([], {}, "prompt=[]"),
         (["a", 1], {}, "prompt=['a', 1]"),
         (7, {}, "prompt=7"),

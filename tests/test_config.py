@@ -124,7 +124,7 @@ TOGETHER = [
     ({"n_kv_head": 5}, "n_kv_head=5: does not divide n_head=12; expected a divisor"),
     ({"n_kv_head": 24}, "n_kv_head=24: does not divide n_head=12; expected a divisor"),
     ({"position": "rope", "n_head": 3, "n_embd": 9},
-     "position='rope': n_embd / n_head is 3, which is odd; expected an even head width"),
+     "position='rope': n_embd / n_head is 3, which is odd; expected an even head dim"),
     ({"sliding_window": 8, "causal": False},
      "sliding_window=8: an encoder has no window; expected causal=True, or sliding_window=0"),
     ({"min_lr": 2e-3, "learning_rate": 1e-3},

@@ -248,12 +248,10 @@ def test_moments_are_unchanged_by_nonfinite_gradients(keys):
     _, before = update(params, optimizer.init(params), params, is_accepted=True)
     bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
     _, after = update(bad, before, params, is_accepted=False)
-    moments = lambda state: [a for a in jax.tree.leaves(state) if a.dtype.kind == "f"]
-    assert any(np.any(a) for a in moments(before))
-    for a, b in zip(moments(before), moments(after), strict=True):
+    of_direction = lambda state: jax.tree.leaves(state[1][0])  # not the count of the schedule
+    assert any(np.any(a) for a in of_direction(before))
+    for a, b in zip(of_direction(before), of_direction(after), strict=True):
         np.testing.assert_array_equal(a, b)
-    counts = lambda state: [int(a) for a in jax.tree.leaves(state) if a.dtype.kind == "i"]
-    assert counts(after) == [n + 1 for n in counts(before)]
 
 
 @pytest.mark.parametrize(("letters", "shape"), [("DD", (6, 6)), ("LDD", (2, 6, 6))])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from reference import numpy_gpt as ref
 from reference.options import MODEL_CASES, MODERN
 
-from jaxgpt import sample
+from jaxgpt import model, sample
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config
 from jaxgpt.data.text_stream import generate_text
@@ -313,6 +313,33 @@ def test_model_without_a_cache_is_sampled_like_numpy(overflow, penalty):
     assert len(generate(narrow, [[1]], max_new_tokens=20)[0]) == 20
 
 
+class ScannedModel(MeanModel):
+    """A model that adds a bias per layer, which are stacked with `scan_layers`."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        shape = (config.n_layer, config.vocab_size) if config.scan_layers else (config.vocab_size,)
+        self.bias = nnx.Param(jnp.ones(shape))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        add_layer = lambda logits_BTV, bias_V: (logits_BTV + bias_V, None)
+        return jax.lax.scan(add_layer, super().__call__(tokens_BT), self.bias[...])[0]
+
+
+class ScannedConfig(MeanConfig):
+    def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        return ScannedModel(self, rngs)
+
+
+def test_model_that_scans_layers_of_its_own_is_sampled():
+    keys = {"vocab_size": 65, "block_size": 8, "n_embd": 16, "n_head": 2, "dtype": "float32"}
+    texts = []
+    for config in MeanConfig(**keys), ScannedConfig(**keys, scan_layers=True):
+        sampler = Sampler(config).load(model.init_params(config, jax.random.key(0)))
+        texts.append(generate(sampler, [[1], [2, 3]], max_new_tokens=20))
+    assert texts[0] == texts[1]
+
+
 # ---- draws -----------------------------------------------------------------------------------
 DRAWS = 10_000
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-1.1, 0.9, 12))
@@ -586,7 +613,7 @@ def test_multi_token_characters_are_decoded_complete():
 
 @pytest.mark.parametrize(
     ("prompts", "stop", "message"),
-    [(["a", "bZaY"], (), "'YZ'"), (["a", ""], (), "start=''"), (["a"], ("b", ""), "stop=''")],
+    [(["a", "bZaY"], (), "'YZ'"), (["a", ""], (), "prompt=''"), (["a"], ("b", ""), "stop=''")],
 )
 def test_invalid_prompt_or_stop_string_is_rejected_before_generation(
     alphabet, prompts, stop, message
@@ -701,7 +728,7 @@ def test_sample_command_options_match_the_library_parameters(command, options):
         ("--out_dir=letters --start=FILE:letters", "FILE:letters"),
         ("--out_dir=letters --temperature=nan", "temperature=nan"),
         ("--out_dir=letters --start=a --start=aZ", "'Z'"),
-        ("--out_dir=letters --start=", "start=''"),
+        ("--out_dir=letters --start=", "prompt=''"),
         ("--out_dir=letters --stop=", "stop=''"),
     ],
 )

@@ -4,7 +4,7 @@ The encoder reads the whole source. The decoder writes the target from left to r
 the source by cross-attention.
 
 Array names end with their axes: B batch, T target length, S source length, D embedding, N heads,
-H head width, V vocabulary, L layers.
+H head dim, V vocabulary, L layers.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
 """A GPT for a speedrun: a GPT-2 with parts that let it reach a loss in fewer tokens.
 
 Array names end with their axes, as in jaxgpt/model.py: B batch, T length, D embedding, N heads,
-H head width, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jordan et al. 2024);
+H head dim, F MLP width, V vocabulary. Most parts come from modded-nanogpt (Jordan et al. 2024);
 "record N" is a record in its history. docs/speedrun.md has all sources.
 """
 

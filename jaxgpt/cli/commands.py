@@ -174,7 +174,7 @@ def sample(argv: list[str]) -> None:
         reject_url("out_dir", args.out_dir)
     if args.interactive and args.start:
         raise UserError("start: --interactive asks for prompts; expected only one of the two flags")
-    reject_checkpoint_of_weights(args)
+    reject_flags_of_runs(args)
     prompts = [read_start(start) for start in args.start or ("\n",)]
     from jaxgpt.api import Run
     from jaxgpt.data.tokenizer import with_working
@@ -204,10 +204,11 @@ def reject_unused(args: Any, flag: str, problem: str, advice: str) -> None:
         raise UserError(f"{flag}={value!r}: {problem}; try {advice}, or without --{flag}")
 
 
-def reject_checkpoint_of_weights(args: RunArgs) -> None:
-    """Raise `UserError` if a checkpoint is chosen of weights, which have none."""
+def reject_flags_of_runs(args: RunArgs) -> None:
+    """Raise `UserError` for flags that choose a part of a run, if weights are loaded."""
     if args.init_from != "resume":
         reject_unused(args, "checkpoint", "only a run has checkpoints", "--init_from=resume")
+        reject_unused(args, "config", "only a run has a config file", "--init_from=resume")
 
 
 def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
@@ -353,7 +354,7 @@ def evaluate(argv: list[str]) -> None:
         reject_unused(args, "dataset", "HellaSwag has its own questions", "--task=loss")
     else:
         reject_unused(args, "hellaswag_file", "the loss needs no questions", "--task=hellaswag")
-    reject_checkpoint_of_weights(args)
+    reject_flags_of_runs(args)
     from jaxgpt.runtime import device
     from jaxgpt.tools.evaluation import evaluate
     from jaxgpt.tools.hellaswag import hellaswag
@@ -380,7 +381,7 @@ class ExportArgs(RunArgs):
 def export(argv: list[str]) -> None:
     """Write a run or weights as a folder that transformers loads."""
     args = parse(ExportArgs, argv, "jaxgpt export")
-    reject_checkpoint_of_weights(args)
+    reject_flags_of_runs(args)
     reject_url("to", args.to)
     from jaxgpt.interop.export import export
     from jaxgpt.runtime import device
@@ -411,10 +412,16 @@ def report(argv: list[str]) -> None:
             "report: no run; expected run directories; try jaxgpt report out/shakespeare"
         )
     from jaxgpt import api
+    from jaxgpt.runtime import run_dir
     from jaxgpt.tools.report import write_report
 
-    load = partial(api.load, checkpoint=args.checkpoint, config=args.config)
-    path = write_report([load(run) for run in args.runs], args.prompt, args.to)
+    flags_of_runs = {"checkpoint": args.checkpoint, "config": args.config}
+    has_run = any(map(run_dir.is_run, args.runs))
+    runs = []
+    for source in args.runs:
+        is_compared_with_a_run = has_run and not run_dir.is_run(source)
+        runs.append(api.load(source, **{} if is_compared_with_a_run else flags_of_runs))
+    path = write_report(runs, args.prompt, args.to)
     in_store = is_url(args.runs[0]) and not args.to
     print(f"{args.runs[0].rstrip('/')}/{path.name}" if in_store else path)
 

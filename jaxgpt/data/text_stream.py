@@ -60,6 +60,15 @@ def stream_texts(
         yield texts
 
 
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """Return a line break, or the first token of a tokenizer that has none."""
+    try:
+        tokenizer.encode("\n")
+    except UserError:
+        return tokenizer.decode([0])
+    return "\n"
+
+
 def generate_text(
     sampler: Any, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, *,
     stop: tuple[str, ...] = (), **options: Any,
@@ -71,7 +80,7 @@ def generate_text(
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     if any(len(i) == 0 for i in ids):
-        raise UserError("start='': the prompt is empty; expected at least one character")
+        raise UserError("prompt='': is empty; expected at least one character")
     streams = [TextStream(tokenizer, stop or tokenizer.stop) for _ in prompts]
     active = np.ones(len(prompts), bool)
     chunks = sampler.generate(ids, max_new_tokens=max_new_tokens, active=active, **options)

@@ -202,7 +202,7 @@ class Dataset:
     tokenizer: Tokenizer | None  # None for foreign files if their tokenizer is unknown
     source: str  # where the ids came from, for the log
     fingerprint: dict[str, Any]  # identifies the dataset in checkpoints
-    example: str = ""  # a prompt for the samples in the log; empty means the first id
+    example: str = ""  # a prompt for the samples in the log; empty means `default_prompt`
     aligned: AlignedSplit | None = None  # the train split with the windows of align_documents
     notes: tuple[str, ...] = ()  # what was assumed about the files, for the log
 

@@ -5,7 +5,7 @@ where it needs them. A program handles one tile of queries (or of keys, for thei
 head, and loops over the tiles of keys (or queries). The softmax uses exp2, so scores are multiplied
 by log2(e). Written in Pallas and compiled by Triton; on a CPU an interpreter runs it.
 
-B batch, T length, N heads, K key-value heads, H head width, which a tile pads to a power of 2.
+B batch, T length, N heads, K key-value heads, H head dim, which a tile pads to a power of 2.
 """
 
 import math

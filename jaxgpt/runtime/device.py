@@ -345,7 +345,7 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
     no_dropout = f"has no dropout of attention weights, but dropout={c.dropout}; "
     no_dropout += "try --attention_dropout=False"
     widest = 256 if platform == "gpu" and is_hopper() else 128
-    widths = f"needs a head width that is a multiple of 8 up to {widest}, not {c.head_dim}"
+    widths = f"needs a head dim that is a multiple of 8 up to {widest}, not {c.head_dim}"
     lengths = f"needs a block_size that is a multiple of 128, not {c.block_size}"
     limits = {
         "cpu": [(platform != "cpu", "runs only on CPUs")],
@@ -363,7 +363,7 @@ def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
                 "needs a GPU from Ampere on, and a JAX that has Pallas' back end for Triton",
             ),
             (c.dtype != "bfloat16", f"needs dtype=bfloat16, not {c.dtype}"),
-            (c.head_dim > 256, f"needs a head width up to 256, not {c.head_dim}"),
+            (c.head_dim > 256, f"needs a head dim up to 256, not {c.head_dim}"),
         ],
         "xla": [(c.attention_dropout_rate, no_dropout)],
         "splash": [

@@ -377,7 +377,7 @@ def attention_work(op: Op, ops: dict[str, Op]) -> tuple[str, float] | None:
     """Return the kind of a flash attention kernel, and its FLOPs if attention is causal.
 
     The FLOPs follow from the shape of the queries. These are the kernel's largest array whose last
-    axis is the head width.
+    axis is the head dim.
     """
     if op.opcode != "custom-call":
         return None

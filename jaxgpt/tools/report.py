@@ -22,6 +22,7 @@ from jaxgpt.api import NoAttention, Run
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.tasks import TASKS
+from jaxgpt.data.text_stream import default_prompt
 from jaxgpt.data.tokenizer import check_same
 from jaxgpt.resolve import count_params
 from jaxgpt.runtime import storage
@@ -209,14 +210,10 @@ def samples(run: Run) -> str:
 
 
 def first_prompt(run: Run) -> str:
-    """Return a line break; if the tokenizer has none, a problem or its first token."""
+    """Return a problem for a model of problems, and else the prompt of the samples in the log."""
     if run.config.dataset in TASKS and run.step is not None:
         return find_dataset(run.config, run.config.block_size).example
-    try:
-        run.tokenizer.encode("\n")
-    except UserError:
-        return run.tokenizer.decode([0])
-    return "\n"
+    return default_prompt(run.tokenizer)
 
 
 def passage_tokens(run: Run) -> tuple[np.ndarray, str]:

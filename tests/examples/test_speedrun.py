@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROOT, make_data, rows_of
+from helpers import ROOT, make_data, rows_of, stop_at
 from reference import numpy_gpt as ref
 
-from configs.speedrun import more_parts
 from examples.speedrun.model import SpeedrunConfig
 from jaxgpt import model
 from jaxgpt.config import UserError
 from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.metrics import Log
 from jaxgpt.train import train
 from jaxgpt.train_step import cast_weights
 
@@ -24,10 +22,14 @@ SIZES = {
     "vocab_size": 11, "block_size": 8, "n_layer": 4, "n_head": 2, "n_embd": 16, "dtype": "float32",
     "attention": "reference",
 }  # fmt: skip
+MORE_PARTS = {
+    "zero_init_projections": True, "logit_softcap": 15.0, "value_embeddings": 2,
+    "embedding_shortcut": True, "unet_skips": True,
+}  # fmt: skip
 
 
 def init(**keys) -> tuple[SpeedrunConfig, dict]:
-    config = SpeedrunConfig(**SIZES | more_parts | keys)
+    config = SpeedrunConfig(**SIZES | MORE_PARTS | keys)
     return config, model.init_params(config, jax.random.key(0))
 
 
@@ -71,7 +73,7 @@ def test_logits_do_not_depend_on_later_tokens(keys):
 
 
 @pytest.mark.parametrize("name", MODEL_PARTS)
-def test_more_parts_of_the_model_changes_its_function(name):
+def test_each_part_changes_the_function_of_the_model(name):
     """Without the part, the same weights give other logits, or weights that act are missing."""
     config, params = init()
     other, others = init(**MODEL_PARTS[name])
@@ -133,7 +135,7 @@ def test_windows_grow_to_the_whole_context_in_equal_phases():
 def run(folder, **keys) -> run_dir.Config:
     """Train a few steps on a small text; return the config of the run."""
     config = SpeedrunConfig(
-        **SIZES | more_parts | {"vocab_size": 0},
+        **SIZES | MORE_PARTS | {"vocab_size": 0},
         data_dir=str(folder / "data"), dataset="tale", batch_size=4,
         gradient_accumulation_steps=1, max_iters=6, eval_interval=100, eval_iters=1, warmup_iters=2,
         optimizer="normuon", learning_rate=1e-2, min_lr=1e-3, log_interval=1, steps_per_call=10,
@@ -170,15 +172,7 @@ def test_a_run_in_phases_resumes_as_if_it_had_not_stopped(folder, monkeypatch):
     assert losses(one_window)[:3] == losses(whole)[:3]
     assert losses(one_window)[3:] != losses(whole)[3:]
 
-    stops, log = [4], Log.train
-
-    def stop(self, row, left_s):
-        log(self, row, left_s)
-        if row["step"] in stops:
-            stops.clear()
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Log, "train", stop)
+    stop_at(monkeypatch, 4)
     parts = whole.replace(out_dir=str(folder / "parts"))
     assert train(parts) == 128 + signal.SIGTERM
     assert train(parts.replace(init_from="resume")) == 0

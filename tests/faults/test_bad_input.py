@@ -183,6 +183,9 @@ BAD = {
     "a checkpoint of weights to export": (
         nothing, "export --init_from=./weights --checkpoint=latest --to=x",
         "checkpoint='latest': only a run has checkpoints"),
+    "a config file of weights": (
+        nothing, "eval --init_from=./weights --config=c.py",
+        "config='c.py': only a run has a config file; try --init_from=resume"),
     "a checkpoint of weights": (
         nothing, "sample --init_from=./weights --checkpoint=latest",
         "checkpoint='latest': only a run has checkpoints"),

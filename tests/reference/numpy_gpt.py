@@ -7,7 +7,7 @@ Backward functions recompute what is cheap instead of storing it. Everything run
 dtype of the parameters.
 
 Shape letters, used as suffixes of array names and in einsum strings:
-    B batch   T query length   S key length    D embedding    H head width
+    B batch   T query length   S key length    D embedding    H head dim
     N heads   K KV heads       G = N/K query heads per KV head
     F MLP hidden width         V vocabulary, padded           L layers
 

@@ -1,6 +1,6 @@
 """Time sampling, alone or in alternation with nanoGPT; time batches and attention, alone.
 
-B batch, T length, S key length, N heads, K key-value heads, H head width, M micro-batches per step.
+B batch, T length, S key length, N heads, K key-value heads, H head dim, M micro-batches per step.
 """
 
 import math
