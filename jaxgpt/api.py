@@ -57,6 +57,8 @@ class Options(TypedDict, total=False):
 def train(config: Config) -> "Run":
     """Train `config` as `jaxgpt train` does, and return the run with its best weights.
 
+    A run that took no step has no weights, so its `params` raise `UserError`.
+
     An interrupt (Ctrl-C, or the stop button of a notebook) saves a checkpoint and returns the run;
     a second one raises `KeyboardInterrupt` at once. After SIGTERM the run is saved, and then the
     signal has its usual effect. Raises `UserError` for a mistake in the config.

@@ -302,6 +302,8 @@ def _check_sampled(config: Config, dataset: Dataset) -> None:
             off = f"{key}={getattr(Config, key)}"
             problem = f"an encoder cannot be sampled; expected causal=True, or {off}"
             raise UserError(f"{key}={getattr(config, key)}: {problem}")
+    if config.report and config.eval_only:
+        raise UserError("report=True: eval_only=True trains no model; expected report=False")
     if config.report and dataset.tokenizer is None:
         problem = f"the tokenizer of dataset={config.dataset!r} is unknown"
         raise UserError(f"report=True: {problem}; expected report=False")

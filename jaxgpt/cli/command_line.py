@@ -37,10 +37,11 @@ OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A config file's `config` and `cpu_config`, and the keys that the flags set."""
+    """A config file's `config`, `cpu_config` and `baseline`, and the keys that the flags set."""
 
     config: Config
     cpu_config: Config | None
+    baseline: Config | None  # of a study by `jaxgpt ablate`
     overrides: dict[str, Any]
     config_file: str
 
@@ -64,7 +65,8 @@ def parse_command_line(argv: Sequence[str], other_flags: Iterable[str] = ()) -> 
         values |= vars(value) if is_dataclass(value) else {name: value}
     given = [key for key in map(flag_key, flags) if key in types]
     overrides = {key: check_value(key, values[key], types[key]) for key in given}
-    return CommandLine(config, configs.get("cpu_config"), overrides, config_file)
+    others = configs.get("cpu_config"), configs.get("baseline")
+    return CommandLine(config, *others, overrides, config_file)
 
 
 def split_config_file(argv: list[str]) -> tuple[str, list[str]]:
@@ -335,6 +337,7 @@ def choose_config(command_line: CommandLine) -> tuple[Config, list[str]]:
     if not device.is_cpu() or cpu_config is None or not keys["use_cpu_variant"]:
         return command_line.config.replace(**overrides), []
     config = cpu_config.replace(**overrides)
+    device.enable_float64(config)
     changed = [f"{key}={v}" for key, v in config.to_dict().items() if keys.get(key) != v]
     reason = "no accelerator" if keys["device"] == "auto" else f"device={keys['device']}"
     return config, [f"{reason}, so cpu_config is used: " + ", ".join(changed)]

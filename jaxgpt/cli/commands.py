@@ -29,7 +29,6 @@ from jaxgpt.cli.command_line import (
     with_keys,
 )
 from jaxgpt.config import UserError
-from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.files import DISK_ERRORS, folder_error, is_url, reason, reject_url
 from jaxgpt.tools.bench.options import BenchArgs
 
@@ -455,20 +454,18 @@ def ablate(argv: list[str]) -> int:
     args, flags = parse_flags(AblateArgs, argv, "jaxgpt ablate")
     keys.check(args)
     command_line = parse_command_line([f"--config={args.config}", *flags], other_flags=vars(args))
-    configs = load_config_file(args.config)
-    from jaxgpt.runtime import device
+    overrides = command_line.overrides
+    for key in overrides.keys() & {"init_from", "seed", "report"}:
+        problem = f"the runs of a study have their own; try without --{key}"
+        raise UserError(f"{key}={overrides[key]!r}: {problem}")
+    config, notes = choose_config(command_line)
+    print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     from jaxgpt.tools import ablate, time_to_loss
 
-    config = configs["config"]
-    given = config.to_dict() | command_line.overrides
-    device.start(given["device"], float64=given["dtype"] == "float64")
-    if device.is_cpu() and given["use_cpu_variant"]:
-        config = configs.get("cpu_config", config)
-    config = config.replace(**command_line.overrides)
     out_dir = args.out_dir or config.out_dir
     reject_url("out_dir", out_dir)
-    if "baseline" in configs:
-        baseline = configs["baseline"].replace(**command_line.overrides)
+    if command_line.baseline:
+        baseline = command_line.baseline.replace(**overrides)
         return time_to_loss.measure(baseline, config, args.features, args.seeds, out_dir)
     return ablate.ablate(config, list(args.features), args.seeds, out_dir)
 
@@ -499,7 +496,10 @@ def plan(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    from jaxgpt.runtime import device
     from jaxgpt.tools import plan
+
+    device.enable_float64(config)
 
     options = args.search, print, args.breakdown, args.levers
     return 0 if plan.run(config, args.topology, *options) else 1
@@ -514,6 +514,7 @@ COMMANDS = {
 def flags_of_commands() -> dict[str, type]:
     """Return a dataclass of each command's flags, which shells complete."""
     keyed = {"train": TrainArgs, "ablate": AblateArgs, "plan": PlanArgs}
-    others = {"sample": SampleArgs, "prepare": PrepareArgs, "eval": EvalArgs, "export": ExportArgs}
+    others = {"sample": SampleArgs, "prepare": PrepareArgs, "eval": EvalArgs}
+    others |= {"export": ExportArgs, "report": ReportArgs}
     keyed = {name: with_keys(args_type) for name, args_type in keyed.items()}
     return keyed | others | {"bench": BenchArgs}

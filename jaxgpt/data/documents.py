@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -141,7 +142,11 @@ def _open(dataset: str) -> tuple[list[Piece], str]:
         return _cut_rows(dataset, hub.repo, hub.pieces, keys), source
     path = Path(dataset)
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    files = files or sorted(path.rglob("*.txt"))
+    texts = sorted(path.rglob("*.txt"))
+    if files and texts:
+        note = "are left out, because it also holds .parquet files"
+        print(f"{path}: its {len(texts)} .txt files {note}", file=sys.stderr)
+    files = files or texts
     if not files:
         problem = "holds no documents" if path.exists() else "no such file"
         raise UserError(f"{path}: {problem}; expected a folder of .parquet or .txt files")
@@ -234,6 +239,16 @@ def _delete_dataset(folder: Path) -> None:
     for pattern in ("train*.bin*", "val*.bin*", NOTES, f"{META}*", tokenizers.FILE):
         for file in folder.glob(pattern):
             file.unlink()
+
+
+def delete_pieces(folder: Path) -> None:
+    """Delete the pieces of a dataset that another one has replaced, and their notes."""
+    for note in folder.glob(NOTES):
+        with suppress(ValueError, KeyError, TypeError):  # another program's file
+            _ = _read_json(note)["plan"]
+            files, _ = _piece_files(folder, int(note.stem))
+            for file in (*files.values(), note):
+                file.unlink(missing_ok=True)
 
 
 def _mark_unfinished(

@@ -26,6 +26,9 @@ def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: i
     The first `train_examples` are train, the rest val.
     """
     is_bpe = encoder.kind not in ("char", "byte")
+    if is_bpe and encoder.eot is None:
+        problem = f"has no {END_OF_TEXT}, with which a completion ends"
+        raise UserError(f"tokenizer: {problem}; expected gpt2, or a tokenizer.json that has it")
     end = encoder.encode(END_OF_TEXT if is_bpe else "\n")
     for number, (prompt, completion) in enumerate(read_examples(pieces)):
         ids = ~encoder.encode(prompt).astype(np.int32), encoder.encode(completion), end

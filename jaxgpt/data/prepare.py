@@ -216,7 +216,8 @@ def _write_dataset(
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
     tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
     for left in folder.glob(f"*{tokens.PARTIAL}"):  # of a set of documents that was interrupted
-        left.unlink()
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    documents.delete_pieces(folder)
 
 
 def _check_same_dataset(folder: Path, encoder: Tokenizer, ids: SplitIds) -> None:

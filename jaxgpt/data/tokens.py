@@ -288,18 +288,18 @@ def _open_prepared(folder: Path) -> Dataset:
         dtype, vocab_size = meta["dtype"], int(meta["vocab_size"])
         kind, source = meta["tokenizer"], meta["source"]
         counts = {split: int(meta["counts"][split]) for split in SPLITS}
+        sums = dict(meta.get("sha256") or {})
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; expected a file; {AGAIN}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         expected = "the meta.json of a dataset"
         raise UserError(f"{file}: not valid ({error!r}); expected {expected}; {AGAIN}") from error
     if dtype not in ("uint16", "uint32", "int32"):
         expected = "uint16, uint32 or int32"
         raise UserError(f"{file}: has dtype={dtype!r}; expected {expected}; {AGAIN}")
-    sums = meta.get("sha256") or {}
     splits = {}
     for split in SPLITS:
-        has_many = isinstance(sums.get(split), dict)  # a checksum per file
+        has_many = isinstance(sums.get(split), dict) and len(sums[split]) > 0  # a sum per file
         names = list(sums[split]) if has_many else [f"{split}.bin"]
         tokens = TokenSplit([folder / name for name in names], dtype, vocab_size)
         if len(tokens) != counts[split]:

@@ -361,7 +361,7 @@ def _model_keys(file: Path) -> dict[str, Any]:
     for key, value in REQUIRED_FIELDS.items():
         if fields.get(key, value) != value:
             raise UserError(f"{file}: has {key}={fields[key]!r}; expected {value!r}")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         expected = f"one of {', '.join(ACTIVATIONS)}"
         raise UserError(f"{file}: has activation_function={activation!r}; expected {expected}")
     keys = {key: fields.get(field, default) for field, (key, default) in SIZES.items()}

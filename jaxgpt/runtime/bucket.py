@@ -6,7 +6,6 @@ import JAX.
 
 import hashlib
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import FULL_DISK, is_url
+from jaxgpt.runtime.files import FULL_DISK, is_url, make_folder, only_writer
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
 CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
@@ -148,14 +147,18 @@ def local_data_dir(data_dir: str, dataset: str) -> Path:
         return Path(data_dir)
     bucket = Bucket(data_dir, f"data_dir={data_dir!r}")
     folder = DATA / hashlib.sha256(bucket.url.encode()).hexdigest()[:16]
-    for name in {dataset, "gpt2"}:
-        _copy_changed(bucket, name, folder)
+    make_folder(folder, str(folder), "HOME")
+    with only_writer(folder):  # the processes of this machine share the copy
+        for name in {dataset, "gpt2"}:
+            _copy_changed(bucket, name, folder)
     return folder
 
 
 def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
     """Copy a dataset's new and changed files, and delete token files that the bucket lacks."""
     objects, meta = bucket.sizes(name), f"{name}/meta.json"
+    if not objects:  # such as a corpus, which is prepared on this machine
+        return
     if meta in objects and _bytes_of(folder / meta) != bucket.read(meta):
         changed = objects
     else:
@@ -168,7 +171,8 @@ def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
         return
     megabytes = sum(changed.values()) / 1e6
     print(f"{bucket.url}/{name}: copying {megabytes:,.1f} MB to {folder}", file=sys.stderr)
-    partial = folder / f".{secrets.token_hex(4)}.partial"
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was killed
     try:
         bucket.download(partial, changed)
         for file in sorted(changed, key=lambda file: file == meta):  # meta.json last

@@ -140,6 +140,11 @@ def start(device: str = "auto", *, float64: bool = False) -> None:
         raise
 
 
+def enable_float64(config: Config) -> None:
+    """Let JAX compute in float64 if a config does, which the config file chose after `start`."""
+    jax.config.update("jax_enable_x64", config.dtype == "float64")
+
+
 def has_accelerator_plugin() -> bool:
     """Tell whether JAX is installed with support for a GPU or a TPU."""
     return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
@@ -188,7 +193,8 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = re.search(r"Out of memory.*?(?=\.?$)", str(error), re.MULTILINE)
+        # a TPU has "Ran out of memory"
+        reason = re.search(r"Out of memory.*?(?=\.?$)", str(error), re.MULTILINE | re.IGNORECASE)
         if reason is None:
             raise
         subject = f"batch_size={config.batch_size}"

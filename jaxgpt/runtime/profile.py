@@ -261,6 +261,7 @@ class Profiler:
 
     def __init__(self, config: Config, log: Log, step_log: StepLog):
         self.log, self.step_log = log, step_log
+        self.out_dir = config.out_dir
         self.folder = storage.local(config.out_dir) / FOLDER
         self.steps = config.profile  # 0 after the profile
         if config.profile:  # the cache may hold the program with names from an older version
@@ -304,6 +305,7 @@ class Profiler:
             early = step - first < self.steps
             why = f", because the run pauses before {self.steps}" if early else ""
             self.log.info(f"profile of steps {first + 1} to {step}{why}: {table}")
-            self.log.info(f"open {trace} at {VIEWER} to see every operation of the profile")
+            place = f"{self.out_dir.rstrip('/')}/{FOLDER}/{trace.name}"
+            self.log.info(f"open {place} at {VIEWER} to see every operation of the profile")
         self._first, self.steps = None, 0
         self.step_log.stopwatch.resume()

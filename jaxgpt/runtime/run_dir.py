@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,9 @@ def _lock(out_dir: str) -> int:
     except OSError as error:  # some network file systems have no locks
         problem = f"cannot be locked ({str(error.strerror).lower()})"
         warn(f"{subject}: {problem}; expected no other process that writes to this run")
-    os.ftruncate(file, 0)
-    os.write(file, f"{os.getpid()}\n".encode("ascii"))
+    with suppress(OSError):  # of a full disk: what counts is the lock, and not who holds it
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode("ascii"))
     return file
 
 
@@ -233,7 +234,14 @@ def load_params(config: Config, checkpoint: str, mesh: Mesh) -> tuple[dict[str, 
         raise UserError(f"checkpoint={checkpoint!r}: no such step; expected one of {expected}")
     others = [other for other in reversed(steps) if other != step] if checkpoint in named else []
     step = checkpoints.first_intact([step, *others])
-    return checkpoints.restore({"params": abstract_params(config, mesh)}, step)["params"], step
+    try:
+        items = checkpoints.restore({"params": abstract_params(config, mesh)}, step)
+    except Exception as error:  # Orbax raises many types
+        if step in checkpoints.steps():
+            raise
+        problem = f"step {step} was deleted while it was read, because the run saved newer steps"
+        raise UserError(f"checkpoint={checkpoint!r}: {problem}; try again") from error
+    return items["params"], step
 
 
 @dataclass(frozen=True)

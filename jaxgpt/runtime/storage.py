@@ -62,6 +62,7 @@ class Mirror:
         self.checkpoints: list[Checkpoints] = []  # that may still write in the background
         self._sent: dict[str, tuple[int, int]] = {}
         self._best: str | None = None
+        self._had: set[str] = set()  # names of RUN_FILES that were here at the latest upload
         self._publishing = threading.Lock()
 
     def download(self) -> None:
@@ -81,6 +82,7 @@ class Mirror:
         if self._best in steps:
             make_link(self.folder / STEPS / BEST, self._best)
         self._sent = self._files()
+        self._had = self._run_files()
 
     def clear(self) -> None:
         """Delete all files here but those of the lock and the lease."""
@@ -152,9 +154,13 @@ class Mirror:
         files = self._files()
         self.bucket.upload(self.folder, [n for n in files if files[n] != self._sent.get(n)])
         self._sent = files
-        tops = {name.partition("/")[0] for name in objects}
-        deleted = {name for name in tops.intersection(RUN_FILES) if not self._has(name)}
+        # others may have added files since, such as a report, which stay
+        deleted = self._had - self._run_files()
         self.bucket.delete(name for name in objects if name.partition("/")[0] in deleted)
+        self._had = self._run_files()
+
+    def _run_files(self) -> set[str]:
+        return {name for name in RUN_FILES if self._has(name)}
 
     def _has(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -239,7 +245,7 @@ def open_to_read(url: str) -> Mirror:
     """Download the run at a URL as it is now, except for arrays, and return its mirror."""
     mirror = _mirrors.get(url)
     if mirror is None:
-        bucket = Bucket(url, f"out_dir={url!r}")
+        bucket = Bucket(url, url)
         parent = tempfile.mkdtemp(prefix="jaxgpt-")
         atexit.register(partial(shutil.rmtree, parent, ignore_errors=True))
         folder = Path(parent, Path(url).name)

@@ -92,17 +92,34 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
     text = format_table(results) + "\n" + format_speedup(config, results, seeds, out_dir)
     Path(out_dir, "menu.md").write_text(text, encoding="utf-8")
     draw(results, Path(out_dir, "menu.png"))
-    numbers = json.dumps({name: asdict(r) for name, r in results.items()}, indent=1, default=list)
-    Path(out_dir, "menu.json").write_text(numbers, encoding="utf-8")
+    write_json(Path(out_dir, "menu.json"), {name: asdict(r) for name, r in results.items()})
     print(text)
     return 0
+
+
+def write_json(file: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write arrays as lists, and a number that is not finite as null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return [plain(float(number)) for number in value]
+        return value if math.isfinite(value) else None
+
+    found = {name: {key: plain(v) for key, v in row.items()} for name, row in results.items()}
+    atomic_write(file, json.dumps(found, indent=1, allow_nan=False))
 
 
 def run_config(config: Config, name: str, seed: int, share: float, out_dir: str) -> Config:
     """Return the config of a feature's run with a seed, for a fraction `share` of the steps."""
     folder = name if share == 1 else f"{name}-x{share:g}"
-    keys = {"out_dir": str(Path(out_dir, folder, str(seed))), "init_from": "auto", "seed": seed}
-    return with_feature(config, name).replace(max_iters=round(share * config.max_iters), **keys)
+    run_dir = str(Path(out_dir, folder, str(seed)))
+    return at_length(with_feature(config, name), share, out_dir=run_dir, seed=seed)
+
+
+def at_length(config: Config, share: float, **keys: Any) -> Config:
+    """Return the config of a run for a fraction of the steps, with a schedule of that length."""
+    lengths = {key: round(share * getattr(config, key)) for key in ("max_iters", "lr_decay_iters")}
+    return config.replace(init_from="auto", **lengths, **keys)
 
 
 def with_feature(config: Config, name: str) -> Config:
@@ -112,10 +129,10 @@ def with_feature(config: Config, name: str) -> Config:
 
 def check_runs_end(config: Config) -> None:
     """Raise `UserError` for a key that ends runs early, because their losses are compared."""
-    for key in "early_stopping_patience", "target_val_loss":
+    for key in "eval_only", "early_stopping_patience", "target_val_loss":
         if value := getattr(config, key):
-            problem = f"a run that ends early cannot be compared; expected {key}=0"
-            raise UserError(f"{key}={value}: {problem}")
+            problem = "a run that ends early cannot be compared"
+            raise UserError(f"{key}={value}: {problem}; expected {key}={getattr(Config, key)}")
 
 
 def train_run(config: Config) -> int:

@@ -35,8 +35,7 @@ def open_model(
     `UserError`.
     """
     trained = huggingface.load_trained(init_from, *where)
-    if trained.config.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    device.enable_float64(trained.config)
     if init_from != "resume":
         keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
     config = device.inference_config(trained.config, mesh=mesh, **keys)

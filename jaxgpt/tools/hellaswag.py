@@ -48,8 +48,9 @@ def hellaswag(*where: str, file: str = "", **options: Any) -> dict[str, Any]:
     """
     trained, mesh = open_model(*where, **options, attention="xla")  # xla supports every length
     config, encode = trained.config, trained.tokenizer().encode
-    default = local_data_dir(config.data_dir, "hellaswag") / "hellaswag/hellaswag_val.jsonl"
-    questions = read_questions(Path(file or default))
+    if not file:
+        file = str(local_data_dir(config.data_dir, "hellaswag") / "hellaswag/hellaswag_val.jsonl")
+    questions = read_questions(Path(file))
     windows = []
     for question in questions:
         context = ~encode(question.ctx).astype(np.int32)
@@ -78,9 +79,11 @@ def read_questions(file: Path) -> list[Question]:
         where = f"{file}, line {number}"
         try:
             fields = json.loads(line)
-            question = Question(fields["ctx"], int(fields["label"]), list(fields["endings"]))
-        except (ValueError, KeyError, TypeError) as error:
+            question = Question(fields["ctx"], int(fields["label"]), fields["endings"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{where}: is not a question ({error!r}); {FORMAT}") from error
+        if not isinstance(question.endings, list) or not question.endings:
+            raise UserError(f"{where}: endings is not a list of texts; {FORMAT}")
         if not all(isinstance(text, str) for text in (question.ctx, *question.endings)):
             raise UserError(f"{where}: ctx or an ending is not text; {FORMAT}")
         if not 0 <= question.label < len(question.endings):

@@ -6,12 +6,11 @@ from the figures of data sheets.
 """
 
 import importlib.util
-import json
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import kernels, sharding
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import batch_size
-from jaxgpt.data.tokens import GPT2_VOCAB
+from jaxgpt.data.tokens import GPT2_VOCAB, read_meta
 from jaxgpt.resolve import count_params, flops_per_token
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
@@ -192,11 +191,10 @@ def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     if config.vocab_size:
         return config, notes
     meta = Path(config.data_dir, config.dataset, "meta.json")
-    if meta.is_file():
-        vocab_size = json.loads(meta.read_text())["vocab_size"]
-    else:
+    vocab_size = read_meta(meta.parent).get("vocab_size")
+    if not isinstance(vocab_size, int):
         vocab_size = GPT2_VOCAB
-        notes.append(f"vocab_size={vocab_size} is assumed, because {meta} does not exist")
+        notes.append(f"vocab_size={vocab_size} is assumed, because {meta} does not say it")
     return config.replace(vocab_size=vocab_size), notes
 
 
@@ -442,7 +440,7 @@ def compare_levers(plan: Plan, say: Callable[[str], None]) -> None:
         except DoesNotFitError:
             say(f"{name:<20} does not fit")
             return
-        if other != plan:
+        if replace(other, config=plan.config) != plan:
             show(name, other)
 
     show("nothing", plan)

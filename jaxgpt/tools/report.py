@@ -63,6 +63,8 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
     prompt_T = ids_T[: min(PROMPT_TOKENS, run.config.block_size)]
     if prompt:
         prompt_T = run.tokenizer.encode(prompt)
+    # first, because it fails for a prompt that is too long
+    shown = attention(run, prompt_T)
     sections = {
         "Summary": summary(runs),
         "Curves": '<div class="charts">' + '<div class="chart"></div>' * len(CURVES) + "</div>",
@@ -72,7 +74,7 @@ def write_report(runs: Sequence[Run], prompt: str, file: str | os.PathLike) -> P
         "What the heads attend to": '<div id="attention"></div>',
         "Nearest embeddings": neighbours(run, ids_T),
     }
-    data = {"charts": charts(runs), "attention": attention(run, prompt_T)}
+    data = {"charts": charts(runs), "attention": shown}
     try:
         atomic_write(path, page(runs, sections, data))
     except OSError as error:

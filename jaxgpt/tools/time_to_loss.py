@@ -6,10 +6,9 @@ trained for longer and longer fractions of the baseline's steps, each with a sch
 until it reaches the baseline's loss.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from jaxgpt.config import Config, UserError
 from jaxgpt.tools.ablate import (
     BASELINE,
+    at_length,
     check_runs_end,
     final_loss,
     folder_of,
@@ -25,6 +25,7 @@ from jaxgpt.tools.ablate import (
     spread,
     step_cost,
     train_run,
+    write_json,
 )
 
 WHOLE = "recipe"
@@ -62,7 +63,8 @@ def measure(
         if name not in {WHOLE, *recipe.parts}:
             expected = ", ".join([WHOLE, *recipe.parts])
             raise UserError(f"features={name!r}: unknown part; expected one of {expected}")
-    check_runs_end(recipe)
+    for config in baseline, recipe:
+        check_runs_end(config)
     if recipe.max_iters != baseline.max_iters:
         problem = f"the baseline has max_iters={baseline.max_iters}; expected the same steps"
         raise UserError(f"max_iters={recipe.max_iters}: {problem}")
@@ -83,8 +85,7 @@ def measure(
     results = {name: Result(np.array(steps[name]), costs[name]) for name in variants}
     text = format_table(results)
     Path(out_dir, "parts.md").write_text(text, encoding="utf-8")
-    numbers = {name: {"steps": list(r.steps), "cost": r.cost} for name, r in results.items()}
-    Path(out_dir, "parts.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_json(Path(out_dir, "parts.json"), {name: asdict(r) for name, r in results.items()})
     print(text)
     return 0
 
@@ -92,9 +93,7 @@ def measure(
 def loss_of(config: Config, name: str, seed: int, share: float, out_dir: str) -> float:
     """Return the loss of one run on the whole validation split; train the run if it is missing."""
     folder = str(Path(folder_of(name, out_dir), f"x{share:g}", str(seed)))
-    steps = round(share * config.max_iters)
-    keys = {"out_dir": folder, "init_from": "auto", "seed": seed, "max_iters": steps}
-    config = config.replace(**keys)
+    config = at_length(config, share, out_dir=folder, seed=seed)
     if code := train_run(config):
         raise Interrupted(code)
     loss = final_loss(config)

@@ -419,7 +419,8 @@ def test_help_of_every_command_fits_80_columns(name, capsys):
 
 # The words of a command line -> some of its completions.
 COMPLETIONS = {
-    "": "train sample prepare eval export bench ablate plan",
+    "": "train sample prepare eval export report bench ablate plan",
+    "report --prom": "--prompt",
     "tr": "train",
     "train --n_l": "--n_layer",
     "train --conf": "--config",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import pytest
 import tokenizers as library
 from helpers import CHILD_ENV, read_files, refusal
 
+from jaxgpt.config import UserError
 from jaxgpt.data import documents
 from jaxgpt.data.documents import HubSet
 from jaxgpt.data.prepare import prepare
@@ -308,6 +310,25 @@ def test_json_file_of_the_user_with_the_name_of_a_note_is_not_replaced(tmp_path,
         message = refusal(prepare, str(folder), str(tmp_path), bpe_file, overwrite=True)
         assert "00000.json: its name is that of a file which jaxgpt writes" in message
         assert (folder / "00000.json").read_text() == text
+
+
+def test_text_replaces_all_pieces_of_a_set_of_documents(tmp_path, bpe_file):
+    folder = write_texts(tmp_path / "plays", make_texts(10))
+    data = prepare(folder, str(tmp_path / "data"), bpe_file, val_share=0.2)
+    (data / "00007.json").write_text("[5]")  # no note of ours
+    (tmp_path / "plays.txt").write_text("to be or not to be\n" * 9)
+    prepare(str(tmp_path / "plays.txt"), str(tmp_path / "data"), overwrite=True)
+    names = {"train.bin", "val.bin", "meta.json", "tokenizer.json", "00007.json"}
+    assert {path.name for path in data.iterdir()} == names
+
+
+def test_texts_beside_parquet_files_are_left_out_with_a_note(tmp_path, bpe_file, capsys):
+    write_texts(tmp_path / "plays", make_texts(3))
+    (tmp_path / "plays" / "a.parquet").touch()
+    with suppress(UserError):  # the file is empty, or the library that reads it is missing
+        prepare(str(tmp_path / "plays"), str(tmp_path), bpe_file)
+    note = "its 3 .txt files are left out, because it also holds .parquet files"
+    assert f"plays: {note}" in capsys.readouterr().err
 
 
 def test_empty_documents_are_rejected(tmp_path, bpe_file):

@@ -73,6 +73,13 @@ def test_bpe_completion_ends_with_end_of_text():
     assert ids.tolist() == [~0, 1, 3]
 
 
+def test_bpe_without_end_of_text_is_rejected_for_examples():
+    words = library.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    encoder = BpeTokenizer(library.Tokenizer(words))
+    pieces = examples.encode_examples([lines([("a", "b")])], encoder, 1)
+    assert refusal(next, pieces).startswith("tokenizer: has no <|endoftext|>, with which")
+
+
 BAD = ["{", "[]", "3", '{"prompt": "a"}', '{"prompt": 1, "completion": "a"}']
 BAD += ['{"prompt": "a", "completion": "\\ud800"}']  # half a character
 

@@ -1,6 +1,7 @@
 """Test token files, written here from the format descriptions, and damaged files."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -355,6 +356,8 @@ BAD_META = {  # (fields of meta.json, pattern of the message)
     "null dtype": (META | {"dtype": None}, r"meta\.json: has dtype=None"),
     "half counts": (META | {"counts": {"train": 8}}, r"meta\.json: .*'val'"),
     "odd counts": (META | {"counts": [8, 6]}, NOT_META),
+    "odd sums": (META | {"sha256": "abc"}, NOT_META),
+    "endless": (META | {"counts": {"train": math.inf, "val": 6}}, NOT_META),
     "odd vocab": (META | {"vocab_size": "many"}, r"meta\.json: .*many"),
     "wrong width": (META | {"dtype": "uint32"}, r"train\.bin: 4 tokens, but meta\.json says 8"),
 } | {
@@ -365,6 +368,12 @@ BAD_META = {  # (fields of meta.json, pattern of the message)
 DAMAGE = BAD_FILES | {
     name: ("meta.json", json.dumps(meta).encode(), said) for name, (meta, said) in BAD_META.items()
 }
+
+
+def test_dataset_without_checksums_is_opened(prepared):
+    meta = META | {"sha256": {"train": {}, "val": {}}}
+    (prepared / "meta.json").write_text(json.dumps(meta))
+    assert len(open_folder(prepared).train) == META["counts"]["train"]
 
 
 @pytest.mark.parametrize("name", DAMAGE)

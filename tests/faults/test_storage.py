@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import ROOT, TRAIN_SCRIPT, refusal, rows_of, set_val_losses, start, stop_at
+from helpers import ROOT, TEXT, TRAIN_SCRIPT, refusal, rows_of, set_val_losses, start, stop_at
 
 import jaxgpt
 from jaxgpt.cli import commands as cli
+from jaxgpt.data import prepare as prepares
 from jaxgpt.data.prepare import find_dataset
+from jaxgpt.data.text import CORPORA, Corpus, Download
 from jaxgpt.runtime import lease, run_dir, storage
 from jaxgpt.runtime.lease import Lease
 from jaxgpt.train import train
@@ -168,6 +170,19 @@ def test_dataset_is_copied_from_a_bucket_once_and_again_when_it_changes(
     find_dataset(config, config.block_size)
     assert not old.exists()
     assert "no s3://" not in refusal(find_dataset, config.replace(dataset="none"), 8)
+
+
+def test_corpus_that_the_bucket_lacks_is_prepared_on_this_machine(bucket, short, monkeypatch):
+    def get_corpus(name: str, folder: Path) -> tuple[Path, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "input.txt").write_text(TEXT)
+        return folder / "input.txt", "the Bard"
+
+    monkeypatch.setattr(prepares, "get_corpus", get_corpus)
+    monkeypatch.setitem(CORPORA, "bard", Corpus("the Bard", Download("", ""), "byte"))
+    config = short.replace(data_dir=f"s3://{bucket.name}/sets", dataset="bard")
+    for _ in range(2):
+        assert len(find_dataset(config, config.block_size).train) > 100
 
 
 # ---- who may write ---------------------------------------------------------------------------

@@ -151,7 +151,24 @@ def test_speedup_of_a_run_that_overfits_is_where_its_loss_first_falls_to_the_goa
     assert found == pytest.approx(0.2 * 2**0.5)
 
 
-@pytest.mark.parametrize("keys", [{"early_stopping_patience": 3}, {"target_val_loss": 1.5}])
+def test_runs_of_other_lengths_have_schedules_of_their_lengths(config):
+    config = config.replace(max_iters=100, lr_decay_iters=80)
+    half = ablate.run_config(config, "baseline", 1, 0.5, "out")
+    assert (half.max_iters, half.lr_decay_iters) == (50, 40)
+    schedule_of_run = config.replace(lr_decay_iters=0)  # of the run's own length
+    assert ablate.run_config(schedule_of_run, "baseline", 1, 0.5, "out").lr_decay_iters == 0
+
+
+def test_numbers_that_are_not_finite_are_null_in_results(tmp_path):
+    file = tmp_path / "menu.json"
+    ablate.write_json(file, {"rope": {"losses": np.array([1.5, math.nan]), "cost": math.inf}})
+    assert json.loads(file.read_text()) == {"rope": {"losses": [1.5, None], "cost": None}}
+
+
+ENDS_EARLY = [{"early_stopping_patience": 3}, {"target_val_loss": 1.5}, {"eval_only": True}]
+
+
+@pytest.mark.parametrize("keys", ENDS_EARLY, ids=str)
 def test_runs_that_end_early_are_rejected(config, tmp_path, keys):
     message = refusal(ablate.ablate, config.replace(**keys), [], 1, str(tmp_path))
     assert "a run that ends early cannot be compared" in message

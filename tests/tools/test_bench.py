@@ -17,6 +17,7 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokens import Dataset, TokenSplit
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.tools.bench import command, nanogpt, report, sampling, training
+from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.options import BenchArgs
 
 TINY = {
@@ -268,6 +269,19 @@ time.sleep(0.5)
             "torch_python='p': applies only with --compare_to; expected both flags",
         ),
         (
+            {"compile": "eager"},
+            "compile='eager': applies only with --compare_to; expected both flags",
+        ),
+        (
+            {"suite": "gpu", "chart": "c.png"},
+            "chart='c.png': has no effect with --suite; expected one of both",
+        ),
+        (
+            {"chart": "picture", "results": ("a.json",)},
+            "chart='picture': not the name of a picture; expected a name that ends in .png, .svg, "
+            ".pdf",
+        ),
+        (
             {"benchmark": "data", "compare_to": "nanoGPT"},
             "benchmark='data': cannot be compared with nanoGPT; expected train or sample with "
             "--compare_to",
@@ -302,6 +316,38 @@ def test_bench_command_prints_a_table_and_writes_every_sample(tmp_path):
     assert mine["tokens_per_s"] == pytest.approx(1000 * tokens / mine["step_ms"]["median"])
     assert mine["memory_bytes"] > 4 * 2 * 16  # at least some weights
     assert sum(mine["kernels"].values()) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "attention"])
+def test_data_and_attention_are_timed(tmp_path, what):
+    flags = f"--benchmark={what}", "--json=out.json", "--repeats=1"
+    done = run_bench(tmp_path, "--config=tiny.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{what}, tiny.py: ")
+    assert json.loads((tmp_path / "out.json").read_text())["results"]
+
+
+def test_chart_shows_a_run_beside_the_speedups_of_two_files(tmp_path):
+    results = []
+    for name, ratio in ("cpu", 2.0), ("baby", 3.0):
+        facts = {"preset": name, "results": {"eager": {"ratio": ratio, "range": [1.5, 3.5]}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+        results.append(str(tmp_path / f"{name}.json"))
+    rows = [{"step": 1, "time": 5.0, "loss": 3.0}, {"step": 2, "time": 6.0, "val_loss": 2.5}]
+    for count, said in (1, "no validation loss; expected a run that was evaluated"), (2, ""):
+        metrics = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+        arguments = results, str(tmp_path), str(tmp_path / "chart.png")
+        if said:
+            assert said in refusal(draw_chart, *arguments)
+        else:
+            lines = draw_chart(*arguments)
+    assert lines == [
+        "cpu: training, nanoGPT eager: 2.00 (1.50-3.50)",
+        "baby: training, nanoGPT eager: 3.00 (1.50-3.50)",
+    ]
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gpt2_preset_on_a_cpu_is_rejected(tmp_path):

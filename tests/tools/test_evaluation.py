@@ -172,6 +172,12 @@ BAD_LINES = {
         '{"ctx": "a", "label": -1, "endings": ["b"]}',
         ", line 1: label=-1 names no ending; ",
     ),
+    "endless": (
+        '{"ctx": "a", "label": Infinity, "endings": ["b"]}',
+        ", line 1: is not a question (OverflowError(",
+    ),
+    "word": ('{"ctx": "a", "label": 0, "endings": "bcd"}', "endings is not a list of texts; "),
+    "none": ('{"ctx": "a", "label": 0, "endings": []}', "endings is not a list of texts; "),
     "text": ('{"ctx": 5, "label": 0, "endings": ["b"]}', f"ctx or an ending is not text{FORMAT}"),
     "ending": ('{"ctx": "a", "label": 0, "endings": [5]}', f"ctx or an ending is not text{FORMAT}"),
     "empty": ("", f": holds no questions{FORMAT} per line"),

@@ -93,6 +93,12 @@ def test_recipe_of_other_steps_than_the_baseline_is_rejected():
     assert message.startswith("max_iters=500: the baseline has max_iters=2000; expected the same")
 
 
+def test_baseline_that_ends_early_is_rejected():
+    baseline = Config(early_stopping_patience=3)
+    message = refusal(time_to_loss.measure, baseline, Recipe(), [], 1, "out")
+    assert message.startswith("early_stopping_patience=3: a run that ends early cannot be compared")
+
+
 def test_table_of_one_seed_has_no_spread():
     results = {
         "baseline": time_to_loss.Result(np.array([1.0]), 1.0),

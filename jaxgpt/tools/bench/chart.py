@@ -66,9 +66,11 @@ def draw_losses(axes: Any, run_dir: Path) -> None:
         axes.plot(
             [row["time"] - start for row in some], [row[key] for row in some], style, label=label
         )
-    last = [row["val_loss"] for row in rows if row.get("val_loss") is not None][-1]
-    axes.set(xlabel="seconds", ylabel="loss (nats per character)")
-    axes.set_title(f"tiny Shakespeare on two CPU cores: val loss {last:.2f}", fontsize=10)
+    val_losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    if not val_losses:
+        raise UserError(f"{run_dir}: no validation loss; expected a run that was evaluated")
+    axes.set(xlabel="seconds", ylabel="loss (nats per token)")
+    axes.set_title(f"{run_dir.name}: val loss {val_losses[-1]:.2f}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
 

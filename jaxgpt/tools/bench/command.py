@@ -72,7 +72,11 @@ def bench(args: BenchArgs) -> None:
             raise folder_error(args.json, "--json", error) from error
 
 
-NEEDS = {"rows": "suite", "budget_s": "suite", "results": "chart", "torch_python": "compare_to"}
+NEEDS = {
+    "rows": "suite", "budget_s": "suite", "results": "chart", "out_dir": "chart",
+    "torch_python": "compare_to", "compile": "compare_to", "plot": "compare_to",
+}  # fmt: skip
+PICTURES = ".png", ".svg", ".pdf"  # of which matplotlib draws the format
 
 
 def check_flags(args: BenchArgs) -> None:
@@ -80,9 +84,13 @@ def check_flags(args: BenchArgs) -> None:
     if args.suite and (args.preset or args.config):
         problem = "has its own configs; try without --preset and --config"
         raise UserError(f"suite={args.suite!r}: {problem}")
+    for flag in "benchmark", "chart", "plot":
+        value = getattr(args, flag)
+        if args.suite and value != getattr(BenchArgs, flag):
+            raise UserError(f"{flag}={value!r}: has no effect with --suite; expected one of both")
     for flag, other in NEEDS.items():
         value = getattr(args, flag)
-        if value and not getattr(args, other):
+        if value != getattr(BenchArgs, flag) and not getattr(args, other):
             raise UserError(f"{flag}={value!r}: applies only with --{other}; expected both flags")
     if args.config and args.preset:
         raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
@@ -92,9 +100,14 @@ def check_flags(args: BenchArgs) -> None:
 
 
 def check_folders(args: BenchArgs) -> None:
-    """Raise `UserError` for a file to write that is a folder, or whose folder does not exist."""
+    """Raise `UserError` for a file that cannot be written, and for an unknown kind of picture."""
     for file in filter(None, (args.json, args.plot, args.chart)):
         check_file_to_write(Path(file))
+    for flag in "plot", "chart":
+        file = getattr(args, flag)
+        if file and Path(file).suffix not in PICTURES:
+            expected = f"a name that ends in {', '.join(PICTURES)}"
+            raise UserError(f"{flag}={file!r}: not the name of a picture; expected {expected}")
 
 
 def choose(args: BenchArgs) -> tuple[str, Config]:
@@ -117,6 +130,7 @@ def choose(args: BenchArgs) -> tuple[str, Config]:
         check_preset(name, args.benchmark, is_cpu)
     elif is_cpu and config.use_cpu_variant:
         config = variants.get("cpu_config", config)
+        device.enable_float64(config)
     if not is_cpu and (args.compare_to or not args.config):
         config = config.replace(mesh="data:1")
     config, _ = device.resolve_auto(config)

@@ -114,7 +114,8 @@ def describe_machine() -> dict[str, Any]:
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""
     if git and (root / ".git").exists():
-        command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        options = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]  # not by a tag's name
+        command = [git, "-C", str(root), "describe", *options]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if commit.endswith("-dirty"):
             changes = subprocess.run([git, "-C", str(root), "diff", "HEAD"], capture_output=True)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxgpt.tools.bench.command import check_flags, check_folders
 from jaxgpt.tools.bench.options import BenchArgs
 from jaxgpt.tools.bench.report import describe_machine
 from jaxgpt.tools.bench.suite_rows import FULL, ROWS, SHARED, TOY, Row, Suite
+from jaxgpt.tools.bench.torch_server import exit_with_parent
 
 FILE = "bench-gpu.json"
 SPENT = "not started, because the budget is spent"
@@ -193,6 +195,8 @@ def format_table(rows: dict[str, dict[str, Any] | None]) -> str:
 
 
 if __name__ == "__main__":
+    # else a stopped suite would leave this process on the device
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         main(json.loads(sys.argv[1]))
     except UserError as error:
