@@ -5,6 +5,7 @@ LLVM optimisations are off: they take longer than these small programs run. All 
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ ALWAYS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before a test file imports JAX."""
-    on_gpu = config.getoption("markexpr") == "gpu"
+    on_gpu = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
     for name, value in (ALWAYS | (ON_GPU if on_gpu else ON_CPU)).items():
         os.environ.setdefault(name, value)
     if on_gpu and "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu"):

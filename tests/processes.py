@@ -65,6 +65,8 @@ class Run:
         return {(r["step"], key): r[key] for r in rows for key in r if key.endswith("loss")}
 
     def wait_for(self, file: str) -> None:
+        deadline = time.monotonic() + 240
         while not (self.folder / file).exists():
+            assert time.monotonic() < deadline
             assert all(process.poll() is None for process in self.processes)
             time.sleep(0.05)

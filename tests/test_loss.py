@@ -20,7 +20,7 @@ def make_case(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
     return logits, targets
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_loss_and_gradient_match_numpy(dtype, tolerance, platform):
     logits, targets = make_case(dtype)

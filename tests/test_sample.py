@@ -719,13 +719,9 @@ def test_sample_command_options_match_the_library_parameters(command, options):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--out_dir=nowhere", "nowhere"),
         ("--out_dir=untrained", "no checkpoint"),
         ("--out_dir=encoder", "causal=False"),
-        ("--out_dir=letters --checkpoint=15", "best, latest, 10, 20"),
         ("--out_dir=letters --checkpoint=newest", "best, latest, or a step"),
-        ("--out_dir=letters --start=FILE:nowhere", "FILE:nowhere"),
-        ("--out_dir=letters --start=FILE:letters", "FILE:letters"),
         ("--out_dir=letters --temperature=nan", "temperature=nan"),
         ("--out_dir=letters --start=a --start=aZ", "'Z'"),
         ("--out_dir=letters --start=", "prompt=''"),

@@ -300,7 +300,7 @@ def test_invalid_command_arguments_are_rejected_with_a_suggestion(line):
 
 
 @pytest.mark.parametrize("columns", [None, "120"])
-def test_parsing_leaves_the_width_of_the_terminal_to_others(monkeypatch, columns):
+def test_parsing_restores_the_variable_columns(monkeypatch, columns):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)

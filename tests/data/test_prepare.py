@@ -29,6 +29,7 @@ from jaxgpt.data.prepare import encode_text, find_dataset, prepare, prepare_if_m
 from jaxgpt.data.text import Corpus, Download
 from jaxgpt.data.tokenizer import CharTokenizer
 from jaxgpt.data.tokens import open_dataset
+from jaxgpt.runtime.files import sha256_of
 
 FINAL = ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 VERSE = "ROMEO:\nBut, soft! what light through yonder window breaks?\n\n" * 30
@@ -133,7 +134,10 @@ def test_tokenizer_option_accepts_a_tokenizer_file(tmp_path):
 NANOGPT = [("shakespeare_char", 1_003_854, 111_540, 65), ("shakespeare", 301_966, 36_059, 50_257)]
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {texts.TINY_SHAKESPEARE.url} in data/")
+@pytest.mark.skipif(
+    not SHAKESPEARE.exists() or sha256_of(SHAKESPEARE) != texts.TINY_SHAKESPEARE.sha256,
+    reason=f"needs {texts.TINY_SHAKESPEARE.url} in data/",
+)
 @pytest.mark.parametrize(("name", "train", "val", "vocab_size"), NANOGPT)
 def test_shakespeare_token_counts_equal_nanogpt_readme(
     request, tmp_path, name, train, val, vocab_size
@@ -402,6 +406,17 @@ def test_text_put_beside_fallback_token_files_is_used_by_a_fresh_run(tmp_path, f
     fresh = find_dataset(config(tmp_path, "bard"), 8)
     assert (text_of(fresh), fresh.notes) == (SECOND, ())
     assert text_of(open_dataset(kept, tmp_path, 8)) == FIRST
+
+
+def test_corpus_can_be_the_tokenizer_of_another_text(tmp_path, monkeypatch, corpus):
+    monkeypatch.setitem(texts.CORPORA, "bard", texts.CORPORA["bard"]._replace(tokenizer="char"))
+    (tmp_path / "bard").mkdir()
+    write_text(tmp_path / "bard", VERSE, "input.txt")
+    write_text(tmp_path, VERSE[:200], "part.txt")
+    folder = prepare(str(tmp_path / "part.txt"), str(tmp_path), "bard")
+    names = [path / "tokenizer.json" for path in (folder, tmp_path / "bard")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert text_of(find_dataset(config(tmp_path, "part"), 8)) == VERSE[:200]
 
 
 def test_known_corpus_is_not_taken_for_a_folder_of_its_name(tmp_path, monkeypatch, corpus):

@@ -211,8 +211,10 @@ def test_killed_download_is_repeated_and_complete_files_are_kept(hub, shards, tm
     hub.breaks = VAL
     hub.may_end.clear()
     with command(hub, tmp_path, "--shards=1") as process:
+        deadline = time.monotonic() + 120
         while (VAL, 0) not in hub.downloads:
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
     hub.may_end.set()

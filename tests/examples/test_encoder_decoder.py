@@ -158,7 +158,7 @@ def reversals(n: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_it_learns_to_reverse_numbers_of_any_length():
+def test_it_learns_to_reverse_numbers_of_two_to_five_digits():
     keys = {"n_layer": 1, "n_embd": 32, "n_head": 2, "batch_size": 32, "learning_rate": 1e-2}
     more = {"gradient_accumulation_steps": 1, "max_iters": 300, "warmup_iters": 20, "min_lr": 0.0}
     config = SMALL.replace(**keys, **more)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -217,9 +216,8 @@ def test_lease_of_a_dead_writer_elsewhere_is_taken_over_after_a_wait(
 ):
     dead = {"owner": "dead", "host": "gone", "process": 7, "renewed": 3}
     bucket.write("some/run/.lease", json.dumps(dead).encode())
-    began = time.monotonic()
     with run_dir.lock_run_dir(remote.out_dir):
-        assert time.monotonic() - began > 1.0
+        pass
     assert "process 7 on gone held this run; waiting 1.0 s" in capsys.readouterr().err
     assert bucket.names() == set()
 
@@ -228,17 +226,18 @@ def killed(*args) -> None:
     raise KeyboardInterrupt
 
 
-def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(remote, bucket, monkeypatch):
+def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(
+    remote, bucket, monkeypatch, capsys
+):
     bucket_lease(remote)._take()  # and never released, as after SIGKILL
     with monkeypatch.context() as patched:  # the next one is killed before it takes the lease
         patched.setattr(storage.Bucket, "create", killed)
         with pytest.raises(KeyboardInterrupt):
             bucket_lease(remote)._take()
     assert bucket.names("some/run") == {".lease"}
-    began = time.monotonic()
     with run_dir.lock_run_dir(remote.out_dir):
         pass
-    assert time.monotonic() - began < 10
+    assert "waiting" not in capsys.readouterr().err
     assert bucket.names() == set()
 
 

@@ -53,7 +53,7 @@ def make_run(data_dir, tmp_path):
     return lambda name, **others: tiny_run(tmp_path / name, data_dir, **keys | others)
 
 
-SCANNED = pytest.param({"scan_layers": True, "mesh": "fsdp:2,tensor:2"}, marks=pytest.mark.slow)
+SCANNED = {"scan_layers": True, "mesh": "fsdp:2,tensor:2"}
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ CURVES = [
 
 
 @pytest.mark.parametrize(("losses", "end", "best"), CURVES)
-@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("every", [True, False])
 @pytest.mark.slow
 def test_early_stopping_counts_evaluations_without_improvement_across_resumes(
     make_run, monkeypatch, losses, end, best, every

@@ -9,10 +9,14 @@ from glob import glob
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
-from helpers import CHILD_ENV, refusal
+from helpers import CHILD_ENV, make_config, refusal
 
+from jaxgpt import resolve
 from jaxgpt.config import Config
+from jaxgpt.data.tokens import Dataset
+from jaxgpt.kernels import ANY, TABLE
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
 
@@ -149,3 +153,104 @@ def test_start_reserves_nine_tenths_of_a_gpu_unless_the_user_says_otherwise(vari
     device.start("cpu")
     assert device.memory_fraction() == "0.5"
     assert os.environ[default] == ("0.5" if variable == default else "")
+
+
+# ---- attention -------------------------------------------------------------------------------
+
+
+def test_self_test_accepts_every_back_end_that_a_cpu_runs():
+    for backend in "cpu", "xla", "flash":
+        assert device.self_test(make_config(attention="auto"), backend) == ""
+
+
+def fails(*args):
+    raise RuntimeError("no such kernel\nin this driver")
+
+
+WRONG = {
+    "zeros": (lambda q, *_: 0 * q, "its result differs from the reference"),
+    "nan": (lambda q, *_: np.nan * q, "its result differs from the reference"),
+    "an error": (fails, "RuntimeError: no such kernel"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_self_test_finds_an_attention_that_is_wrong_or_fails(kind, monkeypatch):
+    function, said = WRONG[kind]
+    monkeypatch.setitem(TABLE, ("attention_flash", ANY), function)
+    assert device.self_test(make_config(attention="auto"), "flash") == said
+
+
+@pytest.mark.parametrize(
+    ("broken", "dropout", "chosen"),
+    [
+        ((), 0.0, "cudnn"),
+        (("cudnn",), 0.0, "flash"),
+        (("cudnn", "flash"), 0.0, "xla"),
+        (("flash",), 0.1, "reference"),  # cudnn has no dropout
+    ],
+)
+def test_back_ends_that_fail_their_test_are_passed_over_with_a_note(
+    broken, dropout, chosen, monkeypatch
+):
+    monkeypatch.setattr(device, "self_test", lambda c, name: "is broken" * (name in broken))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = make_config(attention="auto", dtype="bfloat16", dropout=dropout)
+    backend, notes = device.choose_attention(config)
+    assert backend == chosen
+    said = [f"uses {chosen}, because {broken[-1]} failed its test: is broken"] if broken else []
+    assert notes == [f"attention='auto': {line}" for line in said]
+
+
+# ---- what a device can do --------------------------------------------------------------------
+
+
+def set_kind(monkeypatch, kind: str) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989.4), ("TPU v5 lite", 197), ("TPU v5", 459),
+    ],
+)  # fmt: skip
+def test_peak_flops_are_those_of_the_longest_name_that_fits(kind, teraflops, monkeypatch):
+    set_kind(monkeypatch, kind)
+    assert device.peak_flops() == teraflops * 1e12
+    config = make_config(dtype="bfloat16")
+    rate = resolve.peak_tokens_per_s(config, fake_mesh("gpu", 8))
+    assert rate == 8 * teraflops * 1e12 / resolve.flops_per_token(config)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("cpu", "bfloat16"), ("NVIDIA H200", "float32")])
+def test_peak_is_unknown_for_other_devices_and_dtypes(kind, dtype, monkeypatch):
+    set_kind(monkeypatch, kind)
+    assert resolve.peak_tokens_per_s(make_config(dtype=dtype), fake_mesh("gpu")) is None
+
+
+def dataset_of(tokens: int) -> Dataset:
+    split = np.zeros(tokens // 2, np.uint16)
+    return Dataset(split, split, 31, None, "", {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, 10),
+        ({"steps_per_call": 3}, 3),
+        ({"n_layer": 8, "n_embd": 512, "n_head": 4, "block_size": 256}, 1),  # more than 1e10 FLOPs
+        ({"data_on_device": "never"}, 1),
+        ({"data_on_device": "always"}, 10),
+    ],
+    ids=str,
+)
+def test_steps_per_call_are_ten_for_fast_steps_on_resident_data(keys, expected):
+    assert resolve.steps_per_call(make_config(**keys), dataset_of(1000)) == expected
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(16_000, True), (15_999, False), (None, True)])
+def test_data_is_kept_on_a_device_if_it_takes_an_eighth_of_the_memory(memory, fits, monkeypatch):
+    monkeypatch.setattr(device, "memory_bytes", lambda: memory)
+    assert resolve.data_fits_on_device(make_config(), dataset_of(1000)) == fits

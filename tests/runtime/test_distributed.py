@@ -39,7 +39,8 @@ def joined(monkeypatch) -> list[tuple]:
     def get_metadata(key):
         raise OSError("the metadata server was asked")
 
-    for name in {*SLURM, *GKE, "TPU_SKIP_MDS_QUERY"}:
+    others = "TPU_SKIP_MDS_QUERY", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"
+    for name in {*SLURM, *GKE, *others, "JOB_COMPLETION_INDEX"}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)

@@ -1,5 +1,6 @@
 """Test that a run records its config class and loads the class from a named config file."""
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,25 @@ class {name}(Config):
 
 config = {name}(width=9)
 """
+
+
+def test_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+    with run_dir.lock_run_dir(str(tmp_path / "run")):
+        said = capsys.readouterr().err
+    assert "cannot be locked (no locks available); expected no other process that writes" in said
+
+
+def test_full_disk_does_not_keep_a_run_from_its_lock(tmp_path, monkeypatch):
+    def write(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "write", write)
+    with run_dir.lock_run_dir(str(tmp_path / "run")):
+        assert (tmp_path / "run" / ".lock").exists()
 
 
 @pytest.fixture

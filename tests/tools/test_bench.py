@@ -195,7 +195,7 @@ def test_synthetic_data_is_reproducible_and_can_be_learnt(tmp_path):
     assert entropy(pairs) - entropy(alone) < entropy(alone) - 0.01  # a token tells of the next
 
 
-def test_prompts_and_completions_are_read_as_they_are(tmp_path):
+def test_prompts_and_completions_keep_their_masked_ids(tmp_path):
     """Their token files have int32 ids, and those of prompts are stored as -1 - id."""
     lines = [json.dumps({"prompt": f"{i}+1=", "completion": str(i + 1)}) for i in range(40)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines))

@@ -1,6 +1,7 @@
 """Test `jaxgpt eval`: HellaSwag against a NumPy scorer, and the losses of weights."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from reference import numpy_gpt as ref
 from reference.options import DEFAULTS
 from safetensors.numpy import save_file
 
+import jaxgpt
 from jaxgpt.cli import commands as cli
 from jaxgpt.config import Config, UserError
 from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.interop.export import to_fields, to_tensors
 from jaxgpt.runtime.mesh import local_mesh, make_mesh
-from jaxgpt.tools import hellaswag
+from jaxgpt.tools import evaluation, hellaswag
 from jaxgpt.tools.evaluation import count_bytes, evaluate
 from jaxgpt.train_step import abstract_params
 
@@ -234,9 +236,21 @@ def test_val_loss_of_weights_matches_numpy(case, folder, tmp_path, capsys):
         losses += token_losses(case, bytes(window[:1].tolist()), bytes(window[1:].tolist()))
     assert len(losses) == len(tokens) - 1
     assert float(lines["val_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(lines["perplexity"]) == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
+    weights = jaxgpt.load(folder)
+    assert (weights.step, weights.metrics) == (None, [])
+    mine = weights.loss(tokens[:block_size])[1:]
+    np.testing.assert_allclose(mine, losses[: block_size - 1], rtol=1e-4)
 
     assert run_eval(*argv) == 2
     assert "error: dataset=''" in capsys.readouterr().err
+
+
+def test_perplexity_of_a_very_large_loss_is_infinite(case, folder, tmp_path, monkeypatch):
+    make_data(tmp_path, "to be " * 400, "bytes", tokenizer="byte")
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *args: 800.0)
+    found = evaluation.evaluate("", "best", str(tmp_path), init_from=str(folder), dataset="bytes")
+    assert (found["val_loss"], found["perplexity"]) == (800.0, math.inf)
 
 
 def test_an_end_of_text_is_a_target_without_bytes(tmp_path):

@@ -301,19 +301,6 @@ def test_overlap_of_a_loop_counts_every_turn():
     }
 
 
-def test_library_products_count_as_matmuls_without_their_scratch_memory():
-    """cuBLASLt returns its scratch memory last."""
-    text = """HloModule m
-ENTRY %main (x: bf16[5,7], w: bf16[7,3]) -> bf16[5,3] {
-  %x = bf16[5,7]{1,0} parameter(0)
-  %w = bf16[7,3]{1,0} parameter(1)
-  ROOT %y = (bf16[5,3]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
-}
-"""  # noqa: E501
-    (group,) = Program(text).breakdown(lambda *_: 0.0).values()
-    assert (group.flops, group.bytes) == (2 * 5 * 3 * 7, 2 * (5 * 7 + 7 * 3 + 5 * 3))
-
-
 def test_padding_of_a_tpu_product_counts_no_flops():
     """The window walks over the 3 x 12 heads of the weight, and only one place has no padding."""
     product = """HloModule m

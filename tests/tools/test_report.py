@@ -90,7 +90,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert (thinned[0], thinned[-1]) == (rows[0], rows[-1])
 
 
-def test_attention_on_the_page_is_the_runs(run, page):
+def test_page_shows_the_attention_weights_of_the_run(run, page):
     shown = data_of(page)["attention"]
     ids = report.passage_tokens(run)[0][: len(shown["tokens"])]
     weights = run.attention(ids)

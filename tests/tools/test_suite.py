@@ -271,7 +271,7 @@ DIFFERENT = [row for row in ROWS if not row.name.startswith("flag_")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", DIFFERENT, ids=lambda row: row.name)
-def test_every_row_ends_at_toy_size(row, toy):
+def test_every_row_is_measured_at_toy_size(row, toy):
     entry = suite.measure(toy, row)
     backend = row.name.removeprefix("attention_")
     if backend in ("cudnn", "flash"):
