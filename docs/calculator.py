@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from configs.calculator import config as calculator
 from jaxgpt.config import Config
 from jaxgpt.data.tasks import TASKS, Arithmetic
-from jaxgpt.interop.huggingface import load_trained
+from jaxgpt.interop.trained import open_trained
 from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.sample import Sampler
 from jaxgpt.tools.ablate import spread, train_run
@@ -40,7 +40,7 @@ CONFIGS = {
 
 def exact_answers(config: Config) -> np.ndarray:
     """Return the fraction of the held-out problems with exact answers, per operation [4]."""
-    trained = load_trained("resume", config.out_dir, "latest")
+    trained = open_trained("resume", config.out_dir, "latest")
     params, _ = trained.load(local_mesh())
     forms = {"working": config.working, "reverse_digits": config.reverse_digits}
     task = Arithmetic(OPERATIONS, config.digits, **forms)

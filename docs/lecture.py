@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from jaxgpt import model, resolve
 from jaxgpt.data.text_stream import generate_text
-from jaxgpt.interop.huggingface import Trained, load_trained
+from jaxgpt.interop.trained import Trained, open_trained
 from jaxgpt.kernels.attention import attention_mask
 from jaxgpt.kernels.position import sinusoids
 from jaxgpt.runtime.mesh import local_mesh
@@ -42,7 +42,7 @@ TEXT = "ROMEO:\nWhat light is this?"
 def load_stage(folder: Path, stage: str) -> Trained:
     """Open the best checkpoint of a stage's run."""
     config_file = str(CONFIGS / f"{stage}.py")
-    return load_trained("resume", str(folder / stage), "best", config_file=config_file)
+    return open_trained("resume", str(folder / stage), "best", config_file=config_file)
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -31,6 +31,7 @@ from jaxgpt.config import (
 from jaxgpt.data.text_stream import generate_text
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.interop import huggingface
+from jaxgpt.interop.trained import Trained, open_trained
 from jaxgpt.kernels.platform import accum_dtype
 from jaxgpt.model import GPT, abstract_model, unstack_layers
 from jaxgpt.runtime import device as devices
@@ -72,7 +73,7 @@ def train(config: Config) -> "Run":
     code = train_to_the_end(c, stop_signal=Interrupt)
     if code == 128 + signal.SIGTERM:
         signal.raise_signal(signal.SIGTERM)
-    trained = huggingface.load_trained("resume", c.out_dir, config_class=type(c))
+    trained = open_trained("resume", c.out_dir, config_class=type(c))
     run = Run(trained, c.out_dir, device=c.device)
     if c.report and code == 0 and distributed.is_process_0():
         run.report()
@@ -96,12 +97,12 @@ def load(
         step = check_value("checkpoint", str(checkpoint), Checkpoint)
         key = "config_file" if isinstance(config, str) else "config_class"
         options: dict[str, Any] = {key: config}
-        trained = huggingface.load_trained("resume", name, step, **options)
+        trained = open_trained("resume", name, step, **options)
     elif checkpoint != "best" or config not in (Config, ""):
         problem = "is no run, and only a run has checkpoints and a config"
         raise UserError(f"{name}: {problem}; expected a run directory")
     elif Path(name).exists() or huggingface.is_on_hub(name):
-        trained = huggingface.load_trained(name)
+        trained = open_trained(name)
     else:
         weights = f"a folder of weights, a ckpt.pt, or one of {', '.join(huggingface.HUB)}"
         raise UserError(f"{name}: no such run or weights; expected a run directory, {weights}")
@@ -128,9 +129,7 @@ class Run:
     are loaded when they are first used.
     """
 
-    def __init__(
-        self, trained: huggingface.Trained, source: str, device: str = "auto", dtype: str = "auto"
-    ):
+    def __init__(self, trained: Trained, source: str, device: str = "auto", dtype: str = "auto"):
         self.source = source
         self.config = trained.config
         is_float64 = "float64" in (dtype, self.config.dtype)

@@ -23,6 +23,7 @@ from jaxgpt.data.tokenizer import check_same
 from jaxgpt.data.tokens import Dataset
 from jaxgpt.evaluate import BATCHES_PER_CALL
 from jaxgpt.interop import huggingface
+from jaxgpt.interop.trained import resolve_initial_weights
 from jaxgpt.optimizer import frozen_mask, update_kinds
 from jaxgpt.runtime import device, distributed, resume, run_dir
 from jaxgpt.runtime.checkpoint import Checkpoints
@@ -70,7 +71,7 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
             checkpoints.quarantine_corrupt()
         is_fresh = run_dir.step_to_resume(config, checkpoints) is None
         distributed.on_process_0(partial(prepare_if_missing, config, is_fresh=is_fresh))
-        weights, config, notes = huggingface.resolve_init(config, checkpoints, cli_keys)
+        weights, config, notes = resolve_initial_weights(config, checkpoints, cli_keys)
         dataset = find_dataset(config, config.block_size, config.vocab_size)
         distributed.on_process_0(partial(resume.check_data, config, checkpoints, dataset))
         if weights is not None:

@@ -39,7 +39,7 @@ from examples.speedrun.model import SpeedrunConfig
 from jaxgpt.api import Run
 from jaxgpt.cli import commands
 from jaxgpt.data.tokenizer import CharTokenizer
-from jaxgpt.interop.huggingface import Trained
+from jaxgpt.interop.trained import Trained
 
 LETTERS = CharTokenizer("abcdefghijk")
 TEXT = "badge"

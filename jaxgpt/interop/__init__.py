@@ -1,1 +1,1 @@
-"""Read and write the weights of other projects."""
+"""Open trained models, and read and write the weights of other projects."""

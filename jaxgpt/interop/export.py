@@ -16,6 +16,7 @@ from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
 from jaxgpt.interop import huggingface as hf
+from jaxgpt.interop.trained import open_trained
 from jaxgpt.model import unstack_layers
 from jaxgpt.runtime.files import atomic_write, folder_error, import_extra, reason
 from jaxgpt.runtime.mesh import local_mesh
@@ -31,7 +32,7 @@ def export(
     """
     safetensors = import_extra("safetensors.numpy", "export", "hf")
     SafetensorError = import_extra("safetensors", "export", "hf").SafetensorError
-    trained = hf.load_trained(init_from, out_dir, checkpoint, config_file=config_file)
+    trained = open_trained(init_from, out_dir, checkpoint, config_file=config_file)
     config, folder = trained.config, Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

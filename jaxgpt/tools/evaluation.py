@@ -15,7 +15,7 @@ from jaxgpt.data.tasks import Arithmetic, ValProblems
 from jaxgpt.data.tokenizer import Tokenizer, check_same
 from jaxgpt.data.tokens import TokenSplit
 from jaxgpt.evaluate import full_split, mean_loss
-from jaxgpt.interop import huggingface
+from jaxgpt.interop.trained import Trained, open_trained
 from jaxgpt.runtime import device
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
@@ -28,13 +28,13 @@ WEIGHTS_BATCH = 8  # sequences per device for weights, which have no run's batch
 
 def open_model(
     *where: Any, init_from: str = "resume", mesh: str = "", **keys: Any
-) -> tuple[huggingface.Trained, Mesh]:
+) -> tuple[Trained, Mesh]:
     """Open the model of a run, or the weights `init_from`, with a config for this device.
 
     `where` is out_dir, checkpoint, data_dir and config file; `keys` override the config's. Raises
     `UserError`.
     """
-    trained = huggingface.load_trained(init_from, *where)
+    trained = open_trained(init_from, *where)
     device.enable_float64(trained.config)
     if init_from != "resume":
         keys |= {"batch_size": WEIGHTS_BATCH, "gradient_accumulation_steps": jax.device_count()}
