@@ -116,7 +116,7 @@ def count_params(config: Config) -> int:
 def unpadded_sizes(config: Config) -> dict:
     """Return the size of each parameter, without the padding of the vocabulary."""
     _, shapes, axes = model.abstract_model(config)
-    padded = config.padded_vocab_size
+    padded = max(1, config.padded_vocab_size)  # 0 if `vocab_size` is not known yet
 
     def unpadded_size(shape: jax.ShapeDtypeStruct, letters: str) -> int:
         return shape.size // padded * config.vocab_size if "V" in letters else shape.size
