@@ -105,7 +105,8 @@ class RunConfig:
     seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
     report: bool = False
-    """Write report.html after the last step (needs the extra `report`)."""
+    """Write report.html after the last step (needs the extra `report`). Not for an encoder, with
+    `eval_only`, or in a run of several processes."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs the extra `log`)."""
     wandb_log: bool = False
@@ -167,7 +168,7 @@ class ModelConfig:
     n_layer: NonNegativeInt = 12
     """Transformer blocks; 0 is a bigram model."""
     n_head: PositiveInt = 12
-    """Query heads, each of width n_embd / n_head."""
+    """Query heads; the head dim is n_embd / n_head."""
     n_kv_head: NonNegativeInt = 0
     """Key and value heads, shared by groups of query heads; 0 means n_head."""
     n_embd: PositiveInt = 768
@@ -289,7 +290,7 @@ class OptimizerConfig:
     `spike_window` steps by this many standard deviations; levanter and MaxText use 6. 0 skips
     none."""
     spike_window: Annotated[int, Range(2, INT32_MAX)] = 128
-    """Number of steps that `skip_loss_spikes` compares with; as many first steps are not
+    """Number of steps that `skip_loss_spikes` compares with. As many steps at the start are never
     skipped."""
 
 

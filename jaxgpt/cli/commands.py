@@ -438,7 +438,10 @@ def bench(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class AblateArgs:
-    """Train a baseline and each feature with several seeds, and compare the losses."""
+    """Train a baseline and each feature with several seeds, and compare the losses.
+
+    Keys of the config follow as flags, except init_from, seed and report.
+    """
 
     config: keys.NonEmptyStr = "ablate"  # Config file of the baseline, or its name.
     features: tuple[str, ...] = ()  # Features to compare; none means all of them.

@@ -194,7 +194,7 @@ def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     vocab_size = read_meta(meta.parent).get("vocab_size")
     if not isinstance(vocab_size, int):
         vocab_size = GPT2_VOCAB
-        notes.append(f"vocab_size={vocab_size} is assumed, because {meta} does not say it")
+        notes.append(f"vocab_size={vocab_size} is assumed, because {meta} does not give it")
     return config.replace(vocab_size=vocab_size), notes
 
 

@@ -16,9 +16,8 @@ class BenchArgs:
     # is measured, and the same command continues after a stop. On a CPU the rows have toy sizes.
     suite: Literal["", "gpu"] = ""
     rows: str = ""  # Rows of the suite, separated by commas: names, or beginnings of names.
-    budget_s: NonNegativeInt = (
-        0  # Seconds after which the suite starts no more rows; 0 is no limit.
-    )
+    # Seconds after which the suite starts no more rows; 0 is no limit.
+    budget_s: NonNegativeInt = 0
     config: str = ""  # Config file to time instead of a preset.
     # cpu is nanoGPT's recipe for a laptop, baby its baby GPT; gpt2 and gpt2-xl need an accelerator
     # to train. Empty means cpu on a CPU and gpt2 on an accelerator.
@@ -31,9 +30,10 @@ class BenchArgs:
     # Number of timed rounds per side, or of samples per measurement.
     repeats: PositiveInt = 5
     json: str = ""  # JSON file for all measurements, with every sample.
-    # PNG file for the plot of both sides' losses. Empty means beside the JSON file, or bench.png.
+    # Picture of both sides' losses (.png, .svg, .pdf). Empty means beside the JSON file, or
+    # bench.png.
     plot: str = ""
-    # PNG file for a chart of earlier results: time nothing, and draw --results and --out_dir.
+    # Picture of earlier results (.png, .svg, .pdf): time nothing, and draw --results and --out_dir.
     chart: str = ""
     results: tuple[str, ...] = ()  # JSON files of earlier comparisons, for --chart.
     out_dir: str = "out/shakespeare"  # Run whose losses --chart draws.
