@@ -42,7 +42,7 @@ TEXT = "ROMEO:\nWhat light is this?"
 def load_stage(folder: Path, stage: str) -> Trained:
     """Open the best checkpoint of a stage's run."""
     config_file = str(CONFIGS / f"{stage}.py")
-    return open_trained("resume", str(folder / stage), "best", config_file=config_file)
+    return open_trained("resume", str(folder / stage), "best", config=config_file)
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,7 @@ from jaxgpt import kernels
 from jaxgpt.config import (
     Checkpoint,
     Config,
-    NonNegativeFloat,
-    NonNegativeInt,
     PositiveInt,
-    Range,
     Seed,
     UserError,
     check_value,
@@ -46,13 +43,13 @@ Text = TypeVar("Text", str, list[str])
 
 
 class Options(TypedDict, total=False):
-    """The options of `Run.generate`, and the values that they may have."""
+    """The options of `Run.generate`, for editors; their values are checked when it is called."""
 
-    max_new_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: NonNegativeInt
-    top_p: Annotated[float, Range(0, 1)]
-    seed: Seed
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
 def train(config: Config) -> "Run":
@@ -73,7 +70,7 @@ def train(config: Config) -> "Run":
     code = train_to_the_end(c, stop_signal=Interrupt)
     if code == 128 + signal.SIGTERM:
         signal.raise_signal(signal.SIGTERM)
-    trained = open_trained("resume", c.out_dir, config_class=type(c))
+    trained = open_trained("resume", c.out_dir, config=type(c))
     run = Run(trained, c.out_dir, device=c.device)
     if c.report and code == 0 and distributed.is_process_0():
         run.report()
@@ -95,9 +92,7 @@ def load(
     name = os.fspath(source)
     if run_dir.is_run(name):
         step = check_value("checkpoint", str(checkpoint), Checkpoint)
-        key = "config_file" if isinstance(config, str) else "config_class"
-        options: dict[str, Any] = {key: config}
-        trained = open_trained("resume", name, step, **options)
+        trained = open_trained("resume", name, step, config=config)
     elif checkpoint != "best" or config not in (Config, ""):
         problem = "is no run, and only a run has checkpoints and a config"
         raise UserError(f"{name}: {problem}; expected a run directory")
@@ -183,14 +178,12 @@ class Run:
         With `stream`, yield the same text piece by piece: first the prompt, then new text. Options
         have the defaults of `jaxgpt sample`, and give the same texts. Raises `UserError`.
         """
-        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        values = {"max_new_tokens": max_new_tokens, "seed": seed} | drawing
-        for key, hint in get_type_hints(Options, include_extras=True).items():
-            check_value(key, values[key], hint)
+        check_value("max_new_tokens", max_new_tokens, PositiveInt)
+        check_value("seed", seed, Seed)
+        options = {"sampling": SamplingParams(temperature, top_k, top_p), "seed": seed}
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not (isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)):
             raise UserError(f"prompt={prompt!r}: invalid value; expected text, or a list of texts")
-        options = {"sampling": SamplingParams(**drawing), "seed": seed}
         new = generate_text(self.sampler, self.tokenizer, prompts, max_new_tokens, **options)
         pieces = chain([prompts], new)
         if isinstance(prompt, str):

@@ -336,17 +336,12 @@ class ParallelConfig:
     device, else 1."""
 
 
-# Names that keys had in checkpoints of format 1.
+# Old names of keys, in early files of format 1 (docs/file_formats.md).
 OLD_KEYS = {
     "n_inner": "mlp_dim", "attention_window": "sliding_window", "decay_share": "decay_fraction",
     "skip_nonfinite": "max_nonfinite_steps", "early_stop": "early_stopping_patience",
     "on_cpu": "use_cpu_variant", "tokens_on_device": "data_on_device",
     "steps_per_dispatch": "steps_per_call",
-}  # fmt: skip
-# Keys that moved to the lecture's own models, and the values that GPT-2 has.
-LECTURE_KEYS = {
-    "residual": True, "out_projection": True, "score_scale": "head", "init": "gpt2",
-    "qkv_bias": True, "head_bias": False, "decay_all": False, "embed_dropout": True,
 }  # fmt: skip
 
 
@@ -379,16 +374,9 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
         """
         current = {}
         for key, value in keys.items():
-            name = key if key in key_types(cls) else OLD_KEYS.get(key, key)
-            if name in key_types(cls):
+            if key not in ("config_file", "config_class"):
+                name = key if key in key_types(cls) else OLD_KEYS.get(key, key)
                 current[name] = value
-            elif key in LECTURE_KEYS and value != LECTURE_KEYS[key]:
-                raise UserError(
-                    f"{key}={value!r}: only the lecture's models have this key; "
-                    "try --config configs/lecture/STAGE.py"
-                )
-            elif key not in ("config_file", "config_class", *LECTURE_KEYS):
-                raise cls.unknown_key(key)
         config = cls(**current)
         object.__setattr__(config, "config_file", keys.get("config_file", ""))
         return config

@@ -57,13 +57,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     steps = [direction, decay_weights(c), optax.scale_by_learning_rate(schedule(c))]
     scale = c.learning_rate_scale(model.abstract_model(c).shapes)
     if scale is not None:
-        steps.append(scale_updates(scale))
+        multiply = lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)
+        steps.append(optax.stateless(multiply))
     return optax.chain(clip, optax.chain(*steps))  # the paths of moments in checkpoints follow it
-
-
-def scale_updates(scale: dict) -> optax.GradientTransformation:
-    """Multiply the update of each parameter by its factor."""
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))
 
 
 def decay_weights(config: Config) -> optax.GradientTransformation:

@@ -97,12 +97,6 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
             yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 
 
-def data_fits_on_device(config: Config, dataset: Dataset) -> bool:
-    """Return whether both splits are kept in device memory."""
-    tokens = len(dataset.train) + len(dataset.val)
-    return device.fits_on_device(config, tokens, tokens * dataset.train.dtype.itemsize)
-
-
 def tokens_per_step(config: Config) -> int:
     return batch_size.global_batch_size(config) * config.block_size
 
@@ -154,7 +148,7 @@ def steps_per_call(config: Config, dataset: Dataset) -> int:
     devices = 1 if device.is_cpu() else jax.device_count()  # a CPU's devices share its cores
     flops = flops_per_token(config) * tokens_per_step(config) / devices
     is_slow = flops > SLOW_FLOPS.get(jax.default_backend(), math.inf)
-    is_fast = data_fits_on_device(config, dataset) and not is_slow
+    is_fast = device.fits_on_device(config, dataset) and not is_slow
     return FAST_STEPS if is_fast else 1
 
 
@@ -244,7 +238,7 @@ def summary(run: ResolvedRun) -> list[str]:
     """Return lines for the log: device, data, model, frozen parameters, notes, resumed step."""
     config, data = run.config, run.dataset
     train_tokens = "endless" if len(data.train) == sys.maxsize else f"{len(data.train):,}"
-    place = ", held on the device" if data_fits_on_device(config, data) else ""
+    place = ", held on the device" if device.fits_on_device(config, data) else ""
     sequences = batch_size.global_batch_size(config)
     num_micro_batches = batch_size.num_microbatches(config, run.mesh)
     lines = [
@@ -284,10 +278,8 @@ def make_batches(config: Config, mesh: Mesh, dataset: Dataset) -> dict[int, Batc
     eval_shape = min(BATCHES_PER_CALL, num_eval_batches), 1, eval_batch_size
     make = partial(Batches, mesh=mesh, block_size=config.block_size, seed=config.seed)
     train, val = dataset.train, dataset.val
-    train_tokens = val_tokens = None
-    if data_fits_on_device(config, dataset):
-        train_tokens = make_resident(train, mesh)
-        val_tokens = make_resident(val, mesh)
+    fits = device.fits_on_device(config, dataset)
+    train_tokens, val_tokens = (make_resident(t, mesh) if fits else None for t in (train, val))
     windows = train if dataset.aligned is None else dataset.aligned
     return {
         TRAIN: make(windows, shape_UMB=train_shape, stream=TRAIN, resident=train_tokens, ahead=2),
@@ -323,13 +315,11 @@ def _check_extras(config: Config) -> None:
 
 @dataclass
 class Best:
-    """The lowest validation loss so far, and its step."""
+    """The lowest validation loss so far, its step, and whether it ends the run."""
 
-    patience: int  # the run stops after so many evaluations without a lower loss; 0 means never
-    eval_interval: int
-    target: float = 0.0  # the run stops at a loss that is at most this; 0 means never
-    val_loss: float = math.inf
+    config: Config
     step: int = 0
+    val_loss: float = math.inf
 
     def update(self, step: int, val_loss: float) -> bool:
         """Record a loss, and return whether it is the lowest so far."""
@@ -340,8 +330,9 @@ class Best:
 
     def stops_early(self, step: int) -> bool:
         """Return whether the run stops at this step, because its loss no longer improves."""
-        evaluations = step // self.eval_interval - self.step // self.eval_interval
-        return 0 < self.patience <= evaluations
+        interval = self.config.eval_interval
+        evaluations = step // interval - self.step // interval  # without a lower loss
+        return 0 < self.config.early_stopping_patience <= evaluations
 
     def ends_run(self, step: int) -> bool:
         """Return whether the run ends at this step, before `max_iters`."""
@@ -350,14 +341,13 @@ class Best:
     @property
     def reached_target(self) -> bool:
         """Return whether the run stops, because a loss was at most the target."""
-        return self.target > 0 and self.val_loss <= self.target
+        return self.config.target_val_loss > 0 and self.val_loss <= self.config.target_val_loss
 
 
 def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     """Return the first state: random, from the initial weights, or restored from a checkpoint."""
     config, mesh, checkpoints, step = run.config, run.mesh, run.checkpoints, run.resume_step
-    patience, interval = config.early_stopping_patience, config.eval_interval
-    best = Best(patience, interval, config.target_val_loss, step=step)
+    best = Best(config, step)
     if step == 0:
         state = init_state(config, mesh)
         if run.weights:
@@ -371,21 +361,12 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
     best_val_loss = best_meta["best_val_loss"]
     if best_step is not None and best_val_loss is not None:
         best.update(best_step, best_val_loss)
-    abstract = abstract_state(config, mesh)
+    abstract, whole = abstract_state(config, mesh), sharding.replicated(mesh)
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
-    state = TrainState(**checkpoints.restore(items, step), step=replicated_int(mesh, step))
+    state = TrainState(
+        **checkpoints.restore(items, step), step=jax.device_put(np.int32(step), whole)
+    )
     if config.skip_loss_spikes:
         recent_2W = spikes.from_json(meta.get("recent_steps", [[], []]), config.spike_window)
-        state.recent_2W = replicated_array(mesh, recent_2W)
+        state.recent_2W = jax.device_put(recent_2W, whole)
     return state, best
-
-
-def replicated_int(mesh: Mesh, value: int) -> jax.Array:
-    """Return an int32 that every device of the mesh holds."""
-    return replicated_array(mesh, np.array(value, np.int32))
-
-
-def replicated_array(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    """Return an array that every device of the mesh holds."""
-    whole = sharding.replicated(mesh)
-    return jax.make_array_from_callback(value.shape, whole, lambda index: value[index])

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import kernels, model
-from jaxgpt.config import Config, UserError, check_value
+from jaxgpt.config import (
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Range,
+    UserError,
+    check,
+    check_value,
+)
 from jaxgpt.kernels import decode
 from jaxgpt.kernels.kv_cache import DecodePosition, KVCache, flush_chunk
 from jaxgpt.runtime.mesh import local_mesh
@@ -30,13 +39,20 @@ Overflow = Literal["truncate", "slide"]  # what happens to a text that exceeds `
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw a token from logits. The defaults draw from the model's own distribution."""
+    """How to draw a token from logits. The defaults draw from the model's own distribution.
 
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: int = 0  # keep this many most likely tokens; 0 keeps all
-    top_p: float = 1.0  # keep the most likely tokens up to this probability; Holtzman et al. 2020
-    min_p: float = 0.0  # minimum ratio to the highest probability; Nguyen et al. 2024
-    repetition_penalty: float = 1.0  # makes tokens seen before less likely; Keskar et al. 2019
+    Raises `UserError` for a value out of range.
+    """
+
+    temperature: NonNegativeFloat = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: NonNegativeInt = 0  # keep this many most likely tokens; 0 keeps all
+    # Keep the most likely tokens up to this probability (Holtzman et al. 2020).
+    top_p: Annotated[float, Range(0, 1)] = 1.0
+    min_p: Fraction = 0.0  # minimum ratio to the highest probability; Nguyen et al. 2024
+    # Makes tokens seen before less likely (Keskar et al. 2019); 1 changes nothing.
+    repetition_penalty: Annotated[float, Range(1)] = 1.0
+
+    __post_init__ = check
 
 
 def sample_token(logits_BV, uniform_B, sampling: SamplingParams, seen_BV=None) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import stages
 
 from jaxgpt import spikes
@@ -25,7 +26,6 @@ from jaxgpt.resolve import (
     init_or_restore,
     make_batches,
     peak_tokens_per_s,
-    replicated_int,
     resolve_run,
     summary,
     tokens_per_step,
@@ -83,7 +83,7 @@ def train(
                 profiler.program = train_step
                 stopwatch.resume()  # compiling, and what came before, is not step time
             profiler.before_call(step)
-            state, metrics = train_step(state, windows_UMBT, replicated_int(run.mesh, count))
+            state, metrics = train_step(state, windows_UMBT, np.int32(count))
             step_log.launched(step, count, metrics)  # logs the previous call, and updates `stop`
             step += count
             profiler.after_call(step, is_pause=step == next_pause)
@@ -137,7 +137,7 @@ def compile_train_step(
     phases = run.config.phases()
     config = phases[max(start for start in phases if start <= step)]
     train_step = make_train_step(config, run.mesh)
-    arguments = state, windows_UMBT, replicated_int(run.mesh, 1)
+    arguments = state, windows_UMBT, np.int32(1)
     compiled = train_step.lower(*arguments).compile()  # now, not within the first step's time
     log.info(f"compiled in {time.perf_counter() - began:.1f} s")
     return compiled

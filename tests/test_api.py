@@ -60,7 +60,7 @@ def run(data, tmp_path_factory) -> jaxgpt.Run:
 def make_run(config: jaxgpt.Config, params: dict) -> jaxgpt.Run:
     """Return the run of a model with these parameters."""
     params = jax.tree.map(jax.numpy.asarray, params)
-    trained = Trained(config, lambda mesh: (params, 1), lambda: LETTERS)
+    trained = Trained(config, lambda mesh: (params, 1), lambda: LETTERS, Path())
     return Run(trained, "nowhere", "cpu", "float32")
 
 

@@ -182,13 +182,6 @@ def test_old_key_names_are_accepted():
     assert config.to_dict() == DEFAULTS | {"mlp_dim": 5, "use_cpu_variant": False}
 
 
-def test_lecture_keys_are_ignored_at_gpt2_values_and_otherwise_rejected():
-    assert Config.from_dict({"residual": True, "init": "gpt2"}) == Config()
-    message = refusal(Config.from_dict, {"residual": False})
-    assert message.startswith("residual=False: ")
-    assert "--config configs/lecture/" in message
-
-
 @given(configs())
 def test_config_round_trips_through_json(config):
     text = json.dumps(config.to_dict(), allow_nan=False)

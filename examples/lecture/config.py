@@ -1,7 +1,7 @@
 """Define the config of the lecture's models: the core's keys and those that only they need."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -21,14 +21,6 @@ ABSENT_KEYS = (
     "remat",
     "scan_layers",
 )
-
-# Old names of the lecture's keys, for checkpoints of format 1.
-OLD_KEYS = {
-    "out_projection": "attention_output_proj",
-    "score_scale": "attention_scale",
-    "head_bias": "lm_head_bias",
-    "decay_all": "decay_bias_and_norm",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +51,6 @@ class LectureConfig(Config):
     """Initial weights: those of GPT-2, or of PyTorch's Linear and Embedding."""
     decay_bias_and_norm: bool = False
     """Also decay biases and norms, as PyTorch's AdamW does by default."""
-
-    @classmethod
-    def from_dict(cls, keys: dict[str, Any]) -> Self:
-        """Build a config from these keys, which may have old names."""
-        return super().from_dict({OLD_KEYS.get(key, key): keys[key] for key in keys})
 
     def validate(self) -> None:
         """Raise `UserError` for keys that do not fit together or that this model does not have."""

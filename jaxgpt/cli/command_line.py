@@ -26,13 +26,7 @@ COMMON_KEYS = (  # the first group of --help
 )
 # nanoGPT's flags without a meaning here, and why.
 UNSUPPORTED = {"compile": "jaxgpt always compiles", "backend": "JAX has collectives of its own"}
-# Old names of flags, and old names of their values.
-OLD_FLAGS = {
-    "--what": "--benchmark", "--pairs": "--repeats", "--vs": "--compare_to", "--fit": "--search",
-    "--context": "--overflow",
-}  # fmt: skip
 SHELLS = "bash", "zsh"
-OLD_VALUES = {"--context": {"halve": "truncate", "exact": "slide"}}
 
 
 @dataclass(frozen=True)
@@ -107,9 +101,8 @@ def parse_flags(
     several lines.
     """
     types, args = flag_types(args_type), []
-    flags = translate_old_flags(argv, types)
-    reject_repeated(flags, types)
-    for arg, following in pairwise([*flags, "--"]):
+    reject_repeated(argv, types)
+    for arg, following in pairwise([*argv, "--"]):
         is_bool = kind_of(types.get(flag_key(arg))) is bool and "=" not in arg
         is_alone = is_bool and following not in ("True", "False")
         args.append(f"{arg}=True" if is_alone else arg)
@@ -217,20 +210,6 @@ def convert(text: str, hint: Any) -> Any:
             return kind(text)
     choices = (True, False) if kind is bool else typing.get_args(kind)
     return {str(choice): choice for choice in choices}.get(text, text)
-
-
-def translate_old_flags(argv: Sequence[str], types: dict[str, Any]) -> list[str]:
-    """Replace old names of the flags in `types`, and of their values, by the current names."""
-    translated, new_values = [], {}
-    for arg in argv:
-        name, equals, value = arg.partition("=")
-        if flag_key(OLD_FLAGS.get(name, "")) in types:
-            new_values = OLD_VALUES.get(name, {})
-            translated.append(OLD_FLAGS[name] + equals + new_values.get(value, value))
-        else:
-            translated.append(new_values.get(arg, arg))
-            new_values = {}
-    return translated
 
 
 def reject_unknown(args: list[str], known: Iterable[str]) -> None:

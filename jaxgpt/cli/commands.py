@@ -180,7 +180,7 @@ def sample(argv: list[str]) -> None:
     from jaxgpt.interop.trained import open_trained
 
     is_run = args.init_from == "resume"
-    trained = open_trained(args.init_from, args.out_dir, args.checkpoint, config_file=args.config)
+    trained = open_trained(args.init_from, args.out_dir, args.checkpoint, config=args.config)
     run = Run(trained, args.out_dir if is_run else args.init_from, args.device, args.dtype)
     tokenizer = run.tokenizer  # before the weights, which take longer to load
     if args.show_working:

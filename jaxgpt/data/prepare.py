@@ -96,7 +96,7 @@ def _prepare_corpus(
 ) -> None:
     """Write the dataset of a known corpus, and record which text it was made from."""
     home = Path(data_dir, corpus)  # the folder of the text
-    is_replaced = text_was_replaced(corpus, folder)
+    is_replaced = text_was_replaced(folder)
     file, source = get_corpus(corpus, home)
     made_from, before = sha256_of(file), tokens.read_meta(folder)
     if made_from == before.get("text_sha256"):
@@ -106,15 +106,11 @@ def _prepare_corpus(
     _write_dataset(file, folder, meta, tokenizer, data_dir, overwrite or is_replaced)
 
 
-def text_was_replaced(corpus: str, folder: Path) -> bool:
+def text_was_replaced(folder: Path) -> bool:
     """Tell whether the ids are of the fallback text, and its input.txt is now another text."""
     meta, file = tokens.read_meta(folder), folder / "input.txt"
-    if FALLBACK not in str(meta.get("source")) or not file.is_file():
-        return False
-    download, made_from = CORPORA[corpus].download, meta.get("text_sha256")
-    if made_from is None:  # made before it was recorded
-        return download is not None and sha256_of(file) == download.sha256
-    return sha256_of(file) != made_from
+    is_fallback = FALLBACK in str(meta.get("source")) and file.is_file()
+    return is_fallback and sha256_of(file) != meta.get("text_sha256")
 
 
 def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
@@ -139,7 +135,7 @@ def prepare_if_missing(config: DataConfig, *, is_fresh: bool = False) -> None:
 
 def _is_up_to_date(corpus: str, folder: Path, is_fresh: bool) -> bool:
     """Tell whether a corpus is prepared, for a run that `is_fresh` from its present text."""
-    return tokens.is_prepared(folder) and not (is_fresh and text_was_replaced(corpus, folder))
+    return tokens.is_prepared(folder) and not (is_fresh and text_was_replaced(folder))
 
 
 def _replace_fallback(corpus: str, folder: Path) -> None:
@@ -168,7 +164,7 @@ def find_dataset(config: DataConfig, block_size: int, vocab_size: int = 0) -> Da
         advice = f"try jaxgpt prepare {folder.name}{'' if is_known else '.txt'}"
         raise UserError(f"dataset={config.dataset!r}: no {folder}; expected {expected}; {advice}")
     found = tokens.open_dataset(folder, data_dir, block_size, vocab_size)
-    if config.dataset in CORPORA and text_was_replaced(config.dataset, folder):
+    if config.dataset in CORPORA and text_was_replaced(folder):
         note = f"{folder}: its token files are not of the input.txt in it, and are kept, because "
         note += "the run resumes with them; a new run takes the text"
         return replace(found, notes=(*found.notes, note))

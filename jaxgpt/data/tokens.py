@@ -56,7 +56,8 @@ class TokenSplit:
         self.dtype = self._layouts[0].dtype
         self._file_starts = np.cumsum([0] + [layout.tokens for layout in self._layouts])
         self._opened = [os.open(file, os.O_RDONLY) for file in files]
-        weakref.finalize(self, _close, self._opened)
+        for file in self._opened:
+            weakref.finalize(self, os.close, file)
 
     def __len__(self) -> int:
         return int(self._file_starts[-1])
@@ -155,11 +156,6 @@ def _allow_open_files() -> None:
     if 0 <= now < limit:  # -1 is no limit
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
-
-
-def _close(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
 
 
 class _Layout(NamedTuple):

@@ -32,7 +32,7 @@ def export(
     """
     safetensors = import_extra("safetensors.numpy", "export", "hf")
     SafetensorError = import_extra("safetensors", "export", "hf").SafetensorError
-    trained = open_trained(init_from, out_dir, checkpoint, config_file=config_file)
+    trained = open_trained(init_from, out_dir, checkpoint, config=config_file)
     config, folder = trained.config, Path(to)
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -42,7 +42,7 @@ def export(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fields = to_fields(config) | {"jaxgpt_step": step}
-        fields |= _write_tokenizer(config, trained.tokenizer.file, folder)
+        fields |= _write_tokenizer(config, trained.tokenizer_file, folder)
         safetensors.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
         # The config is written last, because transformers loads nothing without it.
         atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))

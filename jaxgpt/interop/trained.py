@@ -1,7 +1,6 @@
 """Open a model that has been trained: that of a run, or the weights of a GPT-2."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +15,13 @@ from jaxgpt.runtime import run_dir, storage
 from jaxgpt.runtime.checkpoint import Checkpoints
 
 
-@dataclass(frozen=True)
-class TokenizerLoader:
-    """What loads a model's tokenizer, and the file beside the model, which may be missing."""
-
-    file: Path
-    load: Callable[[], Tokenizer]
-
-    def __call__(self) -> Tokenizer:
-        return self.load()
-
-
 class Trained(NamedTuple):
     """A model to sample or to evaluate, from a run or from weights."""
 
     config: Config
     load: Callable[[Mesh], tuple[dict[str, Any], int | None]]  # returns parameters; a run's step
-    tokenizer: TokenizerLoader
+    tokenizer: Callable[[], Tokenizer]
+    tokenizer_file: Path  # beside the model; it may be missing
 
 
 def open_trained(
@@ -40,21 +29,23 @@ def open_trained(
     out_dir: str = "",
     checkpoint: str = "best",
     data_dir: str = "",
-    config_file: str = "",
-    config_class: type[Config] = Config,
+    config: type[Config] | str = "",
 ) -> Trained:
-    """Open the model of a run if `init_from` is resume, else weights. Raises `UserError`."""
+    """Open the model of a run if `init_from` is resume, else weights.
+
+    `config` is the class of a run's config, or a config file that defines it. Raises `UserError`.
+    """
     if init_from == "resume":
-        config = run_dir.load_config(out_dir, config_file, config_class)
-        config = config.replace(data_dir=data_dir or config.data_dir)
-        load = partial(run_dir.load_params, config, checkpoint)
+        of_run = run_dir.load_config(out_dir, config)
+        of_run = of_run.replace(data_dir=data_dir or of_run.data_dir)
+        load = partial(run_dir.load_params, of_run, checkpoint)
         file = storage.local(out_dir) / tokenizers.FILE
-        return Trained(config, load, TokenizerLoader(file, partial(tokenizers.load, file)))
+        return Trained(of_run, load, partial(tokenizers.load, file), file)
     weights = huggingface.open_weights(init_from)
-    config = Config(**weights.keys, data_dir=data_dir or "data")
-    load = lambda mesh: (weights.load(config, mesh), None)
-    tokenizer = partial(weights.tokenizer, config.data_dir)
-    return Trained(config, load, TokenizerLoader(weights.tokenizer_file, tokenizer))
+    of_weights = Config(**weights.keys, data_dir=data_dir or "data")
+    load = lambda mesh: (weights.load(of_weights, mesh), None)
+    tokenizer = partial(weights.tokenizer, of_weights.data_dir)
+    return Trained(of_weights, load, tokenizer, weights.tokenizer_file)
 
 
 def resolve_initial_weights(

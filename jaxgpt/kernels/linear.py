@@ -5,6 +5,7 @@ R rows, S summed size, P parts.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -99,21 +100,11 @@ add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 def linear_parts_reference(
-    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
-) -> list[jax.Array]:
+    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None,
+    product: Callable = linear_in_order,
+) -> list[jax.Array]:  # fmt: skip
     """Compute a fused map, "BTD,DCNH->BTCNH" with a bias [C, N, H], and return its C parts."""
-    return _unstacked(linear_in_order(equation, x, weight), bias)
-
-
-def linear_parts_cpu(
-    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None
-) -> list[jax.Array]:
-    """Compute `linear_parts_reference` by products of two matrices."""
-    return _unstacked(linear_cpu(equation, x, weight), bias)
-
-
-def _unstacked(y: jax.Array, bias: jax.Array | None) -> list[jax.Array]:
-    y = checkpoint_name(y, LINEAR_OUTPUT)
+    y = checkpoint_name(product(equation, x, weight), LINEAR_OUTPUT)
     return list(jnp.unstack(y if bias is None else add_bias(y, bias), axis=2))
 
 
@@ -176,6 +167,9 @@ def linear_cpu(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         return _packed_gemv(x, weight).reshape(*x.shape[: -len(summed)], *weight.shape[1:])
     product = _product if is_partitioned() else _matmul_2d
     return _contract(product, equation, x, weight.astype(x.dtype))
+
+
+linear_parts_cpu = partial(linear_parts_reference, product=linear_cpu)
 
 
 def _matmul_2d(x: jax.Array, y: jax.Array, sums: tuple[list[int], list[int]]) -> jax.Array:

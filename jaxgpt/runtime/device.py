@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxgpt.config import Config, DataConfig, ParallelConfig, UserError
+from jaxgpt.data.tokens import Dataset
 from jaxgpt.kernels import dot_product_attention
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.platform import platform_of
@@ -285,11 +286,13 @@ def memory_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
-def fits_on_device(config: DataConfig, tokens: int, bytes: int) -> bool:
-    """Tell whether to keep a dataset in device memory: `auto` allows an eighth of the memory.
+def fits_on_device(config: DataConfig, dataset: Dataset) -> bool:
+    """Tell whether to keep both splits in device memory: `auto` allows an eighth of the memory.
 
     Raises `UserError` for `always` if int32 cannot count the tokens.
     """
+    tokens = len(dataset.train) + len(dataset.val)
+    bytes = tokens * dataset.train.dtype.itemsize
     if config.data_on_device == "always" and tokens >= MAX_RESIDENT:
         problem = f"the dataset has {tokens:,} tokens"
         advice = f"expected fewer than {MAX_RESIDENT:,}; try --data_on_device=auto"

@@ -86,8 +86,6 @@ class Log:
 
     def train(self, row: Row, left_s: float) -> None:
         """Log a training step's numbers, and the seconds until the last step."""
-        if not self.enabled:
-            return
         mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] is not None else "n/a"
         text = (
             f"step {row['step']}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
@@ -103,18 +101,14 @@ class Log:
 
     def eval(self, row: Row) -> None:
         """Log an evaluation's losses, and redraw loss.png unless no step has been taken."""
-        if not self.enabled:
-            return
         losses = [f"{k.replace('_', ' ')} {row[k]:.4f}" for k in row if k.endswith("loss")]
         self._record(row)
         self.info(f"step {row['step']}: " + ", ".join(losses))
-        if row["step"]:  # importing matplotlib takes a third of a second
+        if self.enabled and row["step"]:  # importing matplotlib takes a third of a second
             self._draw_losses()
 
     def target(self, row: Row) -> None:
         """Log how many steps, tokens and seconds a run took to reach its target."""
-        if not self.enabled:
-            return
         self._record(row)
         self.info(
             f"target_val_loss={row['target_val_loss']}: reached at step {row['step']}, after "
@@ -137,6 +131,8 @@ class Log:
             self.info(f"loss.png: not drawn ({reason(error)})")
 
     def _record(self, row: Row) -> None:
+        if not self.enabled:
+            return
         bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         row = row | bad  # JSON has no nan and no infinity
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")

@@ -189,13 +189,15 @@ def is_run(out_dir: str | Path) -> bool:
         return False
 
 
-def load_config(out_dir: str, config_file: str = "", config_class: type[Config] = Config) -> Config:
-    """Load the config of the run in `out_dir`, as this class or the class in a config file.
+def load_config(out_dir: str, config: type[Config] | str = "") -> Config:
+    """Load the config of the run in `out_dir`.
 
-    Raises `UserError`, also for a run of another class.
+    `config` is the class of the run's config, or a config file that defines it; empty means
+    `Config`. Raises `UserError`, also for a run of another class.
     """
-    if config_file:
-        config_class = type(load_config_file(config_file)["config"])
+    config_class = config if isinstance(config, type) else Config
+    if config and isinstance(config, str):
+        config_class = type(load_config_file(config)["config"])
     if is_url(out_dir):
         storage.open_to_read(out_dir)
     subject, file = f"out_dir={out_dir!r}", storage.local(out_dir) / CONFIG
@@ -275,7 +277,7 @@ def open_weights(config: Config) -> RunWeights:
             f"init_from={init_from!r}: is out_dir too; try --init_from=resume to continue the run, "
             "or another --out_dir to start a new run with its weights"
         )
-    source = load_config(init_from, config_class=type(config))
+    source = load_config(init_from, type(config))
     if open_checkpoints(source).latest() is None:
         raise UserError(f"init_from={init_from!r}: {NO_CHECKPOINT}")
     return RunWeights(source)

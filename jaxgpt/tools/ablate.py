@@ -151,7 +151,7 @@ def final_loss(config: Config) -> float | None:
     """
     if not Path(config.out_dir, run_dir.CONFIG).exists():
         return None
-    saved = run_dir.load_config(config.out_dir, config_class=type(config))
+    saved = run_dir.load_config(config.out_dir, config=type(config))
     default = type(config)()
     for key, value in config.to_dict().items():
         found = getattr(saved, key)

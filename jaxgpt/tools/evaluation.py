@@ -61,7 +61,7 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     trained, mesh = open_model(*where, **options, **keys)
     config = trained.config
     data = find_dataset(config, config.block_size, config.vocab_size)
-    check_same(config.dataset, data.tokenizer, trained.tokenizer.file)
+    check_same(config.dataset, data.tokenizer, trained.tokenizer_file)
     if config.vocab_size < data.vocab_size:
         problem = f"has {data.vocab_size} ids, but the model has vocab_size={config.vocab_size}"
         expected = "expected a dataset prepared with the model's tokenizer"

@@ -223,7 +223,7 @@ def passage_tokens(run: Run) -> tuple[np.ndarray, str]:
     config = run.config
     if run.step is not None and has_data(config):
         data = find_dataset(config, config.block_size, config.vocab_size)
-        check_same(config.dataset, data.tokenizer, run._trained.tokenizer.file)
+        check_same(config.dataset, data.tokenizer, run._trained.tokenizer_file)
         val = data.val
         ids_T = val.read(0, min(PASSAGE_TOKENS, len(val))).astype(np.int32)
         return np.where(ids_T < 0, ~ids_T, ids_T), f"the validation split of {config.dataset}"

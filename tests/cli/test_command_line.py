@@ -281,11 +281,11 @@ BAD_COMMANDS = {
     "prepare a b": "b: unexpected argument; expected --key=value; try --help",
     "sample --seed=1 --start=a --start=b --seed=2": "--seed: given 2 times (1, 2); expected one "
     "value; try --seed=2",
-    "bench --repeats=3 --pairs 4": "--repeats: given 2 times (3, 4); expected one value; try "
+    "bench --repeats=3 --repeats 4": "--repeats: given 2 times (3, 4); expected one value; try "
     "--repeats=4",
     "ablate --features rope --features muon": "--features: given 2 times (rope, muon); expected it "
     "once; try --features rope muon",
-    "plan --search --fit": "--search: given 2 times (True, True); expected one value; try "
+    "plan --search --search": "--search: given 2 times (True, True); expected one value; try "
     "--search=True",
     "prepare a --name=../b": "name='../b': invalid value; expected a name for a folder",
     "ablate --seeds=0": "seeds=0: invalid value; expected a whole number from 1 to 2147483647",
@@ -600,30 +600,6 @@ def test_python_m_jaxgpt_prints_the_version():
 
 
 @pytest.mark.parametrize(
-    ("args_type", "old", "keys"),
-    [
-        (
-            cli.BenchArgs,
-            "--what=sample --vs=x --pairs 3",
-            {"benchmark": "sample", "compare_to": "x", "repeats": 3},
-        ),
-        (
-            cli.SampleArgs,
-            "--context=exact --start=halve",
-            {"overflow": "slide", "start": ("halve",)},
-        ),
-        (
-            cli.SampleArgs,
-            "--context halve --start exact",
-            {"overflow": "truncate", "start": ("exact",)},
-        ),
-    ],
-)
-def test_old_flag_spellings_are_accepted(args_type, old, keys):
-    assert cli.parse(args_type, old.split(), "jaxgpt") == args_type(**keys)
-
-
-@pytest.mark.parametrize(
     ("args_type", "line", "keys"),
     [
         (cli.SampleArgs, "--start a --start=--b --stop=c", {"start": ("a", "--b"), "stop": ("c",)}),
@@ -642,7 +618,7 @@ def test_plan_accepts_plan_flags_and_config_flags(write, monkeypatch):
     seen = []
     monkeypatch.setattr(plan, "run", lambda *args: seen.append(args))
     path = write(VARIANTS)
-    assert cli.plan([path, "--topology=h100:8", "--n_layer", "3", "--fit", "--breakdown"]) == 1
+    assert cli.plan([path, "--topology=h100:8", "--n_layer", "3", "--search", "--breakdown"]) == 1
     ((config, topology, search, _, breakdown, _),) = seen
     assert (config.n_layer, topology, search, breakdown) == (3, "h100:8", True, True)
 

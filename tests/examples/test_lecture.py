@@ -84,14 +84,6 @@ def test_training_steps_are_equal_on_a_three_axis_mesh():
 # ---- keys ------------------------------------------------------------------------------------
 
 
-def test_old_key_names_are_read_by_lecture_config():
-    old = {"out_projection": False, "score_scale": "embedding", "head_bias": True}
-    old |= {"decay_all": True}
-    new = {"attention_output_proj": False, "attention_scale": "embedding", "lm_head_bias": True}
-    new |= {"decay_bias_and_norm": True}
-    assert LectureConfig.from_dict(old) == LectureConfig(**new)
-
-
 @pytest.mark.parametrize("key", ["qk_norm", "value_residual", "document_mask", "scan_layers"])
 def test_core_only_keys_are_rejected_by_lecture_config(key):
     with pytest.raises(UserError) as raised:

@@ -22,11 +22,11 @@ Parameters are nested dicts (`blocks` is a list, or a dict keyed by the layer nu
         mlp.down.kernel [F, D]
     ln_f.scale [D], ln_f.bias [D]         (norm_position = pre)
     lm_head.kernel [V, D]                 (untied)
-    head_bias [V]                         (head_bias)
+    head_bias [V]                         (lm_head_bias)
 A projection's bias has its kernel's output axes. Biases exist only if `config.bias`, those of
 query, key and value only if `config.qkv_bias` too, and never in an RMSNorm or the embeddings.
 There are no norms with norm = none or without norm_gain, no MLP and ln_2 with mlp = none, no
-attn.out without out_projection.
+attn.out without attention_output_proj.
 """
 
 import math
@@ -50,10 +50,10 @@ VOCAB_MULTIPLE = 128
 OPTION_DEFAULTS = {  # options that a config may lack
     "norm_gain": True,
     "residual": True,
-    "out_projection": True,
-    "score_scale": "head",
+    "attention_output_proj": True,
+    "attention_scale": "head",
     "qkv_bias": True,
-    "head_bias": False,
+    "lm_head_bias": False,
 }
 
 _erf = np.vectorize(math.erf, otypes=[float])
@@ -114,7 +114,7 @@ def _draw_attention(draw: _Draw, config: Config) -> Tree:
     K, H = config.n_kv_head or N, D // N
     linear = partial(draw.linear, (D,), bias=option(config, "qkv_bias"))
     p = {"qkv": linear((3, N, H))} if K == N else {"q": linear((N, H)), "kv": linear((2, K, H))}
-    if option(config, "out_projection"):
+    if option(config, "attention_output_proj"):
         p["out"] = draw.linear((N, H), (D,))
     if config.qk_norm:
         p |= {name: draw.norm(H, "rmsnorm") for name in ("q_norm", "k_norm")}
@@ -155,7 +155,7 @@ def init_params(config: Config, rng: np.random.Generator, dtype: Any = np.float6
         params["ln_f"] = draw.norm(D, config.norm)
     if not config.tie_embeddings:
         params["lm_head"] = {"kernel": draw.normal(V, D, std=D**-0.5)}
-    if option(config, "head_bias"):
+    if option(config, "lm_head_bias"):
         params["head_bias"] = draw.normal(V, std=0.1)
     return params
 
@@ -342,7 +342,7 @@ def _project_qkv_backward(
 
 
 def _attention_options(config: Config, H: int) -> dict[str, Any]:
-    width = config.n_embd if option(config, "score_scale") == "embedding" else H
+    width = config.n_embd if option(config, "attention_scale") == "embedding" else H
     return {"scale": width**-0.5, "causal": config.causal, "window": config.sliding_window}
 
 
@@ -365,7 +365,7 @@ def self_attention(
     if config.value_residual:
         c.v = (1 - p["value_mix"]) * c.v_raw + p["value_mix"] * c.v_first
     c.out_BTNH = attention(c.q, c.k, c.v, **_attention_options(config, c.q.shape[-1]))
-    if not option(config, "out_projection"):
+    if not option(config, "attention_output_proj"):
         return c.out_BTNH.reshape(x_BTD.shape), c
     return linear(c.out_BTNH, p["out"], n_in=2), c
 
@@ -378,7 +378,7 @@ def self_attention_backward(
     `dv_first` [B, T, K, H] collects in place what the layers, last to first, ask of layer 0's v.
     """
     dout, grads = dy_BTD.reshape(c.out_BTNH.shape), {}
-    if option(config, "out_projection"):
+    if option(config, "attention_output_proj"):
         dout, grads["out"] = linear_backward(dy_BTD, c.out_BTNH, p["out"], n_in=2)
     options = _attention_options(config, c.q.shape[-1])
     dq, dk, dv = attention_backward(dout, c.q, c.k, c.v, **options)
@@ -575,7 +575,7 @@ def embed_backward(dx_BTD: Array, params: Tree, tokens_BT: Array, config: Config
 def _head(params: Tree, config: Config) -> Tree:
     """The output projection [D, V], from the embedding's own rows if tied (Press and Wolf 2017)."""
     p = {"kernel": params["embed" if config.tie_embeddings else "lm_head"]["kernel"].T}
-    return p | ({"bias": params["head_bias"]} if option(config, "head_bias") else {})
+    return p | ({"bias": params["head_bias"]} if option(config, "lm_head_bias") else {})
 
 
 def forward(
@@ -627,7 +627,7 @@ def backward(params: Tree, config: Config, cache: SimpleNamespace) -> Tree:
         grads["embed"]["kernel"] += g_head["kernel"].T
     else:
         grads["lm_head"] = {"kernel": g_head["kernel"].T}
-    if option(config, "head_bias"):
+    if option(config, "lm_head_bias"):
         grads["head_bias"] = g_head["bias"]
     return grads
 

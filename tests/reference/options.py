@@ -43,10 +43,15 @@ MODEL_CASES = [
     {"n_layer": 0, "tie_embeddings": False, "norm": "rmsnorm", "position": "none"},
 ]
 # Options that only the lecture's models have; numpy_gpt.py knows their defaults.
-LECTURE = {"out_projection": False, "qkv_bias": False, "tie_embeddings": False, "head_bias": True}
+LECTURE = {
+    "attention_output_proj": False,
+    "qkv_bias": False,
+    "tie_embeddings": False,
+    "lm_head_bias": True,
+}
 LECTURE_CASES = [
-    LECTURE | {"mlp": "relu", "score_scale": "embedding"},
+    LECTURE | {"mlp": "relu", "attention_scale": "embedding"},
     LECTURE | {"norm": "none", "mlp": "none", "residual": False},
     {"residual": False, "norm_position": "post", "mlp": "gelu_tanh", "qkv_bias": False},
-    {"norm": "none", "norm_position": "post", "head_bias": True, "n_layer": 1},
+    {"norm": "none", "norm_position": "post", "lm_head_bias": True, "n_layer": 1},
 ]

@@ -253,4 +253,4 @@ def test_steps_per_call_are_ten_for_fast_steps_on_resident_data(keys, expected):
 @pytest.mark.parametrize(("memory", "fits"), [(16_000, True), (15_999, False), (None, True)])
 def test_data_is_kept_on_a_device_if_it_takes_an_eighth_of_the_memory(memory, fits, monkeypatch):
     monkeypatch.setattr(device, "memory_bytes", lambda: memory)
-    assert resolve.data_fits_on_device(make_config(), dataset_of(1000)) == fits
+    assert device.fits_on_device(make_config(), dataset_of(1000)) == fits
