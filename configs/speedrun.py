@@ -43,6 +43,6 @@ config = SpeedrunConfig(**baby_gpt.to_dict() | recipe).replace(
 cpu_config = SpeedrunConfig(**quick_start.to_dict() | recipe).replace(
     n_head=2,
     learning_rate=0.012,
-    max_iters=500,
-    lr_decay_iters=500,
+    max_iters=540,
+    lr_decay_iters=540,
 )
