@@ -105,8 +105,8 @@ class RunConfig:
     seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
     report: bool = False
-    """Write report.html after the last step (needs the extra `report`). Not for an encoder, with
-    `eval_only`, or in a run of several processes."""
+    """Write report.html after the last step (needs the extra `report`). An encoder, `eval_only`
+    and a run of several processes cannot have this page."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs the extra `log`)."""
     wandb_log: bool = False

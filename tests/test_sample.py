@@ -314,7 +314,7 @@ def test_model_without_a_cache_is_sampled_like_numpy(overflow, penalty):
 
 
 class ScannedModel(MeanModel):
-    """A model that adds a bias per layer, which are stacked with `scan_layers`."""
+    """A model that adds one bias per layer to the logits; `scan_layers` stacks the biases."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
