@@ -119,6 +119,11 @@ class SpeedrunConfig(Config):
     def last_window(self) -> int:
         return self.sliding_window or self.block_size
 
+    @property
+    def projection_std(self) -> float:
+        """Of the initial weights of each branch's last layer, and of an untied output layer."""
+        return 0.0 if self.zero_init_projections else INIT_STD
+
     def make_model(self, rngs: nnx.Rngs) -> "SpeedrunGPT":
         return SpeedrunGPT(self, rngs)
 
@@ -157,8 +162,8 @@ class SpeedrunGPT(nnx.Module):
         self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.n_layer)])
         self.norm = Norm("rmsnorm", D, gain=False)
         if not c.tie_embeddings:
-            std = 0.0 if c.zero_init_projections else INIT_STD
-            self.lm_head = Linear(OUTPUT_EQUATION, V, D, bias=False, rngs=rngs, std=std)
+            linear = partial(Linear, OUTPUT_EQUATION, bias=False, rngs=rngs)
+            self.lm_head = linear(V, D, std=c.projection_std)
 
     def __call__(self, tokens_BT: jax.Array, dropout: Dropout = Dropout()) -> jax.Array:
         c = self.config
@@ -240,9 +245,9 @@ class Attention(nnx.Module):
 
     def __init__(self, c: SpeedrunConfig, has_values: bool, rngs: nnx.Rngs):
         D, N, H = c.n_embd, c.n_head, c.head_dim
-        std = 0.0 if c.zero_init_projections else INIT_STD
-        self.qkv = Linear("BTD,DCNH->BTCNH", D, 3, N, H, bias=False, rngs=rngs)
-        self.out = Linear("BTNH,NHD->BTD", N, H, D, bias=False, rngs=rngs, std=std)
+        linear = partial(Linear, bias=False, rngs=rngs)
+        self.qkv = linear("BTD,DCNH->BTCNH", D, 3, N, H)
+        self.out = linear("BTNH,NHD->BTD", N, H, D, std=c.projection_std)
         if has_values:
             self.value_mix = WeightedSum(0.5, 0.5)
         self.norm = Norm("rmsnorm", H, "H", gain=False)
@@ -269,9 +274,9 @@ class MLP(nnx.Module):
 
     def __init__(self, c: SpeedrunConfig, rngs: nnx.Rngs):
         D, F = c.n_embd, c.mlp_hidden_dim
-        std = 0.0 if c.zero_init_projections else INIT_STD
-        self.up = Linear("BTD,DF->BTF", D, F, bias=False, rngs=rngs)
-        self.down = Linear("BTF,FD->BTD", F, D, bias=False, rngs=rngs, std=std)
+        linear = partial(Linear, bias=False, rngs=rngs)
+        self.up = linear("BTD,DF->BTF", D, F)
+        self.down = linear("BTF,FD->BTD", F, D, std=c.projection_std)
         self.activation = ACTIVATIONS[c.mlp]
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
