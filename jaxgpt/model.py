@@ -445,34 +445,6 @@ def init_params(config: Config, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.split(config.make_model(nnx.Rngs(params=key)))[1])
 
 
-def fold_gains(params: dict) -> dict:
-    """Multiply the gain of each norm into the kernel of the map after it.
-
-    Returns the parameters of the same GPT with norm_gain=False. It must have an untied head.
-    """
-    blocks = params["blocks"]
-    is_stacked = "attn" in blocks
-    blocks = fold_block(blocks) if is_stacked else {i: fold_block(b) for i, b in blocks.items()}
-    head = {"kernel": params["ln_f"]["scale"] * params["lm_head"]["kernel"]}
-    return {k: p for k, p in params.items() if k != "ln_f"} | {"blocks": blocks, "lm_head": head}
-
-
-def fold_block(block: dict) -> dict:
-    """Fold both gains of one block, or of the stacked blocks."""
-
-    def scaled(branch: dict, gain: jax.Array, names: tuple[str, ...]) -> dict:
-        folded = dict(branch)
-        for name in names:
-            if name in branch:
-                kernel = branch[name]["kernel"]
-                over_inputs = gain.reshape(gain.shape + (1,) * (kernel.ndim - gain.ndim))
-                folded[name] = branch[name] | {"kernel": over_inputs * kernel}
-        return folded
-
-    attn = scaled(block["attn"], block["ln_1"]["scale"], ("qkv", "q", "kv"))
-    return {"attn": attn, "mlp": scaled(block["mlp"], block["ln_2"]["scale"], ("up",))}
-
-
 def unstack_layers(params: dict) -> dict:
     """Convert parameters of a model with `scan_layers` to those of a model without it."""
     layers = len(jax.tree.leaves(params["blocks"])[0])

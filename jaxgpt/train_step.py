@@ -21,8 +21,9 @@ from jaxgpt import kernels, spikes
 from jaxgpt.config import Config
 from jaxgpt.kernels.accumulate import accumulate, is_data_mesh
 from jaxgpt.kernels.dropout import Dropout
+from jaxgpt.kernels.norm import fold_gains
 from jaxgpt.loss import cross_entropy
-from jaxgpt.model import GPT, abstract_model, fold_gains, init_params
+from jaxgpt.model import GPT, abstract_model, init_params
 from jaxgpt.optimizer import frozen_mask, make_optimizer, schedule
 from jaxgpt.runtime.device import compiler_options
 from jaxgpt.sharding import param_sharding, replicated, update_sharding, use_mesh

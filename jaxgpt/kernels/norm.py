@@ -118,13 +118,40 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
 def folds_gains_gpu(config: Any) -> bool:
     """Tell whether every norm has a gain, no bias, and a map after it that is trained.
 
-    After folding, the norm's result is the input of that map itself, so one kernel per direction
-    suffices. A bias would have to become a bias of the
-    map, and a frozen map cannot hold a gain that is trained
-    (docs/performance.md, "Gains folded into linear maps").
+    After `fold_gains`, the norm's result is the input of that map itself, so one kernel per
+    direction suffices. A bias would have to become a bias of the map, and a frozen map cannot hold
+    a gain that is trained (docs/performance.md, "Gains folded into linear maps").
     """
     is_plain = config.norm_gain and not config.bias and not config.freeze
     return is_plain and config.norm_position == "pre" and config.n_layer > 0
+
+
+def fold_gains(params: dict) -> dict:
+    """Multiply the gain of each norm of a GPT into the kernel of the map after it.
+
+    Return the parameters of the same GPT with norm_gain=False. The GPT must have an untied head.
+    """
+    blocks = params["blocks"]
+    is_stacked = "attn" in blocks
+    blocks = _fold_block(blocks) if is_stacked else {i: _fold_block(b) for i, b in blocks.items()}
+    head = {"kernel": params["ln_f"]["scale"] * params["lm_head"]["kernel"]}
+    return {k: p for k, p in params.items() if k != "ln_f"} | {"blocks": blocks, "lm_head": head}
+
+
+def _fold_block(block: dict) -> dict:
+    """Fold both gains of one block, or of the stacked blocks."""
+
+    def scaled(branch: dict, gain: jax.Array, names: tuple[str, ...]) -> dict:
+        folded = dict(branch)
+        for name in names:
+            if name in branch:
+                kernel = branch[name]["kernel"]
+                over_inputs = gain.reshape(gain.shape + (1,) * (kernel.ndim - gain.ndim))
+                folded[name] = branch[name] | {"kernel": over_inputs * kernel}
+        return folded
+
+    attn = scaled(block["attn"], block["ln_1"]["scale"], ("qkv", "q", "kv"))
+    return {"attn": attn, "mlp": scaled(block["mlp"], block["ln_2"]["scale"], ("up",))}
 
 
 def residual_and_norm_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:
