@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers import ROOT, make_data, refusal
 
+from jaxgpt.cli import commands
 from jaxgpt.config import Config, UserError
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.metrics import Log, read_metrics
-from jaxgpt.tools import ablate
+from jaxgpt.tools import ablate, time_to_loss
 from jaxgpt.train import train
 
 CONFIGS = ROOT / "configs"
@@ -186,6 +187,41 @@ def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp
     assert cost == pytest.approx(np.median([p["feature_s"] / p["baseline_s"] for p in pairs]))
     monkeypatch.setattr(ablate, "interleaved", None)
     assert ablate.step_cost(configs, "muon", str(tmp_path)) == cost
+
+
+@pytest.mark.slow
+def test_command_compares_features_of_a_config_file(config, trained, tmp_path, capsys):
+    argv = write_study(tmp_path, config, "")
+    assert commands.ablate([*argv, "--features=rope", "--seeds=1", "--max_iters=8"]) == 0
+    table = Path(tmp_path, "study", "menu.md").read_text()
+    assert "| rope | `position=rope` |" in table
+    assert table in capsys.readouterr().out
+    assert read_metrics(tmp_path / "study/rope/1/metrics.jsonl")[-1]["step"] == 8
+
+
+@pytest.mark.slow
+def test_command_studies_a_recipe_if_the_config_file_has_a_baseline(
+    config, trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(time_to_loss, "step_cost", lambda configs, name, out_dir: 1.2)
+    argv = write_study(tmp_path, config, "baseline, config = config, config.replace(bias=False)")
+    assert commands.ablate([*argv, "--features=recipe", "--seeds=1", "--max_iters=20"]) == 0
+    table = Path(tmp_path, "study", "parts.md").read_text()
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == ["baseline", "recipe"]
+    assert table in capsys.readouterr().out
+    for name, bias in ("baseline", True), ("recipe", False):  # flags hold for both
+        (*_, longest) = sorted(tmp_path.glob(f"study/{name}/*/1/config.json"))
+        saved = json.loads(longest.read_text())
+        assert saved["bias"] is bias
+        assert saved["max_iters"] == round(20 * float(longest.parts[-3][1:]))
+
+
+def write_study(folder: Path, config: Config, more: str) -> list[str]:
+    """Write a config file, and return the flags of a study of it in `folder`/study."""
+    file = folder / "small.py"
+    keys = f"config = Config(**{config.to_dict()!r})"
+    file.write_text(f"from jaxgpt.config import Config\n{keys}\n{more}\n")
+    return [f"--config={file}", f"--out_dir={folder / 'study'}"]
 
 
 def test_unknown_feature_is_rejected_with_nearest_name(config, tmp_path):

@@ -139,6 +139,17 @@ def test_several_runs_are_compared_and_rows_that_differ_are_bold(run, data, tmp_
 
 
 @pytest.mark.slow
+def test_train_command_writes_the_report_of_its_run(data, tmp_path, capsys):
+    keys = tiny_run(tmp_path / "run", data, max_iters=8).to_dict()
+    file = tmp_path / "tiny.py"
+    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{keys!r})\n")
+    assert commands.train([f"--config={file}", "--report=True"]) == 0
+    path = tmp_path / "run/report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    assert "step 8" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.source, moved)
