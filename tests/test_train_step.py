@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 from reference.gpt2 import Golden
 
 from jaxgpt.kernels import TABLE
-from jaxgpt.kernels.norm import folds_gains_gpu, residual_and_norm_gpu
+from jaxgpt.kernels.norm import fold_gains, folds_gains_gpu, residual_and_norm_gpu
+from jaxgpt.model import init_params
 from jaxgpt.runtime.mesh import make_mesh
 from jaxgpt.train_step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -82,6 +83,15 @@ def test_folding_gains_changes_no_training_step(options, monkeypatch):
 def test_gains_are_not_folded_where_this_would_change_the_model(options):
     assert folds_gains_gpu(make_config(bias=False))
     assert not folds_gains_gpu(make_config(**{"bias": False} | options))
+
+
+def test_a_map_that_the_folding_does_not_know_is_refused():
+    """A fork that adds a map after a norm would otherwise train without the norm's gain."""
+    config = make_config(bias=False, tie_embeddings=False)
+    params = init_params(config, jax.random.key(0))
+    params["blocks"][1]["mlp"]["router"] = {"kernel": jnp.ones((config.n_embd, 4))}
+    with pytest.raises(ValueError, match=r"^'router': is not known"):
+        fold_gains(params)
 
 
 # ---- equal results in other batch shapes -----------------------------------------------------

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from jaxgpt.config import Config, UserError
+from jaxgpt.config import Config
 
 # Keys of `Config` that the lecture's model does not read; `validate` rejects other values.
 ABSENT_KEYS = (
     "n_kv_head",
+    "norm_gain",
     "qk_norm",
     "logit_softcap",
     "sliding_window",
@@ -55,10 +56,7 @@ class LectureConfig(Config):
     def validate(self) -> None:
         """Raise `UserError` for keys that do not fit together or that this model does not have."""
         super().validate()
-        for key in ABSENT_KEYS:
-            value, default = getattr(self, key), getattr(Config, key)
-            if value != default:
-                raise UserError(f"{key}={value!r}: the lecture's models only have {default!r}")
+        self.check_absent(ABSENT_KEYS, "the lecture's model")
 
     def make_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Build the lecture's model, with initial weights drawn from `rngs`."""

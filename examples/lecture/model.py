@@ -16,7 +16,16 @@ from examples.lecture.config import LectureConfig
 from jaxgpt import kernels
 from jaxgpt.kernels.dropout import Dropout, DropoutSite
 from jaxgpt.kernels.position import sinusoids
-from jaxgpt.model import ACTIVATIONS, INIT_STD, Embedding, Linear, Norm, residual_std
+from jaxgpt.model import (
+    ACTIVATIONS,
+    INIT_STD,
+    OUTPUT_EQUATION,
+    Embedding,
+    Linear,
+    Norm,
+    cap_and_mask,
+    residual_std,
+)
 from jaxgpt.sharding import constrain_batch
 
 # ---- parts, with the initial weights that the config selects ---------------------------------
@@ -206,8 +215,7 @@ class LectureGPT(nnx.Module):
         """Return the logits [B, T, V]; those of padded ids are -inf."""
         c = self.config
         head = self.embed if c.tie_embeddings else self.lm_head
-        logits_BTV: Any = kernels.linear_map("BTD,VD->BTV", x_BTD, head.kernel[...])
+        logits_BTV: Any = kernels.linear_map(OUTPUT_EQUATION, x_BTD, head.kernel[...])
         if c.lm_head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
-        is_token_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
-        return jnp.where(is_token_V, logits_BTV, -jnp.inf)
+        return cap_and_mask(logits_BTV, c)

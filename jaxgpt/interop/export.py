@@ -72,17 +72,23 @@ def _check_expressible(c: Config) -> None:
 
 
 def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Convert parameters to GPT-2's names and shapes, float32, without padded rows."""
+    """Convert parameters to GPT-2's names and shapes, float32, without padded rows.
+
+    Biases that the model lacks are zeros. Raises `UserError` for parameters that GPT-2 lacks.
+    """
     params = jax.device_get(unstack_layers(params) if config.scan_layers else params)
     name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
     ours = {name_of(path): array for path, array in jax.tree.leaves_with_path(params)}
     tensors = {}
     for path, (name, letters) in hf.param_rows(config.replace(bias=True)).items():
         shape = hf.hf_shape(config, letters)
-        array = ours.get(path, np.zeros(shape))  # zeros for a bias that the model lacks
+        is_bias = path.endswith("bias")
+        array = ours.pop(path, np.zeros(shape)) if is_bias else ours.pop(path)
         if letters == "V D":
             array = array[: config.vocab_size]
         tensors[f"transformer.{name}"] = np.ascontiguousarray(array.reshape(shape), np.float32)
+    if ours:
+        raise UserError(f"{', '.join(ours)}: not in GPT-2's format; expected a GPT-2")
     return tensors
 
 

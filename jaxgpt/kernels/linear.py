@@ -32,7 +32,8 @@ def linear_reference(equation: str, x: jax.Array, weight: jax.Array) -> jax.Arra
 def linear_in_order(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Compute `linear_reference` and its gradient without einsum's sorting of the summed axes.
 
-    Raises `ValueError` if the summed axes are neither the first nor the last ones of an operand
+    Raises `ValueError` if the summed axes are neither the first nor the last ones of an operand,
+    or if an axis is in both operands and in the output
     (docs/performance.md, "Sums in memory order").
     """
     return _contract(_product, equation, x, weight.astype(x.dtype))
@@ -71,6 +72,9 @@ _contract.defvjp(_contract_fwd, _contract_bwd)
 def _axes(equation: str) -> tuple[str, str, str]:
     """Return the axes of both operands and the axes that are summed over."""
     x_axes, y_axes, out = equation.replace("->", ",").split(",")
+    if shared := set(x_axes) & set(y_axes) & set(out):
+        problem = f"{', '.join(sorted(shared))} is in both operands and in the output"
+        raise ValueError(f"{equation!r}: {problem}; expected jnp.einsum for a batch of maps")
     summed = "".join(axis for axis in x_axes if axis not in out)
     for axes in (x_axes, y_axes):
         if not axes.startswith(summed) and not axes.endswith(summed):
@@ -208,8 +212,7 @@ def pack_bf16(equation: str, weight: jax.Array) -> jax.Array:
     """Pack a float32 weight whose values are bfloat16, two per uint32 word: [S / 2, ...].
 
     The summed axes come first. Word i holds value i in its lower bits, and value S / 2 + i in its
-    upper bits. A small weight, or one
-    with S not a multiple of 16, is returned unchanged
+    upper bits. A small weight, or one whose S is not a multiple of 16, is returned unchanged
     (docs/performance.md, "Packed bfloat16 weights").
     """
     _, axes, summed = _axes(equation)

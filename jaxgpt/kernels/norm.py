@@ -114,6 +114,10 @@ def norm_tpu(x: jax.Array, scale_D: jax.Array, *, centered: bool) -> jax.Array:
 
 # ---- GPU: norms without gains ----------------------------------------------------------------
 
+# The parts of `Attention` and `MLP` in model.py: maps of the norm's result, and all others.
+AFTER_NORM = "qkv", "q", "kv", "up"
+INSIDE_BRANCH = "out", "down", "q_norm", "k_norm", "value_mix"
+
 
 def folds_gains_gpu(config: Any) -> bool:
     """Tell whether every norm has a gain, no bias, and a map after it that is trained.
@@ -141,17 +145,20 @@ def fold_gains(params: dict) -> dict:
 def _fold_block(block: dict) -> dict:
     """Fold both gains of one block, or of the stacked blocks."""
 
-    def scaled(branch: dict, gain: jax.Array, names: tuple[str, ...]) -> dict:
+    def scaled(branch: dict, gain: jax.Array) -> dict:
         folded = dict(branch)
-        for name in names:
-            if name in branch:
-                kernel = branch[name]["kernel"]
+        for name, params in branch.items():
+            if name in AFTER_NORM:
+                kernel = params["kernel"]
                 over_inputs = gain.reshape(gain.shape + (1,) * (kernel.ndim - gain.ndim))
-                folded[name] = branch[name] | {"kernel": over_inputs * kernel}
+                folded[name] = params | {"kernel": over_inputs * kernel}
+            elif name not in INSIDE_BRANCH:
+                problem = "is not known to be after a norm or inside a branch"
+                raise ValueError(f"{name!r}: {problem}; expected it in AFTER_NORM or INSIDE_BRANCH")
         return folded
 
-    attn = scaled(block["attn"], block["ln_1"]["scale"], ("qkv", "q", "kv"))
-    return {"attn": attn, "mlp": scaled(block["mlp"], block["ln_2"]["scale"], ("up",))}
+    attn = scaled(block["attn"], block["ln_1"]["scale"])
+    return {"attn": attn, "mlp": scaled(block["mlp"], block["ln_2"]["scale"])}
 
 
 def residual_and_norm_gpu(x: jax.Array, norm: Any) -> tuple[jax.Array, jax.Array]:

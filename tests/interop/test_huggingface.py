@@ -446,6 +446,15 @@ def test_nanogpt_checkpoint_gives_the_logits_of_the_huggingface_weights(tmp_path
         np.testing.assert_allclose(logits, logits_of(hf_config, hf, tokens), rtol=0, atol=1e-5)
 
 
+def test_parameters_that_gpt2_lacks_are_not_dropped():
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "mlp_dim": 64}
+    config = Config(**sizes, block_size=12, vocab_size=128)
+    params = random_params(config)
+    params["blocks"][0]["mlp"]["router"] = {"kernel": np.ones((16, 4))}
+    message = refusal(to_tensors, config, params)
+    assert message.startswith("blocks.0.mlp.router.kernel: not in GPT-2's format; expected")
+
+
 def write_checkpoint(folder: Path, fake_torch: dict) -> Path:
     """Write a ckpt.pt of random weights with GPT-2's initialisation; return the file."""
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 128}

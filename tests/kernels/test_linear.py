@@ -99,6 +99,12 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
+def test_batch_of_maps_is_rejected(variant):
+    with pytest.raises(ValueError, match="E is in both operands and in the output"):
+        variant("ECD,EDF->ECF", jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5)))
+
+
+@pytest.mark.parametrize("variant", [linear_in_order, linear_cpu])
 def test_sum_over_middle_axes_is_rejected(variant):
     with pytest.raises(ValueError, match="'D' must lead or end both operands"):
         variant("BTD,NDH->BTNH", jnp.ones((1, 1, 2)), jnp.ones((3, 2, 4)))
