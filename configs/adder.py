@@ -1,4 +1,4 @@
-"""Train a GPT that adds, exercise 2 of the lecture: "123+456=" and the sum, units first.
+"""Train a GPT to add (exercise 2 of the lecture): it reads "123+456=" and writes the sum.
 
 `jaxgpt eval --out_dir=out/adder` counts its correct answers to held-out sums. docs/exercises.md
 describes the data and the results.

@@ -1,7 +1,7 @@
 """Give `jaxgpt plan` the shape of Llama 2 7B (Touvron et al. 2023).
 
-It cannot be trained as it is, because jaxgpt has no dataset with its vocabulary. A sequence has
-2048 tokens, half of Llama 2's context.
+This config cannot be trained as it is, because jaxgpt has no dataset with its vocabulary. A
+sequence has 2048 tokens, half of Llama 2's context.
 """
 
 from jaxgpt.config import Config

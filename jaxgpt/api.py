@@ -43,7 +43,7 @@ Text = TypeVar("Text", str, list[str])
 
 
 class Options(TypedDict, total=False):
-    """The options of `Run.generate`, for editors; their values are checked when it is called."""
+    """The options of `Run.generate`, for editors; `generate` checks their values."""
 
     max_new_tokens: int
     temperature: float
@@ -87,7 +87,8 @@ def load(
 
     Weights are gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name of the Hugging Face hub, or a
     folder in its format. `checkpoint` of a run is best, latest, or a step. A run of a model of
-    one's own needs its config class, or its config file, as `config`. Raises `UserError`.
+    one's own needs its config class, or its config file, as `config`. Raises `UserError` for an
+    unknown source, a run without an intact checkpoint, and a run of another config class.
     """
     name = os.fspath(source)
     if run_dir.is_run(name):
@@ -176,7 +177,8 @@ class Run:
         """Return the prompt and the text that continues it; for a list of prompts, a list.
 
         With `stream`, yield the same text piece by piece: first the prompt, then new text. Options
-        have the defaults of `jaxgpt sample`, and give the same texts. Raises `UserError`.
+        have the defaults of `jaxgpt sample`, and give the same texts. Raises `UserError` for an
+        option out of range, an empty prompt, and a character that has no token.
         """
         check_value("max_new_tokens", max_new_tokens, PositiveInt)
         check_value("seed", seed, Seed)
@@ -231,7 +233,8 @@ class Run:
         """Write a page about the run and its model, and return its path.
 
         If there is no `file`, it is report.html in the run directory. `prompt` is the text for
-        which it shows attention; if empty, validation text. Raises `UserError`.
+        which it shows attention; if empty, validation text. Raises `UserError` if the prompt is too
+        long, the extra `report` is missing, or the file cannot be written.
         """
         from jaxgpt.tools.report import write_report
 

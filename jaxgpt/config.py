@@ -36,7 +36,7 @@ class Range:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"at least {self.low}"
-        return f"from {self.low} to {self.high}" + (" exclusive" if self.below_high else "")
+        return f"from {self.low} to " + ("below " if self.below_high else "") + f"{self.high}"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class RunConfig:
     """The run directory, the length of the run, and what it logs and saves."""
 
     out_dir: NonEmptyStr = "out"
-    """The run directory: config, metrics, picture, log and checkpoints. A folder, or s3://bucket/path
-    or gs://bucket/path (needs the extra `cloud`)."""
+    """The run directory: config, metrics, picture, log and checkpoints. It is a folder, or
+    s3://bucket/path or gs://bucket/path (needs the extra `cloud`)."""
     init_from: InitFrom = "scratch"
     """`scratch` starts a new run; `resume` continues from the newest checkpoint; `auto` resumes if
     there is a checkpoint. Other values name the initial weights: gpt2, gpt2-medium, gpt2-large,
@@ -141,13 +141,14 @@ class DataConfig:
     working: bool = False
     """Write the working of a problem, digit by digit, before its answer."""
     reverse_digits: bool = True
-    """Write the numbers of working and answer units first, as carries go."""
+    """In the working and in the answer, write the units of each number first, because carries go
+    from the units upwards."""
     batch_size: PositiveInt = 12
     """Largest number of sequences that a device processes at a time."""
     gradient_accumulation_steps: PositiveInt = 40
     """A step has batch_size x gradient_accumulation_steps sequences, on any number of devices."""
     batch_tokens: NonNegativeInt = 0
-    """Tokens per step; sets `gradient_accumulation_steps`. 0 uses that key as given."""
+    """Tokens per step, in place of `gradient_accumulation_steps`; 0 uses that key."""
     align_documents: bool = False
     """Start every training window at the start of a document; the rest of a document that is longer
     than the window is left out. Needs an end-of-text id, as document_mask does."""
@@ -203,7 +204,8 @@ class ModelConfig:
     sliding_window: NonNegativeInt = 0
     """Maximum number of keys that a query attends to, its own included; 0 means all."""
     causal: bool = True
-    """Mask later tokens. False makes an encoder, which cannot be sampled."""
+    """Mask later tokens. False makes an encoder. It cannot be sampled, and its input contains the
+    next tokens, which it need only copy."""
     value_residual: bool = False
     """Mix the first layer's values into every layer's values, by a learned weight."""
     document_mask: bool = False
@@ -249,10 +251,10 @@ class OptimizerConfig:
     """The polynomials by which Muon orthogonalises: those of Jordan et al. (2024), or those of
     Amsel et al. (2025), which bring singular values nearer to 1."""
     muon_iterations: Annotated[int, Range(1, 5)] = 5
-    """Number of polynomials that Muon applies, the first of five. Fewer take less time and leave
-    singular values further from 1."""
+    """Number of Newton-Schulz iterations: Muon applies the first so many of its five polynomials.
+    Fewer take less time and leave singular values further from 1."""
     muon_per_head: bool = False
-    """Let Muon orthogonalise the maps of each attention head alone, which takes less time."""
+    """Let Muon orthogonalise the maps of each attention head separately, which takes less time."""
     momentum_warmup_iters: NonNegativeInt = 0
     """Steps in which Muon's momentum rises from 0.85 to 0.95; 0 turns this warm-up off."""
     learning_rate: NonNegativeFloat = 6e-4
@@ -290,8 +292,12 @@ class OptimizerConfig:
     `spike_window` steps by this many standard deviations; levanter and MaxText use 6. 0 skips
     none."""
     spike_window: Annotated[int, Range(2, INT32_MAX)] = 128
-    """Number of steps that `skip_loss_spikes` compares with. As many steps at the start are never
-    skipped."""
+    """Number of steps that `skip_loss_spikes` compares with. The first `spike_window` steps are
+    never skipped."""
+
+    @property
+    def uses_muon(self) -> bool:
+        return self.optimizer in ("muon", "normuon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,14 +450,17 @@ class Config(RunConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
             )
         if c.batch_tokens % microbatch_tokens:
             raise UserError(
-                f"batch_tokens={c.batch_tokens}: not whole micro-batches; expected a multiple of "
-                f"batch_size x block_size = {microbatch_tokens}"
+                f"batch_tokens={c.batch_tokens}: is no whole number of micro-batches; expected a "
+                f"multiple of batch_size x block_size = {microbatch_tokens}"
             )
 
     # A subclass in a config file may override these (docs/extending.md).
 
     def make_model(self, rngs: Any) -> Any:
-        """Build the model: an `nnx.Module`, called as `model(tokens_BT, dropout) -> logits_BTV`."""
+        """Build the model: an `nnx.Module`, called as `model(tokens_BT, dropout) -> logits_BTV`.
+
+        Evaluation and sampling call it without `dropout`.
+        """
         from jaxgpt.model import GPT
 
         return GPT(self, rngs=rngs)
@@ -488,7 +497,7 @@ def check(keys: Any) -> None:
 
 
 def check_value(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` if the annotation `hint` allows it; an int is converted for a float."""
+    """Return `value`, as a float if `hint` is float. Raises `UserError` if `hint` forbids it."""
     kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     rules: list[Any] = [note for note in notes if isinstance(note, Range | Pattern)]
     if typing.get_origin(kind) is tuple:  # of a flag that may be given several times

@@ -1,6 +1,6 @@
 """Losses: estimates from random batches, and the exact loss of a whole split.
 
-U batches per call, B sequences per batch, T length.
+U batches per call, M = 1 micro-batch, B sequences per batch, T length.
 """
 
 import math
@@ -63,7 +63,7 @@ def mean_loss(
 
 
 def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[jax.Array, int]]:
-    """Yield `count` batches in calls, as a pure function of the training step."""
+    """Yield `count` random batches, several per call; they depend only on the training step."""
     first = step * count
     for done in range(0, count, BATCHES_PER_CALL):
         yield batches.get(first + done), min(BATCHES_PER_CALL, count - done)

@@ -94,7 +94,7 @@ class Embedding(nnx.Module):
     equation = ""  # the einsum of the output layer, if it shares this table
 
     def __init__(self, axes: str, *shape: int, rngs: nnx.Rngs):
-        # called kernel as the weight of a linear map, because by this name it decays and is cast
+        # named `kernel`, because weight decay and casts choose parameters by this name
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape), axes=axes)
 
     def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
@@ -158,8 +158,9 @@ class Attention(nnx.Module):
         if c.value_residual:
             v_BTKH, ctx = self.mix_first_values(v_BTKH, ctx)
         ctx = replace(ctx, cache=update_cache(ctx.cache, k_BTKH, v_BTKH, ctx.position))
+        scale = c.head_dim**-0.5
         if ctx.cache is not None and ctx.position is not None:
-            options = AttentionOptions(c.causal, c.sliding_window, c.head_dim**-0.5)
+            options = AttentionOptions(c.causal, c.sliding_window, scale)
             o_BTNH = decode_attention(q_BTNH, ctx.cache, ctx.position, options)
         else:
             dropout = None
@@ -171,6 +172,7 @@ class Attention(nnx.Module):
                 v_BTKH,
                 causal=c.causal,
                 window=c.sliding_window,
+                scale=scale,
                 segment_ids_BT=ctx.segment_ids_BT,
                 dropout=dropout,
                 backend=c.attention,
@@ -255,7 +257,7 @@ class PostNormBlock(Block):
 
 
 class GPT(nnx.Module):
-    """A decoder-only transformer: token ids [B, T] -> logits [B, T, V].
+    """A decoder-only transformer: int32 ids [B, T] -> logits [B, T, V] in `config.dtype`.
 
     `vocab_size`, `dtype` and `attention` of `config` must have their final values. With
     `scan_layers` the parameters of all blocks are stacked on a leading axis L.

@@ -21,7 +21,8 @@ from jaxgpt import kernels
 from jaxgpt.kernels.newton_schulz import EPSILON, Polynomial
 from jaxgpt.kernels.platform import is_split
 
-MOMENTUM, FIRST_MOMENTUM = 0.95, 0.85  # the second is where a warm-up of the momentum begins
+MOMENTUM = 0.95
+FIRST_MOMENTUM = 0.85  # where a warm-up of the momentum begins
 MUON_RMS = 0.2  # of an update's elements, about AdamW's (Liu et al. 2025, "Muon is Scalable")
 
 
@@ -37,7 +38,7 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
 
     One side of a matrix is D, and the other side is heads or hidden units. Layers (L) and the parts
     of a fused map (C: query, key and value) are separate matrices. With `per_head`, heads (N, K)
-    are separate too.
+    are separate too. Any other letter joins the other side.
     """
     apart = "LCNK" if per_head else "LC"
 
@@ -45,8 +46,9 @@ def matrix_axes(letters: dict, kinds: dict, *, per_head: bool) -> dict:
         if kind != "muon":
             return optax.MaskedNode()
         width = letters.index("D")  # the first, if both sides are D
-        other = (i for i, letter in enumerate(letters) if i != width and letter not in apart)
-        return MatrixAxes(*sorted(((width,), tuple(other))))  # a kernel's input axes come first
+        other = tuple(i for i, letter in enumerate(letters) if i != width and letter not in apart)
+        inputs, outputs = sorted([(width,), other])  # a kernel's input axes come first
+        return MatrixAxes(inputs, outputs)
 
     return jax.tree.map(sides_of, letters, kinds)
 
@@ -90,8 +92,8 @@ def scale_by_muon(
         return MuonState(jnp.zeros((), jnp.int32), zeros, coefficients)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
-        share = jnp.minimum(1, (state.count + 1) / max(1, momentum_warmup))
-        beta = FIRST_MOMENTUM + share * (MOMENTUM - FIRST_MOMENTUM)
+        progress = jnp.minimum(1, (state.count + 1) / max(1, momentum_warmup))
+        beta = FIRST_MOMENTUM + progress * (MOMENTUM - FIRST_MOMENTUM)
         mix = lambda mu, g: beta * mu + (1 - beta) * g
         mu = jax.tree.map(mix, state.mu, updates)
         ahead = jax.tree.map(mix, mu, updates)  # Nesterov momentum
@@ -120,7 +122,7 @@ def orthogonalize_matrices(updates: Any, all_sides: Any, polynomial: Polynomial)
 
 
 def over_data(function: Callable) -> Callable:
-    """Return `function` of S matrices, which the devices on `data` share."""
+    """Return `function` so that each device on `data` computes an equal share of the S matrices."""
     if not is_split("data"):
         return function
     # a matrix is whole on every device, or as the axes fsdp and tensor split it

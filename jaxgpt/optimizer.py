@@ -51,15 +51,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     c = config
     # wrap every transformation that has moments in `skip_if_rejected`, or they keep a NaN
     direction = scale_by_adam(c.beta1, c.beta2)
-    if c.optimizer != "adamw" or c.freeze:
+    if c.uses_muon or c.freeze:
         direction = partition_by_kind(c, direction)
     clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity()
-    steps = [direction, decay_weights(c), optax.scale_by_learning_rate(schedule(c))]
+    transforms = [direction, decay_weights(c), optax.scale_by_learning_rate(schedule(c))]
     scale = c.learning_rate_scale(model.abstract_model(c).shapes)
     if scale is not None:
         multiply = lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)
-        steps.append(optax.stateless(multiply))
-    return optax.chain(clip, optax.chain(*steps))  # the paths of moments in checkpoints follow it
+        transforms.append(optax.stateless(multiply))
+    # checkpoints name the moments by this nesting, as in 1.0.mu
+    return optax.chain(clip, optax.chain(*transforms))
 
 
 def decay_weights(config: Config) -> optax.GradientTransformation:
@@ -108,7 +109,7 @@ def partition_by_kind(
     """Apply Muon to the blocks' matrices if it is chosen; keep no moments for frozen parameters."""
     kinds = update_kinds(config)
     transforms: dict[Hashable, optax.GradientTransformation] = {"adamw": adam}
-    if config.optimizer != "adamw":
+    if config.uses_muon:
         letters = model.abstract_model(config).axes
         all_sides = muon.matrix_axes(letters, kinds, per_head=config.muon_per_head)
         transforms["muon"] = muon_direction(config, all_sides)
@@ -120,14 +121,13 @@ def partition_by_kind(
 def update_kinds(config: Config) -> dict:
     """Return the kind of each parameter's update: "muon", "adamw" or "frozen"."""
     _, shapes, axes = model.abstract_model(config)
-    uses_muon = config.optimizer != "adamw"
 
     def kind(path: tuple, letters: str, is_frozen: bool) -> str:
         if is_frozen:
             return "frozen"
         # `muon.matrix_axes` needs an axis of the model's width, D
         is_matrix = path[0].key == "blocks" and path[-1].key == "kernel" and "D" in letters
-        return "muon" if uses_muon and is_matrix else "adamw"
+        return "muon" if config.uses_muon and is_matrix else "adamw"
 
     return jax.tree.map_with_path(kind, axes, frozen_mask(config, shapes))
 

@@ -33,8 +33,8 @@ from jaxgpt.train_step import TrainState, abstract_state, init_state
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams of batches
 AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # filled in for a run
-# FLOPs per step and device that make a step slow: a tenth of a second on two cores, or two
-# milliseconds on a GPU.
+# A step is slow from this many FLOPs per device on. They take a tenth of a second on two cores, or
+# two milliseconds on a GPU.
 SLOW_FLOPS = {"cpu": 1e10, "gpu": 5e11}
 FAST_STEPS = 10  # per call
 EXTRAS = {  # key -> the extra that it needs, and the modules
@@ -212,7 +212,7 @@ def _end_of_text(key: str, config: Config, dataset: Dataset) -> int:
     if eot_id is None:
         raise UserError(
             f"{key}=True: the tokenizer of dataset={config.dataset!r} has no end-of-text token, or "
-            "is unknown; try --eot_id=ID, the token id that starts a document"
+            "is unknown; expected an end-of-text; try --eot_id=ID, the id between two documents"
         )
     return eot_id
 
@@ -252,7 +252,7 @@ def summary(run: ResolvedRun) -> list[str]:
     ]
     if config.freeze:
         lines.append(f"frozen: {_num_updated(config, 'frozen') / 1e6:.2f}M parameters")
-    if config.optimizer != "adamw":
+    if config.uses_muon:
         count = _num_updated(config, "muon")
         lines.append(f"{config.optimizer}: {count / 1e6:.2f}M parameters; AdamW: the others")
     if data.aligned is not None:
@@ -340,7 +340,7 @@ class Best:
 
     @property
     def reached_target(self) -> bool:
-        """Return whether the run stops, because a loss was at most the target."""
+        """Whether the lowest loss is at most `target_val_loss`; False without a target."""
         return self.config.target_val_loss > 0 and self.val_loss <= self.config.target_val_loss
 
 

@@ -126,7 +126,7 @@ def initial_state(prompts, sampling: SamplingParams, seed: int, config: Config, 
 
 
 def truncated_len(block_size: int) -> int:
-    """Return the tokens that a full text keeps; whole chunks then fill the rest of the block."""
+    """Return how many tokens a full text keeps; whole chunks then fill the rest of the block."""
     return min(block_size, block_size // 2 + 1)
 
 
@@ -237,7 +237,7 @@ class Sampler:
         self._is_stacked = config.scan_layers and self._has_cache  # a cache has single layers
         keys = {"remat": "none", "dropout": 0.0, "dtype": dtype}
         keys["scan_layers"] = config.scan_layers and not self._has_cache
-        keys["document_mask"] = False  # of training: a cache has no mask either
+        keys["document_mask"] = False  # only for training: a cache does not know documents
         self.config = config.replace(**keys)
         graphdef = model.abstract_model(self.config).graphdef
         self.num_generated = 0  # tokens that the latest `generate` yielded
@@ -252,13 +252,13 @@ class Sampler:
         """Use these parameters from now on, and return the sampler itself."""
         params = jax.device_put(params, jax.local_devices()[0])
         params = model.unstack_layers(params) if self._is_stacked else params
-        self.params, self.row_params = self._weights_for(params)  # row: for a single sequence
+        self.params, self.single_params = self._weights_for(params)  # the second for one sequence
         self._replicas: dict[Mesh, Any] = {}  # the parameters on several devices
         return self
 
     def unload(self) -> None:
         """Free the parameters, and keep the compiled programs."""
-        del self.params, self.row_params, self._replicas
+        del self.params, self.single_params, self._replicas
 
     def generate(
         self, prompts: list[np.ndarray], *, max_new_tokens: int,
@@ -294,7 +294,7 @@ class Sampler:
         uses_cache = self._has_cache
         truncates = uses_cache and overflow == "truncate"
         mesh, weights = self._replicate(len(prompts))
-        row_weights = self.row_params if len(prompts) == 1 else weights
+        row_weights = self.single_params if len(prompts) == 1 else weights
         longest = truncated_len(size) if truncates else size
         state = initial_state(prompts, sampling, seed, self.config, longest)
         past = None

@@ -1,7 +1,8 @@
 """Split parameters over the mesh by one table, and activations over the batch.
 
-From these shardings XLA derives every collective. The axes of the mesh are `data` (sequences),
-`fsdp` (sequences, and parameters over D) and `tensor` (heads, MLP width and vocabulary).
+From these shardings XLA derives the collectives, except those in kernels/accumulate.py. The axes of
+the mesh are `data` (sequences), `fsdp` (sequences, and parameters over D) and `tensor` (heads, MLP
+width and vocabulary).
 """
 
 from collections.abc import Iterator

@@ -231,8 +231,8 @@ class PeriodicWork:
         # because it holds infinities until W steps are recorded.
         if not self.all_finite(items):
             raise UserError(
-                f"step {step}: a weight or moment is not finite, so the state is not saved; try a "
-                "lower learning_rate, then --init_from=resume"
+                f"step {step}: a weight or moment is not finite, so the state is not saved; "
+                "expected finite numbers; try a lower learning_rate, then --init_from=resume"
             )
         meta = {
             "step": step,
@@ -252,7 +252,8 @@ class PeriodicWork:
 
     def finish(self, state: TrainState, step: int) -> None:
         """Save the last state unless it is saved, wait for the save, and log how the run ended."""
-        if step == 0:  # a run that resumes from step 0 would start anew, without `init_from`
+        # a run that resumes from step 0 would start anew, without the weights of `init_from`
+        if step == 0:
             held = f"{self.config.out_dir} holds no checkpoint, because no step was taken"
             self.log.info(f"{held}; try the same command again")
             return

@@ -275,7 +275,8 @@ def make_loss_fn(config: Config, step_config: Config) -> Callable:
     def loss_fn(weights: dict, windows_BT: jax.Array, keys_B: jax.Array) -> tuple:
         model = nnx.merge(graphdef, jax.tree.map(stop_frozen, is_frozen, weights))
         inputs_BT, targets_BT = inputs_and_targets(windows_BT)
-        return cross_entropy(model(inputs_BT, Dropout(config.dropout, keys_B)), targets_BT)
+        logits_BTV = model(inputs_BT, Dropout(config.dropout, keys_B))
+        return cross_entropy(logits_BTV, targets_BT)
 
     return loss_fn
 
@@ -293,7 +294,8 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
         def body(i: jax.Array, totals: tuple) -> tuple:
             inputs_BT, targets_BT = inputs_and_targets(windows_UMBT[i, 0])
-            return jax.tree.map(jnp.add, totals, cross_entropy(model(inputs_BT), targets_BT))
+            loss_and_count = cross_entropy(model(inputs_BT), targets_BT)
+            return jax.tree.map(jnp.add, totals, loss_and_count)
 
         return jax.lax.fori_loop(0, count, body, (jnp.zeros(()), jnp.zeros((), int)))
 
@@ -301,7 +303,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
 
 def cast_params(params: dict, dtype: str) -> dict:
-    """Cast kernels to the compute dtype, once per step; norms and biases keep their dtype."""
+    """Cast every parameter named `kernel` to `dtype`; norms and biases keep their dtype."""
 
     def cast(path: tuple, param: jax.Array) -> jax.Array:
         return param.astype(dtype) if path[-1].key == "kernel" else param
@@ -321,9 +323,10 @@ def cast_weights(weights: dict, dtype: str) -> dict:
 
 
 def inputs_and_targets(windows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return tokens, and the token after each.
+    """Return inputs and targets, both int32 [B, T], of windows [B, T + 1].
 
-    In a window `~id`, a negative number, is a token but no target: `cross_entropy` skips it.
+    A negative number `~id` in a window stands for the token `id`, which is an input but no target.
+    As a target it stays negative, so `cross_entropy` skips it.
     """
     windows_BT = windows_BT.astype(jnp.int32)
     tokens_BT = jnp.where(windows_BT < 0, ~windows_BT, windows_BT)

@@ -35,7 +35,7 @@ KINDS = [
     ("seed", 2**32, "a whole number from 0 to 4294967295"),
     ("learning_rate min_lr weight_decay grad_clip logit_softcap target_val_loss "
      "skip_loss_spikes", -1e-9, "a number at least 0"),
-    ("dropout beta1 beta2", 1.0, "a number from 0 to 1 exclusive"),
+    ("dropout beta1 beta2", 1.0, "a number from 0 to below 1"),
     ("decay_fraction", 1.5, "a number from 0 to 1"),
     ("spike_window", 1, "a whole number from 2 to 2147483647"),
     ("working reverse_digits random_offset "
@@ -130,7 +130,7 @@ TOGETHER = [
     ({"min_lr": 2e-3, "learning_rate": 1e-3},
      "min_lr=0.002: above the peak; expected at most learning_rate=0.001; try min_lr=0.0001"),
     ({"batch_tokens": 100, "batch_size": 4, "block_size": 8},
-     "batch_tokens=100: not whole micro-batches; "
+     "batch_tokens=100: is no whole number of micro-batches; "
      "expected a multiple of batch_size x block_size = 32"),
 ]  # fmt: skip
 

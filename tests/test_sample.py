@@ -153,7 +153,7 @@ def test_bfloat16_sampling_on_a_cpu_rounds_only_kernels(options, lengths, logits
     monkeypatch.setattr(linear, "PACKED_MIN_BYTES", 0)
     config, params = make_case(**{"n_embd": 32} | options)
     sampler = Sampler(config.replace(dtype="bfloat16")).load(params)
-    types = {str(p.dtype) for p in jax.tree.leaves(sampler.row_params)}
+    types = {str(p.dtype) for p in jax.tree.leaves(sampler.single_params)}
     assert types == {"float32", "uint32"}
     flat = ref.flatten(params)
     flat |= {k: p.astype(jnp.bfloat16).astype("f4") for k, p in flat.items() if "kernel" in k}

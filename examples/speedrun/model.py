@@ -121,7 +121,7 @@ class SpeedrunConfig(Config):
 
     @property
     def projection_std(self) -> float:
-        """Of the initial weights of each branch's last layer, and of an untied output layer."""
+        """Initial std of each branch's last layer, and of an untied output layer."""
         return 0.0 if self.zero_init_projections else INIT_STD
 
     def make_model(self, rngs: nnx.Rngs) -> "SpeedrunGPT":

@@ -154,8 +154,8 @@ class SampleArgs(ModelArgs):
     # End a sample before this text. The flag may be repeated.
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     seed: keys.Seed = 1337  # Seed of the samples.
-    # Past block_size, continue from the last half (truncate), or slide by one token per step as
-    # nanoGPT does, which is slower (slide).
+    # Past block_size, continue from the last half of the context (truncate), or move the context by
+    # one token per step as nanoGPT does, which is slower (slide).
     overflow: Literal["truncate", "slide"] = "truncate"
     # Compute dtype; auto takes the device's. On a CPU, bfloat16 stores only the weights in
     # bfloat16, which is faster.
@@ -302,8 +302,8 @@ class PrepareArgs:
     # Documents only: fraction of documents for validation. 0 means 0.0005 for a corpus and 0.01 for
     # your own documents.
     val_share: keys.Fraction = 0.0
-    # Documents only: i/n prepares every n-th piece from the i-th on, to divide the work among
-    # machines.
+    # Documents only: i/n, with i from 0 to n - 1, prepares the pieces i, i + n, i + 2n and so on,
+    # to divide the work among machines.
     shard: str = ""
     # Documents only: number of processes that tokenize; 0 means one per core.
     processes: keys.NonNegativeInt = 0
@@ -513,7 +513,7 @@ COMMANDS = {
 
 
 def flags_of_commands() -> dict[str, type]:
-    """Return a dataclass of each command's flags, which shells complete."""
+    """Return, by command, the dataclass of its flags, which shells complete."""
     keyed = {"train": TrainArgs, "ablate": AblateArgs, "plan": PlanArgs}
     others = {"sample": SampleArgs, "prepare": PrepareArgs, "eval": EvalArgs}
     others |= {"export": ExportArgs, "report": ReportArgs}

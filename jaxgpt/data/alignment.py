@@ -25,9 +25,10 @@ def align(dataset: Dataset, end_of_text: int, block_size: int) -> AlignedSplit:
 def choose_windows(starts: np.ndarray, num_tokens: int, block_size: int) -> np.ndarray:
     """Choose the documents where a window starts, so that no token is a target of two windows.
 
-    The first window starts with the first document. Each other window starts with the first
-    document after the targets of the window before. A window may hold several documents. A
-    document that starts in the last `block_size` tokens has no window.
+    `starts` are ascending positions, int64 [documents]; the result is int64 [windows]. The first
+    window starts with the first document. Each other window starts with the first document at or
+    after the last target of the window before. A window may hold several documents. A document that
+    starts in the last `block_size` tokens has no window.
     """
     starts = starts[starts < num_tokens - block_size]
     following = np.searchsorted(starts, starts + block_size)

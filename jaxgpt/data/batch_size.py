@@ -26,8 +26,8 @@ def num_microbatches(config: Config, mesh: Mesh) -> int:
     result of a step does not depend on the number of micro-batches, up to rounding.
     """
     total, shards = global_batch_size(config), batch_shards(mesh)
-    share = max_sequences_per_device(mesh, config.batch_size, config.block_size)
-    counts = range(math.ceil(total / (share * shards)), total + 1)
+    limit = max_sequences_per_device(mesh, config.batch_size, config.block_size)
+    counts = range(math.ceil(total / (limit * shards)), total + 1)
     return next(count for count in counts if total % (count * shards) == 0)
 
 

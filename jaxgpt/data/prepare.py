@@ -212,7 +212,10 @@ def _write_dataset(
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
     tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
     for left in folder.glob(f"*{tokens.PARTIAL}"):  # of a set of documents that was interrupted
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     documents.delete_pieces(folder)
 
 

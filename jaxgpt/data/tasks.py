@@ -1,7 +1,7 @@
 """Generate problems of arithmetic on the fly: "123+456=", its working if wanted, and its answer.
 
-The digits of an answer are reversed, because carries start at the units. The numbers of a problem
-have leading zeros. The tokenizer undoes both in text. n is the number of problems.
+With `reverse_digits` the units of an answer come first, because carries start there. The numbers
+of a problem have leading zeros. The tokenizer undoes both in text. n is the number of problems.
 """
 
 import sys
@@ -124,7 +124,8 @@ class Arithmetic:
         ends = np.empty((len(text), 1), int)
         for kind, sign in enumerate(self.operations):
             chosen = problems.kind == kind
-            rows, sizes = self._text(sign, *(x[chosen] for x in (*problems[1:], offsets)))
+            a, b = problems.a[chosen], problems.b[chosen]
+            rows, sizes = self._text(sign, a, b, offsets[chosen])
             width = min(length, rows.shape[1])
             text[chosen, :width] = rows[:, :width]
             ends[chosen, 0] = sizes

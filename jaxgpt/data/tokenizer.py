@@ -114,7 +114,7 @@ class ArithmeticTokenizer(CharTokenizer):
         return "".join(map(self.read, super().decode(ids).splitlines(keepends=True)))
 
     def read(self, line: str) -> str:
-        """Return the text of the characters of a problem, of its solution, of both, or a part."""
+        """Return the text of a line of characters: a problem, its solution, both, or a part."""
         found = re.match(r"\d+[-+*/]\d+=", line)
         problem = found[0] if found else ""
         working, mark, answer = line.removeprefix(problem).rpartition("=")

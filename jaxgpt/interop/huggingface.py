@@ -180,8 +180,9 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
 def open_weights(init_from: str) -> Weights:
     """Open a GPT-2: check the names and shapes of its weights, but read no array yet.
 
-    `init_from` is a folder with config.json and model.safetensors, a nanoGPT ckpt.pt or a folder
-    with one, or a model of the Hugging Face hub, which is downloaded. Raises `UserError`.
+    `init_from` is a folder with config.json and model.safetensors, or a nanoGPT ckpt.pt or a folder
+    with one. Otherwise it is a model of the Hugging Face hub, which is downloaded. Raises
+    `UserError` for other sources, and for weights that are no GPT-2.
     """
     path = Path(init_from)
     if path.is_file() or (path / CKPT).is_file():

@@ -2,8 +2,8 @@
 
 `kernels.NAME(...)` calls the row of `TABLE` for NAME and for `platform.current_platform`, while a
 function is traced. To find the code of an operation, search its name in `TABLE`. A file begins
-with a plain reference, which documents the operation and is the oracle of the tests. Faster
-variants follow; each has a row in docs/performance.md.
+with a plain reference, or names it. The reference documents the operation, and the tests compare
+the variants with it. Faster variants follow; each has a row in docs/performance.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -133,17 +133,18 @@ def dot_product_attention(
 ) -> jax.Array:
     """Compute softmax attention with the implementation `backend` -> [B, T, N, H].
 
-    q, k and v have one dtype, which the result has too. N is a multiple of K. `causal` masks keys
-    after the query; the first query and the first key both have position 0. `window`, which needs
-    `causal`, is the number of keys that a query attends to, its own included; 0 means all.
-    `segment_ids_BT` masks keys of other segments, and needs T = S (not for cudnn). `dropout` acts
-    on the attention weights; it must be a `BoundDropout`, or for some back ends any linear function
-    that is a pytree. `backend` is cpu, cudnn, flash, reference, splash or xla. Scores are
-    multiplied by `scale`, by default 1 / sqrt(H). Raises `ValueError` for a window that is not
-    causal.
+    q, k and v have one dtype and one head dim, and so has the result. N is a multiple of K.
+    `causal` masks keys after the query; the first query and the first key both have position 0.
+    `window`, which needs `causal`, is the number of keys that a query attends to, its own included;
+    0 means all. `segment_ids_BT` masks keys of other segments, and needs T = S (not for cudnn).
+    `dropout` acts on the attention weights; it must be a `BoundDropout`, or for some back ends any
+    linear function that is a pytree. `backend` is cpu, cudnn, flash, reference, splash or xla.
+    Scores are multiplied by `scale`, by default 1 / sqrt(H). Raises `ValueError` for a window that
+    is not causal.
     """
     if window and not causal:
-        raise ValueError(f"window={window}: needs causal=True")
+        expected = "expected causal=True, or window=0"
+        raise ValueError(f"window={window}: attends to earlier keys only; {expected}")
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
     options = attention.AttentionOptions(causal, window, H**-0.5 if scale is None else scale)
     attend = _select_attention(backend, T, S, dropout)
@@ -156,8 +157,8 @@ def _select_attention(backend: str, T: int, S: int, dropout: Callable | None) ->
     Most flash kernels have no dropout of the weights, and some implementations need certain
     lengths.
     """
-    is_square = {"cpu": T == S, "flash": T == S, "splash": T == S and T % 128 == 0}
+    fits_lengths = {"cpu": T == S, "flash": T == S, "splash": T == S and T % 128 == 0}
     lacks_dropout = backend in ("xla", "cudnn", "splash")
-    if not is_square.get(backend, True) or (lacks_dropout and dropout is not None):
+    if not fits_lengths.get(backend, True) or (lacks_dropout and dropout is not None):
         backend = "reference"
     return __getattr__(f"attention_{backend}")

@@ -50,10 +50,11 @@ def to_float32(tree: Any) -> Any:
 def sum_over_devices_reference(mesh: Mesh, grad_specs: Any) -> Callable:
     """Return a decorator of functions `(params, windows_MBT, keys_MB) -> (totals, gradients)`.
 
-    Without `grad_specs` it changes nothing, because XLA sums over the devices. `grad_specs` are the
-    `PartitionSpec` of the gradients under `shard_optimizer`, else None. With them, on a mesh of
-    `data` alone, each device calls the function on its own sequences, and then the gradients are
-    reduce-scattered once. If XLA split them, it would reduce-scatter them in every micro-batch.
+    `grad_specs` are the `PartitionSpec` of the gradients under `shard_optimizer`, else None.
+    Without them the decorator changes nothing, because XLA sums over the devices. With them, on a
+    mesh of `data` alone, each device calls the function on its own sequences, and then the
+    gradients are reduce-scattered once. If XLA split them, it would reduce-scatter them in every
+    micro-batch.
     """
     if grad_specs is None or not is_data_mesh(mesh):
         return lambda function: function
@@ -110,7 +111,8 @@ def is_virtual_cpu_mesh(mesh: Mesh) -> bool:
 def max_sequences_per_device(mesh: Mesh, batch_size: int, block_size: int) -> int:
     """Return how many sequences a device processes at a time, at most `batch_size`.
 
-    XLA:CPU frees its buffers after each call, and reallocating them is slower than the compute.
+    On the virtual devices of a CPU these sequences have at most MAX_CPU_TOKENS tokens, or there is
+    one sequence: larger buffers take longer to allocate than to compute.
     """
     if not is_virtual_cpu_mesh(mesh):
         return batch_size

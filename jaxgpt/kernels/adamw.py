@@ -29,7 +29,7 @@ def adam_direction_folded(state: Any, b1: float, b2: float) -> tuple[Any, Any]:
 def adam_direction_cpu(state: Any, b1: float, b2: float) -> tuple[Any, Any]:
     """Compute `adam_direction_folded` after the new moments are written to memory.
 
-    Otherwise XLA:CPU computes the moments twice, the second time in the parameter update, and
-    keeps copies of the old moments for it (docs/performance.md, "AdamW moments in memory").
+    Otherwise XLA:CPU computes the moments twice, the second time in the parameter update. It also
+    keeps copies of the old moments for this (docs/performance.md, "AdamW moments in memory").
     """
     return adam_direction_folded(jax.lax.optimization_barrier(state), b1, b2)

@@ -63,7 +63,7 @@ def token_losses_gpu(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Compute `token_losses_reference`; under a gradient, one kernel computes both.
 
     The kernel reads the logits from memory once, and overwrites them by their gradient. Where the
-    mesh is_split the vocabulary, no device has whole rows, and `token_losses_from_result` is used
+    mesh splits the vocabulary, no device has whole rows, and `token_losses_from_result` is used
     (docs/performance.md, "Cross-entropy and its gradient in one kernel").
     """
     if is_split("tensor"):

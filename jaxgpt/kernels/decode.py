@@ -1,4 +1,4 @@
-"""Fast decoding with unchanged tokens: weights, devices, lengths and random draws.
+"""Make decoding faster without changing the tokens: weights, devices, lengths and random draws.
 
 Each docstring names its plain reference. Most variants are for a CPU, where a decoding step spends
 its time on reading weights and on starting small operations.

@@ -3,7 +3,8 @@
 No array of T x T elements is made: a kernel computes the weights of a tile of queries and keys
 where it needs them. A program handles one tile of queries (or of keys, for their gradients) of one
 head, and loops over the tiles of keys (or queries). The softmax uses exp2, so scores are multiplied
-by log2(e). Written in Pallas and compiled by Triton; on a CPU an interpreter runs it.
+by log2(e). The kernels are written in Pallas, and Triton compiles them. On a CPU an interpreter
+runs them.
 
 B batch, T length, N heads, K key-value heads, H head dim, which a tile pads to a power of 2.
 """
@@ -24,7 +25,8 @@ from jaxgpt.kernels.dropout import keep_mask
 from jaxgpt.kernels.triton import call_kernel
 
 LOG2E = math.log2(math.e)
-OWN, OTHER = 64, 64  # positions in a program's own tile, and in the tiles that it loops over
+OWN = 64  # positions in a program's own tile
+OTHER = 64  # positions in each tile that the program loops over
 STAGES = 3  # loads of a loop that are in flight
 
 

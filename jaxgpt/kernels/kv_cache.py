@@ -36,8 +36,8 @@ class KVCache(NamedTuple):
 class DecodePosition(NamedTuple):
     """Positions of the decoded tokens: token `step` of a chunk that begins at `start_B`."""
 
-    start_B: jax.Array
-    step: jax.Array
+    start_B: jax.Array  # int32, position of each chunk's first token
+    step: jax.Array  # integer scalar, from 0 to the chunk's length - 1
 
 
 def empty_cache(rows: int, past: int, chunk: int, head_dim: int, dtype) -> KVCache:

@@ -73,7 +73,7 @@ def orthogonalize_bfloat16(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Arra
 def orthogonalize_cpu(x_SIJ: jax.Array, polynomial: Polynomial) -> jax.Array:
     """Compute `orthogonalize_reference` one matrix at a time, and iterate on I x I matrices.
 
-    The Gram matrix X X^T and all polynomials of it commute, so the iterations multiply only such
+    The Gram matrix X X^T and all polynomials of it commute. So the iterations multiply only such
     matrices, and the last product applies them to X (docs/performance.md, "Muon on Gram matrices").
     """
     _, I, J = x_SIJ.shape

@@ -18,7 +18,8 @@ from jaxgpt.config import UserError
 from jaxgpt.runtime.files import FULL_DISK, is_url, make_folder, only_writer
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package with its file system
-CONNECT_S, READ_S = 10, 30  # a silent server is asked again after so many seconds
+CONNECT_S = 10
+READ_S = 30  # a silent server is asked again after so many seconds
 ATTEMPTS = 5  # per request, with growing pauses; AWS_MAX_ATTEMPTS overrides it
 PARALLEL = 8  # files at a time
 PARTS = 2  # of a large file at a time, each of 50 MB in memory
@@ -54,7 +55,7 @@ class Bucket:
             with self._asking():
                 self._store = fsspec.filesystem(scheme, **options)
         except ImportError as error:
-            problem, advice = f"needs {PACKAGES[scheme]}", 'try pip install -e ".[cloud]"'
+            problem, advice = f"needs {PACKAGES[scheme]}", "try pip install 'jaxgpt[cloud]'"
             raise UserError(f"{subject}: {problem}; expected the extra cloud; {advice}") from error
         self._root = self.url.partition("://")[2]
 

@@ -1,4 +1,4 @@
-"""Run a config file, which is Python of the user's own, and return the configs that it builds.
+"""Run a config file, which is the user's Python code, and return the configs that it builds.
 
 The configs that come with jaxgpt also have names, such as `shakespeare`, for use in any folder.
 """

@@ -157,8 +157,9 @@ def set_malloc(options: dict[int, int]) -> None:
     XLA:CPU frees its buffers after each call. glibc returns large ones to the system, which then
     has to clear every page again in the next call. With KEEP_FREED all threads share one heap that
     keeps them, because the heap of a thread has no room for large buffers. This has no effect on
-    threads that have started. The heap has gaps, so a large model would need much more memory, and
-    gain nothing: `save_memory` (docs/performance.md, "Freed memory is kept").
+    threads that have started. The heap has gaps, so a large model would need much more memory and
+    gain nothing. `save_memory` therefore undoes the effect for large models
+    (docs/performance.md, "Freed memory is kept").
     """
     has_own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -248,7 +249,9 @@ def known_options(
         return True
 
     with no_compilation_cache():
-        return dict(options if is_known(*options) else filter(is_known, options))
+        if is_known(*options):  # usually one compilation suffices
+            return dict(options)
+        return dict(option for option in options if is_known(option))
 
 
 @contextmanager
@@ -292,12 +295,12 @@ def fits_on_device(config: DataConfig, dataset: Dataset) -> bool:
     Raises `UserError` for `always` if int32 cannot count the tokens.
     """
     tokens = len(dataset.train) + len(dataset.val)
-    bytes = tokens * dataset.train.dtype.itemsize
+    num_bytes = tokens * dataset.train.dtype.itemsize
     if config.data_on_device == "always" and tokens >= MAX_RESIDENT:
         problem = f"the dataset has {tokens:,} tokens"
         advice = f"expected fewer than {MAX_RESIDENT:,}; try --data_on_device=auto"
         raise UserError(f"data_on_device='always': {problem}; {advice}")
-    fits = tokens < MAX_RESIDENT and bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
+    fits = tokens < MAX_RESIDENT and num_bytes <= (memory_bytes() or UNKNOWN_MEMORY) // 8
     return {"always": True, "never": False, "auto": fits}[config.data_on_device]
 
 

@@ -126,7 +126,8 @@ def on_process_0(function: Callable[[], int | None]) -> int:
     outcome = np.array([error is not None, value], np.int32)
     failed, value = multihost_utils.broadcast_one_to_all(outcome)
     if failed:
-        raise error or UserError("process 0: failed; try its log, which names the error")
+        advice = "expected no error; try its log, which names the error"
+        raise error or UserError(f"process 0: failed; {advice}")
     return int(value)
 
 

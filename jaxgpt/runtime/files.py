@@ -18,7 +18,8 @@ from typing import Any
 from jaxgpt.config import UserError
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT
-DISK_ERRORS = *FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS  # or its folder cannot be written
+# The disk is full, or the folder cannot be written.
+DISK_ERRORS = *FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS
 
 
 @contextmanager

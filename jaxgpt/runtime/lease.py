@@ -18,7 +18,8 @@ from jaxgpt.runtime.files import atomic_write
 OWNERS = ".owners"  # in a writer's mirror: who has tried to take the lease from this machine
 LEASE = ".lease"  # in the bucket
 MOST_OWNERS = 100
-RENEW_S, LEASE_S = 10, 60  # a lease that is not renewed for LEASE_S is free
+RENEW_S = 10
+LEASE_S = 60  # a lease that is not renewed for so long is free
 
 
 class Lease:

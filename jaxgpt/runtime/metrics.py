@@ -36,9 +36,8 @@ class Log:
     """The log of a run, for people and for programs.
 
     On a terminal and in a notebook the last row is a live line at the bottom; elsewhere every row
-    is a plain line.
-    Rows of `metrics.jsonl` after `first_step` are deleted, because their steps are taken again.
-    A log that is not `enabled` writes nothing.
+    is a plain line. The log deletes the rows of `metrics.jsonl` after `first_step`, because their
+    steps are taken again. A log that is not `enabled` writes nothing.
     """
 
     def __init__(self, config: Config, first_step: int, *, enabled: bool = True):

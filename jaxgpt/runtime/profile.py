@@ -242,7 +242,7 @@ def make_table(
 
 
 def profile_calls(folder: Path, run: Callable[[], Any], count: int) -> tuple[str, Path]:
-    """Trace `run`, which makes `count` calls of compiled programs; return `write_profile`'s."""
+    """Trace `run`, which makes `count` calls of programs; return what `write_profile` returns."""
     start_trace(folder)
     began = time.perf_counter()
     run()

@@ -261,7 +261,11 @@ class RunWeights:
         """Load the parameters onto the mesh, without positions past `config.block_size`."""
         params, _ = load_params(self.config, "best", mesh)
         shapes = abstract_params(config, mesh)
-        cut = partial(jax.tree.map, lambda shape, p: p[tuple(map(slice, shape.shape))], shapes)
+
+        def cut_one(shape: jax.ShapeDtypeStruct, param: jax.Array) -> jax.Array:
+            return param[tuple(slice(size) for size in shape.shape)]
+
+        cut = partial(jax.tree.map, cut_one, shapes)
         return jax.jit(cut, out_shardings=jax.tree.map(lambda p: p.sharding, shapes))(params)
 
     @property

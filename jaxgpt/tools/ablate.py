@@ -76,7 +76,7 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
     for name in features:
         if name not in FEATURES:
             (nearest,) = difflib.get_close_matches(name, FEATURES, n=1, cutoff=0)
-            expected = "expected a feature of docs/menu.md"
+            expected = f"expected one of {', '.join(FEATURES)}"
             problem = f"unknown feature; {expected}; try --features {nearest}"
             raise UserError(f"features={name!r}: {problem}")
     check_runs_end(config)
@@ -272,7 +272,7 @@ def spread(values: Sequence[float] | np.ndarray, form: str) -> str:
 
 def _difference(values: np.ndarray) -> str:
     if np.isnan(values).any():
-        return "beyond the baselines"
+        return "n/a: outside the baseline's lengths"
     text = spread(values, ".4f")
     clear = len(values) > 1 and abs(values.mean()) > 3 * values.std(ddof=1) / len(values) ** 0.5
     return f"**{text}**" if clear else text

@@ -22,7 +22,8 @@ from jaxgpt.sample import NO_TOKEN, Sampler, SamplingParams
 from jaxgpt.train_step import make_eval_step
 
 DECODE_TOKENS = 1 << 20  # tokens decoded at a time
-PROBLEMS_PER_BATCH, ERRORS_SHOWN = 128, 10
+PROBLEMS_PER_BATCH = 128
+ERRORS_SHOWN = 10
 WEIGHTS_BATCH = 8  # sequences per device for weights, which have no run's batch_size
 
 
@@ -99,8 +100,8 @@ def count_bytes(tokens: TokenSplit, tokenizer: Tokenizer) -> tuple[int, int]:
 def accuracy(sampler: Sampler, task: Arithmetic) -> dict[str, Any]:
     """Compute the fraction of held-out problems whose greedy answer is right in every digit.
 
-    The result also has this fraction, with its 95% interval, per operation and per length of the
-    longer number; how many errors there are of each kind; and the first `ERRORS_SHOWN` of them.
+    The result also has this fraction per operation and per length of the longer number, with its
+    95% interval. It counts the errors of each kind, and has the first `ERRORS_SHOWN` errors.
     """
     problems = task.held_out
     kinds, a, b = problems

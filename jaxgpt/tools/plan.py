@@ -254,8 +254,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
 
 def kernel_seconds(chip: Chip, kind: str, flops: float, traffic: int) -> float:
     """Estimate the time of one kernel by a roofline: its launch, and its FLOPs or its bytes."""
-    share = ATTENTION_EFFICIENCY.get(kind, EFFICIENCY["matmuls"])
-    compute = flops / (device.PEAK_FLOPS[chip.kind] * share)
+    efficiency = ATTENTION_EFFICIENCY.get(kind, EFFICIENCY["matmuls"])
+    compute = flops / (device.PEAK_FLOPS[chip.kind] * efficiency)
     return LAUNCH_S + max(compute, traffic / (chip.memory_rate * EFFICIENCY["memory"]))
 
 
@@ -293,8 +293,8 @@ def flops_per_step(config: Config) -> float:
 
 def usable_memory(chip: Chip) -> float:
     """Return the bytes of a device that JAX uses for arrays; see `device.start`."""
-    share = device.memory_fraction() or device.MEMORY_FRACTION
-    return chip.memory * (float(share) if chip.platform == "gpu" else 15.75 / 16)
+    fraction = device.memory_fraction() or device.MEMORY_FRACTION
+    return chip.memory * (float(fraction) if chip.platform == "gpu" else 15.75 / 16)
 
 
 def fit(config: Config, topology: Topology, say: Callable[[str], None]) -> Plan:
@@ -381,8 +381,8 @@ def _in_calls(overlap: Overlap | None) -> str:
     if overlap is None:
         return ""
     calls = f", in {overlap.calls:,} calls, {overlap.asynchronous:,} of them asynchronous"
-    share = abs(overlap.hidden / overlap.seconds)  # rounding may make it negative
-    return f"{calls}; {1000 * overlap.seconds:,.1f} ms, {100 * share:.0f}% during compute"
+    hidden = abs(overlap.hidden / overlap.seconds)  # rounding may make it negative
+    return f"{calls}; {1000 * overlap.seconds:,.1f} ms, {100 * hidden:.0f}% during compute"
 
 
 def format_breakdown(plan: Plan) -> str:

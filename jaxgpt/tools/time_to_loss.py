@@ -2,8 +2,8 @@
 
 A config file whose `config` is the recipe and that also has a `baseline` is such a study. The
 class of the recipe names its parts, and the keys that take each of them out. Every variant is
-trained for longer and longer fractions of the baseline's steps, each with a schedule of its own,
-until it reaches the baseline's loss.
+trained for several fractions of the baseline's steps, each with a schedule of its own. The study
+looks for the shortest of these runs that reaches the baseline's loss.
 """
 
 import math

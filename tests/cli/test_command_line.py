@@ -64,7 +64,7 @@ MISTAKES = {
     "name": ("depth = 3\nconfig = Config(n_layer=deep)\n", "config = Config(n_layer=deep)", "deep"),
     "import": ("import no_such_module\nconfig = Config()\n", "import no_such_module", "No module"),
     "value": ("config = Config(\n    n_layer=3,\n    dropout=1.5,  # high\n    bias=False,\n)\n",
-              "dropout=1.5,  # high", "dropout=1.5: invalid value; expected a number from 0 to 1 "),
+              "dropout=1.5,  # high", "dropout=1.5: invalid value; expected a number from 0 to"),
     "together": ("config = Config(\n    n_layer=3,\n    n_embd=100,\n    n_head=12,\n)\n",
                  "n_head=12,", "n_head=12: does not divide n_embd=100; "),
     "keyword": ("config = Config(\n    n_layer=3,\n    n_heads=2,\n)\n",
@@ -226,7 +226,7 @@ def test_unsupported_nanogpt_flags_are_rejected_with_the_reason(flag, end, why):
 
 def test_invalid_flag_value_is_rejected_by_the_config_checks():
     message = refusal(parse, SHAKESPEARE, "--dropout=2")
-    assert message == "dropout=2.0: invalid value; expected a number from 0 to 1 exclusive"
+    assert message == "dropout=2.0: invalid value; expected a number from 0 to below 1"
     message = refusal(parse, SHAKESPEARE, "--n_head=7")
     assert message.startswith("n_head=7: does not divide n_embd=384; ")
 

@@ -191,7 +191,7 @@ def test_aligned_run_resumes_exactly_on_other_devices_and_with_data_on_the_host(
     ("keys", "said"),
     [
         ({"eot_id": -1}, "the tokenizer of dataset='tale' has no end-of-text token, or is unknown; "
-                         "try --eot_id=ID, the token id that starts a document"),
+                         "expected an end-of-text; try --eot_id=ID, the id between two documents"),
         ({"eot_id": 50, "vocab_size": 60},
          "the train split of dataset='tale' has no end-of-text (id 50) that block_size=8 tokens "
          "follow; expected at least one; try a smaller"),

@@ -273,7 +273,7 @@ def test_missing_extra_is_one_line_and_writes_nothing(remote, bucket, tmp_path):
     process = start(remote, "import sys; sys.modules['s3fs'] = None; " + TRAIN_SCRIPT)
     assert process.communicate()[1] == (
         f"error: out_dir={remote.out_dir!r}: needs s3fs; expected the extra cloud; "
-        'try pip install -e ".[cloud]"\n'
+        "try pip install 'jaxgpt[cloud]'\n"
     )
     assert process.returncode == 2
     assert bucket.names() == set()

@@ -85,7 +85,7 @@ def make_samplers(config: Config) -> dict[str, Sampler]:
     samplers = {"": Sampler(config).load(params)}
     if device.is_cpu():
         narrow = Sampler(config.replace(dtype="bfloat16")).load(params)
-        if any(p.dtype == jnp.uint32 for p in jax.tree.leaves(narrow.row_params)):  # packed
+        if any(p.dtype == jnp.uint32 for p in jax.tree.leaves(narrow.single_params)):  # packed
             samplers["bfloat16"] = narrow
     return samplers
 
@@ -105,7 +105,7 @@ def generate(sampler: Sampler, batch: int, overflow: str = "truncate") -> tuple[
 def decode_bytes(sampler: Sampler, batch: int) -> float:
     """Return the mean bytes read to decode one token per sequence: weights, keys and values."""
     config = sampler.config
-    params = sampler.row_params if batch == 1 else sampler.params
+    params = sampler.single_params if batch == 1 else sampler.params
     looked_up = {"pos_embed"} if config.tie_embeddings else {"pos_embed", "embed"}
     read = {name: params[name] for name in params.keys() - looked_up}
     weights = sum(p.nbytes for p in jax.tree.leaves(read))

@@ -63,7 +63,8 @@ def run_suite(args: BenchArgs) -> None:
     settings["modes"] = ["eager", "compiled"] if args.compile == "both" else [args.compile]
     settings["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     machine = None  # known once a child process has run
-    for env in {json.dumps(row.env): row.env for row in rows}.values():
+    environments = {json.dumps(row.env): row.env for row in rows}  # each one once
+    for env in environments.values():
         names = [row.name for row in rows if row.env == env]
         names = [name for name in names if not (machine and is_measured(file, name, machine))]
         while names and time.time() < deadline:

@@ -28,8 +28,10 @@ def read_trace(events: list[dict], kinds: dict[str, str]) -> tuple[dict, dict]:
         op = event.get("args", {}).get("hlo_op", "")
         by_kind[kinds.get(op) or kind_of_kernel(event["name"])] += ms
         by_kernel[op if op in kinds else event["name"]] += ms  # a CUDA graph has no instruction
-        by_kind["gaps"] += max(0, start - (start if end is None else end)) / 1000
-        end = max(end or 0, start + event["dur"])
+        if end is None:
+            end = start
+        by_kind["gaps"] += max(0, start - end) / 1000
+        end = max(end, start + event["dur"])
     return dict(by_kind), dict(by_kernel)
 
 
