@@ -72,7 +72,8 @@ def train(config: Config) -> "Run":
         signal.raise_signal(signal.SIGTERM)
     trained = open_trained("resume", c.out_dir, config=type(c))
     run = Run(trained, c.out_dir, device=c.device)
-    if c.report and code == 0 and distributed.is_process_0():
+    has_model = len(run_dir.open_checkpoints(c).steps()) > 0
+    if c.report and code == 0 and has_model and distributed.is_process_0():
         run.report()
     return run
 

@@ -59,7 +59,7 @@ def mean_loss(
         if len(sums) > 1:
             jax.block_until_ready(sums[-2])  # many queued calls deadlock the devices of a CPU
     total, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-    return float(total / targets)
+    return float(total / targets) if targets else math.nan
 
 
 def random_batches(batches: Batches, step: int, count: int) -> Iterator[tuple[jax.Array, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +38,7 @@ AUTO_KEYS = ("vocab_size", "eot_id", "dtype", "attention", "steps_per_call")  # 
 # two milliseconds on a GPU.
 SLOW_FLOPS = {"cpu": 1e10, "gpu": 5e11}
 FAST_STEPS = 10  # per call
+FIT_IN_MEMORY = "try a smaller --batch_size, --remat=full or a smaller model"
 EXTRAS = {  # key -> the extra that it needs, and the modules
     "report": ("report", ("altair", "vl_convert")),
     "tensorboard": ("log", ("tensorboardX",)),
@@ -89,12 +91,23 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         config, device_notes = device.resolve_auto(config)
         device.save_memory(count_params(config))
         config = config.replace(steps_per_call=steps_per_call(config, dataset))
+        distributed.check_same(_shared_values(config, dataset))
         create = partial(run_dir.create, config, dataset, fresh=resume_step == 0)
         distributed.on_process_0(create)
         checkpoints.newest = checkpoints.latest()  # `create` deletes those of an old run
         notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
-        with device.explain_out_of_memory(config), checkpoints.completing():
+        subject, advice = f"batch_size={config.batch_size}", FIT_IN_MEMORY
+        explained = device.explain_out_of_memory(subject, "the training step", advice)
+        with explained, checkpoints.completing():
             yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
+
+
+def _shared_values(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Return what must be the same in all processes of a run: the config and the data."""
+    own = "process_id", "coordinator", "data_dir"
+    shared = {key: value for key, value in config.to_dict().items() if key not in own}
+    has_tokenizer = dataset.tokenizer is not None
+    return shared | {"token files": dataset.fingerprint, "has tokenizer": has_tokenizer}
 
 
 def tokens_per_step(config: Config) -> int:
@@ -320,23 +333,25 @@ class Best:
     config: Config
     step: int = 0
     val_loss: float = math.inf
+    evaluations_since: int = 0  # without a lower loss
 
     def update(self, step: int, val_loss: float) -> bool:
         """Record a loss, and return whether it is the lowest so far."""
         if not val_loss < self.val_loss:  # also if it is nan
+            self.evaluations_since += 1
             return False
-        self.step, self.val_loss = step, val_loss
+        self.step, self.val_loss, self.evaluations_since = step, val_loss, 0
         return True
 
-    def stops_early(self, step: int) -> bool:
-        """Return whether the run stops at this step, because its loss no longer improves."""
-        interval = self.config.eval_interval
-        evaluations = step // interval - self.step // interval  # without a lower loss
-        return 0 < self.config.early_stopping_patience <= evaluations
+    @property
+    def stops_early(self) -> bool:
+        """Whether the run stops, because its loss no longer improves."""
+        return 0 < self.config.early_stopping_patience <= self.evaluations_since
 
-    def ends_run(self, step: int) -> bool:
-        """Return whether the run ends at this step, before `max_iters`."""
-        return self.reached_target or self.stops_early(step)
+    @property
+    def ends_run(self) -> bool:
+        """Whether the run ends now, before `max_iters`."""
+        return self.reached_target or self.stops_early
 
     @property
     def reached_target(self) -> bool:
@@ -359,8 +374,12 @@ def init_or_restore(run: ResolvedRun) -> tuple[TrainState, Best]:
         best_step = 0  # no step was better than the initial weights
     best_meta = checkpoints.meta(best_step) if best_step else meta
     best_val_loss = best_meta["best_val_loss"]
-    if best_step is not None and best_val_loss is not None:
-        best.update(best_step, best_val_loss)
+    is_same_data = best_meta["dataset"] == config.dataset  # else losses are not comparable
+    if best_step is not None and best_val_loss is not None and is_same_data:
+        interval = meta["config"]["eval_interval"]
+        by_interval = step // interval - best_step // interval  # for checkpoints without the count
+        since = meta.get("evaluations_since_best", by_interval)
+        best = Best(config, best_step, best_val_loss, since)
     abstract, whole = abstract_state(config, mesh), sharding.replicated(mesh)
     items = {"params": abstract.params, "opt_state": abstract.opt_state}
     state = TrainState(

@@ -42,8 +42,8 @@ def to_json(recent_2W: jax.Array) -> list[list[float]]:
 
 
 def from_json(steps: Sequence[Sequence[float]], window: int) -> np.ndarray:
-    """Return the last W of the steps that `to_json` gave, [2, W], float32."""
-    recent_2W = np.full((2, window), np.inf, np.float32)
+    """Return the last W of the steps that `to_json` gave, [2, W], in `no_steps`'s dtype."""
+    recent_2W = np.array(no_steps(window))
     count = min(window, len(steps[0]))
     if count:
         recent_2W[:, -count:] = np.array(steps)[:, -count:]

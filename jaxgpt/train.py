@@ -75,7 +75,7 @@ def train(
         phases, train_step = config.phases(), None
 
         next_pause = next_pause_after(config, step)
-        while step < config.max_iters and not stop.signal and not best.ends_run(step):
+        while step < config.max_iters and not stop.signal and not best.ends_run:
             count = min(config.steps_per_call, next_pause - step)
             windows_UMBT = batches[TRAIN].get(step)  # windows of U steps; the call takes `count`
             if train_step is None or step in phases:
@@ -196,7 +196,7 @@ class PeriodicWork:
         """
         row: dict[str, Any] = {"step": step} | self.evaluator.losses(state.params, step)
         improved = self.best.update(step, row["val_loss"])
-        if (with_full_loss or self.best.ends_run(step)) and self.config.eval_iters:
+        if (with_full_loss or self.best.ends_run) and self.config.eval_iters:
             row["full_val_loss"] = self.evaluator.full_loss(state.params)
         self.log.eval(row | {"time": time.time()})
         if improved and self.best.reached_target:
@@ -239,6 +239,7 @@ class PeriodicWork:
             "config": self.config.to_dict(),
             "best_val_loss": self.best.val_loss if math.isfinite(self.best.val_loss) else None,
             "best_step": self.best.step,
+            "evaluations_since_best": self.best.evaluations_since,
             "train_s": self.stopwatch.train_s,
             "total_s": self.stopwatch.total_s,
             "skipped": asdict(self.skipped),
@@ -260,12 +261,12 @@ class PeriodicWork:
         if self.run.checkpoints.newest != step:
             self.save(state, step, is_best=False)
         self.run.checkpoints.wait()
-        if self.best.stops_early(step):
+        if self.best.stops_early:
             self.log.info(
                 f"early stop: {self.config.early_stopping_patience} evaluations since the lowest "
                 f"validation loss, {self.best.val_loss:.4f} at step {self.best.step}"
             )
-        at_end = step == self.config.max_iters or self.best.stops_early(step)
+        at_end = step == self.config.max_iters or self.best.stops_early
         if at_end and self.config.target_val_loss and not self.best.reached_target:
             self.log.info(
                 f"target_val_loss={self.config.target_val_loss}: not reached in {step} steps; the "

@@ -106,9 +106,10 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
 
     `windows_UMBT` are token ids [U, M, B, T + 1]; the call takes the first `count` of U steps, and
     reuses the old state's memory. Metrics [U]: `loss` (nats per target), `grad_norm` (unclipped),
-    `lr`, and `spike` if `skip_loss_spikes`. A step whose loss or norm is not finite, or a spike,
-    counts, but changes no weights and moments. A loop should read the metrics of the last or the
-    second last call, because dozens of queued calls deadlock the virtual devices of a CPU.
+    `lr`, and `spike` if `skip_loss_spikes`. A step whose loss or norm is not finite, a spike, or a
+    step without targets counts, but changes no weights and moments. A loop should read the metrics
+    of the last or the second last call, because dozens of queued calls deadlock the virtual devices
+    of a CPU.
     """
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     is_frozen = frozen_mask(config, abstract_model(config).shapes)
@@ -137,12 +138,12 @@ def make_train_step(config: Config, mesh: Mesh) -> stages.Wrapped:
             grads = reshard(grads, shardings.params)
         grads = reshard(grads, shares.params)
         loss_sum, num_targets = totals
-        num_targets = jnp.maximum(num_targets, 1)  # 0 if all tokens of the step are prompts
-        grads = jax.tree.map(lambda g: g / num_targets, grads)
-        loss, norm = loss_sum / num_targets, optax.tree.norm(grads)
+        divisor = jnp.maximum(num_targets, 1)  # there is no target if all tokens are prompts
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        loss, norm = loss_sum / divisor, optax.tree.norm(grads)
         # every entry is logged: to metrics.jsonl and the trackers, at each log_interval
         metrics = {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(learning_rate(state.step))}
-        is_accepted, state, metrics = judge_and_record(config, state, metrics)
+        is_accepted, state, metrics = judge_and_record(config, state, metrics, num_targets > 0)
         state = apply_update(optimizer, is_frozen, reshard(state, shares), grads, is_accepted)
         # shares first: otherwise XLA gathers both old and new parameters, and then selects
         return reshard(reshard(state, shares), shardings), metrics
@@ -185,13 +186,14 @@ def make_sum_gradients(config: Config, mesh: Mesh) -> Callable:
 
 
 def judge_and_record(
-    config: Config, state: TrainState, metrics: dict
+    config: Config, state: TrainState, metrics: dict, has_targets: jax.Array
 ) -> tuple[jax.Array, TrainState, dict]:
     """Return whether a step is applied, the state that remembers the step, and its metrics.
 
-    With `skip_loss_spikes`, the metrics have another entry, `spike`.
+    A step without targets is neither applied nor remembered. With `skip_loss_spikes`, the metrics
+    have another entry, `spike`.
     """
-    loss, norm = metrics["loss"], metrics["grad_norm"]
+    loss, norm = jnp.where(has_targets, metrics["loss"], jnp.nan), metrics["grad_norm"]
     is_accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
     if state.recent_2W is None:
         return is_accepted, state, metrics

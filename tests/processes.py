@@ -30,7 +30,10 @@ TRAIN_PATIENTLY = (
 
 
 class Run:
-    """The processes of one run, all on this machine, with two devices each by default."""
+    """The processes of one run, all on this machine, with two devices each by default.
+
+    `own_flags` are those of single processes.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Run:
         *flags: str,
         devices: int = 2,
         script: tuple[str, ...] = TRAIN,
+        own_flags: dict[int, list[str]] | None = None,
     ):
         config = folder / f"{out}.py"
         config.write_text(CONFIG.format(out=str(folder / out), data=str(folder / "data")))
@@ -51,7 +55,7 @@ class Run:
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         self.folder, self.processes = folder / out, []
         for i in range(processes):
-            command = [sys.executable, *script, str(config), *flags]
+            command = [sys.executable, *script, str(config), *flags, *(own_flags or {}).get(i, [])]
             command += [*others, f"--process_id={i}"] if processes > 1 else []
             self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
 

@@ -126,6 +126,19 @@ def test_loss_is_the_mean_over_all_targets_of_a_step():
     assert_same(take_steps(config, [masked.reshape(1, 4, 2, -1)]), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"skip_loss_spikes": 6.0}], ids=str)
+def test_step_without_targets_changes_only_the_count_of_steps(options):
+    config = make_config(**options)
+    batch = make_windows(config)
+    before, _ = take_steps(config, [batch])
+    after, rows = take_steps(config, [batch, ~batch])
+    assert rows[1]["loss"] == 0
+    assert int(after.step) == 2
+    assert_trees_close(after.params, before.params, 0)
+    assert_trees_close(after.opt_state[1][0], before.opt_state[1][0], 0)  # the moments
+    assert_trees_close(after.recent_2W, before.recent_2W, 0)
+
+
 @pytest.mark.slow
 def test_masked_token_is_still_an_input():
     """~id hides a token as a target, not as an input."""

@@ -5,6 +5,8 @@ comment at each field of a dataclass of arguments is the field's --help.
 """
 
 import dataclasses
+import errno
+import io
 import math
 import os
 import sys
@@ -33,6 +35,9 @@ from jaxgpt.runtime.files import DISK_ERRORS, folder_error, is_url, reason, reje
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
+PATH_ERRORS = (  # of a path that the user gave
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
 DatasetName = Annotated[
     str, keys.Pattern(rf"({keys.DATASET_NAME.pattern})?", "a name for a folder")
@@ -73,6 +78,9 @@ def exit_on_error() -> Iterator[None]:
 
     The codes are 130 for Ctrl-C and 141 for a pipe whose reader has exited, as `head` does.
     """
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
+        stdout.reconfigure(errors="backslashreplace")  # for a character that its encoding lacks
     try:
         yield
     except UserError as error:
@@ -84,8 +92,8 @@ def exit_on_error() -> Iterator[None]:
         # Python flushes stdout at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.errno not in PATH_ERRORS or error.filename is None:
             raise
         expected = "expected a path that this command can use"
         print(f"error: {error.filename}: {reason(error)}; {expected}", file=sys.stderr)
@@ -109,8 +117,10 @@ def train(argv: list[str]) -> int:
     code = train(config, cli_keys=frozenset(command_line.overrides), notes=notes)
     if config.report and code == 0 and distributed.is_process_0():
         from jaxgpt import api
+        from jaxgpt.runtime import run_dir
 
-        print(api.load(config.out_dir, config=type(config)).report())
+        if run_dir.open_checkpoints(config).steps():  # a run that took no step has no model
+            print_report(config.out_dir, api.load(config.out_dir, config=type(config)).report())
     return code
 
 
@@ -178,6 +188,7 @@ def sample(argv: list[str]) -> None:
     from jaxgpt.api import Run
     from jaxgpt.data.tokenizer import with_working
     from jaxgpt.interop.trained import open_trained
+    from jaxgpt.runtime.device import explain_out_of_memory
 
     is_run = args.init_from == "resume"
     trained = open_trained(args.init_from, args.out_dir, args.checkpoint, config=args.config)
@@ -185,13 +196,15 @@ def sample(argv: list[str]) -> None:
     tokenizer = run.tokenizer  # before the weights, which take longer to load
     if args.show_working:
         tokenizer = with_working(tokenizer)
-    sampler = run.sampler
-    step = f", step {run.step}" if is_run else ""
-    print(f"{run.source}{step}, {run.inference_config.dtype}", file=sys.stderr)
-    if args.interactive:
-        answer_prompts(args, sampler, tokenizer)
-    else:
-        print_samples(args, sampler, tokenizer, prompts)
+    advice = "try a smaller --num_samples, --dtype=bfloat16 or a smaller model"
+    with explain_out_of_memory(f"num_samples={args.num_samples}", "sampling", advice):
+        sampler = run.sampler
+        step = f", step {run.step}" if is_run else ""
+        print(f"{run.source}{step}, {run.inference_config.dtype}", file=sys.stderr)
+        if args.interactive:
+            answer_prompts(args, sampler, tokenizer)
+        else:
+            print_samples(args, sampler, tokenizer, prompts)
 
 
 def reject_unused(args: Any, flag: str, problem: str, advice: str) -> None:
@@ -359,10 +372,12 @@ def evaluate(argv: list[str]) -> None:
     device.start(args.device)
     model = args.out_dir, args.checkpoint, args.data_dir, args.config
     options = {"init_from": args.init_from, "mesh": args.mesh}
-    if args.task == "hellaswag":
-        result = hellaswag(*model, file=args.hellaswag_file, **options)
-    else:
-        result = evaluate(*model, dataset=args.dataset, **options)
+    advice = "try several devices, or a smaller model"
+    with device.explain_out_of_memory(f"mesh={args.mesh!r}", "the evaluation", advice):
+        if args.task == "hellaswag":
+            result = hellaswag(*model, file=args.hellaswag_file, **options)
+        else:
+            result = evaluate(*model, dataset=args.dataset, **options)
     for name, value in result.items():
         print(f"{name}: {value}")
 
@@ -419,8 +434,12 @@ def report(argv: list[str]) -> None:
         is_compared_with_a_run = has_run and not run_dir.is_run(source)
         runs.append(api.load(source, **{} if is_compared_with_a_run else flags_of_runs))
     path = write_report(runs, args.prompt, args.to)
-    in_store = is_url(args.runs[0]) and not args.to
-    print(f"{args.runs[0].rstrip('/')}/{path.name}" if in_store else path)
+    print_report("" if args.to else args.runs[0], path)
+
+
+def print_report(source: str, path: Path) -> None:
+    """Print the path of a report, or its URL if it was uploaded to the run in a bucket."""
+    print(f"{source.rstrip('/')}/{path.name}" if is_url(source) else path)
 
 
 def bench(argv: list[str]) -> None:

@@ -25,15 +25,20 @@ def encode_examples(pieces: Iterable[str], encoder: Tokenizer, train_examples: i
     A completion ends with GPT-2's <|endoftext|> if the tokenizer is a BPE, else with a line break.
     The first `train_examples` are train, the rest val.
     """
-    is_bpe = encoder.kind not in ("char", "byte")
-    if is_bpe and encoder.eot is None:
-        problem = f"has no {END_OF_TEXT}, with which a completion ends"
-        raise UserError(f"tokenizer: {problem}; expected gpt2, or a tokenizer.json that has it")
-    end = encoder.encode(END_OF_TEXT if is_bpe else "\n")
+    end = encoder.encode(end_of_completion(encoder))
     for number, (prompt, completion) in enumerate(read_examples(pieces)):
         ids = ~encoder.encode(prompt).astype(np.int32), encoder.encode(completion), end
         split = "train" if number < train_examples else "val"
         yield split, np.concatenate(ids, dtype=np.int32, casting="unsafe")
+
+
+def end_of_completion(encoder: Tokenizer) -> str:
+    """Return the text of the token that ends a completion. Raises `UserError` if there is none."""
+    is_bpe = encoder.kind not in ("char", "byte")
+    if is_bpe and encoder.eot is None:
+        problem = f"has no {END_OF_TEXT}, with which a completion ends"
+        raise UserError(f"tokenizer: {problem}; expected gpt2, or a tokenizer.json that has it")
+    return END_OF_TEXT if is_bpe else "\n"
 
 
 def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:

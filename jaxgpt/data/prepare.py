@@ -16,7 +16,7 @@ from jaxgpt.config import DataConfig, UserError
 from jaxgpt.data import documents, tokens
 from jaxgpt.data import shards as shard_sets
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.examples import encode_examples, scan_examples
+from jaxgpt.data.examples import encode_examples, end_of_completion, scan_examples
 from jaxgpt.data.shards import SHARD_SETS
 from jaxgpt.data.tasks import TASKS, open_task
 from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
@@ -198,7 +198,10 @@ def _write_dataset(
         if encoder is None:
             kinds = f"char, byte, gpt2, a tokenizer.json, or one of {', '.join(CORPORA)}"
             raise UserError(f"tokenizer={tokenizer!r}: unknown tokenizer; expected {kinds}")
-        encoder.encode(text_chars)  # fails for missing characters before anything is written
+        # both fail before anything is written, for missing characters and a missing end
+        encoder.encode(text_chars)
+        if encode is encode_examples:
+            end_of_completion(encoder)
         make_folder(folder, str(folder), "--data_dir")
         if not overwrite and tokens.holds_dataset(folder):
             ids = encode(_read(file, progress, "comparing"), encoder, train)

@@ -1,6 +1,7 @@
 """Decode the token ids of sequences to text while the ids arrive."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,16 @@ def stream_texts(
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
-    """Return a line break, or the first token of a tokenizer that has none."""
-    try:
-        tokenizer.encode("\n")
-    except UserError:
-        return tokenizer.decode([0])
-    return "\n"
+    """Return a line break, or the first token's text if the tokenizer has no line break."""
+
+    def has_ids(text: str) -> bool:
+        try:
+            return len(tokenizer.encode(text)) > 0
+        except UserError:
+            return False
+
+    tokens = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+    return next(filter(has_ids, chain(["\n"], tokens)), "")
 
 
 def generate_text(

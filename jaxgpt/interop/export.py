@@ -14,10 +14,12 @@ import tokenizers as bpe_library
 
 from jaxgpt.config import Config, UserError
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer
+from jaxgpt.data.tokenizer import END_OF_TEXT, BpeTokenizer, Tokenizer
+from jaxgpt.data.tokens import PADDED_GPT2
 from jaxgpt.interop import huggingface as hf
-from jaxgpt.interop.trained import open_trained
+from jaxgpt.interop.trained import Trained, open_trained
 from jaxgpt.model import unstack_layers
+from jaxgpt.runtime.checkpoint import warn
 from jaxgpt.runtime.files import atomic_write, folder_error, import_extra, reason
 from jaxgpt.runtime.mesh import local_mesh
 
@@ -37,12 +39,13 @@ def export(
     _check_expressible(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={to!r}: exists already; expected a new or empty folder")
+    tokenizer = _tokenizer_of(trained)
     params, step = trained.load(local_mesh())
     tensors = to_tensors(config, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fields = to_fields(config) | {"jaxgpt_step": step}
-        fields |= _write_tokenizer(config, trained.tokenizer_file, folder)
+        fields |= _write_tokenizer(config, tokenizer, folder)
         safetensors.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
         # The config is written last, because transformers loads nothing without it.
         atomic_write(folder / hf.CONFIG, json.dumps(fields, indent=2))
@@ -103,15 +106,27 @@ def to_fields(c: Config) -> dict[str, Any]:
     return fields
 
 
-def _write_tokenizer(config: Config, file: Path, folder: Path) -> dict[str, Any]:
-    """Write the run's tokenizer if there is one, and return fields of config.json.
+def _tokenizer_of(trained: Trained) -> Tokenizer | None:
+    """Return the tokenizer beside the model, or GPT-2's for its vocabulary; None if unknown."""
+    if trained.tokenizer_file.is_file():
+        return tokenizers.load(trained.tokenizer_file)
+    if trained.config.vocab_size not in PADDED_GPT2:
+        return None
+    try:
+        return trained.tokenizer()
+    except UserError as error:  # GPT-2's files cannot be downloaded
+        warn(f"the export has no tokenizer, because {error}")
+        return None
+
+
+def _write_tokenizer(config: Config, tokenizer: Tokenizer | None, folder: Path) -> dict[str, Any]:
+    """Write the tokenizer if there is one, and return fields of config.json.
 
     transformers reads only byte-pair encodings.
     """
     ids = {"bos_token_id": None, "eos_token_id": None}
-    if not file.is_file():
+    if tokenizer is None:
         return ids | {"jaxgpt_tokenizer": None}
-    tokenizer = tokenizers.load(file)
     if not isinstance(tokenizer, BpeTokenizer):
         (folder / hf.OUR_TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         note = f"{hf.OUR_TOKENIZER}, of kind {tokenizer.kind}: transformers cannot read it"

@@ -75,11 +75,16 @@ class Bucket:
             ) from error
 
     def sizes(self, under: str = "") -> dict[str, int]:
-        """List the objects in a folder: their names below the URL, and their sizes in bytes."""
+        """List the objects in a folder: their names below the URL, and their sizes in bytes.
+
+        An empty object whose name ends with a slash, as S3's console makes for a folder, is no
+        file and is left out.
+        """
         with self._asking():
             found = self._store.find(self._path(under).rstrip("/"), detail=True)
         start = len(self._root) + 1
-        return {path[start:]: info["size"] for path, info in found.items()}
+        sizes = {path[start:]: info["size"] for path, info in found.items()}
+        return {name: size for name, size in sizes.items() if name and not name.endswith("/")}
 
     def read(self, name: str) -> bytes | None:
         """Read an object, or return None if there is none."""
@@ -122,7 +127,13 @@ class Bucket:
         pairs = [(self._path(name), str(folder / name)) for name in sizes]
         for _, file in pairs:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-        self._copy(self._store.get_file, pairs)
+        try:
+            self._copy(self._store.get_file, pairs)
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            problem = f"{self.url}: an object was deleted while it was read"
+            raise StoreError(f"{problem}; expected all that the listing had; try again") from error
         for name, size in sizes.items():
             if (folder / name).stat().st_size < size:  # one that a run appends to may have grown
                 (folder / name).unlink()
@@ -165,8 +176,10 @@ def _copy_changed(bucket: Bucket, name: str, folder: Path) -> None:
     else:
         here = {f: (folder / f).stat().st_size for f in objects if (folder / f).is_file()}
         changed = {file: size for file, size in objects.items() if here.get(file) != size}
+    # else the bucket has only a corpus's text, and this machine has made the token files
+    has_tokens = meta in objects or any(file.endswith(".bin") for file in objects)
     for file in (folder / name).glob("*.bin"):
-        if f"{name}/{file.name}" not in objects:
+        if has_tokens and f"{name}/{file.name}" not in objects:
             file.unlink()
     if not changed:
         return

@@ -70,16 +70,13 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest validation loss, if it exists and is readable."""
-        link = self.folder / BEST
-        if link.is_file():  # a copy from an object store, which has no links
-            name = link.read_text(encoding="utf-8")
+        name = read_link(self.folder / BEST)
+        if name is not None:
             is_complete = name.isdecimal() and (self.folder / name / DIGEST).exists()
             return int(name) if is_complete else None
-        if not (link / DIGEST).exists():
+        if not (self.folder / BEST / DIGEST).exists():
             return None
-        if link.is_symlink():
-            return int(link.resolve().name)
-        try:
+        try:  # a folder, as some ways to copy a run make of the link
             return self.meta(BEST)["step"]
         except CorruptCheckpoint:
             return None
@@ -183,7 +180,7 @@ class Checkpoints:
         """
         try:
             yield
-        except Exception:
+        except BaseException:  # also an interrupt, because the run's lock is released next
             if jax.process_count() == 1:  # several processes end at once, and cannot wait
                 with suppress(Exception):  # the first error is the one to report
                     self.wait()
@@ -332,8 +329,9 @@ def _reading(file: Path) -> Iterator[Any]:
 
 
 def warn(line: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {line}", file=sys.stderr)
+    """Print a warning to stderr, unless that is a closed pipe."""
+    with suppress(OSError):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_link(link: Path, target: str) -> None:
@@ -347,6 +345,13 @@ def make_link(link: Path, target: str) -> None:
     if link.is_dir() and not link.is_symlink():  # some ways to copy a run make it a folder
         shutil.rmtree(link)
     partial.replace(link)
+
+
+def read_link(link: Path) -> str | None:
+    """Return the target that `make_link` wrote, or None if there is no link."""
+    if link.is_symlink():
+        return link.readlink().name
+    return link.read_text(encoding="utf-8") if link.is_file() else None
 
 
 @cache

@@ -190,8 +190,8 @@ def _start_jax(device: str, platforms: str | None) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(config: Config) -> Iterator[None]:
-    """Raise `UserError` where JAX finds too little memory for this config's training step."""
+def explain_out_of_memory(subject: str, work: str, advice: str) -> Iterator[None]:
+    """Raise `UserError` about `subject` where JAX finds too little memory for this work."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -199,9 +199,7 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
         reason = re.search(r"Out of memory.*?(?=\.?$)", str(error), re.MULTILINE | re.IGNORECASE)
         if reason is None:
             raise
-        subject = f"batch_size={config.batch_size}"
-        problem = f"the training step does not fit into the device's memory ({reason[0]})"
-        advice = "try a smaller --batch_size, --remat=full or a smaller model"
+        problem = f"{work} does not fit into the device's memory ({reason[0]})"
         raise UserError(f"{subject}: {problem}; {advice}") from error
 
 

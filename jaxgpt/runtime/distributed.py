@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.config import UserError
 
 # What Gloo, NCCL and JAX's coordination service say when another process has ended.
+STOPPING = b"stopping: saves a checkpoint first; send the signal again to exit at once\n"
 LOST_PROCESS = re.compile(
     r"closed by peer|reset by peer|broken pipe|socket closed|remote process exited|another task"
     r"|heartbeat|connection refused|gloo .* failed",
@@ -95,7 +97,8 @@ def abort_all_on_error() -> Iterator[None]:
         if is_other:
             problem = f"another process of this run has ended ({problem}); expected all of them"
         text = f"error: process {jax.process_index()}: {problem}{advice}"
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # stderr may be a closed pipe
+            print(text, file=sys.stderr, flush=True)
         os._exit(2 if is_mistake else 1)
 
 
@@ -129,6 +132,18 @@ def on_process_0(function: Callable[[], int | None]) -> int:
         advice = "expected no error; try its log, which names the error"
         raise error or UserError(f"process 0: failed; {advice}")
     return int(value)
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Raise `UserError` in every process if one of these values differs between processes."""
+    if jax.process_count() == 1:
+        return
+    sums = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    of_processes = multihost_utils.process_allgather(np.array(sums, np.uint32))
+    for key, sums_of_key in zip(values, np.transpose(of_processes), strict=True):
+        if len({*sums_of_key.tolist()}) > 1:
+            problem = "the processes of this run have different values"
+            raise UserError(f"{key}={values[key]!r}: {problem}; expected the same in all of them")
 
 
 class StopSignal:
@@ -175,4 +190,5 @@ class StopSignal:
         if self.received:
             self.end_at_once(number)
         self.received = number
-        os.write(2, b"stopping: saves a checkpoint first; send the signal again to exit at once\n")
+        with suppress(OSError):  # stderr may be a closed pipe, because `tee` got Ctrl-C too
+            os.write(2, STOPPING)

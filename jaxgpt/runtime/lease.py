@@ -50,13 +50,15 @@ class Lease:
         # Earlier owners on this machine are dead, because they would hold the mirror's lock.
         dead = self._owners.read_text().split() if self._owners.exists() else []
         atomic_write(self._owners, "\n".join([*dead[-MOST_OWNERS:], self.owner]))
-        while not self.bucket.create(LEASE, self._text()):
-            held = self._holder()
+        held = self._holder()  # read first, because some stores let `create` replace an object
+        while held or not self.bucket.create(LEASE, self._text()):
+            held = held or self._holder()
             if held.get("owner") == self.owner:  # created, but the answer was lost
                 return
             if held and held.get("owner") not in dead:
                 self._wait_until_free(held)
             self.bucket.delete([LEASE])
+            held = {}
 
     def _wait_until_free(self, held: dict[str, Any]) -> None:
         subject, who = self.bucket.subject, self._name(held)

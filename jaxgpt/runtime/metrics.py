@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, UserError
 from jaxgpt.runtime import storage
 from jaxgpt.runtime.files import FULL_DISK, atomic_path, import_extra, reason
 
@@ -79,7 +79,8 @@ class Log:
             if self._live:
                 self._live.erase()
             shown = escape_controls(text, self._console.is_terminal)
-            with suppress(OSError):  # the disk of a redirected stdout may be full
+            # the disk of a redirected stdout may be full, or its encoding lack a character
+            with suppress(OSError, UnicodeError):
                 self._console.print(shown, markup=False)
             self._text.write(text + "\n")
 
@@ -315,11 +316,16 @@ def _tensorboard(config: Config, first_step: int, stack: ExitStack) -> Callable[
 
 
 def _wandb(config: Config, stack: ExitStack) -> Callable[[Row], None]:
-    run = import_extra("wandb", "wandb_log=True", "log").init(
-        project=config.wandb_project,
-        name=config.wandb_run_name or Path(config.out_dir).name,
-        dir=str(storage.local(config.out_dir)),
-        config=config.to_dict(),
-    )
+    wandb = import_extra("wandb", "wandb_log=True", "log")
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or Path(config.out_dir).name,
+            dir=str(storage.local(config.out_dir)),
+            config=config.to_dict(),
+        )
+    except wandb.Error as error:  # no login, or no connection
+        advice = "expected a login; try wandb login, or WANDB_MODE=offline"
+        raise UserError(f"wandb_log=True: {reason(error)}; {advice}") from error
     stack.callback(run.finish)
     return lambda row: run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])

@@ -22,9 +22,10 @@ from jaxgpt.runtime import distributed, storage
 from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, warn
 from jaxgpt.runtime.config_file import load_config_file
 from jaxgpt.runtime.files import FULL_DISK, atomic_write, folder_error, is_url, make_folder, reason
-from jaxgpt.runtime.storage import CONFIG, LOCK, RUN_FILES
+from jaxgpt.runtime.storage import CONFIG, LOCK, RUN_FILES, STEPS
 from jaxgpt.train_step import abstract_params
 
+OLD_STEPS = f"{STEPS}.deleted"  # of a run that is overwritten, until they are deleted
 NO_CHECKPOINT = "no checkpoint in it yet; expected a run that has saved one"
 
 
@@ -86,9 +87,10 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
     latest, damaged, out_dir = checkpoints.latest(), checkpoints.damaged(), config.out_dir
     if latest is None:
         if damaged and not config.overwrite:
+            fresh = "--init_from=auto " if config.init_from == "resume" else ""
             raise UserError(
                 f"out_dir={out_dir!r}: all of its checkpoints are damaged, such as "
-                f"{damaged[-1].name}; try --overwrite to delete them and start again"
+                f"{damaged[-1].name}; try {fresh}--overwrite to delete them and start again"
             )
         if config.init_from == "resume":
             raise UserError(f"init_from='resume': no checkpoint in {out_dir}; try --init_from=auto")
@@ -101,7 +103,10 @@ def resume_step(config: Config, checkpoints: Checkpoints) -> int:
             )
         return 0
     saved = saved_config(config, checkpoints, latest)
-    for key in (*_model_values(saved), "scan_layers", "optimizer", "freeze"):
+    keys = [*_model_values(saved), "scan_layers", "optimizer", "freeze"]
+    if saved.optimizer == "normuon":  # its second moment has a number per head
+        keys.append("muon_per_head")
+    for key in keys:
         _check_same(config, key, getattr(saved, key), f"the run in {out_dir}")
     return latest
 
@@ -160,24 +165,33 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     Raises `UserError` for files that only look like a run's.
     """
     folder, subject = storage.local(config.out_dir), f"out_dir={config.out_dir!r}"
-    existing = [folder / name for name in (*RUN_FILES, "checkpoints") if (folder / name).exists()]
+    existing = [folder / name for name in (*RUN_FILES, STEPS) if (folder / name).exists()]
     if fresh and existing and not is_run(folder):
         problem = f"holds {existing[0].name}, but no run"
         raise UserError(f"{subject}: {problem}; expected an empty folder; try another out_dir")
     make_folder(folder, subject, "out_dir")
+    if fresh:
+        _delete(folder / OLD_STEPS)
+        if (folder / STEPS).exists():  # before the config, with which no run may resume them
+            (folder / STEPS).replace(folder / OLD_STEPS)
     # The config is written first: if the process is killed later, the folder still counts as a run.
     made_by = {"config_file": config.config_file, "config_class": type(config).__name__}
     atomic_write(folder / CONFIG, json.dumps(made_by | config.to_dict(), indent=1))
-    for path in reversed(existing):  # checkpoints first, so that none is left without its rows
-        if not fresh or path.name == CONFIG:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    if fresh:
+        for name in (OLD_STEPS, *RUN_FILES):
+            if name != CONFIG:
+                _delete(folder / name)
     if dataset.tokenizer:
         atomic_write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
     storage.publish(config.out_dir)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, a file or a link if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_run(out_dir: str | Path) -> bool:

@@ -9,7 +9,6 @@ step counts only if it has a digest. A lease, which the writer renews, keeps oth
 import atexit
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -30,6 +29,7 @@ from jaxgpt.runtime.checkpoint import (
     Checkpoints,
     CorruptCheckpoint,
     make_link,
+    read_link,
     warn,
 )
 from jaxgpt.runtime.files import is_url
@@ -119,11 +119,15 @@ class Mirror:
         """Make the bucket equal to the folder. Raises `StoreError`, and `LeaseLost`.
 
         The metrics come before the steps, so that a step that counts has its rows. A step's digest
-        comes after its other files. Old steps are deleted last, each beginning with its digest.
+        comes after its other files. Old steps are deleted last, each beginning with its digest. If
+        no step is left, they are deleted first, so that none has another run's config.
         """
         with self._publishing:
             self.lease.check()
             objects, steps = self.bucket.sizes(), _complete_steps(self.folder / STEPS)
+            if not steps:
+                self._delete_steps(objects, steps)
+                objects = self.bucket.sizes()
             self._publish_files(objects)
             for step in sorted(steps - _steps(objects, DIGEST), key=int):
                 self._upload_step(step)
@@ -139,8 +143,7 @@ class Mirror:
         shutil.rmtree(f"{folder}.corrupt", ignore_errors=True)  # its objects are overwritten
 
     def _publish_best(self) -> None:
-        link = self.folder / STEPS / BEST
-        best = os.readlink(link) if link.is_symlink() else None
+        best = read_link(self.folder / STEPS / BEST)
         if best == self._best:
             return
         name = f"{STEPS}/{BEST}"
@@ -210,6 +213,10 @@ class MirroredCheckpoints(Checkpoints):
         except CorruptCheckpoint:
             self.mirror.fetch_again(step)
             super()._verify(step)
+
+    def restore(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+        self.mirror.fetch(step)  # each process reads a mirror of its own, and only one verifies it
+        return super().restore(abstract, step)
 
     def _finish(self, step: Path, meta: dict[str, Any], best: bool) -> None:
         super()._finish(step, meta, best)

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tokenizers as library
-from helpers import refusal, tiny_run
+from helpers import read_files, refusal, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import numpy_gpt as ref
@@ -78,6 +79,19 @@ def test_bpe_without_end_of_text_is_rejected_for_examples():
     encoder = BpeTokenizer(library.Tokenizer(words))
     pieces = examples.encode_examples([lines([("a", "b")])], encoder, 1)
     assert refusal(next, pieces).startswith("tokenizer: has no <|endoftext|>, with which")
+
+
+def test_dataset_stays_as_it_is_if_the_new_tokenizer_has_no_end_of_text(tmp_path):
+    file = tmp_path / "words.jsonl"
+    file.write_text(lines([("a", "b")] * 20))
+    prepare(str(file), str(tmp_path))
+    before = read_files(tmp_path / "words")
+    words = library.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    (tmp_path / "new.json").write_text(library.Tokenizer(words).to_str())
+    arguments = str(file), str(tmp_path), str(tmp_path / "new.json")
+    message = refusal(partial(prepare, overwrite=True), *arguments)
+    assert message.startswith("tokenizer: has no <|endoftext|>, with which")
+    assert read_files(tmp_path / "words") == before
 
 
 BAD = ["{", "[]", "3", '{"prompt": "a"}', '{"prompt": 1, "completion": "a"}']

@@ -1,10 +1,21 @@
 """Test that `TextStream` shows the same text for every split of the token ids."""
 
+import tokenizers as library
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt.data.text_stream import TextStream
-from jaxgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxgpt.data.text_stream import TextStream, default_prompt
+from jaxgpt.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer
+
+
+def test_samples_start_from_a_text_that_has_ids():
+    assert default_prompt(CharTokenizer("\nab")) == "\n"
+    assert default_prompt(CharTokenizer("ab")) == "a"  # a line break is an error
+    words = library.Tokenizer(library.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    tokenizer = BpeTokenizer(words)
+    assert len(tokenizer.encode("\n")) == 0
+    assert default_prompt(tokenizer) == "a"
 
 
 def until_stop(text: str, stops: tuple[str, ...]) -> str:

@@ -1,12 +1,15 @@
 """Test that bad input exits with code 2 in one line, computes nothing and keeps all data."""
 
+import io
 import json
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from helpers import ERROR_FORM, TEXT, exit_code
@@ -17,7 +20,7 @@ from jaxgpt.cli import commands as cli
 from jaxgpt.data import text_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.model import GPT
-from jaxgpt.runtime import device
+from jaxgpt.runtime import device, run_dir
 
 from .harness import tiny
 
@@ -195,6 +198,7 @@ BAD = {
     "a dataset for HellaSwag": (
         nothing, "eval --out_dir=run --task=hellaswag --dataset=tale",
         "dataset='tale': HellaSwag has its own questions; try --task=loss"),
+    "a path that is too long": (nothing, "prepare " + 300 * "x", "x: file name too long; expected"),
     "code for a number": (nothing, f"{NEW} --n_layer=__import__('os').getpid()", "n_layer"),
 }  # fmt: skip
 
@@ -228,6 +232,22 @@ def test_bad_input_exits_with_code_2_in_one_line_and_computes_nothing(
     after = contents(world / "run") | contents(world / "data")
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
     assert changed <= {".lock"}
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_model_too_large_for_the_memory_is_one_line(world, capsys, monkeypatch, command):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(run_dir, "load_params", Mock(side_effect=full))
+    assert exit_code(cli.run, cli.COMMANDS[command], ["--out_dir=run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not fit into the device's memory (Out of memory allocating 9 bytes); try" in line
+
+
+def test_character_that_stdout_lacks_is_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert exit_code(cli.run, lambda argv: print("caf\xe9", flush=True), []) is None
+    assert raw.getvalue() == b"caf\\xe9\n"
 
 
 def test_run_output_contains_no_environment_secrets(data, tmp_path, capsys, monkeypatch):

@@ -78,7 +78,8 @@ def test_run_with_all_steps_damaged_is_rejected_and_nothing_is_deleted(run):
     rows = rows_of(run)
     for init_from in "auto", "auto", "resume", "scratch":
         message = refusal(train, run.replace(init_from=init_from))
-        assert re.search("all of its checkpoints are damaged.*--overwrite", message)
+        how = "--init_from=auto --overwrite" if init_from == "resume" else "--overwrite"
+        assert re.search(f"all of its checkpoints are damaged.*; try {how} to delete", message)
     assert rows_of(run) == rows
     assert len(Checkpoints(folder).damaged()) >= 2
 

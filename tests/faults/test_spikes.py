@@ -75,6 +75,7 @@ def test_json_keeps_the_last_steps_exactly(window):
     kept = min(W, window)
     np.testing.assert_array_equal(back[:, -kept:], steps[:, -kept:])
     assert (back[:, :-kept] == np.inf).all()
+    assert back.dtype == recent.dtype
 
 
 def scaled(token: int, factor: float):

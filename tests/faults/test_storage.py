@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -16,8 +17,9 @@ from jaxgpt.cli import commands as cli
 from jaxgpt.data import prepare as prepares
 from jaxgpt.data.prepare import find_dataset
 from jaxgpt.data.text import CORPORA, Corpus, Download
-from jaxgpt.runtime import lease, run_dir, storage
+from jaxgpt.runtime import distributed, lease, run_dir, storage
 from jaxgpt.runtime.lease import Lease
+from jaxgpt.runtime.mesh import local_mesh
 from jaxgpt.train import train
 
 from .harness import outcome
@@ -123,11 +125,15 @@ def test_commands_read_a_run_from_a_bucket(remote, bucket, tmp_path, capsys, mon
 
 
 @pytest.mark.slow
-def test_report_is_written_to_the_bucket(remote, bucket, capsys, monkeypatch):
+def test_report_is_written_to_the_bucket(remote, bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # JAX has started
-    assert train(remote.replace(max_iters=3)) == 0
+    file = tmp_path / "remote.py"
+    keys = remote.replace(max_iters=3, report=True).to_dict()
+    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{keys!r})\n")
+    assert cli.train([str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{remote.out_dir}/report.html"
+    bucket.delete("some/run/report.html")
     before = bucket.names()
-    capsys.readouterr()
     cli.report([remote.out_dir])
     assert capsys.readouterr().out == f"{remote.out_dir}/report.html\n"
     assert bucket.names() - before == {"some/run/report.html"}
@@ -182,6 +188,53 @@ def test_corpus_that_the_bucket_lacks_is_prepared_on_this_machine(bucket, short,
     config = short.replace(data_dir=f"s3://{bucket.name}/sets", dataset="bard")
     for _ in range(2):
         assert len(find_dataset(config, config.block_size).train) > 100
+    bucket.write("sets/bard/input.txt", TEXT.encode())  # the text alone, without token files
+    for _ in range(2):
+        assert len(find_dataset(config, config.block_size).train) > 100
+
+
+def test_empty_object_that_stands_for_a_folder_is_ignored(short, data, bucket):
+    """S3's console makes it when a user creates a folder."""
+    bucket.write("sets/tale/", b"")
+    for file in (data / "tale").iterdir():
+        bucket.write(f"sets/tale/{file.name}", file.read_bytes())
+    config = short.replace(data_dir=f"s3://{bucket.name}/sets")
+    for _ in range(2):
+        assert len(find_dataset(config, config.block_size).train) > 100
+
+
+def test_object_that_is_deleted_while_it_is_read_is_named(remote, bucket, tmp_path):
+    bucket.write("some/run/config.json", b"{}")
+    reader = storage.Bucket(remote.out_dir, "out_dir")
+    message = refusal(reader.download, tmp_path, {"config.json": 2, "gone.json": 2})
+    assert "an object was deleted while it was read; expected" in message
+
+
+@pytest.mark.slow
+def test_each_process_downloads_the_weights_that_it_reads(remote, tmp_path, monkeypatch):
+    assert train(remote) == 0
+    monkeypatch.setattr(distributed, "on_process_0", lambda function: 6)  # as in process 1
+    config = run_dir.load_config(remote.out_dir)
+    params, step = run_dir.load_params(config, "latest", local_mesh())
+    assert step == 6
+    assert jax.tree.leaves(params)[0].size > 0
+
+
+@pytest.mark.slow
+def test_run_that_is_overwritten_leaves_no_step_with_the_new_config(remote, bucket, monkeypatch):
+    assert train(remote) == 0
+    monkeypatch.setattr(storage.Mirror, "_publish_files", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(remote.replace(init_from="scratch", overwrite=True, learning_rate=0.5))
+    assert json.loads(bucket.read("some/run/config.json"))["learning_rate"] != 0.5
+    assert not [name for name in bucket.names() if name.endswith("digest.json")]
+
+
+@pytest.mark.slow
+def test_best_step_is_published_from_a_cache_without_links(remote, bucket, monkeypatch):
+    monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=PermissionError(1, "no links")))
+    assert train(remote) == 0
+    assert bucket.read("some/run/checkpoints/best") in (b"3", b"6")
 
 
 # ---- who may write ---------------------------------------------------------------------------
@@ -199,6 +252,12 @@ def elsewhere(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(storage, "_mirrors", {})
 
 
+def replace_or_create(self, name: str, data: bytes) -> bool:
+    """Act as a store that ignores the condition that no object may be replaced."""
+    self.write(name, data)
+    return True
+
+
 def test_second_writer_is_rejected_on_this_and_on_another_machine(
     remote, bucket, quick_lease, monkeypatch, tmp_path
 ):
@@ -208,6 +267,8 @@ def test_second_writer_is_rejected_on_this_and_on_another_machine(
         elsewhere(monkeypatch, tmp_path)
         assert refusal(train, remote).startswith(f"{subject}on ")
         assert bucket.names("some/run") == {".lease"}
+        monkeypatch.setattr(storage.Bucket, "create", replace_or_create)
+        assert refusal(train, remote).startswith(f"{subject}on ")
     assert bucket.names() == set()
 
 
@@ -231,7 +292,7 @@ def test_lease_of_a_dead_writer_on_this_machine_is_taken_over_at_once(
 ):
     bucket_lease(remote)._take()  # and never released, as after SIGKILL
     with monkeypatch.context() as patched:  # the next one is killed before it takes the lease
-        patched.setattr(storage.Bucket, "create", killed)
+        patched.setattr(storage.Bucket, "delete", killed)
         with pytest.raises(KeyboardInterrupt):
             bucket_lease(remote)._take()
     assert bucket.names("some/run") == {".lease"}

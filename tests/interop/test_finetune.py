@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -327,6 +328,31 @@ def test_early_stopping_ends_at_an_evaluation_after_the_interval_has_changed(mak
     train(config.replace(init_from="resume", eval_interval=3, max_iters=18))
     last = all_rows(config)[-1]
     assert (last["step"], last["full_val_loss"]) == (9, 9.0)
+
+
+@pytest.mark.slow
+def test_smaller_eval_interval_of_a_resumed_run_does_not_end_it(make_run, monkeypatch):
+    """Two evaluations in the first session count as two, and not by the new interval."""
+    set_val_losses(monkeypatch, {step: 1.0 if step == 4 else 5.0 for step in range(20)})
+    config = make_run("run", max_iters=12, eval_interval=4, early_stopping_patience=4)
+    train(config)
+    train(config.replace(init_from="resume", eval_interval=1, max_iters=19))
+    assert all_rows(config)[-1]["step"] == 14
+
+
+@pytest.mark.slow
+def test_loss_of_another_dataset_is_not_the_lowest_of_a_resumed_run(
+    make_run, data_dir, monkeypatch
+):
+    shutil.copytree(data_dir / "tale", data_dir / "other", dirs_exist_ok=True)
+    set_val_losses(monkeypatch, {step: 5.0 if step > 4 else 1.0 for step in range(20)})
+    config = make_run("run", max_iters=4, eval_interval=2)
+    train(config)
+    config = config.replace(init_from="resume", dataset="other", max_iters=8)
+    train(config.replace(target_val_loss=2.0))
+    assert run_dir.open_checkpoints(config).best() == 6
+    train(config.replace(max_iters=9))  # the best step is one of the other dataset from here on
+    assert run_dir.open_checkpoints(config).meta(9)["best_val_loss"] == 5.0
 
 
 @pytest.mark.slow

@@ -248,6 +248,16 @@ def test_gpt2_tokenizer_is_exported_for_transformers_and_loaded_again(tmp_path, 
         (tmp_path / "out" / name).unlink()
 
 
+def test_weights_with_gpt2s_vocabulary_are_exported_with_its_tokenizer(
+    tmp_path, fake_torch, gpt2, monkeypatch
+):
+    monkeypatch.chdir(DATA.parent)
+    file = write_checkpoint(tmp_path, fake_torch, vocab_size=50304)
+    export("out", "best", str(tmp_path / "out"), init_from=str(file))
+    again = open_weights(str(tmp_path / "out"))
+    assert again.tokenizer("nowhere").encode("ROMEO:").tolist() == gpt2.encode("ROMEO:").tolist()
+
+
 def test_missing_or_mismatched_tokenizer_is_rejected(write_case):
     folder = write_case("small")
     weights = open_weights(str(folder))
@@ -455,9 +465,9 @@ def test_parameters_that_gpt2_lacks_are_not_dropped():
     assert message.startswith("blocks.0.mlp.router.kernel: not in GPT-2's format; expected")
 
 
-def write_checkpoint(folder: Path, fake_torch: dict) -> Path:
+def write_checkpoint(folder: Path, fake_torch: dict, vocab_size: int = 128) -> Path:
     """Write a ckpt.pt of random weights with GPT-2's initialisation; return the file."""
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 128}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": vocab_size}
     config = Config(**sizes, mlp="gelu", mlp_dim=64, dtype="float32", attention="reference")
     tensors = to_tensors(config, random_params(config))
     theirs = {

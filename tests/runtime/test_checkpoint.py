@@ -458,6 +458,19 @@ def test_fresh_run_deletes_old_run_files_and_keeps_user_files(run):
     assert run_dir.open_checkpoints(run).latest() is None
 
 
+def test_overwriting_that_is_killed_leaves_no_step_with_the_new_config(run, monkeypatch):
+    before = json.dumps(run.to_dict())
+    Path(run.out_dir, "config.json").write_text(before)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_dir, "atomic_write", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            create(run.replace(learning_rate=0.5))
+    assert Path(run.out_dir, "config.json").read_text() == before
+    assert run_dir.open_checkpoints(run).latest() is None
+    create(run)
+    assert not list(Path(run.out_dir).glob("checkpoints*"))
+
+
 @pytest.mark.parametrize("config_json", [None, "{}", "3", '{"compilerOptions": {}}', "not JSON"])
 def test_fresh_run_in_a_foreign_folder_is_rejected_and_deletes_nothing(run, config_json):
     """A user may set out_dir to a project folder by mistake."""

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from jax._src.clusters import cloud_tpu_cluster
 from processes import Run
 
 from jaxgpt.config import UserError
-from jaxgpt.runtime.distributed import abort_all_on_error, init_distributed
+from jaxgpt.runtime.distributed import StopSignal, abort_all_on_error, init_distributed
 
 # ---- joining processes -----------------------------------------------------------------------
 
@@ -202,7 +203,25 @@ def test_user_error_in_process_0_ends_every_process(folder):
     nothing = Run(folder, "nothing", 2, "--init_from=resume")
     assert nothing.wait() == [2, 2]
     assert "no checkpoint in" in nothing.errors[0]
-    assert "process 0: failed; try its log" in nothing.errors[1]
+    assert "process 0: failed; expected no error; try its log" in nothing.errors[1]
+
+
+def test_processes_with_different_keys_are_refused(folder):
+    """Otherwise they would hang, or train on different batches."""
+    mixed = Run(folder, "mixed", 2, own_flags={1: ["--seed=7"]})
+    assert mixed.wait() == [2, 2]
+    for error, seed in zip(mixed.errors, (1337, 7), strict=True):
+        assert f"seed={seed}: the processes of this run have different values" in error
+    assert not (folder / "mixed/config.json").exists()
+
+
+@pytest.mark.parametrize("broken", [BrokenPipeError, OSError(5, "Input/output error")])
+def test_signal_is_recorded_if_stderr_is_closed(monkeypatch, broken):
+    """As in `python train.py 2>&1 | tee log`, where Ctrl-C ends `tee` too."""
+    monkeypatch.setattr(os, "write", Mock(side_effect=broken))
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.exit_code == 128 + signal.SIGINT
 
 
 GONE = "UNKNOWN: Gloo all-reduce failed: [pair.cc:547] Connection closed by peer [10.0.0.5]:15769"

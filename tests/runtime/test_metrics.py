@@ -12,6 +12,7 @@ import tracemalloc
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 from helpers import refusal
@@ -380,6 +381,8 @@ def test_tensorboard_session_starts_after_the_resumed_step(config, tmp_path, fir
 class FakeWandb(ModuleType):
     """A stand-in for the wandb package that records all calls."""
 
+    Error = RuntimeError
+
     def __init__(self):
         super().__init__("wandb")
         self.told, self.finished = [], False
@@ -410,6 +413,21 @@ def test_weights_and_biases_gets_the_config_and_every_row(config, tmp_path, monk
     known = [{key: value for key, value in row.items() if value is not None} for row in TOLD]
     assert wandb.told == [(row["step"], row) for row in known]
     assert wandb.finished
+
+
+def test_weights_and_biases_without_a_login_is_one_line(config, monkeypatch):
+    wandb = FakeWandb()
+    wandb.init = Mock(side_effect=wandb.Error("api_key not configured"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    message = refusal(Log, config.replace(wandb_log=True), 0)
+    assert message.startswith("wandb_log=True: api_key not configured; expected a login; try wandb")
+
+
+def test_character_that_stdout_lacks_does_not_end_a_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with Log(config, 0) as log:
+        log.info("Où est-il?")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "Où est-il?\n"
 
 
 def test_missing_tracker_package_is_an_error_only_if_enabled(config, monkeypatch):

@@ -149,6 +149,15 @@ def test_train_command_writes_the_report_of_its_run(data, tmp_path, capsys):
     assert "step 8" in path.read_text(encoding="utf-8")
 
 
+def test_run_that_takes_no_step_has_no_report(data, tmp_path):
+    config = tiny_run(tmp_path / "run", data, max_iters=0, eval_iters=1, report=True)
+    assert jaxgpt.train(config).source == config.out_dir
+    file = tmp_path / "none.py"
+    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{config.to_dict()!r})\n")
+    assert commands.train([str(file)]) == 0
+    assert not (tmp_path / "run/report.html").exists()
+
+
 @pytest.mark.slow
 def test_a_run_whose_dataset_is_missing_shows_a_sample(run, data, tmp_path):
     moved = tmp_path / "moved"
