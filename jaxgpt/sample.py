@@ -5,6 +5,7 @@ V vocabulary (padded), k likeliest tokens, n tokens per chunk.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -228,7 +229,7 @@ class Sampler:
     Raises `UserError` for an encoder.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, most_devices: int = sys.maxsize):
         if not config.causal:
             raise UserError("causal=False: an encoder cannot be sampled; expected causal=True")
         dtype = kernels.compute_dtype(config.dtype)
@@ -241,6 +242,7 @@ class Sampler:
         self.config = config.replace(**keys)
         graphdef = model.abstract_model(self.config).graphdef
         self.num_generated = 0  # tokens that the latest `generate` yielded
+        self.most_devices = most_devices
         cast = jax.jit(cast_params, static_argnums=1)
         pack = jax.jit(lambda params: decode.pack_weights(nnx.merge(graphdef, params)))
         self._weights_for = partial(decode.weights_for, config.dtype, dtype, cast=cast, pack=pack)
@@ -326,7 +328,7 @@ class Sampler:
 
     def _replicate(self, batch: int) -> tuple[Mesh, Any]:
         """Return a mesh that divides `batch` sequences, and the parameters on its devices."""
-        most = kernels.max_replicas(self.params)
+        most = min(self.most_devices, kernels.max_replicas(self.params))
         mesh = local_mesh(next(n for n in range(most, 0, -1) if batch % n == 0))
         if mesh not in self._replicas:
             whole = NamedSharding(mesh, PartitionSpec())

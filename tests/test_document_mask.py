@@ -42,6 +42,15 @@ def test_document_mask_rejects_cudnn_and_auto_selects_another_backend():
     assert device.choose_attention(config, target_platform="tpu") == ("splash", [])
 
 
+@pytest.mark.parametrize(("capability", "backend"), [("9.0", "cudnn"), ("8.0", "flash")])
+def test_wide_heads_are_cudnns_from_hopper_on_also_on_gpus_that_are_not_attached(
+    capability, backend
+):
+    keys = {"attention": "auto", "dtype": "bfloat16", "document_mask": False, "n_embd": 512}
+    config = make_config(**keys, n_head=2)
+    assert device.choose_attention(config, "gpu", capability) == (backend, [])
+
+
 @pytest.mark.parametrize("backend", ["cudnn", "splash", "xla"])
 def test_back_ends_without_dropout_of_the_weights_are_refused_with_it(backend):
     config = make_config(attention=backend, dtype="bfloat16", block_size=128, n_embd=32)

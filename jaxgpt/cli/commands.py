@@ -231,6 +231,8 @@ def answer_prompts(args: SampleArgs, sampler: Any, tokenizer: Any) -> None:
                 print(f"error: {error}", file=sys.stderr)
     except EOFError:
         print()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt: {reason(error)}; expected text in UTF-8") from error
 
 
 def read_start(start: str) -> str:

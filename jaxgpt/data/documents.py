@@ -194,7 +194,13 @@ def _read_rows(dataset: str, rows: Any) -> Iterator[str]:
     """Yield the documents in these rows that are not empty."""
     try:
         for batch in rows.iter(batch_size=BATCH):
-            yield from filter(None, batch[COLUMN])
+            for text in filter(None, batch[COLUMN]):
+                if not isinstance(text, str):
+                    problem = f"its column {COLUMN} holds {type(text).__name__}"
+                    raise UserError(f"{dataset}: {problem}; expected texts")
+                yield text
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{dataset}: reading failed ({_first_line(error)}); "

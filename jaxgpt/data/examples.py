@@ -50,7 +50,7 @@ def read_examples(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
             example = json.loads(line)
             prompt, completion = example["prompt"], example["completion"]
             str.encode(prompt + completion)  # fails for other types, and for half a character
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             form = 'an object with two texts; try {"prompt": "2+2=", "completion": "4"}'
             raise UserError(
                 f"line {number}: found {line.strip()[:60]!r}; expected {form}"

@@ -35,9 +35,9 @@ PEAK_FLOPS = {
     "NVIDIA A100": 312e12, "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12,
     "NVIDIA L4": 121e12, "NVIDIA L40": 181e12, "NVIDIA L40S": 362e12,
     "NVIDIA H100": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989.4e12, "NVIDIA GH200": 989.4e12,
+    "NVIDIA H200": 989.4e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200": 989.4e12,
     "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 3090 Ti": 80e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,
     "TPU v2": 22.5e12, "TPU v3": 61.5e12,  # of a core, half a chip
@@ -272,13 +272,18 @@ def is_cpu() -> bool:
 def peak_flops() -> float | None:
     """Return the dense bfloat16 FLOP/s of one device, or None if they are unknown."""
     kind = jax.devices()[0].device_kind
+    if "Laptop" in kind:  # slower than the card of the same name
+        return None
     names = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-def is_hopper() -> bool:
-    """Tell whether the devices are NVIDIA GPUs of the Hopper generation or a later one."""
-    capability = getattr(jax.devices()[0], "compute_capability", "")
+def is_hopper_or_later(capability: str = "") -> bool:
+    """Tell whether NVIDIA GPUs are of the Hopper generation or a later one.
+
+    `capability` is their compute capability, by default that of the attached devices.
+    """
+    capability = capability or getattr(jax.devices()[0], "compute_capability", "")
     return re.fullmatch(r"(9|1\d)\.\d", capability) is not None
 
 
@@ -302,15 +307,18 @@ def fits_on_device(config: DataConfig, dataset: Dataset) -> bool:
     return {"always": True, "never": False, "auto": fits}[config.data_on_device]
 
 
-def resolve_auto(config: Config, target_platform: str = "") -> tuple[Config, list[str]]:
+def resolve_auto(
+    config: Config, target_platform: str = "", capability: str = ""
+) -> tuple[Config, list[str]]:
     """Replace every `auto` of a config for this hardware; return the config, and notes for the log.
 
     A `target_platform` ("gpu" or "tpu") need not be attached, so no kernel is tried on it.
+    `capability` is its compute capability if it is an NVIDIA GPU.
     """
     platform = target_platform or jax.default_backend()
     if config.dtype == "auto":
         config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
-    attention, notes = choose_attention(config, target_platform)
+    attention, notes = choose_attention(config, target_platform, capability)
     return config.replace(attention=attention), notes
 
 
@@ -325,7 +333,9 @@ def inference_config(config: Config, dtype: str = "auto", **keys: Any) -> Config
     return resolve_auto(config.replace(**keys))[0]
 
 
-def choose_attention(config: Config, target_platform: str = "") -> tuple[str, list[str]]:
+def choose_attention(
+    config: Config, target_platform: str = "", capability: str = ""
+) -> tuple[str, list[str]]:
     """Choose the back end for `attention=auto`; return it, and notes if no fast one can be used.
 
     Without a target platform the back end is also tried. Raises `UserError` if a back end that the
@@ -333,13 +343,13 @@ def choose_attention(config: Config, target_platform: str = "") -> tuple[str, li
     """
     c, platform = config, target_platform or jax.default_backend()
     if c.attention != "auto":
-        if reason := _unsupported_reason(c, c.attention, platform):
+        if reason := _unsupported_reason(c, c.attention, platform, capability):
             also = " or" if "; try " in reason else "; try"
             raise UserError(f"attention={c.attention!r}: {reason}{also} --attention=auto")
         return c.attention, []
     failed, unsupported = [], []
     for backend in FASTEST_ATTENTION.get(platform, []):
-        if reason := _unsupported_reason(c, backend, platform):
+        if reason := _unsupported_reason(c, backend, platform, capability):
             unsupported = [f"{backend} {reason}"]
         elif not target_platform and platform != "cpu" and (failure := self_test(c, backend)):
             failed = [f"{backend} failed its test: {failure}"]
@@ -350,11 +360,11 @@ def choose_attention(config: Config, target_platform: str = "") -> tuple[str, li
     return fallback, [f"attention='auto': uses {fallback}, because {why}" for why in reasons]
 
 
-def _unsupported_reason(c: Config, backend: str, platform: str) -> str:
+def _unsupported_reason(c: Config, backend: str, platform: str, capability: str) -> str:
     """Return what the model needs and this back end cannot do, or ""."""
     no_dropout = f"has no dropout of attention weights, but dropout={c.dropout}; "
     no_dropout += "try --attention_dropout=False"
-    widest = 256 if platform == "gpu" and is_hopper() else 128
+    widest = 256 if platform == "gpu" and is_hopper_or_later(capability) else 128
     widths = f"needs a head dim that is a multiple of 8 up to {widest}, not {c.head_dim}"
     lengths = f"needs a block_size that is a multiple of 128, not {c.block_size}"
     limits = {

@@ -23,7 +23,7 @@ from jaxgpt.runtime import run_dir
 from jaxgpt.runtime.device import resolve_auto
 from jaxgpt.runtime.files import atomic_write
 from jaxgpt.runtime.metrics import read_metrics
-from jaxgpt.tools.bench.report import interleaved
+from jaxgpt.tools.bench.report import describe_machine, interleaved
 from jaxgpt.tools.bench.training import JaxGPT
 from jaxgpt.train import train
 
@@ -81,12 +81,12 @@ def ablate(config: Config, features: list[str], seeds: int, out_dir: str) -> int
             raise UserError(f"features={name!r}: {problem}")
     check_runs_end(config)
     names = [BASELINE, *(features or FEATURES)]
+    configs = {name: with_feature(config, name) for name in names}  # fails now if it is invalid
     for seed in range(1, seeds + 1):
         for name in names:
             for share in LENGTHS[name]:
                 if code := train_run(run_config(config, name, seed, share, out_dir)):
                     return code
-    configs = {name: with_feature(config, name) for name in names}
     costs = {name: step_cost(configs, name, out_dir) for name in names}
     results = compare(config, costs, seeds, out_dir)
     text = format_table(results) + "\n" + format_speedup(config, results, seeds, out_dir)
@@ -128,11 +128,14 @@ def with_feature(config: Config, name: str) -> Config:
 
 
 def check_runs_end(config: Config) -> None:
-    """Raise `UserError` for a key that ends runs early, because their losses are compared."""
+    """Raise `UserError` for a key that ends runs early, or that starts them from weights."""
     for key in "eval_only", "early_stopping_patience", "target_val_loss":
         if value := getattr(config, key):
             problem = "a run that ends early cannot be compared"
             raise UserError(f"{key}={value}: {problem}; expected {key}={getattr(Config, key)}")
+    if config.init_from not in ("scratch", "auto", "resume"):
+        problem = "the runs of a study start from random weights"
+        raise UserError(f"init_from={config.init_from!r}: {problem}; expected init_from='scratch'")
 
 
 def train_run(config: Config) -> int:
@@ -167,15 +170,22 @@ def final_loss(config: Config) -> float | None:
 
 
 def step_cost(configs: dict[str, Config], name: str, out_dir: str) -> float:
-    """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json."""
+    """Time a feature's steps and the baseline's in turn; return the ratio, kept in cost.json.
+
+    A ratio that was kept on other hardware, or with other versions, is measured again.
+    """
     file = folder_of(name, out_dir) / "cost.json"
-    if not file.exists():
-        baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
-        (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(found))
-        jax.clear_caches()
-    return json.loads(file.read_text(encoding="utf-8"))["ratio"]
+    machine = describe_machine()
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if all(kept.get(key) == machine[key] for key in ("hardware", "versions")):
+            return kept["ratio"]
+    baseline, feature = (round_of_steps(configs[one]) for one in (BASELINE, name))
+    (found,) = interleaved([baseline], feature, REPEATS, ("baseline_s", "feature_s"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(machine | found))
+    jax.clear_caches()
+    return found["ratio"]
 
 
 def folder_of(name: str, out_dir: str) -> Path:

@@ -74,10 +74,11 @@ def evaluate(*where: str, dataset: str = "", **options: Any) -> dict[str, Any]:
     batches = full_split(data.val, mesh, sequences, config.block_size)
     loss = mean_loss(make_eval_step(config, mesh), params, batches)
     result = name_source(step, **options) | {"val_tokens": len(data.val), "val_loss": loss}
-    result["perplexity"] = math.exp(loss) if loss < 700 else math.inf  # exp would overflow
+    result["perplexity"] = math.inf if loss >= 700 else math.exp(loss)  # exp would overflow
     if data.tokenizer:
         targets, size = count_bytes(data.val, data.tokenizer)
-        result["bits_per_byte"] = loss / math.log(2) * targets / size
+        if size:
+            result["bits_per_byte"] = loss / math.log(2) * targets / size
     return result
 
 
@@ -154,7 +155,7 @@ def greedy_solutions(sampler: Sampler, task: Arithmetic) -> list[str]:
     """Return the most likely characters after each held-out problem, up to the line break."""
     rows = task.windows(task.held_out, task.longest)
     prompts = [~row[: (row >= 0).argmax()] for row in rows]
-    solutions = [""] * len(prompts)
+    solutions, chars = [""] * len(prompts), task.tokenizer.chars
     size = min(PROBLEMS_PER_BATCH, len(prompts))
     for kind in range(len(task.operations)):
         numbers = np.flatnonzero(task.held_out.kind == kind)
@@ -164,7 +165,7 @@ def greedy_solutions(sampler: Sampler, task: Arithmetic) -> list[str]:
             same_size = np.resize(batch, size)  # another size would be compiled
             tokens = greedy_tokens(sampler, [prompts[n] for n in same_size], task, longest)
             for n, row in zip(batch, tokens, strict=False):
-                text = "".join(task.tokenizer.chars[id] for id in row)
+                text = "".join(chars[id] if id < len(chars) else "\ufffd" for id in row)
                 solutions[n] = text[: text.find("\n") + 1] or text
     return solutions
 

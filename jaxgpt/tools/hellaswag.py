@@ -80,7 +80,7 @@ def read_questions(file: Path) -> list[Question]:
         try:
             fields = json.loads(line)
             question = Question(fields["ctx"], int(fields["label"]), fields["endings"])
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: is not a question ({error!r}); {FORMAT}") from error
         if not isinstance(question.endings, list) or not question.endings:
             raise UserError(f"{where}: endings is not a list of texts; {FORMAT}")

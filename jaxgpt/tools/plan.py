@@ -184,7 +184,8 @@ def _gpu_description(chip: Chip) -> str:
 
 def resolve(config: Config, chip: Chip) -> tuple[Config, list[str]]:
     """Return the config with every `auto` resolved for this chip, and notes on assumptions."""
-    config, notes = device.resolve_auto(config, chip.platform)
+    capability = chip.cores.partition(" ")[0]
+    config, notes = device.resolve_auto(config, chip.platform, capability)
     if config.dtype != "bfloat16":
         note = "the estimated times are those of bfloat16 products, which are faster"
         notes.append(f"dtype={config.dtype}: {note}")
@@ -287,7 +288,8 @@ def flops_per_step(config: Config) -> float:
     tokens = batch_size.global_batch_size(config) * config.block_size
     attention = 4 * config.n_layer * config.n_embd * config.block_size  # forward pass, per token
     once = flops_per_token(config)
-    again = {"none": 0, "dots": attention, "full": once / 3}[config.remat]
+    head = 6 * config.vocab_size * config.n_embd  # of the output layer, which is never recomputed
+    again = {"none": 0, "dots": attention, "full": (once - head) / 3}[config.remat]
     return tokens * (once + again)
 
 

@@ -240,6 +240,9 @@ def test_parquet_without_texts_or_with_bad_content_is_rejected(tmp_path, bpe_fil
     file = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), file)
     assert "text" in refusal(prepare, file, str(tmp_path / "data"), bpe_file)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
+    message = refusal(prepare, file, str(tmp_path / "numbers"), bpe_file)
+    assert "its column text holds int; expected texts" in message
     (tmp_path / "a.parquet").write_bytes(b"none")
     assert re.search(
         r"a\.parquet: .*\(\w+: .*column text",

@@ -169,6 +169,17 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path):
 ENDS_EARLY = [{"early_stopping_patience": 3}, {"target_val_loss": 1.5}, {"eval_only": True}]
 
 
+def test_weights_to_start_from_are_rejected(config, tmp_path):
+    message = refusal(ablate.ablate, config.replace(init_from="gpt2"), [], 1, str(tmp_path))
+    assert message.startswith("init_from='gpt2': the runs of a study start from random weights")
+
+
+def test_invalid_feature_is_rejected_before_the_first_run(config, trained, tmp_path):
+    odd = config.replace(n_head=16)  # one number per head cannot be rotated
+    assert "odd" in refusal(ablate.ablate, odd, ["rope"], 1, str(tmp_path))
+    assert trained == []
+
+
 @pytest.mark.parametrize("keys", ENDS_EARLY, ids=str)
 def test_runs_that_end_early_are_rejected(config, tmp_path, keys):
     message = refusal(ablate.ablate, config.replace(**keys), [], 1, str(tmp_path))
@@ -185,8 +196,11 @@ def test_step_cost_is_the_median_of_interleaved_ratios_and_is_cached(config, tmp
     pairs = json.loads((tmp_path / "muon/cost.json").read_text())["pairs"]
     assert len(pairs) == 2
     assert cost == pytest.approx(np.median([p["feature_s"] / p["baseline_s"] for p in pairs]))
-    monkeypatch.setattr(ablate, "interleaved", None)
+    monkeypatch.setattr(ablate, "interleaved", lambda *args: [{"ratio": 5.0}])
     assert ablate.step_cost(configs, "muon", str(tmp_path)) == cost
+    elsewhere = {"hardware": {"cpu": "another"}, "versions": {}}
+    monkeypatch.setattr(ablate, "describe_machine", lambda: elsewhere)
+    assert ablate.step_cost(configs, "muon", str(tmp_path)) == 5.0
 
 
 @pytest.mark.slow

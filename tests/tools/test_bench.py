@@ -6,7 +6,9 @@ import subprocess
 import sys
 from math import erf
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers import CHILD_ENV, ROOT, refusal
@@ -15,7 +17,9 @@ from jaxgpt import resolve
 from jaxgpt.config import Config, RunConfig, UserError
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.tokens import Dataset, TokenSplit
+from jaxgpt.model import init_params
 from jaxgpt.runtime.config_file import load_config_file
+from jaxgpt.sample import Sampler, truncated_len
 from jaxgpt.tools.bench import command, nanogpt, report, sampling, training
 from jaxgpt.tools.bench.chart import draw_chart
 from jaxgpt.tools.bench.options import BenchArgs
@@ -220,6 +224,66 @@ def test_bytes_of_decoding_are_those_of_the_weights_and_of_the_cache(tie, monkey
     assert found == pytest.approx(4 * (weights + 3 * cache))
 
 
+def test_bytes_of_the_cache_are_those_of_the_lengths_that_sampling_reaches(monkeypatch):
+    """Past block_size, a text restarts from its last half."""
+    monkeypatch.setattr(sampling, "NEW_TOKENS", 3 * TINY["block_size"])
+    c = Config(**TINY, dtype="float32", attention="reference")
+    sampler, lengths = sampling.make_samplers(c)[""], []
+    T = c.block_size
+    for n in range(1, 3 * T + 1):
+        lengths.append(n if n <= T else lengths[-1] + 1)
+        if lengths[-1] > T:
+            lengths[-1] = truncated_len(T)
+    growth = sampling.decode_bytes(sampler, batch=3) - sampling.decode_bytes(sampler, batch=2)
+    assert growth == pytest.approx(4 * 2 * c.n_layer * c.n_embd * np.mean(lengths))
+
+
+def test_batch_that_does_not_fit_leaves_the_results_of_smaller_batches(monkeypatch):
+    def generate(sampler, batch, overflow="truncate"):
+        if batch > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return 0.1, 0.2
+
+    monkeypatch.setattr(sampling, "generate", generate)
+    c = Config(**TINY, dtype="float32", attention="reference")
+    nothing: Any = [None] * 6
+    found = sampling.bench_sampling(report.Bench("tiny", c, Dataset(*nothing)))
+    assert [row[0] for row in found.rows[:2]] == ["1", "8"]
+    assert "64 sequences do not fit in this device's memory" in found.notes
+
+
+def test_samples_are_the_same_on_fewer_devices():
+    c = Config(**TINY, dtype="float32", attention="reference")
+    params = init_params(c, jax.random.key(0))
+    prompts = [np.zeros(1, np.int32)] * 4
+    one, all_devices = (
+        np.concatenate(list(s.load(params).generate(prompts, max_new_tokens=20)), axis=1)
+        for s in (Sampler(c, most_devices=1), Sampler(c))
+    )
+    np.testing.assert_array_equal(one, all_devices)
+
+
+def test_answer_that_is_no_json_is_the_error_of_nanogpt(tmp_path):
+    (tmp_path / "model.py").write_text("")
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho Welcome\n")
+    program.chmod(0o755)
+    message = refusal(nanogpt.NanoGPT, str(tmp_path), str(program), tmp_path)
+    assert "its process printed 'Welcome'" in message
+
+
+def test_commit_of_a_checkout_with_a_new_file_differs():
+    new = ROOT / "jaxgpt" / "tools" / "a_new_file_of_a_test.py"
+    before = report.describe_machine()["commit"]
+    try:
+        new.write_text("x = 1\n")
+        first = report.describe_machine()["commit"]
+        new.write_text("x = 2\n")
+        assert len({before, first, report.describe_machine()["commit"]}) == 3
+    finally:
+        new.unlink()
+
+
 # --- User errors and the command ----------------------------------------------------------------
 
 
@@ -275,6 +339,15 @@ time.sleep(0.5)
         (
             {"suite": "gpu", "chart": "c.png"},
             "chart='c.png': has no effect with --suite; expected one of both",
+        ),
+        (
+            {"chart": "c.png", "results": ("a.json",), "preset": "cpu"},
+            "preset='cpu': has no effect with --chart; expected one of both",
+        ),
+        (
+            {"benchmark": "sample", "compare_to": "nanoGPT", "compile": "compiled"},
+            "compile='compiled': sampling is compared with nanoGPT eager, and has no picture; try "
+            "without --compile",
         ),
         (
             {"chart": "picture", "results": ("a.json",)},

@@ -161,6 +161,7 @@ def test_long_contexts_are_truncated_at_the_start(case, tmp_path):
 FORMAT = '; expected {"ctx": TEXT, "label": NUMBER, "endings": [TEXT, ...]}'
 BAD_LINES = {
     "json": ("{", ", line 1: is not a question (JSONDecodeError("),
+    "nested": (100_000 * "[", ", line 1: is not a question (RecursionError("),
     "no label": (
         '{"ctx": "a", "endings": ["b"]}',
         f", line 1: is not a question (KeyError('label')){FORMAT}",

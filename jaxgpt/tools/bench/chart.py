@@ -42,7 +42,7 @@ def draw_chart(results: Sequence[str], out_dir: str, file: str) -> list[str]:
         right.text(high * 1.06, row, f"{median:.2g}x", va="center")
     right.set_yticks(list(rows), names)
     right.set_xscale("log")
-    right.set_xlim(0.7, 1.8 * max(highs))
+    right.set_xlim(min(0.7, 0.9 * min(lows)), 1.8 * max(highs))
     right.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     right.minorticks_off()
     right.axvline(1, color="0.3", linewidth=1)

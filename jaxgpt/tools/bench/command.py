@@ -61,7 +61,7 @@ def bench(args: BenchArgs) -> None:
     with TemporaryDirectory() as folder:
         report, facts = run(args, name, config, Path(folder))
     facts["load_before"] = load_before
-    if load_before > 0.3 * (os.cpu_count() or 1):
+    if load_before > 0.3 * device.cores():
         note = f"the load average before the start was {load_before:.1f}: this machine was in use"
         report.notes.append(note)
     show(report, facts)
@@ -76,6 +76,7 @@ NEEDS = {
     "rows": "suite", "budget_s": "suite", "results": "chart", "out_dir": "chart",
     "torch_python": "compare_to", "compile": "compare_to", "plot": "compare_to",
 }  # fmt: skip
+ALONE = "preset", "config", "benchmark", "repeats", "json", "compare_to"  # no flags of a chart
 PICTURES = ".png", ".svg", ".pdf"  # of which matplotlib draws the format
 
 
@@ -92,6 +93,15 @@ def check_flags(args: BenchArgs) -> None:
         value = getattr(args, flag)
         if value != getattr(BenchArgs, flag) and not getattr(args, other):
             raise UserError(f"{flag}={value!r}: applies only with --{other}; expected both flags")
+    for flag in ALONE if args.chart else ():
+        value = getattr(args, flag)
+        if value != getattr(BenchArgs, flag):
+            raise UserError(f"{flag}={value!r}: has no effect with --chart; expected one of both")
+    for flag in ("compile", "plot") if args.benchmark == "sample" else ():
+        value = getattr(args, flag)
+        if value != getattr(BenchArgs, flag):
+            problem = "sampling is compared with nanoGPT eager, and has no picture"
+            raise UserError(f"{flag}={value!r}: {problem}; try without --{flag}")
     if args.config and args.preset:
         raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
     if args.compare_to and args.benchmark in ("data", "attention"):

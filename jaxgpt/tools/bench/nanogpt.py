@@ -86,7 +86,10 @@ class NanoGPT:
             self._log.seek(0)
             last = self._log.read().strip().splitlines()[-1:]
             raise NanoGPTError(*last or [f"the process ended with code {self._process.wait()}"])
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise NanoGPTError(f"its process printed {line.strip()[:60]!r}") from error
         if "error" in answer:
             raise NanoGPTError(answer["error"])
         return answer

@@ -1,7 +1,6 @@
 """The settings, timers and reports that all benchmarks share."""
 
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -62,7 +61,13 @@ def call_ms(call: Callable[[], Any], rounds: int = 7) -> list[float]:
 
     def time_calls(calls: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)])
+        if device.is_cpu():  # whose calls may end in another order
+            jax.block_until_ready([call() for _ in range(calls)])
+        else:  # only the last result is kept, so that the others take no memory
+            result = None
+            for _ in range(calls):
+                result = call()
+            jax.block_until_ready(result)
         return 1000 * (time.perf_counter() - began) / calls
 
     time_calls(1)
@@ -108,23 +113,26 @@ def format_ratios(name: str, result: dict[str, Any]) -> str:
 def describe_machine() -> dict[str, Any]:
     """Return the hardware, the versions of the libraries, jaxgpt's commit and the time.
 
-    The commit of a changed checkout ends with -dirty and a hash of the changes.
+    The commit of a checkout with changes or new files ends with -dirty and a hash of them.
     """
     info, root, git = Path("/proc/cpuinfo"), Path(__file__).parents[3], shutil.which("git")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""
     if git and (root / ".git").exists():
-        options = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]  # not by a tag's name
-        command = [git, "-C", str(root), "describe", *options]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        if commit.endswith("-dirty"):
-            changes = subprocess.run([git, "-C", str(root), "diff", "HEAD"], capture_output=True)
-            commit += f"-{hashlib.sha256(changes.stdout).hexdigest()[:7]}"
+        ask = lambda *words: (
+            subprocess.run([git, "-C", str(root), *words], capture_output=True).stdout
+        )
+        commit = ask("rev-parse", "HEAD").decode().strip()
+        new_files = ask("ls-files", "--others", "--exclude-standard", "jaxgpt").decode().split("\n")
+        changes = ask("diff", "HEAD")
+        changes += b"".join((root / file).read_bytes() for file in filter(None, new_files))
+        if changes:
+            commit += f"-dirty-{hashlib.sha256(changes).hexdigest()[:7]}"
     hardware = {
         "device": jax.devices()[0].device_kind,
         "devices": 1 if device.is_cpu() else jax.device_count(),
         "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": device.cores(),
         "memory_bytes": device.memory_bytes(),
     }
     versions = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}

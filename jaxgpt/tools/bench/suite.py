@@ -77,7 +77,7 @@ def run_suite(args: BenchArgs) -> None:
 def run_child(file: Path, names: list[str], settings: dict, env: dict[str, str]) -> list[str]:
     """Measure rows in a process with these variables; return the rows after one that ended it."""
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), env.get("XLA_FLAGS"))))
-    variables = env | os.environ | ({"XLA_FLAGS": flags} if flags else {})
+    variables = os.environ | env | ({"XLA_FLAGS": flags} if flags else {})
     command = [sys.executable, "-m", __spec__.name, json.dumps(settings | {"rows": names})]
     began = time.time()
     code = subprocess.run(command, env=variables).returncode
@@ -97,7 +97,7 @@ def main(settings: dict[str, Any]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are of a first run
     sizes = TOY if device.is_cpu() else replace(FULL, repeats=settings["repeats"])
     if sizes is TOY:
-        print("JAX computes on a CPU, so the rows have toy sizes", flush=True)
+        print("JAX computes on a CPU, so the rows have toy sizes and two repeats", flush=True)
     file, rows = Path(settings["file"]), [row for row in ROWS if row.name in settings["rows"]]
     keys = {key: settings[key] for key in ("compare_to", "torch_python", "modes", "xla_flags")}
     with TemporaryDirectory() as folder:
