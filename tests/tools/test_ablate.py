@@ -119,7 +119,7 @@ def test_losses_are_compared_by_seed_at_equal_steps_and_at_equal_time(config, mo
     rows = {row.split(" | ")[0]: row for row in ablate.format_table(found).splitlines()}
     assert "-0.1250 ± 0.0354" in rows["| rope"]
     assert "| 2 of 2 | 1.25 |" in rows["| rope"]
-    assert "beyond" in rows["| muon"]
+    assert "outside the baseline" in rows["| muon"]
 
 
 def test_difference_beyond_three_standard_errors_is_bold(config, monkeypatch):
