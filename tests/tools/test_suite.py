@@ -351,7 +351,9 @@ def test_command_measures_rows_in_processes_of_their_own_and_continues(tmp_path)
     options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
     first, second = (subprocess.run(command, **options) for _ in range(2))
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("JAX computes on a CPU, so the rows have toy sizes and two repeats\n")
+    assert first.stdout.startswith(
+        "JAX computes on a CPU, so the rows have toy sizes and two repeats\n"
+    )
     assert "| `flag_O1` | train_124m with JAX_OPTIMIZATION_LEVEL=O1 | " in first.stdout
     assert second.stdout.count("two repeats\n") == 1  # the second process had nothing to do
     assert second.stdout.partition("\n\n")[2] == first.stdout.partition("\n\n")[2]
