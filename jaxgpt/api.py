@@ -72,10 +72,16 @@ def train(config: Config) -> "Run":
         signal.raise_signal(signal.SIGTERM)
     trained = open_trained("resume", c.out_dir, config=type(c))
     run = Run(trained, c.out_dir, device=c.device)
-    has_model = len(run_dir.open_checkpoints(c).steps()) > 0
-    if c.report and code == 0 and has_model and distributed.is_process_0():
+    if has_to_report(c, code):
         run.report()
     return run
+
+
+def has_to_report(config: Config, code: int) -> bool:
+    """Tell whether this process writes the report of a run that has ended with this exit code."""
+    if not config.report or code != 0 or not distributed.is_process_0():
+        return False
+    return run_dir.open_checkpoints(config).latest() is not None  # else no step was taken
 
 
 def load(

@@ -204,8 +204,8 @@ class ModelConfig:
     sliding_window: NonNegativeInt = 0
     """Maximum number of keys that a query attends to, its own included; 0 means all."""
     causal: bool = True
-    """Mask later tokens. False makes an encoder. It cannot be sampled, and its input contains the
-    next tokens, which it need only copy."""
+    """Mask later tokens. False makes an encoder, which cannot be sampled. Its input contains the
+    tokens that it has to predict."""
     value_residual: bool = False
     """Mix the first layer's values into every layer's values, by a learned weight."""
     document_mask: bool = False

@@ -96,8 +96,8 @@ def resolve_run(config: Config, cli_keys: frozenset[str] = frozenset()) -> Itera
         distributed.on_process_0(create)
         checkpoints.newest = checkpoints.latest()  # `create` deletes those of an old run
         notes += device_notes + resume.describe_changes(config, checkpoints, resume_step)
-        subject, advice = f"batch_size={config.batch_size}", FIT_IN_MEMORY
-        explained = device.explain_out_of_memory(subject, "the training step", advice)
+        subject = f"batch_size={config.batch_size}"
+        explained = device.explain_out_of_memory(subject, "the training step", FIT_IN_MEMORY)
         with explained, checkpoints.completing():
             yield ResolvedRun(config, mesh, dataset, checkpoints, weights, resume_step, notes)
 

@@ -100,6 +100,13 @@ def tiny_run(out_dir: Path | str, data_dir: Path | str, **keys) -> Config:
     return Config(**RUN | {"out_dir": str(out_dir), "data_dir": str(data_dir)} | keys)
 
 
+def write_config(file: Path, keys: dict, more: str = "") -> str:
+    """Write a config file with a config of these keys, and other lines; return its path."""
+    lines = "from jaxgpt.config import Config", f"config = Config(**{keys!r})", more
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
 def make_data(folder: Path, text: str = TEXT, name: str = "tale", tokenizer: str = "") -> Path:
     """Prepare `text` as the dataset `name`, also if it exists; return the data folder."""
     (folder / f"{name}.txt").write_text(text, encoding="utf-8")

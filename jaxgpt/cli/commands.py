@@ -5,7 +5,6 @@ comment at each field of a dataclass of arguments is the field's --help.
 """
 
 import dataclasses
-import errno
 import io
 import math
 import os
@@ -31,13 +30,17 @@ from jaxgpt.cli.command_line import (
     with_keys,
 )
 from jaxgpt.config import UserError
-from jaxgpt.runtime.files import DISK_ERRORS, folder_error, is_url, reason, reject_url
+from jaxgpt.runtime.files import (
+    DISK_ERRORS,
+    PATH_ERRORS,
+    folder_error,
+    is_url,
+    reason,
+    reject_url,
+)
 from jaxgpt.tools.bench.options import BenchArgs
 
 COMPLETION = "--tyro-print-completion"
-PATH_ERRORS = (  # of a path that the user gave
-    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
-)
 SEPARATOR = "-" * 15  # between samples, as in nanoGPT
 DatasetName = Annotated[
     str, keys.Pattern(rf"({keys.DATASET_NAME.pattern})?", "a name for a folder")
@@ -111,15 +114,13 @@ def train(argv: list[str]) -> int:
     """Train the model of a config file."""
     command_line = parse_command_line(argv)
     config, notes = choose_config(command_line)
-    from jaxgpt.runtime import distributed
     from jaxgpt.train import train
 
     code = train(config, cli_keys=frozenset(command_line.overrides), notes=notes)
-    if config.report and code == 0 and distributed.is_process_0():
+    if config.report:
         from jaxgpt import api
-        from jaxgpt.runtime import run_dir
 
-        if run_dir.open_checkpoints(config).steps():  # a run that took no step has no model
+        if api.has_to_report(config, code):
             print_report(config.out_dir, api.load(config.out_dir, config=type(config)).report())
     return code
 

@@ -23,7 +23,7 @@ from jaxgpt.data.text import CORPORA, FALLBACK, get_corpus, read_text
 from jaxgpt.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer
 from jaxgpt.data.tokens import Dataset, SplitIds
 from jaxgpt.runtime.bucket import local_data_dir
-from jaxgpt.runtime.files import atomic_write, make_folder, only_writer, sha256_of
+from jaxgpt.runtime.files import atomic_write, delete, make_folder, only_writer, sha256_of
 
 TRAIN_FRACTION = 0.9  # of the characters or examples, as in nanoGPT
 
@@ -215,10 +215,7 @@ def _write_dataset(
     atomic_write(folder / tokens.META, json.dumps(meta, indent=1))
     tokens.rename_partial(files)  # last, because partial files mark the folder as unfinished
     for left in folder.glob(f"*{tokens.PARTIAL}"):  # of a set of documents that was interrupted
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        delete(left)
     documents.delete_pieces(folder)
 
 

@@ -62,7 +62,7 @@ def stream_texts(
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
-    """Return a line break, or the first token's text if the tokenizer has no line break."""
+    """Return a line break, or else the text of the first token that is encoded to ids again."""
 
     def has_ids(text: str) -> bool:
         try:

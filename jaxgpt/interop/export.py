@@ -85,8 +85,9 @@ def to_tensors(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
     tensors = {}
     for path, (name, letters) in hf.param_rows(config.replace(bias=True)).items():
         shape = hf.hf_shape(config, letters)
-        is_bias = path.endswith("bias")
-        array = ours.pop(path, np.zeros(shape)) if is_bias else ours.pop(path)
+        if path.endswith("bias"):
+            ours.setdefault(path, np.zeros(shape))
+        array = ours.pop(path)
         if letters == "V D":
             array = array[: config.vocab_size]
         tensors[f"transformer.{name}"] = np.ascontiguousarray(array.reshape(shape), np.float32)

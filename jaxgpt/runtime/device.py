@@ -189,6 +189,11 @@ def _start_jax(device: str, platforms: str | None) -> None:
         raise UserError(f"device={device!r}: {problem}; expected {started}, or a new process")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of JAX says that a device has too little memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextmanager
 def explain_out_of_memory(subject: str, work: str, advice: str) -> Iterator[None]:
     """Raise `UserError` about `subject` where JAX finds too little memory for this work."""

@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import UserError
 
-# What Gloo, NCCL and JAX's coordination service say when another process has ended.
 STOPPING = b"stopping: saves a checkpoint first; send the signal again to exit at once\n"
+# What Gloo, NCCL and JAX's coordination service say when another process has ended.
 LOST_PROCESS = re.compile(
     r"closed by peer|reset by peer|broken pipe|socket closed|remote process exited|another task"
     r"|heartbeat|connection refused|gloo .* failed",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -20,6 +21,10 @@ from jaxgpt.config import UserError
 FULL_DISK = errno.ENOSPC, errno.EDQUOT
 # The disk is full, or the folder cannot be written.
 DISK_ERRORS = *FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS
+# A path that the user gave cannot be used.
+PATH_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 @contextmanager
@@ -44,6 +49,14 @@ def atomic_write(file: Path, data: str | bytes, *, shared: bool = False) -> None
     """Write `data` (text as UTF-8) to `file` through `atomic_path`."""
     with atomic_path(file, shared=shared) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder, a file or a link if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -21,7 +20,15 @@ from jaxgpt.data.tokens import Dataset
 from jaxgpt.runtime import distributed, storage
 from jaxgpt.runtime.checkpoint import FREE_SPACE, Checkpoints, warn
 from jaxgpt.runtime.config_file import load_config_file
-from jaxgpt.runtime.files import FULL_DISK, atomic_write, folder_error, is_url, make_folder, reason
+from jaxgpt.runtime.files import (
+    FULL_DISK,
+    atomic_write,
+    delete,
+    folder_error,
+    is_url,
+    make_folder,
+    reason,
+)
 from jaxgpt.runtime.storage import CONFIG, LOCK, RUN_FILES, STEPS
 from jaxgpt.train_step import abstract_params
 
@@ -171,7 +178,7 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
         raise UserError(f"{subject}: {problem}; expected an empty folder; try another out_dir")
     make_folder(folder, subject, "out_dir")
     if fresh:
-        _delete(folder / OLD_STEPS)
+        delete(folder / OLD_STEPS)
         if (folder / STEPS).exists():  # before the config, with which no run may resume them
             (folder / STEPS).replace(folder / OLD_STEPS)
     # The config is written first: if the process is killed later, the folder still counts as a run.
@@ -180,18 +187,10 @@ def create(config: Config, dataset: Dataset, *, fresh: bool) -> None:
     if fresh:
         for name in (OLD_STEPS, *RUN_FILES):
             if name != CONFIG:
-                _delete(folder / name)
+                delete(folder / name)
     if dataset.tokenizer:
         atomic_write(folder / tokenizers.FILE, dataset.tokenizer.to_json())
     storage.publish(config.out_dir)
-
-
-def _delete(path: Path) -> None:
-    """Delete a folder, a file or a link if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def is_run(out_dir: str | Path) -> bool:

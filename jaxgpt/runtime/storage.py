@@ -32,7 +32,7 @@ from jaxgpt.runtime.checkpoint import (
     read_link,
     warn,
 )
-from jaxgpt.runtime.files import is_url
+from jaxgpt.runtime.files import delete, is_url
 from jaxgpt.runtime.lease import OWNERS, Lease
 
 CONFIG = "config.json"
@@ -87,10 +87,8 @@ class Mirror:
     def clear(self) -> None:
         """Delete all files here but those of the lock and the lease."""
         for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in (LOCK, OWNERS):
-                path.unlink()
+            if path.name not in (LOCK, OWNERS):
+                delete(path)
 
     def fetch(self, step: int) -> None:
         """Download the files of a step that are missing here, as far as the bucket has them."""
@@ -100,8 +98,10 @@ class Mirror:
             wanted = [f"{name}/{file}" for file in digest]
         except (OSError, ValueError, TypeError):
             return  # a damaged digest, which the caller reports
-        objects = self.bucket.sizes(name)
         missing = [file for file in wanted if not (self.folder / file).is_file()]
+        if not missing:
+            return
+        objects = self.bucket.sizes(name)
         sizes = {file: objects[file] for file in missing if file in objects}
         self.bucket.download(self.folder, sizes)
 
@@ -127,12 +127,12 @@ class Mirror:
             objects, steps = self.bucket.sizes(), _complete_steps(self.folder / STEPS)
             if not steps:
                 self._delete_steps(objects, steps)
-                objects = self.bucket.sizes()
             self._publish_files(objects)
             for step in sorted(steps - _steps(objects, DIGEST), key=int):
                 self._upload_step(step)
             self._publish_best()
-            self._delete_steps(objects, steps)
+            if steps:
+                self._delete_steps(objects, steps)
 
     def _upload_step(self, step: str) -> None:
         folder = self.folder / STEPS / step

@@ -218,7 +218,7 @@ def compile_absent(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compil
         with device.no_compilation_cache():
             return lowered.compile({"xla_gpu_autotune_level": "0"} if is_gpu else {})
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not device.is_out_of_memory(error):
             raise
         needs = re.search(r"([\d.]+\w)\)? (?:of|exceeds available HBM) \(?([\d.]+\w)", str(error))
         said = f"needs {needs[1]} of {needs[2]}" if needs else str(error).splitlines()[0]

@@ -103,8 +103,9 @@ def test_training_steps_are_equal_on_a_three_axis_mesh():
     ],
 )
 def test_core_only_keys_are_rejected_by_lecture_config(key, value):
-    message = refusal(LectureConfig, **{key: value})
-    assert message.startswith(f"{key}={value}: the lecture's model does not have this key; ")
+    advice = f"expected {not value}; try {key}={not value}"
+    said = f"{key}={value}: the lecture's model does not have this key; {advice}"
+    assert refusal(LectureConfig, **{key: value}) == said
 
 
 def test_biases_and_norms_decay_only_with_decay_bias_and_norm():

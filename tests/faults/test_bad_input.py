@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
-from helpers import ERROR_FORM, TEXT, exit_code
+from helpers import ERROR_FORM, TEXT, exit_code, write_config
 from safetensors.numpy import save_file
 
 from jaxgpt import evaluate, sample
@@ -43,8 +43,7 @@ def world(quiet, tmp_path, monkeypatch):
     shutil.copytree(quiet.out_dir, "run", symlinks=True)
     places = {"data_dir": "data", "out_dir": "run"}
     edit_json("run/config.json", **places)
-    keys = quiet.to_dict() | places
-    Path("c.py").write_text(f"from jaxgpt.config import Config\nconfig = Config(**{keys})\n")
+    write_config(Path("c.py"), quiet.to_dict() | places)
     Path("weights").mkdir()
     sizes = {"vocab_size": 21, "n_positions": 8, "n_layer": 1, "n_head": 2, "n_embd": 16}
     Path("weights/config.json").write_text(json.dumps(sizes | {"model_type": "gpt2"}))

@@ -10,7 +10,17 @@ from unittest.mock import Mock
 
 import jax
 import pytest
-from helpers import ROOT, TEXT, TRAIN_SCRIPT, refusal, rows_of, set_val_losses, start, stop_at
+from helpers import (
+    ROOT,
+    TEXT,
+    TRAIN_SCRIPT,
+    refusal,
+    rows_of,
+    set_val_losses,
+    start,
+    stop_at,
+    write_config,
+)
 
 import jaxgpt
 from jaxgpt.cli import commands as cli
@@ -127,10 +137,8 @@ def test_commands_read_a_run_from_a_bucket(remote, bucket, tmp_path, capsys, mon
 @pytest.mark.slow
 def test_report_is_written_to_the_bucket(remote, bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # JAX has started
-    file = tmp_path / "remote.py"
-    keys = remote.replace(max_iters=3, report=True).to_dict()
-    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{keys!r})\n")
-    assert cli.train([str(file)]) == 0
+    config = remote.replace(max_iters=3, report=True)
+    assert cli.train([write_config(tmp_path / "remote.py", config.to_dict())]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{remote.out_dir}/report.html"
     bucket.delete("some/run/report.html")
     before = bucket.names()

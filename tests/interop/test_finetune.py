@@ -321,23 +321,23 @@ def test_early_stopping_count_restarts_without_the_best_checkpoint(make_run, mon
 
 
 @pytest.mark.slow
-def test_early_stopping_ends_at_an_evaluation_after_the_interval_has_changed(make_run, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "interval", "end"),
+    [
+        ({"max_iters": 4, "eval_interval": 2, "early_stopping_patience": 2}, 3, 9),
+        ({"max_iters": 12, "eval_interval": 4, "early_stopping_patience": 4}, 1, 14),
+    ],
+)
+def test_early_stopping_counts_evaluations_after_the_interval_has_changed(
+    make_run, monkeypatch, first, interval, end
+):
+    """Evaluations of the first session count once each, and not by the new interval."""
     set_val_losses(monkeypatch, {step: 1.0 if step == 4 else 5.0 for step in range(20)})
-    config = make_run("run", max_iters=4, eval_interval=2, early_stopping_patience=2)
+    config = make_run("run", **first)
     train(config)
-    train(config.replace(init_from="resume", eval_interval=3, max_iters=18))
+    train(config.replace(init_from="resume", eval_interval=interval, max_iters=18))
     last = all_rows(config)[-1]
-    assert (last["step"], last["full_val_loss"]) == (9, 9.0)
-
-
-@pytest.mark.slow
-def test_smaller_eval_interval_of_a_resumed_run_does_not_end_it(make_run, monkeypatch):
-    """Two evaluations in the first session count as two, and not by the new interval."""
-    set_val_losses(monkeypatch, {step: 1.0 if step == 4 else 5.0 for step in range(20)})
-    config = make_run("run", max_iters=12, eval_interval=4, early_stopping_patience=4)
-    train(config)
-    train(config.replace(init_from="resume", eval_interval=1, max_iters=19))
-    assert all_rows(config)[-1]["step"] == 14
+    assert (last["step"], last["full_val_loss"]) == (end, 9.0)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_data, refusal
+from helpers import ROOT, make_data, refusal, write_config
 
 from jaxgpt.cli import commands
 from jaxgpt.config import Config, UserError
@@ -232,9 +232,7 @@ def test_command_studies_a_recipe_if_the_config_file_has_a_baseline(
 
 def write_study(folder: Path, config: Config, more: str) -> list[str]:
     """Write a config file, and return the flags of a study of it in `folder`/study."""
-    file = folder / "small.py"
-    keys = f"config = Config(**{config.to_dict()!r})"
-    file.write_text(f"from jaxgpt.config import Config\n{keys}\n{more}\n")
+    file = write_config(folder / "small.py", config.to_dict(), more)
     return [f"--config={file}", f"--out_dir={folder / 'study'}"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import CHILD_ENV, ROOT, refusal
+from helpers import CHILD_ENV, ROOT, refusal, write_config
 
 from jaxgpt import resolve
 from jaxgpt.config import Config, RunConfig, UserError
@@ -272,16 +272,19 @@ def test_answer_that_is_no_json_is_the_error_of_nanogpt(tmp_path):
     assert "its process printed 'Welcome'" in message
 
 
-def test_commit_of_a_checkout_with_a_new_file_differs():
-    new = ROOT / "jaxgpt" / "tools" / "a_new_file_of_a_test.py"
+def test_commit_of_a_checkout_with_a_new_file_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "jaxgpt/tools/bench/report.py"))
+    new = tmp_path / "jaxgpt" / "new.py"
+    new.parent.mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for words in ["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=first"]:
+        subprocess.run([*git, *words], check=True)
     before = report.describe_machine()["commit"]
-    try:
-        new.write_text("x = 1\n")
-        first = report.describe_machine()["commit"]
-        new.write_text("x = 2\n")
-        assert len({before, first, report.describe_machine()["commit"]}) == 3
-    finally:
-        new.unlink()
+    assert len(before) == 40
+    new.write_text("x = 1\n")
+    first = report.describe_machine()["commit"]
+    new.write_text("x = 2\n")
+    assert len({before, first, report.describe_machine()["commit"]}) == 3
 
 
 # --- User errors and the command ----------------------------------------------------------------
@@ -366,9 +369,7 @@ def test_flags_that_do_not_apply_together_are_rejected(flags, message):
 
 
 def run_bench(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    (folder / "tiny.py").write_text(
-        f"from jaxgpt.config import Config\nconfig = Config(**{TINY})\n"
-    )
+    write_config(folder / "tiny.py", TINY)
     main = "from jaxgpt.cli.commands import main; main()"
     line = [sys.executable, "-c", main, "bench", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

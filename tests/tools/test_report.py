@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import make_data, refusal, tiny_run
+from helpers import make_data, refusal, tiny_run, write_config
 
 import jaxgpt
 from jaxgpt.cli import commands
@@ -140,9 +140,8 @@ def test_several_runs_are_compared_and_rows_that_differ_are_bold(run, data, tmp_
 
 @pytest.mark.slow
 def test_train_command_writes_the_report_of_its_run(data, tmp_path, capsys):
-    keys = tiny_run(tmp_path / "run", data, max_iters=8).to_dict()
-    file = tmp_path / "tiny.py"
-    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{keys!r})\n")
+    config = tiny_run(tmp_path / "run", data, max_iters=8)
+    file = write_config(tmp_path / "tiny.py", config.to_dict())
     assert commands.train([f"--config={file}", "--report=True"]) == 0
     path = tmp_path / "run/report.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
@@ -152,9 +151,7 @@ def test_train_command_writes_the_report_of_its_run(data, tmp_path, capsys):
 def test_run_that_takes_no_step_has_no_report(data, tmp_path):
     config = tiny_run(tmp_path / "run", data, max_iters=0, eval_iters=1, report=True)
     assert jaxgpt.train(config).source == config.out_dir
-    file = tmp_path / "none.py"
-    file.write_text(f"from jaxgpt.config import Config\nconfig = Config(**{config.to_dict()!r})\n")
-    assert commands.train([str(file)]) == 0
+    assert commands.train([write_config(tmp_path / "none.py", config.to_dict())]) == 0
     assert not (tmp_path / "run/report.html").exists()
 
 

@@ -76,7 +76,10 @@ NEEDS = {
     "rows": "suite", "budget_s": "suite", "results": "chart", "out_dir": "chart",
     "torch_python": "compare_to", "compile": "compare_to", "plot": "compare_to",
 }  # fmt: skip
-ALONE = "preset", "config", "benchmark", "repeats", "json", "compare_to"  # no flags of a chart
+WITHOUT_EFFECT = {
+    "suite": ("benchmark", "chart", "plot"),
+    "chart": ("preset", "config", "benchmark", "repeats", "json", "compare_to"),
+}
 PICTURES = ".png", ".svg", ".pdf"  # of which matplotlib draws the format
 
 
@@ -85,23 +88,20 @@ def check_flags(args: BenchArgs) -> None:
     if args.suite and (args.preset or args.config):
         problem = "has its own configs; try without --preset and --config"
         raise UserError(f"suite={args.suite!r}: {problem}")
-    for flag in "benchmark", "chart", "plot":
-        value = getattr(args, flag)
-        if args.suite and value != getattr(BenchArgs, flag):
-            raise UserError(f"{flag}={value!r}: has no effect with --suite; expected one of both")
+    given = {key: value for key, value in vars(args).items() if value != getattr(BenchArgs, key)}
+    for other, flags in WITHOUT_EFFECT.items():
+        for flag in flags:
+            if other in given and flag in given:
+                problem = f"has no effect with --{other}; expected one of both"
+                raise UserError(f"{flag}={given[flag]!r}: {problem}")
     for flag, other in NEEDS.items():
-        value = getattr(args, flag)
-        if value != getattr(BenchArgs, flag) and not getattr(args, other):
-            raise UserError(f"{flag}={value!r}: applies only with --{other}; expected both flags")
-    for flag in ALONE if args.chart else ():
-        value = getattr(args, flag)
-        if value != getattr(BenchArgs, flag):
-            raise UserError(f"{flag}={value!r}: has no effect with --chart; expected one of both")
-    for flag in ("compile", "plot") if args.benchmark == "sample" else ():
-        value = getattr(args, flag)
-        if value != getattr(BenchArgs, flag):
+        if flag in given and not getattr(args, other):
+            problem = f"applies only with --{other}; expected both flags"
+            raise UserError(f"{flag}={given[flag]!r}: {problem}")
+    for flag in "compile", "plot":
+        if args.benchmark == "sample" and flag in given:
             problem = "sampling is compared with nanoGPT eager, and has no picture"
-            raise UserError(f"{flag}={value!r}: {problem}; try without --{flag}")
+            raise UserError(f"{flag}={given[flag]!r}: {problem}; try without --{flag}")
     if args.config and args.preset:
         raise UserError(f"preset={args.preset!r}: given with --config; expected one of the two")
     if args.compare_to and args.benchmark in ("data", "attention"):
@@ -175,7 +175,7 @@ def run(args: BenchArgs, name: str, config: Config, folder: Path) -> tuple[Repor
         problem = f"nanoGPT failed ({error}); expected a checkout that runs with --torch_python"
         raise UserError(f"compare_to={args.compare_to!r}: {problem}") from error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not device.is_out_of_memory(error):
             raise
         problem = "does not fit in this device's memory; expected a smaller batch; try --config"
         raise UserError(f"batch_size={config.batch_size}: {problem}") from error

@@ -119,9 +119,10 @@ def describe_machine() -> dict[str, Any]:
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     commit = ""
     if git and (root / ".git").exists():
-        ask = lambda *words: (
-            subprocess.run([git, "-C", str(root), *words], capture_output=True).stdout
-        )
+
+        def ask(*words: str) -> bytes:
+            return subprocess.run([git, "-C", str(root), *words], capture_output=True).stdout
+
         commit = ask("rev-parse", "HEAD").decode().strip()
         new_files = ask("ls-files", "--others", "--exclude-standard", "jaxgpt").decode().split("\n")
         changes = ask("diff", "HEAD")

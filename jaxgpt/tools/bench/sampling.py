@@ -54,7 +54,7 @@ def bench_sampling(b: Bench) -> Report:
                 generate(sampler, batch)  # compiles
                 times = [generate(sampler, batch) for _ in range(b.repeats)]
             except jax.errors.JaxRuntimeError as error:
-                if batch == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                if batch == 1 or not device.is_out_of_memory(error):
                     raise
                 notes.append(f"{batch} sequences do not fit in this device's memory")
                 break
